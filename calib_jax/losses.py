@@ -1,0 +1,281 @@
+"""Calibration errors as training losses (mL1-ACE and its siblings), and one weighted segmentation loss."""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from calib_jax._checks import AnyArray, Labels, Mask, Probs, as_inputs, check_choice
+from calib_jax.binning import BinStatistics, Closed, bin_statistics
+from calib_jax.errors import (
+    average_calibration_error,
+    expected_calibration_error,
+    maximum_calibration_error,
+)
+
+Reduction = Literal["mean", "sum", "none"]
+
+
+def mL1_ace(
+    probs: Probs,
+    labels: Labels,
+    *,
+    num_bins: int = 20,
+    closed: Closed = "right",
+    where: Mask | None = None,
+    include_background: bool = True,
+    class_weights: Float[AnyArray, "counted_classes"] | None = None,
+    ignore_empty_classes: bool = False,
+    reduction: Reduction = "mean",
+) -> Float[Array, "*reduced"]:
+    r"""Marginal L1 average calibration error: the mean over images and classes of their ACE.
+
+    For image b and class c with M non-empty bins, :math:`e_{bc} = \frac{1}{M} \sum_m |\bar p_m - \bar y_m|`, the
+    gap between mean probability and observed frequency, bins all alike. Bins are hard: a voxel's gradient is
+    :math:`\mathrm{sign}(\bar p_m - \bar y_m) / (n_m M)` over the number of images and classes, n_m being its
+    bin's count; where it stands in the bin does not matter.
+
+    Args:
+        probs: class probabilities `[batch, *spatial, classes]`.
+        labels: class ids `[batch, *spatial]`, or one-hot, overlapping or soft labels of the shape of `probs`.
+        num_bins: number of equal-width bins on [0, 1].
+        closed: the side on which a bin holds its edge, see `calib_jax.bin_index`.
+        where: voxels to count, boolean, `[batch, *spatial]` or of the shape of `probs`; None counts all.
+        include_background: False leaves class 0 out, before any work is spent on it.
+        class_weights: weights `[classes]` of the mean over classes (after background is left out).
+        ignore_empty_classes: True lets a class without a voxel in an image contribute zero (it still counts
+            in the mean), as the follow-up trains.
+        reduction: `"mean"` over images and classes, `"sum"`, or `"none"` for `[batch, classes]`.
+
+    Returns:
+        The loss, a scalar or `[batch, classes]`. An image and class of which `where` leaves nothing has no
+        error: it is zero and left out of the mean. A NaN probability gives NaN.
+
+    Raises:
+        TypeError, ValueError: on dtypes, shapes or options that do not fit; never on values.
+
+    Example:
+        >>> labels = jnp.array([[0, 0, 1, 1]])
+        >>> logits = jnp.array([[[2.0, 0.0], [0.0, 0.5], [0.0, 2.0], [0.0, 2.0]]])
+        >>> loss, grad = jax.value_and_grad(lambda x: mL1_ace(jax.nn.softmax(x), labels))(logits)
+        >>> round(float(loss), 4), grad.shape
+        (0.287, (1, 4, 2))
+
+    References:
+        Barfoot et al., arXiv 2403.06759 and 2506.03942.
+    """
+    probs, labels, where = _classes_of_interest(probs, labels, where, include_background)
+    stats = bin_statistics(probs, labels, num_bins=num_bins, closed=closed, where=where)
+    return _reduce(average_calibration_error(stats), stats, class_weights, ignore_empty_classes, reduction)
+
+
+def mL1_ece(
+    probs: Probs,
+    labels: Labels,
+    *,
+    num_bins: int = 20,
+    closed: Closed = "right",
+    where: Mask | None = None,
+    include_background: bool = True,
+    class_weights: Float[AnyArray, "counted_classes"] | None = None,
+    ignore_empty_classes: bool = False,
+    reduction: Reduction = "mean",
+) -> Float[Array, "*reduced"]:
+    r"""Marginal L1 expected calibration error: the mean over images and classes of their ECE.
+
+    As `mL1_ace`, with each bin weighted by its share of the voxels: the many easy voxels far from a boundary
+    weigh most.
+
+    Args:
+        probs: class probabilities `[batch, *spatial, classes]`.
+        labels: class ids `[batch, *spatial]`, or one-hot, overlapping or soft labels of the shape of `probs`.
+        num_bins: number of equal-width bins on [0, 1].
+        closed: the side on which a bin holds its edge, see `calib_jax.bin_index`.
+        where: voxels to count, boolean, `[batch, *spatial]` or of the shape of `probs`; None counts all.
+        include_background: False leaves class 0 out, before any work is spent on it.
+        class_weights: weights `[classes]` of the mean over classes (after background is left out).
+        ignore_empty_classes: True lets a class without a voxel in an image contribute zero (it still counts
+            in the mean), as the follow-up trains.
+        reduction: `"mean"` over images and classes, `"sum"`, or `"none"` for `[batch, classes]`.
+
+    Returns:
+        The loss, a scalar or `[batch, classes]`. An image and class of which `where` leaves nothing has no
+        error: it is zero and left out of the mean. A NaN probability gives NaN.
+
+    Raises:
+        TypeError, ValueError: on dtypes, shapes or options that do not fit; never on values.
+
+    Example:
+        >>> probs = jnp.array([[[0.1], [0.8], [0.8], [0.8]]])
+        >>> round(float(mL1_ece(probs, jnp.array([[[0], [1], [1], [1]]]), num_bins=2)), 4)
+        0.175
+
+    References:
+        Naeini et al., AAAI 2015; as a loss, Barfoot et al., arXiv 2506.03942.
+    """
+    probs, labels, where = _classes_of_interest(probs, labels, where, include_background)
+    stats = bin_statistics(probs, labels, num_bins=num_bins, closed=closed, where=where)
+    return _reduce(expected_calibration_error(stats), stats, class_weights, ignore_empty_classes, reduction)
+
+
+def mL1_mce(
+    probs: Probs,
+    labels: Labels,
+    *,
+    num_bins: int = 20,
+    closed: Closed = "right",
+    where: Mask | None = None,
+    include_background: bool = True,
+    class_weights: Float[AnyArray, "counted_classes"] | None = None,
+    ignore_empty_classes: bool = False,
+    reduction: Reduction = "mean",
+) -> Float[Array, "*reduced"]:
+    r"""Marginal L1 maximum calibration error: the mean over images and classes of their MCE.
+
+    As `mL1_ace`, with the largest gap in place of the mean gap: the gradient reaches the voxels of one bin of
+    each image and class.
+
+    Args:
+        probs: class probabilities `[batch, *spatial, classes]`.
+        labels: class ids `[batch, *spatial]`, or one-hot, overlapping or soft labels of the shape of `probs`.
+        num_bins: number of equal-width bins on [0, 1].
+        closed: the side on which a bin holds its edge, see `calib_jax.bin_index`.
+        where: voxels to count, boolean, `[batch, *spatial]` or of the shape of `probs`; None counts all.
+        include_background: False leaves class 0 out, before any work is spent on it.
+        class_weights: weights `[classes]` of the mean over classes (after background is left out).
+        ignore_empty_classes: True lets a class without a voxel in an image contribute zero (it still counts
+            in the mean), as the follow-up trains.
+        reduction: `"mean"` over images and classes, `"sum"`, or `"none"` for `[batch, classes]`.
+
+    Returns:
+        The loss, a scalar or `[batch, classes]`. An image and class of which `where` leaves nothing has no
+        error: it is zero and left out of the mean. A NaN probability gives NaN.
+
+    Raises:
+        TypeError, ValueError: on dtypes, shapes or options that do not fit; never on values.
+
+    Example:
+        >>> probs = jnp.array([[[0.1], [0.8], [0.8], [0.8]]])
+        >>> round(float(mL1_mce(probs, jnp.array([[[0], [1], [1], [1]]]), num_bins=2)), 4)
+        0.2
+
+    References:
+        Naeini et al., AAAI 2015; as a loss, Barfoot et al., arXiv 2506.03942.
+    """
+    probs, labels, where = _classes_of_interest(probs, labels, where, include_background)
+    stats = bin_statistics(probs, labels, num_bins=num_bins, closed=closed, where=where)
+    return _reduce(maximum_calibration_error(stats), stats, class_weights, ignore_empty_classes, reduction)
+
+
+def segmentation_loss(
+    logits: Float[AnyArray, "batch *spatial classes"],
+    labels: Labels,
+    *,
+    dice: float = 1.0,
+    cross_entropy: float = 1.0,
+    ace: float = 0.3,
+    dice_smooth: float = 5e-6,
+    dice_include_background: bool = True,
+    **ace_options: Any,
+) -> Float[Array, ""]:
+    """Weighted sum of soft Dice, cross-entropy and mL1-ACE, straight from logits.
+
+    loss = dice * Dice(softmax) + cross_entropy * CE + ace * mL1-ACE(softmax). A part of weight 0 is not
+    computed. Weights are Python numbers, so that this is known when the program is traced.
+
+    Args:
+        logits: unnormalised scores `[batch, *spatial, classes]`, at least two classes.
+        labels: class ids `[batch, *spatial]`, or one-hot or soft labels of the shape of `logits`.
+        dice: weight of `optax.losses.dice_loss`, averaged over images and classes.
+        cross_entropy: weight of the cross-entropy, averaged over voxels.
+        ace: weight of `mL1_ace`.
+        dice_smooth: added to numerator and denominator of Dice; MONAI's `smooth_nr = smooth_dr` is twice it.
+        dice_include_background: False leaves class 0 out of Dice.
+        **ace_options: keyword arguments of `mL1_ace` (`num_bins`, `include_background`, ...).
+
+    Returns:
+        The scalar loss.
+
+    Raises:
+        TypeError, ValueError: on dtypes, shapes or options that do not fit; never on values.
+
+    Example:
+        >>> logits = jnp.zeros((1, 8, 8, 3))
+        >>> labels = jnp.zeros((1, 8, 8), jnp.int32)
+        >>> round(float(segmentation_loss(logits, labels, dice=0.0, ace=0.0)), 4)  # log 3
+        1.0986
+
+    References:
+        Milletari et al., "V-Net", 2016 (Dice); Barfoot et al., arXiv 2403.06759 (mL1-ACE).
+    """
+    logits, labels, _ = as_inputs(logits, labels, None, probs_name="logits")
+    if logits.shape[-1] < 2:
+        raise ValueError(f"logits must have at least two classes for a softmax; got shape {logits.shape}.")
+    parts = {
+        "dice": (dice, lambda: _soft_dice(logits, labels, dice_smooth, dice_include_background)),
+        "cross_entropy": (cross_entropy, lambda: _cross_entropy(logits, labels)),
+        "ace": (ace, lambda: mL1_ace(jax.nn.softmax(logits.astype(jnp.float32)), labels, **ace_options)),
+    }
+    weighted = [weight * part() for weight, part in parts.values() if weight != 0]
+    if not weighted:
+        raise ValueError("At least one of dice, cross_entropy and ace must have a weight other than 0.")
+    return sum(weighted[1:], start=weighted[0])
+
+
+def _soft_dice(logits: Array, labels: Array, smooth: float, include_background: bool) -> Array:
+    targets = labels if labels.ndim == logits.ndim else jax.nn.one_hot(labels, logits.shape[-1])
+    return optax.losses.dice_loss(
+        logits.astype(jnp.float32), targets, smooth=smooth, ignore_background=not include_background
+    ).mean()
+
+
+def _cross_entropy(logits: Array, labels: Array) -> Array:
+    logits = logits.astype(jnp.float32)
+    if labels.ndim == logits.ndim:
+        return optax.losses.softmax_cross_entropy(logits, labels).mean()
+    return optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def _classes_of_interest(
+    probs: Any, labels: Any, where: Any, include_background: bool
+) -> tuple[Array, Array, Any]:
+    """The checked inputs, without class 0 if `include_background` is False."""
+    probs, labels, where = as_inputs(probs, labels, where)
+    if include_background:
+        return probs, labels, where
+    if probs.shape[-1] < 2:
+        raise ValueError(f"include_background=False leaves no class of probs of shape {probs.shape}.")
+    labels = labels[..., 1:] if labels.ndim == probs.ndim else labels - 1
+    where = where[..., 1:] if where is not None and where.ndim == probs.ndim else where
+    return probs[..., 1:], labels, where
+
+
+def _reduce(
+    errors: Float[Array, "batch classes"],
+    stats: BinStatistics,
+    class_weights: Any,
+    ignore_empty_classes: bool,
+    reduction: Reduction,
+) -> Array:
+    check_choice("reduction", reduction, ("mean", "sum", "none"))
+    weights = (
+        jnp.ones(errors.shape[1:]) if class_weights is None else jnp.asarray(class_weights, errors.dtype)
+    )
+    if weights.shape != errors.shape[1:]:
+        raise ValueError(
+            f"class_weights must have shape {errors.shape[1:]}, one per class; got {weights.shape}."
+        )
+    counted = jnp.asarray(stats.count).sum(-1) > 0
+    errors = jnp.where(counted, errors, 0)
+    if ignore_empty_classes:
+        errors = jnp.where(jnp.asarray(stats.label_sum).sum(-1) > 0, errors, 0)
+    if reduction == "none":
+        return weights * errors
+    total = (weights * errors).sum()
+    return total if reduction == "sum" else total / _safe((weights * counted).sum())
+
+
+def _safe(denominator: Array) -> Array:
+    return jnp.where(denominator == 0, 1, denominator)

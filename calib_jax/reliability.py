@@ -1,0 +1,74 @@
+"""Reliability curves and dataset reliability histograms, as arrays."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Num
+
+from calib_jax.binning import BinStatistics, bin_index
+
+
+class ReliabilityCurve(NamedTuple):
+    """Points of a reliability diagram: bins of all images pooled, `[classes, num_bins]` each.
+
+    Attributes:
+        mean_prob: mean predicted probability; NaN in empty bins.
+        mean_label: observed frequency; NaN in empty bins.
+        count: voxels.
+    """
+
+    mean_prob: Float[Array, "classes bins"]
+    mean_label: Float[Array, "classes bins"]
+    count: Num[Array, "classes bins"]
+
+
+def reliability_curve(stats: BinStatistics) -> ReliabilityCurve:
+    """Observed frequency against predicted probability, the voxels of all images pooled.
+
+    Args:
+        stats: bin statistics `[batch, classes, num_bins]`.
+
+    Returns:
+        `ReliabilityCurve` of shape `[classes, num_bins]`.
+
+    Example:
+        >>> from calib_jax import bin_statistics
+        >>> stats = bin_statistics(jnp.array([[[0.1], [0.8]]]), jnp.array([[[0], [1]]]), num_bins=2)
+        >>> reliability_curve(stats).mean_label.tolist()
+        [[0.0, 1.0]]
+
+    References:
+        Niculescu-Mizil and Caruana, "Predicting Good Probabilities with Supervised Learning", ICML 2005.
+    """
+    pooled = stats.sum(axis=0)
+    return ReliabilityCurve(pooled.mean_prob, pooled.mean_label, jnp.asarray(pooled.count))
+
+
+def reliability_histogram(stats: BinStatistics) -> Int[Array, "classes frequency_bins prob_bins"]:
+    """Dataset reliability histogram: how many images have which observed frequency in which bin.
+
+    One image's reliability diagram is a curve; this counts the curves of a whole data set on a grid of
+    `num_bins` frequencies by `num_bins` probabilities. A well calibrated model has its mass on the diagonal,
+    and its spread across images, which pooling would hide, is seen.
+
+    Args:
+        stats: bin statistics `[batch, classes, num_bins]`, one row per image.
+
+    Returns:
+        Numbers of images, int32 `[classes, frequency bin, probability bin]`; an image's empty bins count
+        nowhere.
+
+    Example:
+        >>> from calib_jax import bin_statistics
+        >>> stats = bin_statistics(jnp.array([[[0.1], [0.8]]]), jnp.array([[[0], [1]]]), num_bins=2)
+        >>> reliability_histogram(stats).tolist()
+        [[[1, 0], [0, 1]]]
+
+    References:
+        Barfoot et al., arXiv 2403.06759, "dataset reliability histograms".
+    """
+    frequency = jnp.asarray(stats.mean_label)
+    frequency_bin = bin_index(frequency, num_bins=stats.num_bins)
+    grid = jnp.arange(stats.num_bins)
+    hit = (frequency_bin[..., None, :] == grid[:, None]) & ~jnp.isnan(frequency)[..., None, :]
+    return hit.sum(axis=0, dtype=jnp.int32)
