@@ -1,0 +1,104 @@
+"""A report's inputs on disk, so that the page can be made again without running a model again."""
+
+import dataclasses
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from calib_jax.plots import History
+from calib_jax.report.results import ModelResult
+
+_INDEX = "report.json"
+_RESULTS = "results"
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportInputs:
+    """What `write_report` was given.
+
+    Attributes:
+        results: one result per model.
+        title: title of the page.
+        histories: training curves per model.
+        provenance: where the numbers come from: command, versions, data.
+        reference: a further result that is shown but not tested.
+        baseline: name of the model that the others are compared with.
+    """
+
+    results: tuple[ModelResult, ...]
+    title: str
+    histories: Mapping[str, History]
+    provenance: Mapping[str, str]
+    reference: ModelResult | None
+    baseline: str
+
+
+def save_inputs(folder: Path, inputs: ReportInputs) -> None:
+    """Writes `report.json` and a `results/*.npz` for each model into `folder`."""
+    (folder / _RESULTS).mkdir(parents=True, exist_ok=True)
+    models = [*inputs.results, *([inputs.reference] if inputs.reference else [])]
+    paths = [f"{_RESULTS}/{file_stem(i, model.name)}.npz" for i, model in enumerate(models)]
+    for path, model in zip(paths, models, strict=True):
+        model.save(folder / path)
+    index = {
+        "title": inputs.title,
+        "results": paths[: len(inputs.results)],
+        "reference": paths[-1] if inputs.reference else None,
+        "baseline": inputs.baseline,
+        "histories": {
+            name: {column: [_json_number(value) for value in values] for column, values in history.items()}
+            for name, history in inputs.histories.items()
+        },
+        "provenance": dict(inputs.provenance),
+    }
+    (folder / _INDEX).write_text(json.dumps(index, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def load_inputs(folder: Path) -> ReportInputs:
+    """Reads what `save_inputs` wrote; without a `report.json`, every result in `folder` by file name.
+
+    Raises:
+        ValueError: if the folder is not there, holds no result, or a file cannot be read.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {os.fspath(folder)}.")
+    if not (folder / _INDEX).is_file():
+        results = tuple(ModelResult.load(path) for path in _result_files(folder))
+        return ReportInputs(results, "Calibration report", {}, {}, None, results[0].name)
+    try:
+        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+        return ReportInputs(
+            results=tuple(ModelResult.load(folder / path) for path in index["results"]),
+            title=index["title"],
+            histories=index["histories"],
+            provenance=index["provenance"],
+            reference=ModelResult.load(folder / index["reference"]) if index["reference"] else None,
+            baseline=index["baseline"],
+        )
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / _INDEX} is not an index written by write_report: {error!r}") from error
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder / _INDEX} names {error.filename}, which is not there.") from error
+
+
+def file_stem(index: int, name: str) -> str:
+    """A file name for a model: its place in the report and what of its name file systems agree on."""
+    return f"{index:02d}-{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')[:60] or 'model'}"
+
+
+def _result_files(folder: Path) -> Sequence[Path]:
+    files = sorted(folder.glob("*.npz")) or sorted((folder / _RESULTS).glob("*.npz"))
+    if not files:
+        raise ValueError(
+            f"{os.fspath(folder)} holds neither a {_INDEX} nor a result (*.npz): name a folder that "
+            "write_report or ModelResult.save wrote to."
+        )
+    return files
+
+
+def _json_number(value: Any) -> float | None:
+    return None if value is None or not math.isfinite(value) else float(value)

@@ -1,0 +1,118 @@
+"""Numbers and their comparison in words, the same in the terminal and on the page."""
+
+import math
+from collections.abc import Sequence
+
+from calib_jax.report.table import CONFIDENCE, Change, ModelRow
+
+MINUS = "\N{MINUS SIGN}"
+
+
+def number(value: float) -> str:
+    """Three decimals, or `n/a` for NaN."""
+    return "n/a" if math.isnan(value) else f"{value:.3f}".replace("-", MINUS)
+
+
+def interval(low: float, high: float) -> str:
+    """`[low, high]`, or nothing where there is no interval."""
+    return "" if math.isnan(low) or math.isnan(high) else f"[{number(low)}, {number(high)}]"
+
+
+def percent(relative: float) -> str:
+    """A relative change without its sign: `61%`, `0.4%` below one percent."""
+    if math.isnan(relative):
+        return "n/a"
+    size = abs(100 * relative)
+    return f"{size:.1f}%" if 0.05 <= size < 0.95 else f"{size:.0f}%"
+
+
+def signed_percent(relative: float) -> str:
+    """A relative change with its sign.
+
+    Example:
+        >>> signed_percent(-0.612), signed_percent(0.004), signed_percent(0.0001)
+        ('−61%', '+0.4%', '0%')
+    """
+    text = percent(relative)
+    return text if text in ("0%", "n/a") else f"{MINUS if relative < 0 else '+'}{text}"
+
+
+def p_value(p: float) -> str:
+    """A p-value with its relation.
+
+    Example:
+        >>> p_value(0.00002), p_value(0.0123), p_value(0.34)
+        ('p < 0.001', 'p = 0.012', 'p = 0.34')
+    """
+    if math.isnan(p):
+        return "p n/a"
+    if p < 0.001:
+        return "p < 0.001"
+    return f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
+
+
+def change(comparison: Change) -> str:
+    """A comparison with the baseline on one line: `−61%, p < 0.001`."""
+    return f"{signed_percent(comparison.relative)}, {p_value(comparison.p_value)}"
+
+
+def count(n: int, noun: str) -> str:
+    """`1 case`, `2 cases`, `1 class`, `2 classes`."""
+    plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
+    return f"{n} {noun if n == 1 else plural}"
+
+
+def headline(rows: Sequence[ModelRow]) -> str:
+    """The comparison in a sentence or two: the best calibrated model (lowest ACE) against the baseline."""
+    base, best = base_and_best(rows)
+    ace, mce, dice = (best.metrics[name] for name in ("ACE", "MCE", "Dice"))
+    if ace.change is None or mce.change is None or dice.change is None:
+        return (
+            f"“{base.name}” has an ACE of {number(ace.mean)}, an MCE of {number(mce.mean)} and a Dice of "
+            f"{number(dice.mean)} over {count(ace.cases, 'case')}."
+        )
+    first, second = _movement("ACE", ace.change), _movement("MCE", mce.change)
+    same = first.split()[0] == second.split()[0] and first.split()[0] != "leaves"
+    both = f"{first} and {second.removeprefix(second.split()[0] + ' ')}" if same else f"{first} and {second}"
+    text = f"Compared with “{base.name}”, “{best.name}” {both}; Dice {_dice_movement(dice.change)}."
+    if ace.change.p_value < 0.05:
+        return text
+    return (
+        f"{text} Over {count(ace.change.pairs, 'paired case')} the change in ACE cannot be told from chance "
+        f"({p_value(ace.change.p_value)})."
+    )
+
+
+def base_and_best(rows: Sequence[ModelRow]) -> tuple[ModelRow, ModelRow]:
+    """The baseline and the other model with the lowest ACE; twice the baseline if it stands alone."""
+    base = next(row for row in rows if row.role == "baseline")
+    others = [row for row in rows if row.role == "model" and not math.isnan(row.metrics["ACE"].mean)]
+    return base, min(others, key=lambda row: row.metrics["ACE"].mean, default=base)
+
+
+def footnote(rows: Sequence[ModelRow]) -> list[str]:
+    """How the numbers of a table were made, one sentence each."""
+    lines = [
+        f"Mean over cases of the mean over classes, with its {CONFIDENCE:.0%} bootstrap interval over cases.",
+        "A case or class in which nothing was counted is left out.",
+    ]
+    if any(row.role == "model" for row in rows):
+        base, _ = base_and_best(rows)
+        lines.append(
+            f"Changes are against “{base.name}”, p from a Wilcoxon signed-rank test over paired cases, "
+            "not corrected for several comparisons."
+        )
+    return lines
+
+
+def _movement(metric: str, comparison: Change) -> str:
+    amount = percent(comparison.relative)
+    if amount in ("0%", "n/a"):
+        return f"leaves {metric} as it was"
+    return f"{'raises' if comparison.difference > 0 else 'cuts'} {metric} by {amount}"
+
+
+def _dice_movement(comparison: Change) -> str:
+    if abs(comparison.difference) < 0.0005:
+        return "stays the same"
+    return f"changes by {'+' if comparison.difference > 0 else ''}{number(comparison.difference)}"

@@ -1,0 +1,229 @@
+"""The Decathlon's layout: what is read, and one clear sentence for everything that may be wrong."""
+
+import json
+import re
+from functools import partial
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from train.data import Dataset, MSDDataset, open_dataset, read_image
+from train.errors import InputError
+
+SHAPE = (6, 5, 4)
+AFFINE = np.diag([1.0, 1.5, 2.0, 1.0])
+
+
+def _write(path, voxels, affine=AFFINE):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(voxels, affine), path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two good cases with two channels and three classes."""
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        _write(tmp_path / f"imagesTr/{name}.nii.gz", rng.gamma(2.0, 50.0, (*SHAPE, 2)).astype(np.float32))
+        label = rng.integers(0, 3, SHAPE).astype(np.uint8)
+        _write(tmp_path / f"labelsTr/{name}.nii.gz", label)
+    _describe(tmp_path)
+    return tmp_path
+
+
+def _describe(folder, **changes):
+    description = {
+        "name": "Tiny",
+        "modality": {"0": "T1", "1": "T2"},
+        "labels": {"0": "background", "1": "left", "2": "right"},
+        "training": [
+            {"image": f"./imagesTr/{n}.nii.gz", "label": f"./labelsTr/{n}.nii.gz"} for n in ("a", "b")
+        ],
+    } | changes
+    kept = {key: value for key, value in description.items() if value is not None}
+    (folder / "dataset.json").write_text(json.dumps(kept))
+
+
+def _refuses(message, folder, *, load=False):
+    """Opening (or, with `load`, only loading the first case) raises an InputError of one line."""
+    action = partial(MSDDataset(folder).load, 0) if load else partial(MSDDataset, folder)
+    with pytest.raises(InputError, match=message) as caught:
+        action()
+    assert "\n" not in str(caught.value)
+    assert str(folder) in str(caught.value)
+
+
+def test_good_cases_are_read(folder):
+    dataset = open_dataset(f"msd:{folder}")
+    assert (dataset.name, dataset.num_channels, dataset.spatial_dims, len(dataset)) == ("Tiny", 2, 3, 2)
+    assert dataset.class_names == ("background", "left", "right")
+    assert dataset.case_names == ("a", "b")
+    assert dataset.largest_shape == SHAPE
+    assert isinstance(dataset, Dataset)
+    case = dataset.load(1)
+    assert case.name == "b"
+    assert case.posterior is None
+    assert case.image.shape == (*SHAPE, 2)
+    np.testing.assert_allclose(case.image.mean((0, 1, 2)), 0, atol=1e-5)
+    np.testing.assert_allclose(case.image.std((0, 1, 2)), 1, atol=1e-5)
+    np.testing.assert_array_equal(case.label, nib.load(folder / "labelsTr/b.nii.gz").dataobj)
+    np.testing.assert_array_equal(case.affine, AFFINE)
+
+
+def test_a_3d_image_has_one_channel_and_a_label_may_be_float(folder):
+    _describe(folder, modality={"0": "MRI"}, labels={"background": 0, "left": 1, "right": 2})
+    for name in ("a", "b"):
+        _write(folder / f"imagesTr/{name}.nii.gz", np.ones(SHAPE, np.int16))
+        _write(folder / f"labelsTr/{name}.nii.gz", np.full((*SHAPE, 1), 2.0, np.float32))
+    dataset = MSDDataset(folder)
+    assert dataset.class_names == ("background", "left", "right")
+    assert dataset.load(0).image.shape == (*SHAPE, 1)
+    assert (dataset.load(0).label == 2).all()
+
+
+def test_an_image_alone_is_read_as_in_training(folder):
+    image, header = read_image(folder / "imagesTr/a.nii.gz")
+    np.testing.assert_array_equal(image, MSDDataset(folder).load(0).image)
+    np.testing.assert_array_equal(header.get_best_affine(), AFFINE)
+
+
+def test_a_missing_folder_is_told(tmp_path):
+    _refuses("nowhere is not a folder", tmp_path / "nowhere")
+
+
+def test_a_missing_description_is_told(folder):
+    (folder / "dataset.json").unlink()
+    _refuses("holds no dataset.json", folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "not valid JSON"), ("[]", "holds a list"), ("\xff\xfe", "not valid JSON")]
+)
+def test_a_broken_description_is_told(folder, text, message):
+    (folder / "dataset.json").write_bytes(text.encode("latin1"))
+    _refuses(message, folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"training": []}, r'holds \[\] under "training"'),
+        ({"training": None}, 'holds nothing under "training"'),
+        ({"training": ["a.nii.gz"]}, 'an entry under "training" without an image or label'),
+        ({"training": [{"image": "a.nii.gz"}]}, 'an entry under "training" without an image or label'),
+        ({"labels": None}, 'holds nothing under "labels"'),
+        ({"labels": {"0": "background", "2": "gap"}}, "declares the labels .* without a gap"),
+        ({"labels": {"whole": [1, 2], "background": 0}}, "declares the labels"),
+        ({"labels": {"0": "background"}}, "declares the labels"),
+        ({"modality": None}, 'holds nothing under "modality"'),
+        ({"modality": {"0": "MRI"}}, 'a.nii.gz has 2 channels, but dataset.json declares 1 under "modality"'),
+    ],
+)
+def test_a_wrong_description_is_told(folder, changes, message):
+    _describe(folder, **changes)
+    _refuses(message, folder)
+
+
+def test_a_case_listed_twice_is_told(folder):
+    entry = {"image": "imagesTr/a.nii.gz", "label": "labelsTr/a.nii.gz"}
+    _describe(folder, training=[entry, entry])
+    _refuses("lists a more than once", folder)
+
+
+def test_missing_files_are_named_and_counted(folder):
+    (folder / "labelsTr/a.nii.gz").unlink()
+    (folder / "imagesTr/b.nii.gz").unlink()
+    _refuses("labelsTr/a.nii.gz does not exist, the first of 2 files", folder)
+
+
+def test_another_shape_is_told(folder):
+    _write(folder / "labelsTr/a.nii.gz", np.zeros((6, 5, 3), np.uint8))
+    _refuses(re.escape("labelsTr/a.nii.gz has shape (6, 5, 3), but its image has (6, 5, 4)"), folder)
+
+
+def test_another_rank_is_told(folder):
+    _write(folder / "imagesTr/a.nii.gz", np.zeros((6, 5), np.float32))
+    _refuses(re.escape("imagesTr/a.nii.gz has shape (6, 5): give a 3-D volume"), folder)
+
+
+def test_another_affine_is_told_beyond_the_tolerance(folder):
+    label = np.zeros(SHAPE, np.uint8)
+    _write(folder / "labelsTr/a.nii.gz", label, AFFINE + 5e-4)
+    MSDDataset(folder)
+    moved = AFFINE.copy()
+    moved[0, 3] = 2.5
+    _write(folder / "labelsTr/a.nii.gz", label, moved)
+    _refuses("labelsTr/a.nii.gz has an affine that differs from its image's by up to 2.5 mm", folder)
+
+
+@pytest.mark.parametrize("kind", ["imagesTr", "labelsTr"])
+@pytest.mark.parametrize("content", [b"", b"not a gzip file", b"\x1f\x8b broken"])
+def test_a_corrupt_file_is_told(folder, kind, content):
+    (folder / kind / "a.nii.gz").write_bytes(content)
+    _refuses(f"{kind}/a.nii.gz is truncated or corrupt", folder)
+
+
+@pytest.mark.parametrize("kept", [0.9, -4])
+def test_a_truncated_file_is_told_when_it_is_loaded(folder, kept):
+    """The header is whole, the voxels are not (or the checksum at the end is missing)."""
+    rng = np.random.default_rng(0)
+    _write(folder / "imagesTr/a.nii.gz", rng.random((*SHAPE, 2)).astype(np.float32))
+    file = folder / "imagesTr/a.nii.gz"
+    content = file.read_bytes()
+    file.write_bytes(content[: int(kept * len(content)) if kept > 0 else kept])
+    _refuses("imagesTr/a.nii.gz is truncated or corrupt", folder, load=True)
+
+
+def test_flipped_bits_are_told(folder):
+    file = folder / "imagesTr/a.nii.gz"
+    content = bytearray(file.read_bytes())
+    content[-8] ^= 0xFF
+    file.write_bytes(bytes(content))
+    _refuses("imagesTr/a.nii.gz is truncated or corrupt", folder, load=True)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_voxels_that_are_not_finite_are_told(folder, bad):
+    image = np.ones((*SHAPE, 2), np.float32)
+    image[0, 0, :3] = bad
+    _write(folder / "imagesTr/a.nii.gz", image)
+    _refuses("imagesTr/a.nii.gz holds 6 voxels that are NaN or infinite", folder, load=True)
+
+
+def test_undeclared_labels_are_told(folder):
+    label = np.zeros(SHAPE, np.int16)
+    label[0, 0] = [0, 1, 4, -1]
+    _write(folder / "labelsTr/a.nii.gz", label)
+    expected = re.escape("labelsTr/a.nii.gz holds the label values [-1, 0, 1, 4], but [0, 1, 2] are declared")
+    _refuses(expected, folder, load=True)
+
+
+def test_labels_that_are_not_whole_numbers_are_told(folder):
+    _write(folder / "labelsTr/a.nii.gz", np.full(SHAPE, 0.5, np.float32))
+    _refuses("labelsTr/a.nii.gz holds the label value 0.5: labels must be whole numbers", folder, load=True)
+
+
+def test_voxels_of_a_strange_type_are_told(folder):
+    _write(folder / "imagesTr/a.nii.gz", np.ones((*SHAPE, 2), np.complex64))
+    _refuses("imagesTr/a.nii.gz has voxels of type complex64", folder, load=True)
+
+
+def test_an_image_for_prediction_that_is_missing_or_no_nifti_is_told(tmp_path):
+    with pytest.raises(InputError, match=r"scan.nii.gz does not exist"):
+        read_image(tmp_path / "scan.nii.gz")
+    nib.save(nib.MGHImage(np.ones(SHAPE, np.float32), AFFINE), tmp_path / "scan.mgz")
+    with pytest.raises(InputError, match=r"scan.mgz is a MGHImage, not NIfTI in one file"):
+        read_image(tmp_path / "scan.mgz")
+
+
+def test_the_hippocampus_is_read(hippocampus):
+    dataset = open_dataset(f"msd:{hippocampus}")
+    assert dataset.class_names == ("background", "Anterior", "Posterior")
+    assert dataset.num_channels == 1
+    case = dataset.load(0)
+    assert case.name == "hippocampus_001"
+    assert np.all(np.array(dataset.largest_shape) >= case.label.shape)
+    assert case.image.shape == (*case.label.shape, 1)
+    assert set(np.unique(case.label)) == {0, 1, 2}
+    assert abs(case.image[case.image != 0].mean()) < 1e-4

@@ -1,0 +1,158 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from train.data import (
+    NO_AUGMENTATION,
+    AugmentConfig,
+    augment,
+    crop_back,
+    fit_to_patch,
+    pad_to_multiple,
+    z_score_nonzero,
+)
+from train.data.augment import random_flip, random_gamma, random_intensity, random_noise
+from train.errors import InputError
+
+
+def test_z_score_ignores_and_keeps_zeros():
+    image = np.random.default_rng(0).gamma(2.0, 100.0, (8, 9, 10, 2)).astype(np.float32)
+    image[:4] = 0
+    scaled = z_score_nonzero(image)
+    assert scaled.dtype == np.float32
+    assert not scaled[:4].any()
+    np.testing.assert_allclose(scaled[4:].mean((0, 1, 2)), 0, atol=1e-5)
+    np.testing.assert_allclose(scaled[4:].std((0, 1, 2)), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [0.0, 7.0])
+def test_z_score_of_a_constant_channel_is_zero(value):
+    assert not z_score_nonzero(np.full((3, 3, 1), value, np.float32)).any()
+
+
+def _marked(shape):
+    """An image whose only channel equals its label, so that a joint move can be seen."""
+    label = np.random.default_rng(1).integers(1, 200, shape).astype(np.uint8)
+    return label[..., None].astype(np.float32), label
+
+
+@pytest.mark.parametrize("shape", [(10, 10), (3, 20), (5, 4), (7, 11, 5)])
+def test_fit_to_patch_moves_image_and_label_together(shape):
+    image, label = _marked(shape)
+    patch = (7, 8, 6)[: len(shape)]
+    fitted_image, fitted_label = fit_to_patch(image, label, patch, np.random.default_rng(0))
+    assert fitted_label.shape == patch
+    assert fitted_label.dtype == np.uint8
+    np.testing.assert_array_equal(fitted_image[..., 0], fitted_label)
+    assert np.count_nonzero(fitted_label) == np.prod(np.minimum(shape, patch))
+
+
+def test_fit_to_patch_pads_in_the_centre_and_crops_everywhere():
+    image, label = _marked((3, 6))
+    fitted = [fit_to_patch(image, label, (5, 4), np.random.default_rng(i))[1] for i in range(40)]
+    assert all(not f[0].any() and not f[4].any() for f in fitted)
+    corners = {f[1].tobytes() for f in fitted}
+    assert corners == {label[0, start : start + 4].tobytes() for start in range(3)}
+
+
+@pytest.mark.parametrize("multiple", [8, (4, 16, 1)])
+def test_crop_back_undoes_pad_to_multiple(multiple):
+    image, _ = _marked((9, 16, 5))
+    padded = pad_to_multiple(image, multiple)
+    assert not np.any(np.array(padded.shape[:-1]) % multiple)
+    np.testing.assert_array_equal(crop_back(padded, image.shape[:-1]), image)
+    np.testing.assert_array_equal(crop_back(padded[..., 0], image.shape[:-1]), image[..., 0])
+
+
+def _example(shape=(6, 5, 4)):
+    image, label = _marked(shape)
+    return jnp.asarray(image), jnp.asarray(label, jnp.int32)
+
+
+def test_flips_move_image_and_label_together_and_stay_on_their_axes():
+    image, label = _example()
+    seen = set()
+    for seed in range(20):
+        flipped_image, flipped_label = random_flip(jax.random.key(seed), image, label, prob=0.5, axes=(0, 2))
+        np.testing.assert_array_equal(flipped_image[..., 0], flipped_label)
+        match = [
+            axes
+            for axes in [(), (0,), (2,), (0, 2)]
+            if np.array_equal(flipped_label, np.flip(np.asarray(label), axes))
+        ]
+        seen.update(match)
+    assert seen == {(), (0,), (2,), (0, 2)}
+
+
+def test_noise_has_a_standard_deviation_up_to_the_largest():
+    image = jnp.zeros((40, 40, 1))
+    stds = [float(random_noise(jax.random.key(i), image, max_std=0.5).std()) for i in range(20)]
+    assert max(stds) <= 0.52
+    assert max(stds) - min(stds) > 0.2
+
+
+def test_intensity_changes_each_channel_linearly_within_its_range():
+    image = jnp.stack([jnp.linspace(-1, 1, 20), jnp.linspace(0, 3, 20)], axis=-1)
+    changed = random_intensity(jax.random.key(0), image, scale=0.2, shift=0.1)
+    for channel in range(2):
+        slope, offset = np.polyfit(image[:, channel], changed[:, channel], 1)
+        assert abs(slope - 1) <= 0.2
+        assert abs(offset) <= 0.1 + 1e-6
+
+
+def test_gamma_keeps_range_and_order():
+    image = jax.random.normal(jax.random.key(1), (50, 2))
+    changed = random_gamma(jax.random.key(0), image, gamma=(0.5, 0.6))
+    np.testing.assert_allclose(changed.min(0), image.min(0), atol=1e-5)
+    np.testing.assert_allclose(changed.max(0), image.max(0), atol=1e-5)
+    np.testing.assert_array_equal(jnp.argsort(changed, axis=0), jnp.argsort(image, axis=0))
+    assert (changed >= image - 1e-5).all(), "an exponent below 1 brightens"
+
+
+def test_gamma_of_a_constant_image_is_the_image():
+    image = jnp.full((4, 4, 1), 2.0)
+    np.testing.assert_array_equal(random_gamma(jax.random.key(0), image, gamma=(0.5, 2.0)), image)
+
+
+def test_augment_is_a_function_of_its_key_and_keeps_labels_with_the_image():
+    image, label = _example()
+    config = AugmentConfig(noise_std=0.0, intensity_scale=0.0, intensity_shift=0.0, gamma=(1.0, 1.0))
+    keys = jax.random.split(jax.random.key(0), 8)
+    batch = jnp.stack([image] * 8), jnp.stack([label] * 8)
+    run = jax.jit(jax.vmap(augment, in_axes=(0, 0, 0, None)), static_argnums=3)
+    images, labels = run(keys, *batch, config)
+    np.testing.assert_array_equal(images[..., 0], labels)
+    assert len({np.asarray(one).tobytes() for one in labels}) == 2
+    np.testing.assert_array_equal(images, run(keys, *batch, config)[0])
+    full_images, full_labels = run(keys, *batch, AugmentConfig())
+    assert full_images.dtype == jnp.float32
+    assert full_labels.dtype == jnp.int32
+    assert len({np.asarray(one).tobytes() for one in full_images}) == 8
+
+
+def test_no_augmentation_changes_and_costs_nothing():
+    image, label = _example()
+    same_image, same_label = augment(jax.random.key(0), image, label, NO_AUGMENTATION)
+    assert same_image is image
+    assert same_label is label
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"flip_prob": 1.5}, "flip_prob is 1.5"),
+        ({"noise_std": -1.0}, "noise_std is -1.0"),
+        ({"gamma": (1.5, 0.7)}, r"gamma is \(1.5, 0.7\)"),
+        ({"gamma": (0.0, 1.0)}, "gamma is"),
+    ],
+)
+def test_bad_strengths_are_told(change, message):
+    with pytest.raises(InputError, match=message):
+        AugmentConfig(**change)
+
+
+def test_an_axis_the_data_lacks_is_told():
+    image, label = _example((4, 4))
+    with pytest.raises(InputError, match=r"flip_axes is \(2,\): the data has spatial axes 0 to 1"):
+        augment(jax.random.key(0), image, label, AugmentConfig(flip_axes=(2,)))

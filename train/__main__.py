@@ -1,0 +1,150 @@
+"""Command line of the trainer.
+
+`python -m train` compares Dice with Dice + mL1-ACE on an embedded phantom. `python -m train --help` lists
+the commands, `python -m train COMMAND --help` their options.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from train.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
+from train.data import AugmentConfig
+from train.errors import InputError
+
+
+@dataclass(frozen=True)
+class _Options:
+    """Options of every command that trains."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    out: Path | None = None
+    """Output folder, new or empty. Default: one under runs/ named after the command and the time."""
+    resume: bool = False
+    """Go on with the run in --out, from its last checkpoint."""
+
+    def config(self, loss: str) -> RunConfig:
+        return RunConfig(loss, self.data, self.model, self.training, self.augment)
+
+
+@dataclass(frozen=True)
+class Compare(_Options):
+    """Train the same network under several losses and compare them on held-out cases (the default command).
+
+    Without options: Dice against Dice + mL1-ACE on the embedded phantom. On your own data:
+
+        python -m train compare --data msd:Task04_Hippocampus --losses dice dice+ace dice+ce dice+ce+ace
+    """
+
+    losses: tuple[str, ...] = ("dice", "dice+ace")
+    """Losses to compare, the baseline first: terms dice, ce and ace joined by +, weighted as in
+    dice+0.5*ace."""
+
+    def run(self) -> None:
+        from train.compare import compare
+        from train.runs import default_folder
+
+        page = compare(
+            self.config(self.losses[0]), self.losses, self.out or default_folder("compare"), resume=self.resume
+        )
+        print(f"\nPage with figures: {page}")
+
+
+@dataclass(frozen=True)
+class Fit(_Options):
+    """Train one network with one loss.
+
+        python -m train fit --loss dice+ace --data msd:Task04_Hippocampus --steps 2000 --out runs/ace
+    """
+
+    loss: str = "dice+ace"
+    """Terms dice, ce and ace joined by +, weighted as in dice+0.5*ace."""
+
+    def run(self) -> None:
+        from train.fit import fit, open_task
+        from train.runs import default_folder
+
+        folder = self.out or default_folder("fit")
+        fit(open_task(self.config(self.loss)), folder, resume=self.resume)
+        print(f"\nRun: {folder}\nNext: python -m train evaluate {folder}")
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Evaluate a trained network on the cases its run never saw: Dice, ACE, ECE, MCE, figures and a page.
+
+        python -m train evaluate runs/ace --data msd:Task04_Hippocampus
+    """
+
+    run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="run", metavar="RUN")]
+    """Folder of the run."""
+    data: str | None = None
+    """Data set; default: the run's own. Of another data set, all cases are evaluated."""
+    split: str = "test"
+    """train, val or test cases of the run's own data set."""
+    out: Path | None = None
+    """Output folder, new or empty. Default: evaluate-SPLIT in the run's folder."""
+
+    def run(self) -> None:
+        from train.compare import evaluate_run
+
+        print(f"\nPage with figures: {evaluate_run(self.run_folder, self.data, self.split, self.out)}")
+
+
+@dataclass(frozen=True)
+class Predict:
+    """Label maps and class probabilities of a folder of NIfTI volumes, with each volume's own affine.
+
+        python -m train predict runs/ace --images scans --out predictions
+    """
+
+    run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="run", metavar="RUN")]
+    """Folder of the run."""
+    images: Path
+    """Folder of .nii or .nii.gz volumes."""
+    out: Path
+    """Output folder, new or empty."""
+
+    def run(self) -> None:
+        from train.predict import predict_folder
+
+        written = predict_folder(self.run_folder, self.images, self.out)
+        print(f"\n{len(written)} files in {self.out}")
+
+
+COMMANDS = {"compare": Compare, "fit": Fit, "evaluate": Evaluate, "predict": Predict}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command; 0 if it succeeded, 2 after bad input, which ends in one sentence on stderr."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    first = arguments[0] if arguments else ""
+    # Options without a command are those of the main job.
+    if not first or (first.startswith("-") and first not in ("-h", "--help")):
+        arguments = ["compare", *arguments]
+    try:
+        command = tyro.extras.subcommand_cli_from_dict(
+            COMMANDS,
+            args=arguments,
+            prog="python -m train",
+            description=__doc__,
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
+        )
+        command.run()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; add --resume to the same command with --out to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

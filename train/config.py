@@ -1,0 +1,174 @@
+"""What a run is made of. Typed, frozen, kept with the run as JSON."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from train.data import AugmentConfig, Dataset
+from train.errors import InputError
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where cases come from and who trains, validates and tests."""
+
+    data: str = "phantom"
+    """phantom (embedded, 3-D), phantom2d, or msd:PATH (Medical Segmentation Decathlon layout)."""
+    num_test: int = 40
+    """Cases held back as test."""
+    num_val: int = 20
+    """Cases held back for validation."""
+    split_seed: int = 0
+    """Which cases; the same seed gives the same split."""
+    patch: tuple[int, ...] = ()
+    """Voxels along each axis that the network sees at once; left out, the largest case rounded up to the
+    network's strides, 128 at most."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The U-Net. Defaults are the paper's."""
+
+    channels: tuple[int, ...] = (8, 16, 32, 64)
+    """Channels of each level."""
+    strides: tuple[int, ...] = (2, 2, 2)
+    """Stride between levels."""
+    num_res_units: int = 2
+    """Convolutions in a residual unit; 0 for plain ones."""
+    dropout: float = 0.0
+    """Dropout rate."""
+
+    @property
+    def divisor(self) -> int:
+        """What every side of a patch must be a multiple of."""
+        product = 1
+        for stride in self.strides:
+            product *= stride
+        return product
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How the network is trained."""
+
+    steps: int = 600
+    """Optimiser steps."""
+    batch_size: int = 4
+    """Patches per step, over all devices."""
+    learning_rate: float = 5e-3
+    """Peak of the learning rate (Adam)."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up."""
+    warmup_steps: int = 50
+    """Steps over which the learning rate rises from 0."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay (AdamW)."""
+    clip_norm: float = 0.0
+    """Largest global norm of the gradient; 0 does not clip."""
+    ace_delay: float = 0.0
+    """Share of the steps before mL1-ACE sets in."""
+    ace_ramp: float = 0.0
+    """Share of the steps over which its weight then rises to its full value."""
+    seed: int = 0
+    """Seed of weights, order of cases, crops and augmentation."""
+    validate_every: int = 0
+    """Steps between validations; 0 for four in a run."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints; 0 for one with each validation."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides what a run computes."""
+
+    loss: str
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+    def __post_init__(self) -> None:
+        for option in ("steps", "batch_size"):
+            if getattr(self.training, option) < 1:
+                raise InputError(f"{option} is {getattr(self.training, option)}: give 1 or more.")
+        if not self.training.learning_rate > 0:
+            raise InputError(f"learning_rate is {self.training.learning_rate}: give a positive number.")
+        if len(self.model.strides) != len(self.model.channels) - 1 or min(self.model.strides) < 1:
+            raise InputError(
+                f"strides {self.model.strides} do not fit channels {self.model.channels}: "
+                "give one stride, 1 or more, between each two levels."
+            )
+
+
+@dataclass(frozen=True)
+class DataInfo:
+    """What a trained network has to know of its data, kept with the run so that predicting needs no data set."""
+
+    name: str
+    class_names: tuple[str, ...]
+    num_channels: int
+    spatial_dims: int
+
+    @classmethod
+    def of(cls, dataset: Dataset) -> "DataInfo":
+        """What is to be kept of `dataset`."""
+        return cls(dataset.name, dataset.class_names, dataset.num_channels, dataset.spatial_dims)
+
+
+def resolve_patch(patch: Sequence[int], largest_shape: Sequence[int], divisor: int) -> tuple[int, ...]:
+    """The patch asked for, checked, or the smallest that holds every case, 128 at most along each axis.
+
+    Raises:
+        InputError: if it has another rank than the data or the network's strides do not divide it.
+
+    Example:
+        >>> resolve_patch((), (41, 59, 46), 8)
+        (48, 64, 48)
+    """
+    if not patch:
+        most = 128 // divisor * divisor or divisor
+        return tuple(min(-(-size // divisor) * divisor, most) for size in largest_shape)
+    if len(patch) != len(largest_shape):
+        raise InputError(f"patch {tuple(patch)} has {len(patch)} sides, the data {len(largest_shape)} axes.")
+    if any(size < 1 or size % divisor for size in patch):
+        fitting = tuple(max(1, round(size / divisor)) * divisor for size in patch)
+        raise InputError(
+            f"patch {tuple(patch)} is not divided by the network's strides, whose product is {divisor}; "
+            f"{fitting} would be."
+        )
+    return tuple(patch)
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """A configuration as plain JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_json(kind: Any, values: dict[str, Any]) -> Any:
+    """The configuration that `to_json` wrote, an instance of `kind`."""
+    return kind(**{f.name: _restore(f.type, values[f.name]) for f in dataclasses.fields(kind)})
+
+
+def _restore(kind: Any, value: Any) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return from_json(kind, value)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def read_config(folder: Path) -> tuple[RunConfig, DataInfo]:
+    """The configuration of the run in `folder`, and what it knows of its data.
+
+    Raises:
+        InputError: if there is none, or it cannot be read.
+    """
+    file = folder / "config.json"
+    try:
+        kept = json.loads(file.read_text())
+        return from_json(RunConfig, kept["config"]), from_json(DataInfo, kept["data"])
+    except FileNotFoundError as error:
+        raise InputError(f"{folder} holds no run: {file} does not exist.") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file} is not a run's configuration ({type(error).__name__}: {error}).") from error

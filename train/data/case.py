@@ -1,0 +1,69 @@
+"""What every data set hands out: cases, by index."""
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float, Float32, UInt8
+
+
+@dataclass(frozen=True)
+class Case:
+    """One subject, ready for the model.
+
+    Attributes:
+        name: unique within its data set.
+        image: intensities, z-scored per channel over the non-zero voxels (see `z_score_nonzero`).
+        label: class ids, 0 is background.
+        affine: voxel index to millimetres, as in NIfTI.
+        posterior: the probabilities the label was drawn from, where they are known (phantoms only).
+    """
+
+    name: str
+    image: Float32[np.ndarray, "*spatial channels"]
+    label: UInt8[np.ndarray, "*spatial"]
+    affine: Float[np.ndarray, "4 4"]
+    posterior: Float32[np.ndarray, "*spatial classes"] | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the arrays take, in bytes."""
+        posterior = 0 if self.posterior is None else self.posterior.nbytes
+        return self.image.nbytes + self.label.nbytes + posterior
+
+
+@runtime_checkable
+class Dataset(Protocol):
+    """Cases by index; `load` is pure, so cases may be cached and loaded from any thread."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names by class id, background first."""
+        ...
+
+    @property
+    def num_channels(self) -> int: ...
+
+    @property
+    def spatial_dims(self) -> int:
+        """2 or 3."""
+        ...
+
+    @property
+    def largest_shape(self) -> tuple[int, ...]:
+        """Voxels along each axis that hold every case."""
+        ...
+
+    @property
+    def case_names(self) -> tuple[str, ...]:
+        """Unique names, in the order of `load`'s index."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def load(self, index: int) -> Case:
+        """Reads or generates case `index`, `0 <= index < len(self)`."""
+        ...

@@ -1,0 +1,109 @@
+"""The input pipeline: cached cases -> shuffle -> repeat -> patch -> batch, on Grain.
+
+Element i of the stream is a function of (seed, i) alone, so the iterator's whole state is how many batches
+it has handed out: saving and restoring it in the middle of an epoch goes on with the same batches, bit by
+bit, and prefetching does not disturb it.
+"""
+
+from collections.abc import Sequence
+
+import grain
+import numpy as np
+
+from train.data.case import Case, Dataset
+from train.data.transforms import fit_to_patch
+from train.errors import InputError
+
+
+class CachedCases:
+    """A random-access source of (index in the data set, case) that keeps cases in memory once loaded.
+
+    Once `max_bytes` are in use no more cases are kept and none is dropped: where each epoch visits every
+    case once, that hits as often as any policy can. Threads may share it; `load` being pure, a case that
+    two of them load at once is loaded twice and kept once.
+    """
+
+    def __init__(self, dataset: Dataset, names: Sequence[str], *, max_bytes: int = 8 * 2**30):
+        self._dataset = dataset
+        self._indices = _find_cases(dataset, names)
+        self._cases: dict[int, Case] = {}
+        self._free_bytes = max_bytes
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> tuple[int, Case]:
+        case_index = self._indices[index]
+        case = self._cases.get(case_index)
+        if case is None:
+            case = self._dataset.load(case_index)
+            if case.num_bytes <= self._free_bytes:
+                self._free_bytes -= case.num_bytes
+                case = self._cases.setdefault(case_index, case)
+        return case_index, case
+
+
+def train_batches(
+    dataset: Dataset,
+    names: Sequence[str],
+    *,
+    patch: Sequence[int],
+    batch_size: int,
+    seed: int,
+    shard: tuple[int, int] = (0, 1),
+    num_threads: int = 1,
+) -> grain.DatasetIterator[dict[str, np.ndarray]]:
+    """An endless iterator over shuffled batches of patches.
+
+    Every epoch visits each case once, in an order of its own; batches run across the ends of epochs.
+
+    Args:
+        dataset: where the cases come from.
+        names: the cases to train on.
+        patch: voxels along each spatial axis.
+        batch_size: examples per batch, of this process.
+        seed: of order and crops.
+        shard: (index, count) of this process, `(jax.process_index(), jax.process_count())`. Process i takes
+            every count-th example from the i-th on: their batches together are the one batch, count times
+            as large, that a single process would draw.
+        num_threads: threads that load and cut batches ahead, two each; the batches do not depend on it.
+
+    Returns:
+        Yields `{"image": float32 [batch, *patch, channels], "label": int32 [batch, *patch], "index": int32
+        [batch]}`, the index being the case's in the data set. `get_state()` is a small dictionary that
+        JSON can hold; `set_state()` resumes exactly there.
+
+    Raises:
+        InputError: a name that is not in the data set, a patch of another rank, an empty batch.
+    """
+    if len(patch) != dataset.spatial_dims or min(patch) < 1:
+        raise InputError(
+            f"patch is {tuple(patch)}: {dataset.name} needs {dataset.spatial_dims} positive lengths."
+        )
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}: give 1 or more.")
+
+    def to_example(element: tuple[int, Case], rng: np.random.Generator) -> dict[str, np.ndarray]:
+        index, case = element
+        image, label = fit_to_patch(case.image, case.label, patch, rng)
+        return {"image": image, "label": label.astype(np.int32), "index": np.asarray(index, np.int32)}
+
+    stream = grain.MapDataset.source(CachedCases(dataset, names)).seed(seed).shuffle().repeat()
+    shard_index, shard_count = shard
+    examples = stream.random_map(to_example)[shard_index::shard_count]
+    batches = examples.batch(batch_size, drop_remainder=True)
+    ahead = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
+    return iter(batches.to_iter_dataset(ahead))
+
+
+def _find_cases(dataset: Dataset, names: Sequence[str]) -> list[int]:
+    if not names:
+        raise InputError(f"No case of {dataset.name} was chosen: give at least one.")
+    index_of = {name: index for index, name in enumerate(dataset.case_names)}
+    unknown = [name for name in names if name not in index_of]
+    if unknown:
+        raise InputError(
+            f"{unknown[0]} is not a case of {dataset.name}, which has {dataset.case_names[0]} and "
+            f"{len(dataset) - 1} others: choose among these."
+        )
+    return [index_of[name] for name in names]

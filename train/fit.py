@@ -1,0 +1,163 @@
+"""Train one network with one loss: read `fit` from the top down."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from tqdm import tqdm
+
+from calib_jax.report import ModelResult
+from train.checkpoint import Checkpoints
+from train.config import DataInfo, RunConfig, read_config, resolve_patch, to_json
+from train.data import Dataset, Splits, open_dataset, split_cases, train_batches, write_splits
+from train.errors import InputError
+from train.evaluate import Predict, evaluate
+from train.inference import patch_predictor, predict_volume
+from train.logs import CsvLog
+from train.models import UNet
+from train.runs import open_run
+from train.sharding import check_batch_size, device_mesh, put_batch, replicated
+from train.step import TrainState, init_state, make_optimizer, make_train_step
+
+_FLUSH_EVERY = 20  # steps between reads of the metrics, so that the loop does not wait for each step
+
+
+@dataclass(frozen=True)
+class Task:
+    """A configuration with what it refers to: the data set, the split and the patch."""
+
+    config: RunConfig
+    dataset: Dataset
+    splits: Splits
+    patch: tuple[int, ...]
+
+
+def open_task(config: RunConfig) -> Task:
+    """Opens the data of a run and checks everything that can be checked before it starts."""
+    data = config.data
+    dataset = open_dataset(data.data)
+    splits = split_cases(
+        dataset.case_names, num_test=data.num_test, num_val=data.num_val, seed=data.split_seed
+    )
+    patch = resolve_patch(data.patch, dataset.largest_shape, config.model.divisor)
+    # The patch is kept with the run, so that predicting needs no data set to find it.
+    config = dataclasses.replace(config, data=dataclasses.replace(data, patch=patch))
+    return Task(config, dataset, splits, patch)
+
+
+def fit(task: Task, folder: Path, *, resume: bool = False) -> Predict:
+    """Trains, validates and checkpoints into `folder`; returns the trained network's prediction of a case.
+
+    Raises:
+        InputError: on bad options, data or folders, before anything is written; if the loss stops being a
+            number, with what is already on disk kept.
+    """
+    config = task.config
+    mesh = device_mesh()
+    check_batch_size(config.training.batch_size, mesh)
+    info = DataInfo.of(task.dataset)
+    open_run(folder, config, resume=resume, data=to_json(info))
+    write_splits(folder / "splits.json", task.splits)
+    optimizer = make_optimizer(config.training)
+    graphdef, state = init_state(make_model(config, info), optimizer)
+    state = jax.device_put(state, replicated(mesh))
+    batches = train_batches(
+        task.dataset,
+        task.splits.train,
+        patch=task.patch,
+        batch_size=config.training.batch_size // jax.process_count(),
+        seed=config.training.seed,
+        shard=(jax.process_index(), jax.process_count()),
+    )
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        if resume and checkpoints.latest_step is not None:
+            state, data_state = checkpoints.restore(state)
+            batches.set_state(data_state)
+        state = _loop(task, folder, graphdef, state, batches, checkpoints)
+    return volume_predictor(graphdef, state, task.patch)
+
+
+def _loop(
+    task: Task, folder: Path, graphdef: nnx.GraphDef, state: TrainState, batches: Any, checkpoints: Checkpoints
+) -> TrainState:
+    training = task.config.training
+    mesh = device_mesh()
+    train_step = make_train_step(graphdef, make_optimizer(training), task.config, mesh)
+    start = int(state.step)
+    log = CsvLog(folder / "log.csv", before_step=start)
+    validation_log = CsvLog(folder / "validation.csv", before_step=start + 1)
+    validate_every = training.validate_every or -(-training.steps // 4)
+    checkpoint_every = training.checkpoint_every or validate_every
+    pending: list[dict[str, Any]] = []
+    bar = tqdm(range(start, training.steps), task.config.loss, training.steps, initial=start, unit="step")
+    for step in bar:
+        state, metrics = train_step(state, put_batch(next(batches), mesh))
+        pending.append({"step": step, **metrics})
+        done, last = step + 1, step + 1 == training.steps
+        if done % _FLUSH_EVERY == 0 or last or done % checkpoint_every == 0:
+            _flush(pending, log, bar, folder)
+        if done % checkpoint_every == 0 or last:
+            checkpoints.save(state, batches.get_state())
+        if task.splits.val and (done % validate_every == 0 or last):
+            predict = volume_predictor(graphdef, state, task.patch)
+            result = evaluate("validation", predict, task.dataset, task.splits.val)
+            validation_log.add([{"step": done, **mean_metrics(result)}])
+    return state
+
+
+def _flush(pending: list[dict[str, Any]], log: CsvLog, bar: tqdm, folder: Path) -> None:
+    """Waits for the pending steps and logs them; stops the run if the loss is no longer a number."""
+    rows = jax.device_get(pending)
+    pending.clear()
+    log.add(rows)
+    bar.set_postfix(loss=f"{rows[-1]['loss']:.4f}")
+    bad = [row["step"] for row in rows if not np.isfinite(row["loss"])]
+    if bad:
+        raise InputError(
+            f"The loss is not finite from step {bad[0]} on: lower --learning-rate or set --clip-norm, and start "
+            f"again or --resume from the last checkpoint in {folder / 'checkpoints'}."
+        )
+
+
+def make_model(config: RunConfig, data: DataInfo) -> UNet:
+    """The network of a run, freshly initialised from its seed."""
+    return UNet(
+        spatial_dims=data.spatial_dims,
+        in_channels=data.num_channels,
+        out_channels=len(data.class_names),
+        channels=config.model.channels,
+        strides=config.model.strides,
+        num_res_units=config.model.num_res_units,
+        dropout=config.model.dropout,
+        rngs=nnx.Rngs(config.training.seed),
+    )
+
+
+def volume_predictor(graphdef: nnx.GraphDef, state: TrainState, patch: tuple[int, ...]) -> Predict:
+    """Class probabilities of an image under the weights of `state`."""
+    predict = patch_predictor(graphdef, state.params, state.rest)
+    return lambda image: predict_volume(predict, image, patch)
+
+
+def mean_metrics(result: ModelResult) -> dict[str, float]:
+    """Mean of each metric over cases and classes, undefined ones left out."""
+    return {name: float(np.nanmean(values)) for name, values in result.metrics().items()}
+
+
+def load_run(folder: Path) -> tuple[RunConfig, DataInfo, Predict]:
+    """A run's configuration, what it knows of its data, and prediction under its newest weights.
+
+    Raises:
+        InputError: if the folder holds no run or no checkpoint.
+    """
+    config, info = read_config(folder)
+    graphdef, state = init_state(make_model(config, info), make_optimizer(config.training))
+    if not (folder / "checkpoints").is_dir():
+        raise InputError(f"{folder} holds no checkpoint: train it first, or --resume its training.")
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        state, _ = checkpoints.restore(state)
+    return config, info, volume_predictor(graphdef, state, config.data.patch)

@@ -1,0 +1,70 @@
+"""Losses by name: `dice`, `dice+ace`, `dice+ce+0.5*ace`."""
+
+import re
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+import calib_jax
+from train.errors import InputError
+
+# Each term as the argument of `calib_jax.segmentation_loss` that weighs it.
+TERMS = {"dice": "dice", "ce": "cross_entropy", "ace": "ace"}
+_TERM = re.compile(r"(?:(?P<weight>[0-9.eE-]+)\*)?(?P<name>[a-z]+)")
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A weighted sum of terms, named as the user wrote it."""
+
+    name: str
+    weights: tuple[tuple[str, float], ...]
+
+    def parts(
+        self, logits: Float[Array, "batch *spatial classes"], labels: Int[Array, "batch *spatial"]
+    ) -> dict[str, Array]:
+        """Each term by name, unweighted."""
+        off = dict.fromkeys(TERMS.values(), 0.0)
+        return {
+            name: calib_jax.segmentation_loss(logits, labels, **{**off, TERMS[name]: 1.0})
+            for name, _ in self.weights
+        }
+
+    def total(self, parts: dict[str, Array], ace_scale: float | Array = 1.0) -> Array:
+        """The sum that is minimised; `ace_scale` lets the calibration term set in gradually."""
+        scale = {"ace": ace_scale}
+        return jnp.stack([weight * scale.get(name, 1.0) * parts[name] for name, weight in self.weights]).sum()
+
+
+def parse_loss(name: str) -> Loss:
+    """The loss called `name`: terms joined by `+`, each with an optional weight, as in `dice+0.5*ace`.
+
+    Raises:
+        InputError: if a term is unknown, stands twice or has no positive weight.
+
+    Example:
+        >>> parse_loss("dice+0.5*ace").weights
+        (('dice', 1.0), ('ace', 0.5))
+    """
+    weights = [_parse_term(name, term.strip()) for term in name.split("+")]
+    terms = [term for term, _ in weights]
+    if len(set(terms)) < len(terms):
+        raise InputError(f"Loss {name!r} names a term twice; give each of them once.")
+    return Loss(name.replace(" ", ""), tuple(weights))
+
+
+def _parse_term(loss: str, text: str) -> tuple[str, float]:
+    match = _TERM.fullmatch(text)
+    if match is None or match["name"] not in TERMS:
+        raise InputError(
+            f"Unknown loss term {text!r} in {loss!r}; terms are {', '.join(TERMS)}, joined by '+' and weighted "
+            "as in 'dice+0.5*ace'."
+        )
+    try:
+        weight = float(match["weight"] or 1.0)
+    except ValueError:
+        weight = 0.0
+    if not 0 < weight < float("inf"):
+        raise InputError(f"Weight of {text!r} in loss {loss!r} must be a positive number.")
+    return match["name"], weight
