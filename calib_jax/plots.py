@@ -29,7 +29,7 @@ from calib_jax.errors import (
     maximum_calibration_error,
 )
 
-History = Mapping[str, Sequence[float]]
+History = Mapping[str, Sequence[float | int | None] | np.ndarray]
 """One model's training history: columns of equal length, `epoch` and any of `train_*` and `val_*`."""
 
 # Okabe and Ito's colours, told apart by readers with any common colour vision. Two of them always mean the
@@ -117,11 +117,13 @@ def bin_counts(
     count = _pooled_curve(_chosen(stats, class_index))[2]
     width = 1 / stats.num_bins
     ax.bar((np.arange(stats.num_bins) + 0.5) * width, count, 0.86 * width, color="#9AA5B1", zorder=2)
+    largest = max(float(count.max()), 1.0)
+    # Limits before the scale, which otherwise looks for a count above zero and warns if there is none.
+    ax.set_ylim(0.5, 3 * largest)
     ax.set_yscale("log")
-    ax.set_ylim(0.5, 3 * max(count.max(), 1.0))
     ax.set(xlim=(0, 1), xlabel="predicted probability", ylabel="voxels")
     ax.set_xticks(_TICKS, _TICK_LABELS)
-    ax.set_yticks(_decades(count.max()))
+    ax.set_yticks(_decades(largest))
     ax.minorticks_off()
     return _titled(_clean(ax), label)
 
@@ -417,7 +419,7 @@ def _unit_square(ax: Axes, xlabel: str, ylabel: str) -> None:
 
 def _decades(largest: float) -> list[float]:
     """At most four powers of ten up to `largest`, from 1 on."""
-    top = max(int(np.floor(np.log10(max(largest, 1)))), 0)
+    top = int(np.log10(largest))
     return [10.0**power for power in range(0, top + 1, max(1, -(-(top + 1) // 4)))]
 
 

@@ -53,7 +53,7 @@ def save_inputs(folder: Path, inputs: ReportInputs) -> None:
             name: {column: [_json_number(value) for value in values] for column, values in history.items()}
             for name, history in inputs.histories.items()
         },
-        "provenance": dict(inputs.provenance),
+        "provenance": {key: str(value) for key, value in inputs.provenance.items()},
     }
     (folder / _INDEX).write_text(json.dumps(index, indent=1, ensure_ascii=False), encoding="utf-8")
 

@@ -114,7 +114,7 @@ def _per_class(
 def _paired_figure(results: Sequence[ModelResult]) -> ReportFigure:
     shown = ("ACE", "MCE", "Dice")
     figure = Figure(figsize=(_WIDTH, 3.7), layout="constrained")
-    names = [textwrap.fill(result.name, 44 // len(results), max_lines=3) for result in results]
+    names = [_plain(textwrap.fill(result.name, 48 // len(results), max_lines=3)) for result in results]
     for ax, metric in zip(_row(figure, len(shown)), shown, strict=True):
         plots.paired_cases(_by_case(results, metric), names, ax=ax)
         better = "higher is better" if metric in HIGHER_IS_BETTER else "lower is better"
@@ -122,7 +122,7 @@ def _paired_figure(results: Sequence[ModelResult]) -> ReportFigure:
         if len(results) > 3:
             ax.set_xticks([])
     if len(results) > 3:
-        legend = plots.model_legend([_shortened(result.name) for result in results])
+        legend = plots.model_legend([_in_legend(result.name) for result in results])
         figure.legend(handles=legend, loc="outside lower center", ncols=3, frameon=False)
     return ReportFigure(
         name="cases",
@@ -137,7 +137,7 @@ def _paired_figure(results: Sequence[ModelResult]) -> ReportFigure:
 def _reliability_figure(results: Sequence[ModelResult], index: int | None, title: str) -> ReportFigure:
     figure, panels = _square_panels([result.name for result in results], below=0.72, footer=0.3)
     for result, (square, below) in zip(results, panels, strict=True):
-        plots.reliability_diagram(result.stats, class_index=index, label=_wrapped(result.name), ax=square)
+        plots.reliability_diagram(result.stats, class_index=index, label=_in_title(result.name), ax=square)
         plots.bin_counts(result.stats, class_index=index, ax=below)
         below.set_xlabel("mean predicted probability")
         square.set(xlabel="", xticklabels=[])
@@ -161,7 +161,7 @@ def _histogram_figure(results: Sequence[ModelResult], index: int | None, title: 
         plots.reliability_histogram(
             result.stats,
             class_index=index,
-            label=_wrapped(result.name),
+            label=_in_title(result.name),
             max_share=largest,
             colorbar=False,
             ax=square,
@@ -183,7 +183,7 @@ def _histogram_figure(results: Sequence[ModelResult], index: int | None, title: 
 def _history_figure(names: Sequence[str], histories: Mapping[str, plots.History]) -> ReportFigure:
     metrics = _measured_metrics(histories)
     figure = Figure(figsize=(min(_WIDTH, 1.2 + 4.9 * len(metrics)), 3.2), layout="constrained")
-    in_order = {name: histories.get(name, {}) for name in dict.fromkeys([*names, *histories])}
+    in_order = {_in_legend(name): histories.get(name, {}) for name in dict.fromkeys([*names, *histories])}
     for ax, metric in zip(_row(figure, len(metrics)), metrics, strict=True):
         plots.loss_curves(in_order, metric=metric, ax=ax)
         ax.set_ylabel(_SPELLED.get(metric, metric.replace("_", " ")))
@@ -207,7 +207,7 @@ def _square_panels(
 ) -> tuple[Figure, list[tuple[Axes, Axes]]]:
     """A grid of square axes, each with an axes of height `below` under it. All measures are in inches."""
     left, gap, label = 0.62, 0.42, 0.5
-    title = 0.28 + 0.17 * max(_wrapped(name).count("\n") for name in names)
+    title = 0.28 + 0.17 * max(_in_title(name).count("\n") for name in names)
     number, columns = len(names), _columns(len(names))
     rows = -(-number // columns)
     side = min(_PANEL, (_WIDTH - left - right - gap * (columns - 1)) / columns)
@@ -266,13 +266,18 @@ def _suffix(index: int | None) -> str:
     return "all" if index is None else f"class-{index}"
 
 
-def _wrapped(name: str) -> str:
-    """A title of at most two lines that fit over a panel."""
-    return textwrap.fill(name, 26, max_lines=2, placeholder="…")
+def _plain(name: str) -> str:
+    """A name whose dollar signs do not start a formula."""
+    return name.replace("$", r"\$")
 
 
-def _shortened(name: str) -> str:
-    return textwrap.shorten(name, 44, placeholder="…")
+def _in_title(name: str) -> str:
+    """At most two lines that fit over a panel."""
+    return _plain(textwrap.fill(name, 26, max_lines=2, placeholder="…"))
+
+
+def _in_legend(name: str) -> str:
+    return _plain(textwrap.shorten(name, 44, placeholder="…"))
 
 
 def _listed(results: Sequence[ModelResult]) -> str:

@@ -38,8 +38,9 @@ def write_report(
     """Writes a report that compares models on a data set.
 
     `index.html` stands alone: style and figures are inside, nothing is loaded from the network. Beside it
-    lie `figures/*.png`, `tables/` (the table as CSV and JSON, and every case as CSV), and the inputs, from
-    which `python -m calib_jax.report FOLDER` makes the page again.
+    lie `figures/*.png`, the table as `table.csv` and `table.json`, every case in `cases/*.csv`, and the
+    inputs (`report.json`, `results/*.npz`), from which `python -m calib_jax.report FOLDER` makes the page
+    again.
 
     Args:
         folder: where to write; made if it is not there, older files of the same name are replaced.
@@ -61,7 +62,7 @@ def write_report(
     inputs = ReportInputs(tuple(results), title, histories or {}, provenance or {}, reference, base.name)
     rows = compare_models(results, baseline=base.name, reference=reference)
     archive.save_inputs(folder, inputs)
-    _write_tables(folder / "tables", rows, results)
+    _write_tables(folder, rows, results)
     page = folder / "index.html"
     page.write_text(render(inputs, rows, png_folder=folder / "figures"), encoding="utf-8")
     return page
@@ -110,13 +111,13 @@ def render(inputs: ReportInputs, rows: Sequence[ModelRow], *, png_folder: Path |
 
 
 def _write_tables(folder: Path, rows: Sequence[ModelRow], results: Sequence[ModelResult]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    write_csv(rows, folder / "summary.csv")
-    (folder / "summary.json").write_text(
+    (folder / "cases").mkdir(exist_ok=True)
+    write_csv(rows, folder / "table.csv")
+    (folder / "table.json").write_text(
         json.dumps(to_json(rows), indent=1, ensure_ascii=False), encoding="utf-8"
     )
     for i, result in enumerate(results):
-        result.write_case_csv(folder / f"cases-{archive.file_stem(i, result.name)}.csv")
+        result.write_case_csv(folder / "cases" / f"{archive.file_stem(i, result.name)}.csv")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,9 +26,9 @@ from train.data.transforms import z_score_nonzero
 
 CLASS_NAMES = ("background", "organ", "ring", "core")
 # Rows: classes; columns: channels. Channel 0 tells the organ from the background, channel 1 the core.
-INTENSITIES = np.array([[0.40, 0.50], [0.70, 0.60], [0.85, 0.45], [0.75, 0.85]])
+INTENSITIES = np.array([[0.30, 0.50], [0.60, 0.65], [0.85, 0.40], [0.80, 0.95]])
 # Each structure's radius in units of the one around it: lower and upper end.
-RELATIVE_RADII = ((0.60, 0.75), (0.55, 0.70))
+RELATIVE_RADII = ((0.65, 0.80), (0.60, 0.75))
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class PhantomDataset:
     num_cases: int = 100
     seed: int = 0
     noise: float = 0.1
-    ambiguity: float = 0.02
+    ambiguity: float = 0.018
 
     @property
     def name(self) -> str:
@@ -152,7 +152,7 @@ def draw_label(
 ) -> UInt8[np.ndarray, "*spatial"]:
     """One annotator's label: at each voxel a draw from `ordinal_posterior(z)`, smooth between voxels."""
     shape = z.shape[1:]
-    u = smooth_field(rng, shape, min(shape) / 10)
+    u = smooth_field(rng, shape, min(shape) / 16)
     return (u < z).sum(axis=0, dtype=np.uint8)
 
 

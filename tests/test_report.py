@@ -1,0 +1,413 @@
+"""The report: its numbers by hand, its files there and back, its page whole and safe."""
+
+import csv
+import dataclasses
+import html.parser
+import itertools
+import json
+import math
+import shutil
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+from calib_jax import BinStatistics
+from calib_jax.report import (
+    ModelResult,
+    compare_models,
+    format_table,
+    headline,
+    to_json,
+    write_csv,
+    write_report,
+)
+from calib_jax.report.__main__ import main
+
+
+def result(name, gaps, dice=0.8, *, cases=None, classes=("tumour",)):
+    """A result of one bin per case and class, so that ACE = ECE = MCE = the gap; NaN counts nothing."""
+    gaps = np.asarray(gaps, float).reshape(-1, len(classes))
+    counted = ~np.isnan(gaps)
+    count = np.where(counted, 100, 0)[..., None]
+    label_sum = 100 * np.where(counted, 0.5 - np.nan_to_num(gaps), 0)[..., None]
+    dice = np.broadcast_to(np.asarray(dice, float), gaps.shape).copy()
+    names = tuple(cases or [f"case {i}" for i in range(len(gaps))])
+    return ModelResult(name, names, tuple(classes), BinStatistics(count, 0.5 * count, label_sum), dice)
+
+
+def random_result(name, scale, *, seed=0, cases=12, classes=("anterior", "posterior"), bins=10):
+    rng = np.random.default_rng(seed)
+    count = rng.integers(0, 200, (cases, len(classes), bins))
+    prob = (np.arange(bins) + 0.5) / bins
+    frequency = np.clip(prob + scale * (0.5 - prob) + rng.normal(0, 0.03, count.shape), 0, 1)
+    dice = rng.uniform(0.7, 0.9, count.shape[:2])
+    return ModelResult(
+        name,
+        tuple(f"case_{i:02d}" for i in range(cases)),
+        classes,
+        BinStatistics(count, prob * count, frequency * count),
+        dice,
+    )
+
+
+class TestModelResult:
+    def test_metrics_by_hand(self):
+        stats = BinStatistics(
+            np.array([[[80, 20, 0]]]), np.array([[[8.0, 10.0, 0.0]]]), np.array([[[8.0, 2.0, 0.0]]])
+        )
+        metrics = ModelResult("m", ("c",), ("k",), stats, np.array([[0.7]])).metrics()
+        found = {name: round(value.item(), 6) for name, value in metrics.items()}
+        assert found == {"Dice": 0.7, "ACE": 0.2, "ECE": 0.08, "MCE": 0.4}
+
+    def test_save_and_load(self, tmp_path):
+        before = random_result("Dice + “CE” λ=0.3", 0.4)
+        before.save(tmp_path / "v1.2 result")
+        after = ModelResult.load(tmp_path / "v1.2 result")
+        assert (after.name, after.case_names, after.class_names) == (
+            before.name,
+            before.case_names,
+            before.class_names,
+        )
+        np.testing.assert_array_equal(after.dice, before.dice)
+        for field in dataclasses.fields(BinStatistics):
+            x, y = getattr(after.stats, field.name), getattr(before.stats, field.name)
+            np.testing.assert_array_equal(x, y)
+            assert x.dtype == y.dtype
+
+    def test_load_refuses_other_files(self, tmp_path):
+        (tmp_path / "text.npz").write_text("not a zip file")
+        np.savez(tmp_path / "other.npz", x=np.zeros(3))
+        for name in ("text.npz", "other.npz"):
+            with pytest.raises(ValueError, match=f"{name} is not a result saved by"):
+                ModelResult.load(tmp_path / name)
+        with pytest.raises(FileNotFoundError):
+            ModelResult.load(tmp_path / "absent.npz")
+
+    def test_case_csv(self, tmp_path):
+        made = result("m", [[0.1, 0.2], [0.3, np.nan]], classes=("a, b", "c"), cases=['x "1"', "y"])
+        made.write_case_csv(tmp_path / "cases.csv")
+        with open(tmp_path / "cases.csv", newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        assert [(row["case"], row["class"]) for row in rows] == list(
+            itertools.product(['x "1"', "y"], ["a, b", "c"])
+        )
+        assert [float(row["ace"]) for row in rows] == [
+            pytest.approx(0.1),
+            pytest.approx(0.2),
+            pytest.approx(0.3),
+            pytest.approx(np.nan, nan_ok=True),
+        ]
+        assert {float(row["dice"]) for row in rows} == {0.8}
+
+    def test_shapes_and_names_must_fit(self):
+        with pytest.raises(ValueError, match="1 case names and 1 class names"):
+            result("m", [0.1, 0.2], cases=["only one"])
+        with pytest.raises(ValueError, match="case names of 'm' must differ, but 'x' occurs twice"):
+            result("m", [0.1, 0.2], cases=["x", "x"])
+
+
+class TestCompareModels:
+    def test_values_by_hand(self):
+        base = result("base", [[0.4, 0.2], [0.2, 0.2], [0.6, 0.2]], 0.5, classes=("a", "b"))
+        other = result("other", [[0.1, 0.1], [0.1, 0.2], [0.3, 0.1]], 0.6, classes=("a", "b"))
+        rows = compare_models([base, other])
+        assert [(row.name, row.role) for row in rows] == [("base", "baseline"), ("other", "model")]
+        before, after = (row.metrics["ACE"] for row in rows)
+        assert before.change is None
+        assert before.mean == pytest.approx((0.3 + 0.2 + 0.4) / 3)
+        assert dict(before.per_class) == {"a": pytest.approx(0.4), "b": pytest.approx(0.2)}
+        assert after.mean == pytest.approx((0.1 + 0.15 + 0.2) / 3)
+        assert after.change.difference == pytest.approx(-0.15)
+        assert after.change.relative == pytest.approx(-0.5)
+        assert after.change.pairs == 3
+        assert after.change.p_value == pytest.approx(2 / 2**3)
+        assert rows[1].metrics["Dice"].change.difference == pytest.approx(0.1)
+        assert after.low <= after.mean <= after.high
+
+    def test_nan_is_left_out(self):
+        only = result("m", [[0.4, np.nan], [0.2, 0.6], [np.nan, np.nan]], classes=("a", "b"))
+        ace = compare_models([only])[0].metrics["ACE"]
+        assert ace.mean == pytest.approx((0.4 + (0.2 + 0.6) / 2) / 2)
+        assert ace.cases == 2
+        assert dict(ace.per_class) == {"a": pytest.approx(0.3), "b": pytest.approx(0.6)}
+
+    def test_bootstrap_is_repeatable_and_close_to_the_normal_interval(self):
+        gaps = np.random.default_rng(1).uniform(0.1, 0.3, 200)
+        ace, again = (compare_models([result("m", gaps)])[0].metrics["ACE"] for _ in range(2))
+        assert ace == again
+        half = 1.96 * gaps.std() / math.sqrt(200)
+        assert ace.low == pytest.approx(gaps.mean() - half, abs=0.1 * half)
+        assert ace.high == pytest.approx(gaps.mean() + half, abs=0.1 * half)
+
+    def test_few_cases(self):
+        one = compare_models([result("a", [0.4]), result("b", [0.1])])[1].metrics["ACE"]
+        assert math.isnan(one.low)
+        assert (one.cases, one.change.pairs, one.change.p_value) == (1, 1, 1.0)
+        none = compare_models([result("a", [0.4], cases=["x"]), result("b", [0.1], cases=["y"])])[1]
+        assert none.metrics["ACE"].change.pairs == 0
+        assert math.isnan(none.metrics["ACE"].change.p_value)
+
+    def test_no_difference(self):
+        same = compare_models([result("a", [0.4, 0.2, 0.1]), result("b", [0.4, 0.2, 0.1])])[1].metrics["ACE"]
+        assert (same.change.difference, same.change.relative, same.change.p_value) == (0, 0, 1)
+
+    def test_pairs_cases_by_name(self):
+        base = result("a", [0.1, 0.2, 0.3], cases=["x", "y", "z"])
+        other = result("b", [0.3, 0.1], cases=["z", "x"])
+        change = compare_models([base, other])[1].metrics["ACE"].change
+        assert (change.difference, change.pairs) == (0, 2)
+
+    def test_baseline_by_name_and_reference_without_a_test(self):
+        rows = compare_models(
+            [result("a", [0.1, 0.2]), result("b", [0.2, 0.4])],
+            baseline="b",
+            reference=result("truth", [0.0, 0.0]),
+        )
+        assert [(row.name, row.role) for row in rows] == [
+            ("a", "model"),
+            ("b", "baseline"),
+            ("truth", "reference"),
+        ]
+        assert rows[0].metrics["MCE"].change.relative == pytest.approx(-0.5)
+        assert rows[2].metrics["MCE"].change is None
+
+    @pytest.mark.parametrize(
+        ("results", "options", "message"),
+        [
+            ([], {}, "at least one"),
+            ([result("a", [0.1]), result("a", [0.1])], {}, "two results are called 'a'"),
+            (
+                [result("a", [0.1]), result("b", [0.1], classes=("liver",))],
+                {},
+                "the classes liver and 'a' has tumour",
+            ),
+            ([result("a", [0.1])], {"baseline": "z"}, "no result is called 'z'"),
+            ([result("a", [0.1])], {"baseline": 1}, "baseline 1 is out of range"),
+            ([result("a", [0.1])], {"reference": result("a", [0.1])}, "two results are called 'a'"),
+        ],
+    )
+    def test_says_what_cannot_be_compared(self, results, options, message):
+        with pytest.raises(ValueError, match=message):
+            compare_models(results, **options)
+
+
+class TestText:
+    def rows(self):
+        models = [random_result(f"a model with quite a long name, {i}", 0.9 - 0.3 * i) for i in range(3)]
+        return compare_models(models, reference=random_result("true posterior", 0))
+
+    @pytest.mark.parametrize("per_class", [False, True])
+    def test_table_is_aligned_and_fits(self, per_class):
+        lines = format_table(self.rows(), per_class=per_class).splitlines()
+        assert max(map(len, lines)) <= 120
+        at = lines[0].index("Dice")
+        ends = [line for line in lines[2 : lines.index("")] if line.strip()]
+        assert all(line[at - 1] == " " and line[at] != " " for line in ends)
+        assert len(ends) == (14 if per_class else 6)
+
+    def test_csv_and_json(self, tmp_path):
+        rows = self.rows()
+        write_csv(rows, tmp_path / "table.csv")
+        with open(tmp_path / "table.csv", newline="", encoding="utf-8") as file:
+            lines = list(csv.DictReader(file))
+        assert len(lines) == len(rows) * 4 * 3
+        (line,) = [x for x in lines if (x["model"], x["metric"], x["class"]) == (rows[1].name, "ACE", "mean")]
+        assert float(line["mean"]) == rows[1].metrics["ACE"].mean
+        assert float(line["difference_high"]) == rows[1].metrics["ACE"].change.difference_high
+        alone = to_json(compare_models([result("m", [0.1])]))
+        assert json.loads(json.dumps(alone, allow_nan=False))["models"][0]["metrics"]["ACE"]["low"] is None
+
+    def test_headline(self):
+        base, better = (
+            result("Dice", [0.2, 0.3, 0.25, 0.2, 0.3, 0.4, 0.2], 0.811),
+            result("+ mL1-ACE", [0.1, 0.15, 0.125, 0.1, 0.15, 0.2, 0.1], 0.807),
+        )
+        assert headline(compare_models([base, better])) == (
+            "Compared with “Dice”, “+ mL1-ACE” cuts ACE by 50% and MCE by 50%; Dice changes by −0.004."
+        )
+        few = headline(compare_models([result("a", [0.2, 0.2]), result("b", [0.1, 0.1])]))
+        assert few.endswith("Over 2 paired cases the change in ACE cannot be told from chance (p = 0.50).")
+        assert "Dice stays the same" in few
+        assert headline(compare_models([base])) == (
+            "“Dice” has an ACE of 0.264, an MCE of 0.264 and a Dice of 0.811 over 7 cases."
+        )
+
+
+class Page(html.parser.HTMLParser):
+    """Collects what a page refers to, and fails where its tags do not nest."""
+
+    EMPTY = frozenset({"meta", "img", "br", "hr", "link"})
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.references, self.text, self.tags = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.references += [v for k, v in attrs if k in ("src", "href", "srcset", "data", "action")]
+        if tag not in self.EMPTY:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+NASTY = "<script>alert('$x$ & \"y\"')</script>"
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A report with everything in it, to look at and not to change."""
+    models = [random_result("Dice", 0.6), random_result(NASTY, 0.2, seed=1)]
+    models[0] = dataclasses.replace(models[0], case_names=(NASTY, *models[0].case_names[1:]))
+    models[1] = dataclasses.replace(models[1], case_names=(NASTY, *models[1].case_names[1:]))
+    history = {
+        "epoch": [1, 2],
+        "train_loss": [0.9, 0.5],
+        "val_loss": [0.8, None],
+        "val_ace": np.array([0.3, 0.2]),
+    }
+    return write_report(
+        tmp_path_factory.mktemp("written"),
+        models,
+        title="A & B <i>",
+        histories={"Dice": history, NASTY: history},
+        provenance={"command": "train --loss 'dice <ace>'", "data": "https://example.org/data"},
+        reference=random_result("true posterior", 0, seed=2),
+    )
+
+
+@pytest.fixture
+def report(written, tmp_path):
+    """A copy of it."""
+    return shutil.copytree(written.parent, tmp_path / "report") / "index.html"
+
+
+class TestPage:
+    def test_is_whole_and_self_contained(self, written):
+        text = written.read_text(encoding="utf-8")
+        page = Page(text)
+        assert page.references
+        assert all(uri.startswith("data:image/svg+xml;base64,") for uri in page.references)
+        assert page.tags.count("img") == 1 + 3 + 3 + 1
+        assert "url(" not in text
+        assert "@import" not in text
+        assert "link" not in page.tags
+
+    def test_escapes_names(self, written):
+        page = Page(written.read_text(encoding="utf-8"))
+        assert "script" not in page.tags
+        assert "i" not in page.tags
+        assert any(NASTY in text for text in page.text)
+
+    def test_leaves_figures_and_tables_beside_it(self, written):
+        files = sorted(
+            str(path.relative_to(written.parent)) for path in written.parent.rglob("*") if path.is_file()
+        )
+        model = "01-script-alert-x-y-script"
+        assert files == sorted(
+            [
+                "index.html",
+                "report.json",
+                "table.csv",
+                "table.json",
+                "cases/00-dice.csv",
+                f"cases/{model}.csv",
+                "results/00-dice.npz",
+                f"results/{model}.npz",
+                "results/02-true-posterior.npz",
+                *(
+                    f"figures/{kind}-{of}.png"
+                    for kind in ("reliability", "histogram")
+                    for of in ("all", "class-0", "class-1")
+                ),
+                "figures/cases.png",
+                "figures/training.png",
+            ]
+        )
+
+    def test_leaks_no_figure(self, written):
+        assert plt.get_fignums() == []
+
+    def test_one_model_one_class_and_nothing_else(self, tmp_path):
+        page = Page(
+            write_report(tmp_path, [result("m", [0.1, np.nan])], title="t").read_text(encoding="utf-8")
+        )
+        assert page.tags.count("img") == 3
+
+    def test_nothing_counted(self, tmp_path):
+        empty = result("m", [np.nan, np.nan], np.nan)
+        text = write_report(tmp_path, [empty, dataclasses.replace(empty, name="n")], title="t").read_text(
+            encoding="utf-8"
+        )
+        assert "n/a" in text
+        assert ">nan" not in text
+
+
+class TestCommandLine:
+    def test_makes_the_same_page_again(self, report, capsys):
+        before = report.read_bytes()
+        report.unlink()
+        assert main([str(report.parent)]) == 0
+        assert report.read_bytes() == before
+        assert f"Wrote {report}" in capsys.readouterr().out
+
+    def test_options_replace_what_was_saved(self, report, tmp_path, capsys):
+        out = tmp_path / "again"
+        options = ["--out", str(out), "--title", "New", "--baseline", "true posterior", "--reference", "Dice"]
+        assert main([str(report.parent), *options]) == 0
+        saved = json.loads((out / "report.json").read_text(encoding="utf-8"))
+        assert (saved["title"], saved["baseline"]) == ("New", "true posterior")
+        assert "dice" in saved["reference"]
+
+    def test_takes_bare_results(self, tmp_path, capsys):
+        for i in range(2):
+            random_result(f"model {i}", 0.5 - 0.4 * i).save(tmp_path / f"{i}.npz")
+        assert main([str(tmp_path), "--per-class"]) == 0
+        assert "anterior" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        ("prepare", "options", "message"),
+        [
+            (lambda folder: None, ["--baseline", "z"], "no result is called 'z'"),
+            (lambda folder: None, ["--reference", "z"], "no result is called 'z'"),
+            (lambda folder: (folder / "m.npz").write_text("x"), [], "m.npz is not a result"),
+            (lambda folder: (folder / "m.npz").unlink(), [], "holds neither a report.json nor a result"),
+            (lambda folder: (folder / "report.json").write_text("{}"), [], "is not an index"),
+            (
+                lambda folder: (folder / "m.npz").rename(folder.parent / "gone"),
+                ["--title", "x"],
+                "holds neither",
+            ),
+        ],
+    )
+    def test_errors_are_one_line_and_status_2(self, prepare, options, message, tmp_path, capsys):
+        folder = tmp_path / "results"
+        folder.mkdir()
+        result("m", [0.1]).save(folder / "m.npz")
+        prepare(folder)
+        assert main([str(folder), *options]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1
+
+    def test_absent_folder(self, tmp_path, capsys):
+        assert main([str(tmp_path / "absent")]) == 2
+        assert "there is no folder" in capsys.readouterr().err
+
+    def test_help(self, capsys):
+        with pytest.raises(SystemExit, match="0"):
+            main(["--help"])
+        assert "examples:" in capsys.readouterr().out

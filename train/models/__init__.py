@@ -1,0 +1,5 @@
+"""Networks."""
+
+from train.models.unet import UNet, load_monai_weights
+
+__all__ = ["UNet", "load_monai_weights"]
