@@ -48,9 +48,14 @@ class BinStatistics:
         """Observed frequency of the class in each bin; NaN in empty ones."""
         return self._per_voxel(self.label_sum)
 
+    @property
+    def weight(self) -> Float[Array, "*batch classes bins"]:
+        """`count` as float32, to divide by; NumPy's 64-bit counts of a whole data set do not overflow in it."""
+        return jnp.asarray(self.count, jnp.float32)
+
     def _per_voxel(self, total: AnyArray) -> Array:
-        filled = self.count > 0
-        return jnp.where(filled, total / jnp.where(filled, self.count, 1), jnp.nan)
+        filled = self.weight > 0
+        return jnp.where(filled, jnp.asarray(total, jnp.float32) / jnp.where(filled, self.weight, 1), jnp.nan)
 
     def __add__(self, other: "BinStatistics") -> "BinStatistics":
         return jax.tree.map(lambda a, b: a + b, self, other)

@@ -30,7 +30,7 @@ def average_calibration_error(stats: BinStatistics) -> Float[Array, "*batch clas
         2018; Barfoot et al., arXiv 2403.06759.
     """
     gaps, filled = _gaps(stats)
-    return _nan_unless(filled, gaps.sum(-1) / jnp.maximum(filled.sum(-1), 1))
+    return _nan_unless(filled, gaps.sum(-1) / jnp.maximum(filled.sum(-1, dtype=gaps.dtype), 1))
 
 
 def expected_calibration_error(stats: BinStatistics) -> Float[Array, "*batch classes"]:
@@ -53,7 +53,7 @@ def expected_calibration_error(stats: BinStatistics) -> Float[Array, "*batch cla
         Naeini et al., "Obtaining Well Calibrated Probabilities Using Bayesian Binning", AAAI 2015.
     """
     gaps, filled = _gaps(stats)
-    share = stats.count / jnp.maximum(stats.count.sum(-1, keepdims=True), 1)
+    share = stats.weight / jnp.maximum(stats.weight.sum(-1, keepdims=True), 1)
     return _nan_unless(filled, (share * gaps).sum(-1))
 
 
@@ -83,9 +83,9 @@ def _gaps(
     stats: BinStatistics,
 ) -> tuple[Float[Array, "*batch classes bins"], Bool[Array, "*batch classes bins"]]:
     """Gap of each bin, zero in empty ones, and which bins are filled. Divides safely, so gradients are finite."""
-    filled = jnp.asarray(stats.count > 0)
-    difference = jnp.where(filled, stats.prob_sum - stats.label_sum, 0)
-    return jnp.abs(difference) / jnp.where(filled, stats.count, 1), filled
+    filled = stats.weight > 0
+    difference = jnp.where(filled, jnp.asarray(stats.prob_sum - stats.label_sum, jnp.float32), 0)
+    return jnp.abs(difference) / jnp.where(filled, stats.weight, 1), filled
 
 
 def _nan_unless(filled: Array, error: Array) -> Array:

@@ -271,10 +271,12 @@ def _reduce(
     errors = jnp.where(counted, errors, 0)
     if ignore_empty_classes:
         errors = jnp.where(jnp.asarray(stats.label_sum).sum(-1) > 0, errors, 0)
+    weighted = weights[None, :] * errors
     if reduction == "none":
-        return weights * errors
-    total = (weights * errors).sum()
-    return total if reduction == "sum" else total / _safe((weights * counted).sum())
+        return weighted
+    if reduction == "sum":
+        return weighted.sum()
+    return weighted.sum() / _safe((weights[None, :] * counted.astype(errors.dtype)).sum())
 
 
 def _safe(denominator: Array) -> Array:

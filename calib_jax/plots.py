@@ -80,6 +80,20 @@ def reliability_diagram(
 
     Returns:
         The axes.
+
+    Raises:
+        ValueError: if `stats` has another rank or the class is not there.
+
+    Example:
+        >>> from matplotlib.figure import Figure
+        >>> count = np.array([[[8, 2]]])
+        >>> stats = BinStatistics(count, count * np.array([0.1, 0.9]), count * np.array([0.0, 0.5]))
+        >>> ax = reliability_diagram(stats, label="U-Net", ax=Figure().add_subplot())
+        >>> ax.get_title(loc="left"), ax.get_ylabel()
+        ('U-Net', 'observed frequency')
+
+    References:
+        Niculescu-Mizil and Caruana, "Predicting Good Probabilities with Supervised Learning", ICML 2005.
     """
     ax = _axes(ax)
     chosen = _chosen(stats, class_index)
@@ -165,8 +179,8 @@ def reliability_histogram(
     )
     _diagonal(ax)
     prob, frequency, _ = _pooled_curve(chosen)
-    outline = [effects.Stroke(linewidth=3.4, foreground="white"), effects.Normal()]
-    ax.plot(prob, frequency, color=OVER, linewidth=1.7, path_effects=outline, zorder=4)
+    outline = [effects.Stroke(linewidth=2.8, foreground="white"), effects.Normal()]
+    ax.plot(prob, frequency, color=OVER, linewidth=1.4, path_effects=outline, zorder=4)
     _unit_square(ax, "predicted probability (bin)", "observed frequency (bin)")
     if colorbar:
         bar = ax.figure.colorbar(image, ax=ax, fraction=0.046, pad=0.03)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
+from calib_jax._checks import AnyArray
 from calib_jax.binning import BinStatistics, bin_index
 
 
@@ -19,7 +20,7 @@ class ReliabilityCurve(NamedTuple):
 
     mean_prob: Float[Array, "classes bins"]
     mean_label: Float[Array, "classes bins"]
-    count: Num[Array, "classes bins"]
+    count: Num[AnyArray, "classes bins"]
 
 
 def reliability_curve(stats: BinStatistics) -> ReliabilityCurve:
@@ -41,7 +42,7 @@ def reliability_curve(stats: BinStatistics) -> ReliabilityCurve:
         Niculescu-Mizil and Caruana, "Predicting Good Probabilities with Supervised Learning", ICML 2005.
     """
     pooled = stats.sum(axis=0)
-    return ReliabilityCurve(pooled.mean_prob, pooled.mean_label, jnp.asarray(pooled.count))
+    return ReliabilityCurve(pooled.mean_prob, pooled.mean_label, pooled.count)
 
 
 def reliability_histogram(stats: BinStatistics) -> Int[Array, "classes frequency_bins prob_bins"]:
@@ -70,5 +71,5 @@ def reliability_histogram(stats: BinStatistics) -> Int[Array, "classes frequency
     frequency = jnp.asarray(stats.mean_label)
     frequency_bin = bin_index(frequency, num_bins=stats.num_bins)
     grid = jnp.arange(stats.num_bins)
-    hit = (frequency_bin[..., None, :] == grid[:, None]) & ~jnp.isnan(frequency)[..., None, :]
+    hit = (frequency_bin[..., None, :] == grid[None, None, :, None]) & ~jnp.isnan(frequency)[..., None, :]
     return hit.sum(axis=0, dtype=jnp.int32)

@@ -108,7 +108,7 @@ def test_a_broken_description_is_told(folder, text, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"training": []}, r'holds \[\] under "training"'),
+        ({"training": []}, 'holds an empty list under "training"'),
         ({"training": None}, 'holds nothing under "training"'),
         ({"training": ["a.nii.gz"]}, 'an entry under "training" without an image or label'),
         ({"training": [{"image": "a.nii.gz"}]}, 'an entry under "training" without an image or label'),
@@ -116,6 +116,7 @@ def test_a_broken_description_is_told(folder, text, message):
         ({"labels": {"0": "background", "2": "gap"}}, "declares the labels .* without a gap"),
         ({"labels": {"whole": [1, 2], "background": 0}}, "declares the labels"),
         ({"labels": {"0": "background"}}, "declares the labels"),
+        ({"modality": "MRI"}, 'holds a str under "modality"'),
         ({"modality": None}, 'holds nothing under "modality"'),
         ({"modality": {"0": "MRI"}}, 'a.nii.gz has 2 channels, but dataset.json declares 1 under "modality"'),
     ],
@@ -195,8 +196,15 @@ def test_undeclared_labels_are_told(folder):
     label = np.zeros(SHAPE, np.int16)
     label[0, 0] = [0, 1, 4, -1]
     _write(folder / "labelsTr/a.nii.gz", label)
-    expected = re.escape("labelsTr/a.nii.gz holds the label values [-1, 0, 1, 4], but [0, 1, 2] are declared")
+    expected = re.escape(
+        "labelsTr/a.nii.gz holds the label value -1 (found: -1, 0, 1, 4), but [0, 1, 2] are declared"
+    )
     _refuses(expected, folder, load=True)
+
+
+def test_an_image_in_place_of_a_label_is_told_in_one_line(folder):
+    _write(folder / "labelsTr/a.nii.gz", np.arange(120, dtype=np.int16).reshape(SHAPE))
+    _refuses(re.escape("value 3 (found: 0, 1, 2, 3, 4, 5, 6, 7, ...)"), folder, load=True)
 
 
 def test_labels_that_are_not_whole_numbers_are_told(folder):

@@ -100,6 +100,16 @@ def compare_models(
 
     Raises:
         ValueError: if there is no result, two share a name, classes differ, or the baseline is not there.
+
+    Example:
+        >>> from calib_jax import BinStatistics
+        >>> def result(name, frequency):
+        ...     count, cases = np.full((3, 1, 1), 10), ("case 1", "case 2", "case 3")
+        ...     stats = BinStatistics(count, 0.9 * count, frequency * count)
+        ...     return ModelResult(name, cases, ("tumour",), stats, np.full((3, 1), 0.8))
+        >>> baseline, model = compare_models([result("Dice", 0.5), result("Dice + mL1-ACE", 0.8)])
+        >>> round(baseline.metrics["ACE"].mean, 3), round(model.metrics["ACE"].change.relative, 3)
+        (0.4, -0.75)
     """
     base = results[check_comparable(results, baseline=baseline, reference=reference)]
     bootstrap = functools.partial(_bootstrap, resamples=resamples, seed=seed)

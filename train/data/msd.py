@@ -28,7 +28,7 @@ class MSDDataset:
     spatial_dims = 3
 
     def __init__(self, path: str | Path):
-        self.root = Path(path)
+        self.root = Path(path).expanduser()
         description = _read_description(self.root)
         self.name = str(description.get("name", self.root.name))
         self.class_names = _class_names(self.root, description)
@@ -70,7 +70,7 @@ def _read_description(root: Path) -> dict[str, Any]:
 def _required(root: Path, description: dict[str, Any], key: str, kind: type) -> Any:
     value = description.get(key)
     if not isinstance(value, kind) or not value:
-        found = "nothing" if value is None else repr(value)
+        found = "nothing" if value is None else f"{'a' if value else 'an empty'} {type(value).__name__}"
         raise InputError(
             f'{root / "dataset.json"} holds {found} under "{key}": give a filled {kind.__name__}.'
         )

@@ -69,8 +69,8 @@ def read_label(path: Path, num_classes: int) -> UInt8[np.ndarray, "*spatial"]:
     unknown = found[(found < 0) | (found >= num_classes)]
     if unknown.size:
         raise InputError(
-            f"{path} holds the label values {found.astype(int).tolist()}, but {list(range(num_classes))} are "
-            "declared: correct the file or its data set's list of labels."
+            f"{path} holds the label value {unknown[0]:g} (found: {_some(found)}), but {list(range(num_classes))} "
+            "are declared: correct the file or its data set's list of labels."
         )
     return voxels.astype(np.uint8)
 
@@ -107,6 +107,11 @@ def _read_voxels(path: Path, volume: nib.Nifti1Image) -> Float32[np.ndarray, "..
     if bad:
         raise InputError(f"{path} holds {bad} voxels that are NaN or infinite: mend or leave out this file.")
     return voxels
+
+
+def _some(values: np.ndarray) -> str:
+    shown = ", ".join(f"{value:g}" for value in values[:8])
+    return shown + (", ..." if len(values) > 8 else "")
 
 
 def _corrupt(path: Path, error: Exception) -> InputError:

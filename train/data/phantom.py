@@ -25,8 +25,8 @@ from train.data.case import Case
 from train.data.transforms import z_score_nonzero
 
 CLASS_NAMES = ("background", "organ", "ring", "core")
-# Rows: classes; columns: channels. Channel 0 tells the organ from the background, channel 1 the core.
-INTENSITIES = np.array([[0.30, 0.50], [0.60, 0.65], [0.85, 0.40], [0.80, 0.95]])
+# Rows: classes; columns: channels. The first shows a bright ring around a dark core, the other a bright core.
+INTENSITIES = np.array([[0.30, 0.40], [0.60, 0.65], [0.90, 0.50], [0.45, 0.95]])
 # Each structure's radius in units of the one around it: lower and upper end.
 RELATIVE_RADII = ((0.65, 0.80), (0.60, 0.75))
 
@@ -39,7 +39,7 @@ class PhantomDataset:
         spatial_shape: 2 or 3 lengths, in voxels of 1 mm.
         num_cases: how many.
         seed: another seed is another data set.
-        noise: its standard deviation; the classes differ by 0.1 to 0.4.
+        noise: its standard deviation; the intensities of neighbouring classes differ by 0.15 to 0.45.
         ambiguity: median half-width of the boundaries, as a fraction of the shortest side.
     """
 
@@ -47,7 +47,7 @@ class PhantomDataset:
     num_cases: int = 100
     seed: int = 0
     noise: float = 0.1
-    ambiguity: float = 0.018
+    ambiguity: float = 0.014
 
     @property
     def name(self) -> str:
@@ -112,7 +112,7 @@ def nested_depths(rng: np.random.Generator, shape: Sequence[int]) -> Float[np.nd
     warp = np.stack([smooth_field(rng, shape, min(shape) / 5) for _ in shape], axis=-1)
     points = grid + 0.05 * min(shape) * warp
     centre = np.array(shape) / 2 + rng.uniform(-0.08, 0.08, len(shape)) * shape
-    radii = rng.uniform(0.30, 0.42, len(shape)) * min(shape)
+    radii = rng.uniform(0.32, 0.42, len(shape)) * min(shape)
     depths = [_ellipsoid_depth(rng, points, centre, radii)]
     for smallest, largest in RELATIVE_RADII:
         inner = radii * rng.uniform(smallest, largest)
