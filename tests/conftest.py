@@ -1,6 +1,7 @@
 """What every test shares; read before jax is imported."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,3 +17,12 @@ def hippocampus() -> Path:
     if not (folder / "dataset.json").is_file():
         pytest.skip(f"no Task04_Hippocampus in {folder}: set CALIB_JAX_DATA to its folder")
     return folder
+
+
+@pytest.fixture(scope="module")
+def strict_promotion() -> Iterator[None]:
+    """No array is broadcast to another rank, and no dtype turned into another, without being asked to."""
+    import jax
+
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield

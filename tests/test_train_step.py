@@ -64,7 +64,9 @@ def test_eight_devices_train_as_one(config: RunConfig) -> None:
     mean_change = lambda a, b: np.mean(np.abs(np.asarray(a) - np.asarray(b)))  # noqa: E731
     changes = [
         mean_change(a, b)
-        for a, b in zip(jax.tree.leaves(state_of_one.params), jax.tree.leaves(state_of_eight.params), strict=True)
+        for a, b in zip(
+            jax.tree.leaves(state_of_one.params), jax.tree.leaves(state_of_eight.params), strict=True
+        )
         if np.ndim(a) > 1
     ]
     assert max(changes) < 1e-4
@@ -115,7 +117,9 @@ def test_lowers_for(platform: str) -> None:
         return jax.tree.leaves(step(jax.tree.unflatten(tree, leaves), {"image": images, "label": labels}))
 
     arrays = batch(0)
-    exported = jax.export.export(jax.jit(on_leaves), platforms=[platform])(leaves, arrays["image"], arrays["label"])
+    exported = jax.export.export(jax.jit(on_leaves), platforms=[platform])(
+        leaves, arrays["image"], arrays["label"]
+    )
     assert exported.platforms == (platform,)
 
 

@@ -51,7 +51,10 @@ class Compare(_Options):
         from train.runs import default_folder
 
         page = compare(
-            self.config(self.losses[0]), self.losses, self.out or default_folder("compare"), resume=self.resume
+            self.config(self.losses[0]),
+            self.losses,
+            self.out or default_folder("compare"),
+            resume=self.resume,
         )
         print(f"\nPage with figures: {page}")
 
@@ -60,7 +63,7 @@ class Compare(_Options):
 class Fit(_Options):
     """Train one network with one loss.
 
-        python -m train fit --loss dice+ace --data msd:Task04_Hippocampus --steps 2000 --out runs/ace
+    python -m train fit --loss dice+ace --data msd:Task04_Hippocampus --steps 2000 --out runs/ace
     """
 
     loss: str = "dice+ace"
@@ -79,7 +82,7 @@ class Fit(_Options):
 class Evaluate:
     """Evaluate a trained network on the cases its run never saw: Dice, ACE, ECE, MCE, figures and a page.
 
-        python -m train evaluate runs/ace --data msd:Task04_Hippocampus
+    python -m train evaluate runs/ace --data msd:Task04_Hippocampus
     """
 
     run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="run", metavar="RUN")]
@@ -101,7 +104,7 @@ class Evaluate:
 class Predict:
     """Label maps and class probabilities of a folder of NIfTI volumes, with each volume's own affine.
 
-        python -m train predict runs/ace --images scans --out predictions
+    python -m train predict runs/ace --images scans --out predictions
     """
 
     run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="run", metavar="RUN")]

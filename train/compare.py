@@ -130,7 +130,10 @@ def _history(run: Path, task: Task) -> dict[str, list[float]]:
     """Training and validation curves of a run by epoch: the training loss averaged over each epoch."""
     per_epoch = max(len(task.splits.train) // task.config.training.batch_size, 1)
     rows = [
-        {"epoch": (chunk[-1]["step"] + 1) / per_epoch, "train_loss": float(np.mean([r["loss"] for r in chunk]))}
+        {
+            "epoch": (chunk[-1]["step"] + 1) / per_epoch,
+            "train_loss": float(np.mean([r["loss"] for r in chunk])),
+        }
         for chunk in _chunks(read_log(run / "log.csv"), per_epoch)
     ]
     rows += [

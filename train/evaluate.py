@@ -21,9 +21,7 @@ _VOXELS = 2**16
 Predict = Callable[[np.ndarray], np.ndarray]
 
 
-def evaluate(
-    name: str, predict: Predict, dataset: Dataset, case_names: Sequence[str]
-) -> ModelResult:
+def evaluate(name: str, predict: Predict, dataset: Dataset, case_names: Sequence[str]) -> ModelResult:
     """Statistics and Dice of the foreground classes over whole volumes, 20 bins, per case.
 
     Args:

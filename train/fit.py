@@ -82,7 +82,12 @@ def fit(task: Task, folder: Path, *, resume: bool = False) -> Predict:
 
 
 def _loop(
-    task: Task, folder: Path, graphdef: nnx.GraphDef, state: TrainState, batches: Any, checkpoints: Checkpoints
+    task: Task,
+    folder: Path,
+    graphdef: nnx.GraphDef,
+    state: TrainState,
+    batches: Any,
+    checkpoints: Checkpoints,
 ) -> TrainState:
     training = task.config.training
     mesh = device_mesh()

@@ -27,7 +27,7 @@ def predict_folder(run: Path, images: Path, out: Path) -> list[Path]:
         InputError: if there is no image, or one does not fit the network; all are checked before the first
             is predicted.
     """
-    config, info, predict = load_run(run)
+    _, info, predict = load_run(run)
     if info.spatial_dims != 3:
         raise InputError(f"{run} was trained on {info.spatial_dims}-D images: NIfTI volumes need a 3-D run.")
     files = _list_images(images, info)
@@ -69,7 +69,9 @@ def _check_out(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"Output folder {folder} cannot be made ({error.strerror}): choose another.") from error
+        raise InputError(
+            f"Output folder {folder} cannot be made ({error.strerror}): choose another."
+        ) from error
 
 
 def _stem(file: Path) -> str:

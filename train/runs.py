@@ -38,7 +38,9 @@ def open_run(folder: Path, config: Any, *, resume: bool, **more: Any) -> None:
         kept = {"config": to_json(config), **more, "command": command(), "versions": versions()}
         write_json(file, kept)
     except OSError as error:
-        raise InputError(f"Output folder {folder} cannot be written ({error.strerror}): choose another.") from error
+        raise InputError(
+            f"Output folder {folder} cannot be written ({error.strerror}): choose another."
+        ) from error
 
 
 def command() -> str:
@@ -69,7 +71,7 @@ def _check_same(file: Path, wanted: dict[str, Any]) -> None:
 
 def _differences(old: Any, new: Any, name: str = "") -> dict[str, tuple[Any, Any]]:
     if isinstance(old, dict) and isinstance(new, dict):
-        keys = [key for key in {**old, **new}]
+        keys = {**old, **new}
         parts = [_differences(old.get(key), new.get(key), f"{name}.{key}".lstrip(".")) for key in keys]
         return {key: pair for part in parts for key, pair in part.items()}
     return {} if old == new else {name: (old, new)}

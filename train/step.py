@@ -88,7 +88,12 @@ def make_train_step(
 
 
 def _objective(
-    graphdef: nnx.GraphDef, state: TrainState, images: Array, labels: Array, loss: Loss, ace_scale: Array | float
+    graphdef: nnx.GraphDef,
+    state: TrainState,
+    images: Array,
+    labels: Array,
+    loss: Loss,
+    ace_scale: Array | float,
 ) -> Callable[[Any], tuple[Array, tuple[dict[str, Array], Any]]]:
     def objective(params: Any) -> tuple[Array, tuple[dict[str, Array], Any]]:
         model = nnx.merge(graphdef, params, state.rest)

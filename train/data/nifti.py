@@ -69,8 +69,8 @@ def read_label(path: Path, num_classes: int) -> UInt8[np.ndarray, "*spatial"]:
     unknown = found[(found < 0) | (found >= num_classes)]
     if unknown.size:
         raise InputError(
-            f"{path} holds the label value {unknown[0]:g} (found: {_some(found)}), but {list(range(num_classes))} "
-            "are declared: correct the file or its data set's list of labels."
+            f"{path} holds the label value {unknown[0]:g} (found: {_some(found)}), "
+            f"but {list(range(num_classes))} are declared: correct the file or its data set's list of labels."
         )
     return voxels.astype(np.uint8)
 

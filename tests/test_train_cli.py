@@ -1,0 +1,231 @@
+"""The command line: every command on a tiny run, resuming, and one clear sentence after bad input."""
+
+import csv
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from train.__main__ import main
+
+TINY = ["--steps", "4", "--batch-size", "8", "--channels", "4", "8", "--strides", "2", "--warmup-steps", "1"]
+PHANTOM = [*TINY, "--data", "phantom2d", "--num-test", "3", "--num-val", "2"]
+
+
+def run(*arguments: object) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def refuses(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """Runs a command that must fail; returns its one line on stderr."""
+    assert run(*arguments) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def msd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six small cases of one channel and two classes in the Decathlon's layout."""
+    folder = tmp_path_factory.mktemp("msd")
+    rng = np.random.default_rng(0)
+    names = [f"case_{i}" for i in range(6)]
+    for name in names:
+        label = np.zeros((11, 14, 9), np.uint8)
+        label[3:8, 4:10, 2:7] = 1
+        image = rng.normal(100 + 50 * label, 10).astype(np.float32)
+        for part, voxels in (("imagesTr", image), ("labelsTr", label)):
+            (folder / part).mkdir(exist_ok=True)
+            nib.save(nib.Nifti1Image(voxels, AFFINE), folder / part / f"{name}.nii.gz")
+    description = {
+        "name": "Tiny",
+        "modality": {"0": "MRI"},
+        "labels": {"0": "background", "1": "box"},
+        "training": [{"image": f"imagesTr/{n}.nii.gz", "label": f"labelsTr/{n}.nii.gz"} for n in names],
+    }
+    (folder / "dataset.json").write_text(json.dumps(description))
+    return folder
+
+
+AFFINE = np.array([[0.0, -1.5, 0.0, 7.0], [1.0, 0.0, 0.0, -3.0], [0.0, 0.0, 2.0, 5.0], [0.0, 0.0, 0.0, 1.0]])
+
+
+@pytest.fixture(scope="module")
+def trained(msd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run on `msd`."""
+    out = tmp_path_factory.mktemp("runs") / "fit"
+    data = ["--data", f"msd:{msd}", "--num-test", 2, "--num-val", 1]
+    assert run("fit", *TINY, *data, "--loss", "dice+0.5*ace", "--out", out) == 0
+    return out
+
+
+def test_compare_leaves_a_page_and_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "compare"
+    assert run("compare", *PHANTOM, "--losses", "dice", "dice+ace", "--out", out) == 0
+    printed = capsys.readouterr().out
+    for name in ("dice+ace", "true posterior", "ACE", "Wilcoxon"):
+        assert name in printed
+    page = (out / "index.html").read_text()
+    assert "dice+ace" in page
+    assert len(list((out / "figures").glob("*.png"))) >= 4
+    table = json.loads((out / "table.json").read_text())
+    assert [row["name"] for row in table["models"]] == ["dice", "dice+ace", "true posterior"]
+    cases = list(csv.DictReader((out / "cases" / "01-dice-ace.csv").open()))
+    assert len(cases) == 3 * 3  # cases by foreground classes
+    splits = json.loads((out / "splits.json").read_text())
+    assert {row["case"] for row in cases} == set(splits["test"])
+    logs = [list(csv.DictReader((out / loss / "log.csv").open())) for loss in ("dice", "dice+ace")]
+    # Same weights, same batches: the first step's Dice is the same under both losses.
+    assert logs[0][0]["dice"] == logs[1][0]["dice"]
+    assert [row["step"] for row in logs[0]] == ["0", "1", "2", "3"]
+
+
+def test_options_alone_are_those_of_compare(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "unknown" in refuses(capsys, "--losses", "dice+unknown")
+
+
+def test_evaluate_writes_the_test_cases(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("evaluate", trained) == 0
+    assert (trained / "evaluate-test" / "index.html").exists()
+    assert "dice+0.5*ace" in capsys.readouterr().out
+
+
+def test_evaluate_another_data_set(trained: Path, msd: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "elsewhere"
+    moved.symlink_to(msd)
+    assert run("evaluate", trained, "--data", f"msd:{moved}", "--out", tmp_path / "out") == 0
+    cases = list(csv.DictReader(next((tmp_path / "out" / "cases").glob("*.csv")).open()))
+    assert len(cases) == 6
+
+
+def test_predict_keeps_the_affine(trained: Path, msd: Path, tmp_path: Path) -> None:
+    out = tmp_path / "predictions"
+    assert run("predict", trained, "--images", msd / "imagesTr", "--out", out) == 0
+    label = nib.load(out / "case_0_label.nii.gz")
+    probs = nib.load(out / "case_0_probs.nii.gz")
+    assert label.shape == (11, 14, 9)
+    assert probs.shape == (11, 14, 9, 2)
+    assert label.get_data_dtype() == np.uint8
+    for volume in (label, probs):
+        np.testing.assert_allclose(volume.affine, AFFINE, atol=1e-6)
+    np.testing.assert_allclose(probs.get_fdata().sum(-1), 1.0, atol=1e-5)
+    np.testing.assert_array_equal(probs.get_fdata().argmax(-1), label.get_fdata())
+    assert len(list(out.iterdir())) == 12
+
+
+def test_resumed_run_equals_one_that_never_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import train.fit as fit_module
+
+    options = [*PHANTOM, "--loss", "dice+ace", "--checkpoint-every", 2]
+    assert run("fit", *options, "--out", tmp_path / "whole") == 0
+
+    put_batch, calls = fit_module.put_batch, []
+
+    def killed_in_the_fourth_step(*arguments: object) -> object:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return put_batch(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fit_module, "put_batch", killed_in_the_fourth_step)
+        assert run("fit", *options, "--out", tmp_path / "cut") == 130
+    assert run("fit", *options, "--out", tmp_path / "cut", "--resume") == 0
+    assert (tmp_path / "cut" / "log.csv").read_text() == (tmp_path / "whole" / "log.csv").read_text()
+    whole, cut = (weights(tmp_path / name) for name in ("whole", "cut"))
+    for a, b in zip(whole, cut, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def weights(run_folder: Path) -> list[np.ndarray]:
+    import jax
+
+    from train.checkpoint import Checkpoints
+    from train.config import read_config
+    from train.fit import make_model
+    from train.step import init_state, make_optimizer
+
+    config, info = read_config(run_folder)
+    _, state = init_state(make_model(config, info), make_optimizer(config.training))
+    with Checkpoints(run_folder / "checkpoints") as checkpoints:
+        state, _ = checkpoints.restore(state)
+    return [np.asarray(leaf) for leaf in jax.tree.leaves((state.params, state.opt_state))]
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run("--help")
+    assert stopped.value.code == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("compare", "fit", "evaluate", "predict"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--losses", "dice", "dise"], ["dise", "dice, ce, ace"]),
+        (["--losses", "dice", "dice"], ["twice"]),
+        (["--losses", "dice", "dice+-1*ace"], ["weight", "positive"]),
+        (["--data", "brain"], ["brain", "phantom", "msd:PATH"]),
+        (["--data", "msd:/nowhere"], ["/nowhere", "not a folder"]),
+        (["--data", "phantom2d", "--patch", "20", "30"], ["(20, 30)", "strides", "8", "(16, 32)"]),
+        (["--data", "phantom2d", "--patch", "32"], ["patch", "axes"]),
+        (["--num-test", "90", "--num-val", "20"], ["num_test", "num_val"]),
+        (["--batch-size", "7"], ["batch_size is 7", "multiple"]),
+        (["--batch-size", "0"], ["batch_size is 0"]),
+        (["--steps", "0"], ["steps is 0"]),
+        (["--strides", "2"], ["strides", "channels"]),
+    ],
+)
+def test_bad_options(
+    arguments: list[str], words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = refuses(capsys, "compare", *arguments, "--out", tmp_path / "out")
+    for word in words:
+        assert word in message
+
+
+def test_output_folder_of_another_run_is_left_alone(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(path for path in trained.rglob("*") if path.is_file())
+    message = refuses(capsys, "compare", *PHANTOM, "--out", trained)
+    assert str(trained) in message
+    assert "another run" in message
+    assert before == sorted(path for path in trained.rglob("*") if path.is_file())
+
+
+def test_resume_with_other_options(trained: Path, msd: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = ["--data", f"msd:{msd}", "--num-test", 2, "--num-val", 1]
+    message = refuses(capsys, "fit", *TINY, *data, "--loss", "ce", "--out", trained, "--resume")
+    assert "loss = dice+0.5*ace" in message
+
+
+def test_commands_on_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "holds no run" in refuses(capsys, "evaluate", tmp_path)
+    assert "holds no run" in refuses(
+        capsys, "predict", tmp_path, "--images", tmp_path, "--out", tmp_path / "o"
+    )
+
+
+def test_predict_refuses_wrong_images(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, out = tmp_path / "images", tmp_path / "out"
+    assert "not a folder" in refuses(capsys, "predict", trained, "--images", images, "--out", out)
+    images.mkdir()
+    assert "no .nii" in refuses(capsys, "predict", trained, "--images", images, "--out", out)
+    nib.save(nib.Nifti1Image(np.zeros((8, 8, 8, 2), np.float32), np.eye(4)), images / "two.nii.gz")
+    message = refuses(capsys, "predict", trained, "--images", images, "--out", out)
+    assert "two.nii.gz has 2 channels" in message
+    assert not out.exists()
+
+
+def test_loss_that_is_not_a_number_stops_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refuses(
+        capsys, "fit", *PHANTOM, "--learning-rate", "1e30", "--loss", "ce", "--out", tmp_path / "nan"
+    )
+    assert "not finite from step" in message
+    assert (tmp_path / "nan" / "log.csv").exists()
