@@ -73,7 +73,9 @@ def bin_sums(
     keep = jnp.ones(probs.shape[:2], bool) if where is None else where
     keep = jnp.broadcast_to(keep[..., None] if keep.ndim == 2 else keep, probs.shape)
     split = lambda x: jnp.moveaxis(
-        jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2)).reshape(x.shape[0], -1, block, *x.shape[2:]), 1, 0
+        jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2)).reshape(x.shape[0], -1, block, *x.shape[2:]),
+        1,
+        0,
     )
 
     def image(p, y, k):

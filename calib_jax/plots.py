@@ -326,7 +326,8 @@ def _one_class(chosen: BinStatistics) -> BinStatistics:
 
 def _pooled_curve(chosen: BinStatistics) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean probability, observed frequency and count of each bin over all images and classes."""
-    prob, frequency, count = reliability.reliability_curve(_one_class(chosen))
+    curve = reliability.reliability_curve(_one_class(chosen))
+    prob, frequency, count = curve.mean_prob, curve.mean_label, curve.count
     return np.asarray(prob)[0], np.asarray(frequency)[0], np.asarray(count)[0]
 
 

@@ -1,7 +1,8 @@
 """Reliability curves and dataset reliability histograms, as arrays."""
 
-from typing import NamedTuple
+import dataclasses
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
@@ -9,7 +10,9 @@ from calib_jax._checks import AnyArray
 from calib_jax.binning import BinStatistics, bin_index
 
 
-class ReliabilityCurve(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ReliabilityCurve:
     """Points of a reliability diagram: bins of all images pooled, `[classes, num_bins]` each.
 
     Attributes:

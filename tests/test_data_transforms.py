@@ -9,7 +9,7 @@ from train.data import (
     augment,
     crop_back,
     fit_to_patch,
-    pad_to_multiple,
+    pad_to_hold,
     z_score_nonzero,
 )
 from train.data.augment import random_flip, random_gamma, random_intensity, random_noise
@@ -56,11 +56,11 @@ def test_fit_to_patch_pads_in_the_centre_and_crops_everywhere():
     assert corners == {label[0, start : start + 4].tobytes() for start in range(3)}
 
 
-@pytest.mark.parametrize("multiple", [8, (4, 16, 1)])
-def test_crop_back_undoes_pad_to_multiple(multiple):
+@pytest.mark.parametrize("patch", [(8, 20, 9), (10, 8, 8)])
+def test_crop_back_undoes_pad_to_hold(patch):
     image, _ = _marked((9, 16, 5))
-    padded = pad_to_multiple(image, multiple)
-    assert not np.any(np.array(padded.shape[:-1]) % multiple)
+    padded = pad_to_hold(image, patch)
+    assert padded.shape[:-1] == tuple(max(sides) for sides in zip(patch, (9, 16, 5), strict=True))
     np.testing.assert_array_equal(crop_back(padded, image.shape[:-1]), image)
     np.testing.assert_array_equal(crop_back(padded[..., 0], image.shape[:-1]), image[..., 0])
 

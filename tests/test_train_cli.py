@@ -167,7 +167,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--losses", "dice", "dise"], ["dise", "dice, ce, ace"]),
         (["--losses", "dice", "dice"], ["twice"]),
-        (["--losses", "dice", "dice+-1*ace"], ["weight", "positive"]),
+        (["--losses", "dice", "dice+-1*ace"], ["Weight", "positive"]),
         (["--data", "brain"], ["brain", "phantom", "msd:PATH"]),
         (["--data", "msd:/nowhere"], ["/nowhere", "not a folder"]),
         (["--data", "phantom2d", "--patch", "20", "30"], ["(20, 30)", "strides", "8", "(16, 32)"]),

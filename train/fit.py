@@ -44,6 +44,7 @@ def open_task(config: RunConfig) -> Task:
         dataset.case_names, num_test=data.num_test, num_val=data.num_val, seed=data.split_seed
     )
     patch = resolve_patch(data.patch, dataset.largest_shape, config.model.divisor)
+    check_batch_size(config.training.batch_size, device_mesh())
     # The patch is kept with the run, so that predicting needs no data set to find it.
     config = dataclasses.replace(config, data=dataclasses.replace(data, patch=patch))
     return Task(config, dataset, splits, patch)
@@ -58,7 +59,6 @@ def fit(task: Task, folder: Path, *, resume: bool = False) -> Predict:
     """
     config = task.config
     mesh = device_mesh()
-    check_batch_size(config.training.batch_size, mesh)
     info = DataInfo.of(task.dataset)
     open_run(folder, config, resume=resume, data=to_json(info))
     write_splits(folder / "splits.json", task.splits)

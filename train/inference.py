@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float, Float32
 
-from train.data import crop_back
+from train.data import crop_back, pad_to_hold
 
 PredictPatches = Callable[[np.ndarray], jax.Array]
 
@@ -51,7 +51,7 @@ def predict_volume(
     Returns:
         Probabilities on the grid of `image`; they sum to 1 over classes.
     """
-    padded = _pad_to_at_least(image, patch)
+    padded = pad_to_hold(image, patch)
     corners = list(_window_corners(padded.shape[:-1], patch, overlap))
     if len(corners) == 1:
         return crop_back(np.asarray(predict(padded[None])[0]), image.shape[:-1])
@@ -68,11 +68,6 @@ def predict_volume(
             norm[window] += weight
     assert total is not None
     return crop_back(total / norm, image.shape[:-1])
-
-
-def _pad_to_at_least(image: np.ndarray, patch: Sequence[int]) -> np.ndarray:
-    missing = [max(size - have, 0) for size, have in zip(patch, image.shape, strict=False)]
-    return np.pad(image, [(n // 2, n - n // 2) for n in missing] + [(0, 0)])
 
 
 def _window_corners(shape: Sequence[int], patch: Sequence[int], overlap: float) -> Iterator[tuple[int, ...]]:

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -25,9 +26,9 @@ class Loss:
         self, logits: Float[Array, "batch *spatial classes"], labels: Int[Array, "batch *spatial"]
     ) -> dict[str, Array]:
         """Each term by name, unweighted."""
-        off = dict.fromkeys(TERMS.values(), 0.0)
+        off: dict[str, Any] = dict.fromkeys(TERMS.values(), 0.0)
         return {
-            name: calib_jax.segmentation_loss(logits, labels, **{**off, TERMS[name]: 1.0})
+            name: calib_jax.segmentation_loss(logits, labels, **(off | {TERMS[name]: 1.0}))
             for name, _ in self.weights
         }
 

@@ -11,7 +11,7 @@ from train.data.nifti import read_image
 from train.data.phantom import PhantomDataset
 from train.data.pipeline import CachedCases, train_batches
 from train.data.splits import Splits, read_splits, split_cases, write_splits
-from train.data.transforms import crop_back, fit_to_patch, pad_to_multiple, z_score_nonzero
+from train.data.transforms import crop_back, fit_to_patch, pad_to_hold, z_score_nonzero
 from train.errors import InputError
 
 __all__ = [
@@ -27,7 +27,7 @@ __all__ = [
     "crop_back",
     "fit_to_patch",
     "open_dataset",
-    "pad_to_multiple",
+    "pad_to_hold",
     "read_image",
     "read_splits",
     "split_cases",

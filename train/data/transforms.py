@@ -55,20 +55,19 @@ def fit_to_patch(
     return _pad_centred(image[crop], patch), _pad_centred(label[crop], patch)
 
 
-def pad_to_multiple(
-    array: Shaped[np.ndarray, "*spatial channels"], multiple: int | Sequence[int]
+def pad_to_hold(
+    array: Shaped[np.ndarray, "*spatial channels"], patch: Sequence[int]
 ) -> Shaped[np.ndarray, "*padded channels"]:
-    """Pads with centred zeros until each spatial length is a multiple; `crop_back` is the inverse.
+    """Pads with centred zeros until a patch fits in along every axis; `crop_back` is the inverse.
 
     Args:
         array: a whole volume, channel last.
-        multiple: what the model's strides ask for, one number or one per spatial axis.
+        patch: voxels along each spatial axis, at least.
 
-    >>> pad_to_multiple(np.ones((35, 50, 1)), 8).shape
-    (40, 56, 1)
+    >>> pad_to_hold(np.ones((35, 70, 1)), (48, 64)).shape
+    (48, 70, 1)
     """
-    spatial = np.array(array.shape[:-1])
-    return _pad_centred(array, -(-spatial // multiple) * multiple)
+    return _pad_centred(array, np.maximum(array.shape[:-1], patch))
 
 
 def crop_back(array: Shaped[np.ndarray, "..."], spatial_shape: Sequence[int]) -> Shaped[np.ndarray, "..."]:
@@ -76,9 +75,9 @@ def crop_back(array: Shaped[np.ndarray, "..."], spatial_shape: Sequence[int]) ->
 
     Args:
         array: leading axes are the padded spatial ones, any axes may follow (channels, classes).
-        spatial_shape: lengths before `pad_to_multiple`.
+        spatial_shape: lengths before `pad_to_hold`.
 
-    >>> padded = pad_to_multiple(np.arange(3.0)[:, None], 4)
+    >>> padded = pad_to_hold(np.arange(3.0)[:, None], (4,))
     >>> crop_back(padded, (3,)).ravel().tolist()
     [0.0, 1.0, 2.0]
     """

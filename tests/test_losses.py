@@ -1,0 +1,526 @@
+"""The losses: values and gradients beside a naive twin, closed forms, masks, weights, and what they refuse."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import twin
+from jax.test_util import check_grads
+
+import calib_jax
+from calib_jax import bin_edges, bin_index, bin_statistics, dice_score, mL1_ace, mL1_ece, mL1_mce, segmentation_loss
+
+pytestmark = pytest.mark.usefixtures("strict_promotion")
+
+LOSSES = {"ace": mL1_ace, "ece": mL1_ece, "mce": mL1_mce}
+PROBS = twin.sample_probs(seed=11)
+SHAPE = PROBS.shape
+IDS = twin.sample_labels("ids")
+LOGITS = np.random.default_rng(12).normal(0, 2, SHAPE).astype(np.float32)
+PER_VOXEL = np.random.default_rng(13).random(SHAPE[:-1]) < 0.7
+PER_CLASS = np.random.default_rng(14).random(SHAPE) < 0.7
+
+
+def value_and_grad(kind, probs, labels, **options):
+    """Loss and gradient, compiled once for each set of options; arrays among them are arguments."""
+    arrays = {name: options.pop(name) for name in ("where", "class_weights") if name in options}
+
+    def loss(probs, arrays):
+        values = LOSSES[kind](probs, labels, **arrays, **options)
+        return values.sum(), values
+
+    (_, values), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(jnp.asarray(probs), arrays)
+    return values, gradient
+
+
+def assert_equals_twin(kind, probs, labels, **options):
+    values, gradient = value_and_grad(kind, probs, labels, **options)
+    expected, expected_gradient = twin.loss(probs, labels, kind, **options)
+    np.testing.assert_allclose(values, expected, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(gradient, expected_gradient, rtol=0, atol=1e-6)
+    assert np.abs(expected_gradient).max() > 1e-4  # or the comparison would say little
+
+
+# Beside the twin
+
+
+@pytest.mark.parametrize("form", twin.LABEL_FORMS)
+@pytest.mark.parametrize("kind", LOSSES)
+def test_value_and_gradient_equal_the_twin(kind, form):
+    assert_equals_twin(kind, PROBS, twin.sample_labels(form))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"closed": "left", "num_bins": 7},
+        {"where": PER_VOXEL},
+        {"where": PER_CLASS},
+        {"include_background": False},
+        {"include_background": False, "where": PER_CLASS, "class_weights": np.float32([3, 1])},
+        {"class_weights": np.float32([0.5, 2, 0])},
+        {"reduction": "sum"},
+        {"reduction": "none", "class_weights": np.float32([0.5, 2, 1])},
+        {"ignore_empty_classes": True, "where": IDS != 2},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_options_equal_the_twin(options):
+    assert_equals_twin("ace", PROBS, IDS, **options)
+
+
+@pytest.mark.parametrize("kind", ["ece", "mce"])
+def test_options_of_the_siblings_equal_the_twin(kind):
+    options = {"include_background": False, "class_weights": np.float32([3, 1]), "ignore_empty_classes": True}
+    assert_equals_twin(kind, PROBS, IDS, num_bins=7, closed="left", where=PER_VOXEL & (IDS != 2), **options)
+
+
+@pytest.mark.parametrize("closed", ["right", "left"])
+def test_values_on_edges_equal_the_twin(closed):
+    edges = twin.edges(10)
+    probs = np.concatenate([edges, np.nextafter(edges, np.float32(-1)), np.nextafter(edges, np.float32(2))])
+    labels = np.arange(probs.size) % 3 == 0
+    assert_equals_twin("ace", probs[None, :, None], labels[None, :, None], num_bins=10, closed=closed)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_probabilities_get_a_float32_loss_and_a_gradient_of_their_dtype(dtype):
+    probs = jnp.asarray(PROBS, dtype)
+    value, gradient = value_and_grad("ace", probs, IDS)
+    expected, expected_gradient = twin.loss(np.asarray(probs, np.float32), IDS)
+    assert value.dtype == jnp.float32
+    assert gradient.dtype == probs.dtype
+    np.testing.assert_allclose(value, expected, atol=1e-6)
+    np.testing.assert_allclose(np.asarray(gradient, np.float32), expected_gradient, rtol=1e-2)
+
+
+# Closed forms
+
+
+def test_two_bins_by_hand():
+    probs = np.float32([0.1, 0.3, 0.6, 0.8]).reshape(1, 4, 1)
+    labels = np.array([0, 1, 1, 1]).reshape(1, 4, 1)
+    # Lower bin: mean 0.2, frequency 0.5; upper bin: mean 0.7, frequency 1.
+    for kind, expected in {"ace": 0.3, "ece": 0.3, "mce": 0.3}.items():
+        np.testing.assert_allclose(LOSSES[kind](probs, labels, num_bins=2), expected, atol=1e-6)
+
+
+def test_bins_of_unlike_size_by_hand():
+    probs = np.float32([0.1, 0.8, 0.8, 0.8]).reshape(1, 4, 1)
+    labels = np.array([0, 1, 1, 1]).reshape(1, 4, 1)
+    for kind, expected in {"ace": (0.1 + 0.2) / 2, "ece": 0.1 / 4 + 0.2 * 3 / 4, "mce": 0.2}.items():
+        np.testing.assert_allclose(LOSSES[kind](probs, labels, num_bins=2), expected, atol=1e-6)
+
+
+def test_gradient_by_hand():
+    probs = np.float32([0.1, 0.8, 0.8, 0.8]).reshape(1, 4, 1)
+    labels = np.array([0, 1, 1, 1]).reshape(1, 4, 1)
+    # Too sure of nothing below, not sure enough above: shares 1/2 per bin, then per voxel of the bin.
+    expected = {"ace": [1 / 2, -1 / 6, -1 / 6, -1 / 6], "ece": [1 / 4, -1 / 4, -1 / 4, -1 / 4]}
+    expected["mce"] = [0, -1 / 3, -1 / 3, -1 / 3]
+    for kind in LOSSES:
+        gradient = value_and_grad(kind, probs, labels, num_bins=2)[1]
+        np.testing.assert_allclose(gradient.reshape(-1), expected[kind], atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_perfect_probabilities_cost_nothing(kind):
+    one_hot = twin.sample_labels("one_hot")
+    value, gradient = value_and_grad(kind, one_hot, IDS)
+    assert value == 0
+    np.testing.assert_array_equal(gradient, np.zeros(SHAPE))
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_probabilities_that_are_all_wrong_cost_one(kind):
+    assert LOSSES[kind](1 - twin.sample_labels("one_hot"), IDS) == 1
+
+
+def test_one_bin_is_the_difference_of_the_means():
+    one_hot = twin.sample_labels("one_hot")
+    expected = np.abs(PROBS.mean((1, 2), dtype=np.float64) - one_hot.mean((1, 2), dtype=np.float64)).mean()
+    for loss in LOSSES.values():
+        np.testing.assert_allclose(loss(PROBS, IDS, num_bins=1), expected, atol=1e-6)
+
+
+def test_gradient_of_the_whole_batch_follows_the_formula():
+    _, gradient = value_and_grad("ace", PROBS, IDS)
+    stats = bin_statistics(PROBS, IDS)
+    index = np.asarray(bin_index(PROBS)).reshape(2, 20, 3)
+    filled = np.count_nonzero(stats.count, axis=-1)
+    expected = np.zeros((2, 20, 3))
+    for b, v, c in np.ndindex(expected.shape):
+        m = index[b, v, c]
+        sign = np.sign(stats.mean_prob[b, c, m] - stats.mean_label[b, c, m])
+        expected[b, v, c] = sign / (stats.count[b, c, m] * filled[b, c] * 2 * 3)
+    np.testing.assert_allclose(gradient.reshape(2, 20, 3), expected, atol=1e-7)
+
+
+# Gradients by finite differences
+
+
+def away_from_kinks():
+    """Probabilities near the centres of 5 bins, and soft labels that differ by an amount of each bin's own."""
+    rng = np.random.default_rng(15)
+    bins = rng.integers(0, 5, (2, 10, 2))
+    probs = 0.1 + 0.2 * bins + rng.uniform(-0.02, 0.02, bins.shape)
+    gap = np.array([0.1, 0.16, 0.22, -0.28, -0.34])
+    return np.float32(probs), np.float32(probs + gap[bins])
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_gradients_in_probabilities_and_soft_labels_are_finite_differences(kind):
+    loss = jax.jit(lambda probs, labels: LOSSES[kind](probs, labels, num_bins=5))
+    check_grads(loss, away_from_kinks(), order=1, modes=["rev"], eps=1e-2, atol=1e-3, rtol=1e-3)
+
+
+def test_gradient_in_logits_is_finite_differences():
+    probs, labels = away_from_kinks()
+    logits = np.log(probs / (1 - probs))
+    loss = jax.jit(lambda logits: mL1_ace(jax.nn.sigmoid(logits), labels, num_bins=5))
+    check_grads(loss, (logits,), order=1, modes=["rev"], eps=1e-2, atol=1e-3, rtol=1e-3)
+
+
+# jit
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_jit_equals_eager(kind):
+    loss = LOSSES[kind]
+    value, gradient = jax.value_and_grad(loss)(jnp.asarray(PROBS), IDS)
+    compiled, compiled_gradient = jax.jit(jax.value_and_grad(loss))(jnp.asarray(PROBS), IDS)
+    np.testing.assert_allclose(compiled, value, rtol=1e-6)
+    np.testing.assert_allclose(compiled_gradient, gradient, rtol=1e-6)
+
+
+# Masks
+
+
+@pytest.mark.parametrize("where", [PER_VOXEL, PER_CLASS], ids=["per_voxel", "per_class"])
+@pytest.mark.parametrize("kind", LOSSES)
+def test_nan_outside_the_mask_touches_neither_value_nor_gradient(kind, where):
+    hidden = ~where if where.shape == SHAPE else np.repeat(~where[..., None], 3, -1)
+    probs, labels = PROBS.copy(), twin.sample_labels("soft")
+    value, gradient = value_and_grad(kind, probs, labels, where=where)
+    probs[hidden], labels[hidden] = np.nan, np.nan
+    with_nan, with_nan_gradient = value_and_grad(kind, probs, labels, where=where)
+    assert np.isfinite(value)
+    assert with_nan == value
+    np.testing.assert_array_equal(with_nan_gradient, gradient)
+    np.testing.assert_array_equal(np.asarray(gradient)[hidden], 0)
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_nan_inside_the_mask_makes_the_loss_nan(kind):
+    probs = PROBS.copy()
+    probs[1, 2, 3, 1] = np.nan
+    assert np.isnan(LOSSES[kind](probs, IDS))
+    each = LOSSES[kind](probs, IDS, reduction="none")
+    np.testing.assert_array_equal(np.isnan(each), [[False] * 3, [False, True, False]])
+
+
+def test_a_fully_masked_image_is_left_out_of_the_mean():
+    where = np.zeros(SHAPE[:-1], bool)
+    where[0] = True
+    value, gradient = value_and_grad("ace", PROBS, IDS, where=where)
+    np.testing.assert_allclose(value, twin.loss(PROBS[:1], IDS[:1])[0], atol=1e-6)
+    np.testing.assert_array_equal(gradient[1], 0)
+    each = mL1_ace(PROBS, IDS, where=where, reduction="none")
+    np.testing.assert_array_equal(each[1], 0)
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_nothing_counted_is_zero_with_a_zero_gradient(kind):
+    value, gradient = value_and_grad(kind, PROBS, IDS, where=np.zeros(SHAPE[:-1], bool))
+    assert value == 0
+    np.testing.assert_array_equal(gradient, np.zeros(SHAPE))
+
+
+def test_a_class_masked_everywhere_is_left_out_of_the_mean():
+    where = np.ones(SHAPE, bool)
+    where[..., 2] = False
+    expected = twin.loss(PROBS, IDS, reduction="none")[0][:, :2].mean()
+    np.testing.assert_allclose(mL1_ace(PROBS, IDS, where=where), expected, atol=1e-6)
+
+
+# Classes
+
+
+@pytest.mark.parametrize("form", [*twin.LABEL_FORMS, "uint8"])
+def test_without_background_is_the_loss_of_the_other_classes(form):
+    if form == "uint8":
+        labels, others = IDS.astype(np.uint8), twin.sample_labels("one_hot")[..., 1:]
+    else:
+        labels = twin.sample_labels(form)
+        others = labels[..., 1:] if labels.shape == SHAPE else twin.sample_labels("one_hot")[..., 1:]
+    value, gradient = value_and_grad("ace", PROBS, labels, include_background=False)
+    expected, expected_gradient = value_and_grad("ace", PROBS[..., 1:], others)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    np.testing.assert_allclose(gradient[..., 1:], expected_gradient, rtol=1e-6)
+    np.testing.assert_array_equal(gradient[..., 0], 0)
+
+
+def test_class_weights_are_those_of_a_mean():
+    each = twin.loss(PROBS, IDS, reduction="none")[0]
+    for weights in ([1, 1, 1], [5, 5, 5], [0, 0, 7], [1, 2, 3]):
+        weighted = np.average(each, axis=1, weights=weights).mean()
+        np.testing.assert_allclose(mL1_ace(PROBS, IDS, class_weights=np.float32(weights)), weighted, atol=1e-6)
+
+
+def test_class_weights_that_are_all_zero_give_zero():
+    assert mL1_ace(PROBS, IDS, class_weights=np.zeros(3, np.float32)) == 0
+
+
+def test_an_empty_class_contributes_zero_and_still_counts_in_the_mean():
+    ids = np.where(IDS == 2, 0, IDS)
+    ids[0] = np.where(ids[0] == 1, 0, ids[0])
+    each = twin.loss(PROBS, ids, reduction="none")[0]
+    value, gradient = value_and_grad("ace", PROBS, ids, ignore_empty_classes=True)
+    np.testing.assert_allclose(value, (each[0, 0] + each[1, 0] + each[1, 1]) / 6, atol=1e-6)
+    np.testing.assert_array_equal(gradient[..., 2], 0)
+    np.testing.assert_array_equal(gradient[0, ..., 1], 0)
+    assert np.abs(gradient[1, ..., 1]).max() > 0
+    np.testing.assert_allclose(mL1_ace(PROBS, ids), each.mean(), atol=1e-6)
+
+
+def test_a_class_is_empty_if_its_voxels_are_masked():
+    where = IDS != 1
+    each = mL1_ace(PROBS, IDS, where=where, ignore_empty_classes=True, reduction="none")
+    np.testing.assert_array_equal(each[:, 1], 0)
+    assert (np.asarray(each)[:, [0, 2]] > 0).all()
+
+
+def test_reductions_agree():
+    each = mL1_ace(PROBS, IDS, reduction="none")
+    assert each.shape == (2, 3)
+    np.testing.assert_allclose(mL1_ace(PROBS, IDS, reduction="sum"), each.sum(), rtol=1e-6)
+    np.testing.assert_allclose(mL1_ace(PROBS, IDS, reduction="mean"), each.mean(), rtol=1e-6)
+
+
+# The weighted sum
+
+
+def soft_dice_by_hand(logits, one_hot, smooth, first_class=0):
+    """1 - (2 I + 2 s) / (P + T + 2 s), averaged over images and classes; `smooth` s is half of MONAI's."""
+    probs = softmax_by_hand(logits)[..., first_class:]
+    one_hot = one_hot[..., first_class:]
+    overlap, sizes = (probs * one_hot).sum((1, 2)), (probs + one_hot).sum((1, 2))
+    return (1 - (2 * overlap + 2 * smooth) / (sizes + 2 * smooth)).mean()
+
+
+def softmax_by_hand(logits):
+    powers = np.exp(logits.astype(np.float64))
+    return powers / powers.sum(-1, keepdims=True)
+
+
+def cross_entropy_by_hand(logits, one_hot):
+    return -(one_hot * np.log(softmax_by_hand(logits))).sum(-1).mean()
+
+
+def ace_by_hand(logits, labels, **options):
+    return twin.loss(softmax_by_hand(logits).astype(np.float32), labels, **options)[0]
+
+
+@pytest.mark.parametrize("form", ["ids", "one_hot", "soft"])
+def test_segmentation_loss_is_the_weighted_sum_of_its_parts(form):
+    labels = twin.sample_labels(form)
+    dense = twin.sample_labels("one_hot") if form == "ids" else labels
+    parts = {
+        "dice": soft_dice_by_hand(LOGITS, dense, 5e-6),
+        "cross_entropy": cross_entropy_by_hand(LOGITS, dense),
+        "ace": ace_by_hand(LOGITS, labels),
+    }
+    default = parts["dice"] + parts["cross_entropy"] + 0.3 * parts["ace"]
+    np.testing.assert_allclose(segmentation_loss(LOGITS, labels), default, rtol=1e-5)
+    for weights in ({"dice": 0.7, "cross_entropy": 0.2, "ace": 1.5}, {"dice": 0, "cross_entropy": 0, "ace": 2}):
+        expected = sum(weight * parts[name] for name, weight in weights.items())
+        np.testing.assert_allclose(segmentation_loss(LOGITS, labels, **weights), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bool", "uint8", "bfloat16"])
+def test_segmentation_loss_takes_one_hot_labels_of_any_dtype(dtype):
+    labels = twin.sample_labels("one_hot")
+    expected = segmentation_loss(LOGITS, labels)
+    np.testing.assert_allclose(segmentation_loss(LOGITS, jnp.asarray(labels, dtype)), expected, rtol=1e-6)
+
+
+def test_segmentation_loss_uses_the_parts_of_optax():
+    one_hot = twin.sample_labels("one_hot")
+    dice = optax.losses.dice_loss(LOGITS, one_hot, smooth=0.5).mean()
+    entropy = optax.losses.softmax_cross_entropy(LOGITS, one_hot).mean()
+    loss = segmentation_loss(LOGITS, IDS, dice=2, cross_entropy=3, ace=0, dice_smooth=0.5)
+    np.testing.assert_allclose(loss, 2 * dice + 3 * entropy, rtol=1e-6)
+
+
+def test_segmentation_loss_leaves_background_out_of_dice_alone():
+    loss = segmentation_loss(LOGITS, IDS, cross_entropy=0, ace=0, dice_include_background=False)
+    expected = soft_dice_by_hand(LOGITS, twin.sample_labels("one_hot"), 5e-6, first_class=1)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
+def test_segmentation_loss_hands_options_to_mL1_ace():
+    options = {"num_bins": 7, "include_background": False, "closed": "left", "ignore_empty_classes": True}
+    loss = segmentation_loss(LOGITS, IDS, dice=0, cross_entropy=0, ace=1, where=PER_VOXEL, **options)
+    np.testing.assert_allclose(loss, ace_by_hand(LOGITS, IDS, where=PER_VOXEL, **options), atol=1e-6)
+
+
+def test_segmentation_loss_of_bfloat16_logits_is_computed_in_float32():
+    logits = jnp.asarray(LOGITS, jnp.bfloat16)
+    expected = segmentation_loss(logits.astype(jnp.float32), IDS)
+    loss, gradient = jax.value_and_grad(segmentation_loss)(logits, IDS)
+    assert loss.dtype == jnp.float32
+    assert gradient.dtype == jnp.bfloat16
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+
+
+def test_gradient_of_segmentation_loss_is_the_sum_of_those_of_its_parts():
+    def gradient(**weights):
+        weights = {"dice": 0, "cross_entropy": 0, "ace": 0} | weights
+        return jax.jit(jax.grad(lambda logits: segmentation_loss(logits, IDS, **weights)))(LOGITS)
+
+    parts = gradient(dice=0.5) + gradient(cross_entropy=2) + gradient(ace=3)
+    np.testing.assert_allclose(gradient(dice=0.5, cross_entropy=2, ace=3), parts, atol=1e-7)
+
+
+def test_dice_smooth_is_half_of_that_of_monai():
+    torch = pytest.importorskip("torch")
+    monai_losses = pytest.importorskip("monai.losses")
+    first = (torch.tensor(np.moveaxis(x, -1, 1).copy()) for x in (LOGITS, twin.sample_labels("one_hot")))
+    dice = monai_losses.DiceLoss(softmax=True, smooth_nr=0.6, smooth_dr=0.6)(*first).item()
+    loss = segmentation_loss(LOGITS, IDS, cross_entropy=0, ace=0, dice_smooth=0.3)
+    np.testing.assert_allclose(loss, dice, rtol=1e-5)
+
+
+# Wrong calls
+
+P = np.full((2, 4, 5, 3), 0.3, np.float32)
+Y = np.zeros((2, 4, 5), np.int32)
+ONE = np.full((2, 4, 5, 1), 0.3, np.float32)
+
+WRONG_CALLS = {
+    "probs_of_integers": (lambda: mL1_ace(Y, Y), TypeError, ["probs", "int32", "floating point"]),
+    "probs_of_booleans": (lambda: mL1_ace(P > 0.5, Y), TypeError, ["probs", "bool", "floating point"]),
+    "probs_of_one_axis": (
+        lambda: mL1_ace(P[0, 0, 0], Y[0, 0, 0]),
+        ValueError,
+        ["probs", "(3,)", "[batch, *spatial, classes]"],
+    ),
+    "probs_without_images": (lambda: mL1_ace(P[:0], Y[:0]), ValueError, ["probs", "(0, 4, 5, 3)", "empty"]),
+    "probs_without_voxels": (lambda: mL1_ace(P[:, :0], Y[:, :0]), ValueError, ["probs", "(2, 0, 5, 3)", "empty"]),
+    "probs_channel_first": (
+        lambda: mL1_ace(np.moveaxis(P, -1, 1), Y),
+        ValueError,
+        ["labels", "(2, 3, 4)", "(2, 3, 4, 5)", "(2, 4, 5)", "moveaxis"],
+    ),
+    "labels_channel_first": (
+        lambda: mL1_ace(P, np.moveaxis(P, -1, 1)),
+        ValueError,
+        ["labels", "(2, 4, 5)", "(2, 4, 5, 3)", "(2, 3, 4, 5)", "moveaxis"],
+    ),
+    "labels_of_another_size": (lambda: mL1_ece(P, Y[:, :3]), ValueError, ["labels", "(2, 3, 5)", "(2, 4, 5)"]),
+    "labels_of_another_batch": (lambda: mL1_mce(P, Y[:1]), ValueError, ["labels", "(1, 4, 5)", "(2, 4, 5)"]),
+    "labels_with_an_axis_of_one": (lambda: mL1_ace(P, Y[..., None]), ValueError, ["labels", "(2, 4, 5, 1)"]),
+    "class_ids_in_floats": (
+        lambda: mL1_ace(P, Y.astype(np.float32)),
+        TypeError,
+        ["labels", "float32", "integers", "astype"],
+    ),
+    "class_ids_in_booleans": (lambda: mL1_ace(P, Y == 0), TypeError, ["labels", "bool", "integers", "astype"]),
+    "labels_of_complex_numbers": (lambda: mL1_ace(P, P.astype(np.complex64)), TypeError, ["labels", "complex64"]),
+    "where_of_floats": (
+        lambda: mL1_ace(P, Y, where=np.ones(Y.shape, np.float32)),
+        TypeError,
+        ["where", "float32", "boolean"],
+    ),
+    "where_of_integers": (lambda: mL1_ece(P, Y, where=Y), TypeError, ["where", "int32", "boolean"]),
+    "where_of_another_shape": (
+        lambda: mL1_ace(P, Y, where=np.ones((2, 1, 1), bool)),
+        ValueError,
+        ["where", "(2, 1, 1)", "(2, 4, 5)", "(2, 4, 5, 3)"],
+    ),
+    "where_with_an_axis_of_one": (
+        lambda: mL1_mce(P, Y, where=np.ones((2, 4, 5, 1), bool)),
+        ValueError,
+        ["where", "(2, 4, 5, 1)", "(2, 4, 5)"],
+    ),
+    "no_bins": (lambda: mL1_ace(P, Y, num_bins=0), ValueError, ["num_bins", "0", "at least 1"]),
+    "negative_bins": (lambda: bin_statistics(P, Y, num_bins=-3), ValueError, ["num_bins", "-3", "at least 1"]),
+    "bins_in_a_float": (lambda: mL1_ece(P, Y, num_bins=20.0), TypeError, ["num_bins", "float", "int"]),
+    "bins_in_a_string": (lambda: mL1_mce(P, Y, num_bins="20"), TypeError, ["num_bins", "str", "int"]),
+    "bins_in_a_boolean": (lambda: mL1_ace(P, Y, num_bins=True), TypeError, ["num_bins", "bool", "int"]),
+    "bins_given_as_edges": (lambda: bin_edges(np.linspace(0, 1, 5)), TypeError, ["num_bins", "ndarray", "int"]),
+    "traced_bins": (
+        lambda: jax.jit(lambda n: mL1_ace(P, Y, num_bins=n))(20),
+        TypeError,
+        ["num_bins", "Tracer", "static_argnames"],
+    ),
+    "closed_on_both_sides": (
+        lambda: mL1_ace(P, Y, closed="both"),
+        ValueError,
+        ["closed", "'both'", "'right'", "'left'"],
+    ),
+    "closed_as_a_boolean": (lambda: bin_index(P, closed=True), ValueError, ["closed", "True", "'right'", "'left'"]),
+    "unknown_reduction": (
+        lambda: mL1_ace(P, Y, reduction="average"),
+        ValueError,
+        ["reduction", "'average'", "'mean'", "'sum'", "'none'"],
+    ),
+    "too_few_class_weights": (
+        lambda: mL1_ace(P, Y, class_weights=[1.0, 2.0]),
+        ValueError,
+        ["class_weights", "(2,)", "(3,)"],
+    ),
+    "a_single_class_weight": (lambda: mL1_ece(P, Y, class_weights=2.0), ValueError, ["class_weights", "()", "(3,)"]),
+    "a_weight_for_the_background_left_out": (
+        lambda: mL1_ace(P, Y, class_weights=[1.0, 2.0, 3.0], include_background=False),
+        ValueError,
+        ["class_weights", "(3,)", "(2,)"],
+    ),
+    "nothing_but_background": (
+        lambda: mL1_ace(ONE, Y, include_background=False),
+        ValueError,
+        ["include_background=False", "(2, 4, 5, 1)"],
+    ),
+    "logits_of_integers": (lambda: segmentation_loss(Y, Y), TypeError, ["logits", "int32", "floating point"]),
+    "logits_of_one_class": (lambda: segmentation_loss(ONE, Y), ValueError, ["logits", "(2, 4, 5, 1)", "two classes"]),
+    "logits_channel_first": (
+        lambda: segmentation_loss(np.moveaxis(P, -1, 1), Y),
+        ValueError,
+        ["labels", "logits", "(2, 3, 4, 5)", "moveaxis"],
+    ),
+    "every_part_of_weight_zero": (
+        lambda: segmentation_loss(P, Y, dice=0, cross_entropy=0, ace=0),
+        ValueError,
+        ["dice", "cross_entropy", "ace", "other than 0"],
+    ),
+    "misspelt_option": (lambda: segmentation_loss(P, Y, num_bin=5), TypeError, ["num_bin"]),
+    "label_maps_of_two_shapes": (
+        lambda: dice_score(Y, Y[:, :3], num_classes=3),
+        ValueError,
+        ["predictions", "labels", "(2, 4, 5)", "(2, 3, 5)"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_CALLS)
+def test_a_wrong_call_says_what_came_and_what_is_accepted(name):
+    call, error, words = WRONG_CALLS[name]
+    with pytest.raises(error) as raised:
+        call()
+    message = str(raised.value)
+    missing = [word for word in words if word not in message]
+    assert not missing, message
+
+
+@pytest.mark.parametrize("name", ["probs_of_integers", "labels_of_another_size", "where_of_another_shape"])
+def test_a_wrong_call_is_refused_while_it_is_traced(name):
+    call, error, _ = WRONG_CALLS[name]
+    with pytest.raises(error):
+        jax.eval_shape(call)
+
+
+def test_values_are_never_refused():
+    odd = np.full(SHAPE, 7.0, np.float32)
+    assert np.isfinite(mL1_ace(odd, np.full(SHAPE[:-1], 99)))
+    assert calib_jax.mL1_ace is mL1_ace
