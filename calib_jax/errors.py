@@ -85,7 +85,9 @@ def _gaps(
     """Gap of each bin, zero in empty ones, and which bins are filled. Divides safely, so gradients are finite."""
     filled = stats.weight > 0
     difference = jnp.where(filled, jnp.asarray(stats.prob_sum - stats.label_sum, jnp.float32), 0)
-    return jnp.abs(difference) / jnp.where(filled, stats.weight, 1), filled
+    # Not abs: its gradient at 0 is 1 in JAX, which would push at bins that are calibrated exactly.
+    magnitude = jnp.sign(difference) * difference
+    return magnitude / jnp.where(filled, stats.weight, 1), filled
 
 
 def _nan_unless(filled: Array, error: Array) -> Array:

@@ -187,7 +187,8 @@ def segmentation_loss(
 
     Args:
         logits: unnormalised scores `[batch, *spatial, classes]`, at least two classes.
-        labels: class ids `[batch, *spatial]`, or one-hot or soft labels of the shape of `logits`.
+        labels: class ids `[batch, *spatial]` (ids outside `[0, classes)` belong to no class and cost no
+            cross-entropy), or one-hot or soft labels of the shape of `logits`.
         dice: weight of `optax.losses.dice_loss`, averaged over images and classes.
         cross_entropy: weight of the cross-entropy, averaged over voxels.
         ace: weight of `mL1_ace`.
@@ -235,7 +236,9 @@ def _cross_entropy(logits: Array, labels: Array) -> Array:
     logits = logits.astype(jnp.float32)
     if labels.ndim == logits.ndim:
         return optax.losses.softmax_cross_entropy(logits, labels).mean()
-    return optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+    inside = (labels >= 0) & (labels < logits.shape[-1])  # elsewhere optax wraps around or gives NaN
+    losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, jnp.where(inside, labels, 0))
+    return jnp.where(inside, losses, 0).mean()
 
 
 def _classes_of_interest(

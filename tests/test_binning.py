@@ -1,5 +1,6 @@
 """Which bin a voxel falls in, to the last bit, and what the sums of the bins are."""
 
+import functools
 from pathlib import Path
 
 import chex
@@ -23,9 +24,9 @@ PROBS = twin.sample_probs()
 SHAPE = PROBS.shape
 
 
-@jax.jit
-def twenty_bins(probs, labels, where):
-    return bin_statistics(probs, labels, where=where)
+@functools.partial(jax.jit, static_argnames=("num_bins", "closed"))
+def statistics(probs, labels, where=None, **options):
+    return bin_statistics(probs, labels, where=where, **options)
 
 
 def assert_equals_twin(stats, expected, rtol=1e-6):
@@ -69,7 +70,9 @@ def test_edges_rise_from_zero_to_just_above_one():
 
 def test_twin_has_the_same_edges():
     for num_bins in (*range(1, 65), 100, 1000):
-        np.testing.assert_array_equal(twin.edges(num_bins).view(np.uint32), bin_edges(num_bins).view(np.uint32))
+        np.testing.assert_array_equal(
+            twin.edges(num_bins).view(np.uint32), bin_edges(num_bins).view(np.uint32)
+        )
 
 
 # Indices
@@ -94,7 +97,9 @@ def searched(values, num_bins, closed):
 
 
 @pytest.mark.parametrize("closed", CLOSED)
-@pytest.mark.parametrize("bins", [range(1, 33), range(33, 65), (100, 1000)], ids=["1-32", "33-64", "100,1000"])
+@pytest.mark.parametrize(
+    "bins", [range(1, 33), range(33, 65), (100, 1000)], ids=["1-32", "33-64", "100,1000"]
+)
 def test_index_of_every_float32_beside_an_edge(bins, closed):
     size = 9 * 3 * (max(bins) + 1)
     for num_bins in bins:
@@ -158,12 +163,12 @@ def test_closed_names_the_side_that_holds_the_edge():
 def test_default_is_twenty_bins_closed_right():
     values = twin.edges(20)
     np.testing.assert_array_equal(bin_index(values), searched(values, 20, "right"))
-    assert bin_index(values).dtype == jnp.int32
 
 
 def test_index_keeps_the_shape():
     for shape in ((), (3,), (2, 3, 4)):
-        assert bin_index(jnp.full(shape, 0.5)).shape == shape
+        index = jax.eval_shape(bin_index, jax.ShapeDtypeStruct(shape, jnp.float32))
+        assert (index.shape, index.dtype) == (shape, jnp.int32)
 
 
 # Statistics
@@ -174,7 +179,7 @@ def test_index_keeps_the_shape():
 @pytest.mark.parametrize("num_bins", [1, 20])
 def test_statistics_equal_the_twin(form, closed, num_bins):
     labels = twin.sample_labels(form)
-    stats = bin_statistics(PROBS, labels, num_bins=num_bins, closed=closed)
+    stats = statistics(PROBS, labels, num_bins=num_bins, closed=closed)
     assert stats.count.shape == (2, 3, num_bins)
     assert jnp.issubdtype(stats.count.dtype, jnp.integer)
     assert_equals_twin(stats, twin.bin_statistics(PROBS, labels, num_bins, closed))
@@ -185,7 +190,7 @@ def test_statistics_equal_the_twin(form, closed, num_bins):
 def test_statistics_of_values_beside_edges_equal_the_twin(num_bins, closed):
     probs = np.resize(near_edges(num_bins, steps=1), (1, 189, 1))
     labels = np.arange(probs.size).reshape(probs.shape) % 2
-    stats = bin_statistics(probs, labels, num_bins=num_bins, closed=closed)
+    stats = statistics(probs, labels, num_bins=num_bins, closed=closed)
     assert_equals_twin(stats, twin.bin_statistics(probs, labels, num_bins, closed))
 
 
@@ -193,7 +198,7 @@ def test_statistics_of_values_beside_edges_equal_the_twin(num_bins, closed):
 def test_half_precision_probabilities_are_summed_in_float32(dtype):
     probs = jnp.asarray(PROBS, dtype)
     labels = twin.sample_labels("ids")
-    stats = bin_statistics(probs, labels)
+    stats = statistics(probs, labels)
     assert stats.prob_sum.dtype == jnp.float32
     assert_equals_twin(stats, twin.bin_statistics(np.asarray(probs, np.float32), labels))
 
@@ -201,25 +206,25 @@ def test_half_precision_probabilities_are_summed_in_float32(dtype):
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int16"])
 def test_any_integer_holds_class_ids(dtype):
     labels = twin.sample_labels("ids")
-    assert_equals_twin(bin_statistics(PROBS, labels.astype(dtype)), twin.bin_statistics(PROBS, labels))
+    assert_equals_twin(statistics(PROBS, labels.astype(dtype)), twin.bin_statistics(PROBS, labels))
 
 
 @pytest.mark.parametrize("dtype", ["bool", "uint8", "int32", "bfloat16"])
 def test_any_number_holds_one_hot_labels(dtype):
     labels = twin.sample_labels("regions")
     expected = twin.bin_statistics(PROBS, labels)
-    assert_equals_twin(bin_statistics(PROBS, jnp.asarray(labels, dtype)), expected)
+    assert_equals_twin(statistics(PROBS, jnp.asarray(labels, dtype)), expected)
 
 
 def test_class_ids_and_their_one_hot_form_agree():
     ids, one_hot = twin.sample_labels("ids"), twin.sample_labels("one_hot")
-    assert_same_statistics(bin_statistics(PROBS, ids), bin_statistics(PROBS, one_hot))
+    assert_same_statistics(statistics(PROBS, ids), statistics(PROBS, one_hot))
 
 
 def test_ids_outside_the_classes_belong_to_no_class():
     ids = twin.sample_labels("ids")
     ids[:, 0], ids[:, 1], ids[:, 2] = -1, 3, 255
-    stats = bin_statistics(PROBS, ids)
+    stats = statistics(PROBS, ids)
     assert_equals_twin(stats, twin.bin_statistics(PROBS, ids))
     np.testing.assert_array_equal(stats.count.sum(-1), np.full((2, 3), 20))
     np.testing.assert_array_equal(stats.label_sum.sum((-2, -1)), [5, 5])
@@ -227,12 +232,18 @@ def test_ids_outside_the_classes_belong_to_no_class():
 
 def test_rounding_outside_zero_to_one_is_counted_in_the_end_bins():
     probs = np.array([[[-1e-7], [-0.0], [1.0], [1.0000001]]], np.float32)
-    stats = bin_statistics(probs, np.ones((1, 4, 1), np.float32), num_bins=4)
+    stats = statistics(probs, np.ones((1, 4, 1), np.float32), num_bins=4)
     assert stats.count.tolist() == [[[2, 0, 0, 2]]]
 
 
+def test_jit_equals_eager():
+    labels = twin.sample_labels("ids")
+    eager = bin_statistics(PROBS, labels, where=labels > 0)
+    chex.assert_trees_all_equal(statistics(PROBS, labels, labels > 0), eager)
+
+
 def test_every_voxel_is_counted_once_per_class():
-    stats = twenty_bins(PROBS, twin.sample_labels("ids"), None)
+    stats = statistics(PROBS, twin.sample_labels("ids"))
     np.testing.assert_array_equal(stats.count.sum(-1), np.full((2, 3), 20))
     np.testing.assert_allclose(stats.prob_sum.sum(-1), PROBS.sum((1, 2)), rtol=1e-6)
 
@@ -241,7 +252,7 @@ def test_every_voxel_is_counted_once_per_class():
 def test_nan_makes_its_image_and_class_nan_and_no_other(closed):
     probs = PROBS.copy()
     probs[1, 2, 3, 0] = np.nan
-    stats = bin_statistics(probs, twin.sample_labels("ids"), closed=closed)
+    stats = statistics(probs, twin.sample_labels("ids"), closed=closed)
     nan = np.zeros((2, 3, 20), bool)
     nan[1, 0, -1] = True
     np.testing.assert_array_equal(np.isnan(stats.prob_sum), nan)
@@ -256,18 +267,18 @@ def test_nan_makes_its_image_and_class_nan_and_no_other(closed):
 def test_masked_statistics_equal_the_twin(form, mask_shape):
     where = np.random.default_rng(5).random(mask_shape) < 0.6
     labels = twin.sample_labels(form)
-    assert_equals_twin(twenty_bins(PROBS, labels, where), twin.bin_statistics(PROBS, labels, where=where))
+    assert_equals_twin(statistics(PROBS, labels, where), twin.bin_statistics(PROBS, labels, where=where))
 
 
 @pytest.mark.parametrize("mask_shape", [SHAPE[:-1], SHAPE], ids=["per_voxel", "per_class"])
 def test_a_mask_of_true_counts_all(mask_shape):
     labels = twin.sample_labels("ids")
-    expected = twenty_bins(PROBS, labels, None)
-    assert_same_statistics(twenty_bins(PROBS, labels, np.ones(mask_shape, bool)), expected)
+    expected = statistics(PROBS, labels)
+    assert_same_statistics(statistics(PROBS, labels, np.ones(mask_shape, bool)), expected)
 
 
 def test_a_mask_of_false_counts_nothing():
-    stats = twenty_bins(PROBS, twin.sample_labels("ids"), np.zeros(SHAPE[:-1], bool))
+    stats = statistics(PROBS, twin.sample_labels("ids"), np.zeros(SHAPE[:-1], bool))
     chex.assert_trees_all_equal(stats, jax.tree.map(jnp.zeros_like, stats))
 
 
@@ -276,8 +287,8 @@ def test_a_mask_is_the_same_as_a_subset(form):
     where = np.zeros(SHAPE[:-1], bool)
     where[:, 1:3, :4] = True
     labels = twin.sample_labels(form)
-    subset = bin_statistics(PROBS[:, 1:3, :4], labels[:, 1:3, :4])
-    assert_same_statistics(twenty_bins(PROBS, labels, where), subset)
+    subset = statistics(PROBS[:, 1:3, :4], labels[:, 1:3, :4])
+    assert_same_statistics(statistics(PROBS, labels, where), subset)
 
 
 @pytest.mark.parametrize("mask_shape", [SHAPE[:-1], SHAPE], ids=["per_voxel", "per_class"])
@@ -285,9 +296,9 @@ def test_values_outside_the_mask_touch_nothing(mask_shape):
     where = np.random.default_rng(5).random(mask_shape) < 0.6
     hidden = ~where if where.shape == SHAPE else np.repeat(~where[..., None], SHAPE[-1], -1)
     probs, labels = PROBS.copy(), twin.sample_labels("soft")
-    expected = twenty_bins(probs, labels, where)
+    expected = statistics(probs, labels, where)
     probs[hidden], labels[hidden] = np.nan, np.inf
-    chex.assert_trees_all_equal(twenty_bins(probs, labels, where), expected)
+    chex.assert_trees_all_equal(statistics(probs, labels, where), expected)
 
 
 # Order, merging, axes
@@ -299,50 +310,52 @@ def test_the_order_of_voxels_is_free(seed):
     order = np.random.default_rng(seed).permutation(20)
     labels = twin.sample_labels("ids")
     shuffled = PROBS.reshape(2, 20, 3)[:, order].reshape(SHAPE)
-    stats = twenty_bins(shuffled, labels.reshape(2, 20)[:, order].reshape(2, 4, 5), None)
-    assert_same_statistics(stats, twenty_bins(PROBS, labels, None))
+    stats = statistics(shuffled, labels.reshape(2, 20)[:, order].reshape(2, 4, 5))
+    assert_same_statistics(stats, statistics(PROBS, labels))
 
 
-@hypothesis.given(part=st.lists(st.integers(0, 3), min_size=40, max_size=40), form=st.sampled_from(["ids", "soft"]))
+@hypothesis.given(
+    part=st.lists(st.integers(0, 3), min_size=40, max_size=40), form=st.sampled_from(["ids", "soft"])
+)
 @hypothesis.settings(max_examples=40, deadline=None)
 def test_the_parts_of_any_partition_add_up_to_the_whole(part, form):
     labels, part = twin.sample_labels(form), np.reshape(part, SHAPE[:-1])
-    parts = [twenty_bins(PROBS, labels, part == k) for k in range(4)]
+    parts = [statistics(PROBS, labels, part == k) for k in range(4)]
     merged = parts[0] + parts[1] + parts[2] + parts[3]
-    assert_same_statistics(merged, twenty_bins(PROBS, labels, np.ones(SHAPE[:-1], bool)))
+    assert_same_statistics(merged, statistics(PROBS, labels, np.ones(SHAPE[:-1], bool)))
 
 
 def test_images_of_a_batch_do_not_mix():
     labels = twin.sample_labels("ids")
-    both = twenty_bins(PROBS, labels, None)
+    both = statistics(PROBS, labels)
     for b in range(2):
-        alone = bin_statistics(PROBS[b : b + 1], labels[b : b + 1])
+        alone = statistics(PROBS[b : b + 1], labels[b : b + 1])
         assert_same_statistics(alone, jax.tree.map(lambda x, b=b: x[b : b + 1], both))
 
 
 @pytest.mark.parametrize("spatial", [(20,), (20, 1), (2, 5, 2)])
 def test_spatial_axes_are_all_alike(spatial):
     labels = twin.sample_labels("ids")
-    stats = bin_statistics(PROBS.reshape(2, *spatial, 3), labels.reshape(2, *spatial))
-    assert_same_statistics(stats, twenty_bins(PROBS, labels, None))
+    stats = statistics(PROBS.reshape(2, *spatial, 3), labels.reshape(2, *spatial))
+    assert_same_statistics(stats, statistics(PROBS, labels))
 
 
 def test_spatial_axes_may_be_swapped():
     labels = twin.sample_labels("soft")
-    swapped = bin_statistics(np.swapaxes(PROBS, 1, 2), np.swapaxes(labels, 1, 2))
-    assert_same_statistics(swapped, twenty_bins(PROBS, labels, None))
+    swapped = statistics(np.swapaxes(PROBS, 1, 2), np.swapaxes(labels, 1, 2))
+    assert_same_statistics(swapped, statistics(PROBS, labels))
 
 
 def test_channel_first_arrays_move_their_axis():
     labels = twin.sample_labels("one_hot")
     first = np.ascontiguousarray(np.moveaxis(PROBS, -1, 1)), np.ascontiguousarray(np.moveaxis(labels, -1, 1))
-    moved = bin_statistics(*(jnp.moveaxis(x, 1, -1) for x in first))
-    assert_same_statistics(moved, twenty_bins(PROBS, labels, None))
+    moved = statistics(*(jnp.moveaxis(x, 1, -1) for x in first))
+    assert_same_statistics(moved, statistics(PROBS, labels))
 
 
 def test_no_spatial_axis_means_one_voxel_an_image():
     probs = np.array([[0.9, 0.1], [0.3, 0.7]], np.float32)
-    stats = bin_statistics(probs, np.array([0, 0]), num_bins=2)
+    stats = statistics(probs, np.array([0, 0]), num_bins=2)
     assert stats.count.tolist() == [[[0, 1], [1, 0]], [[1, 0], [0, 1]]]
     assert stats.label_sum.tolist() == [[[0, 1], [0, 0]], [[1, 0], [0, 0]]]
 
@@ -352,7 +365,7 @@ def test_no_spatial_axis_means_one_voxel_an_image():
 
 def test_means_are_sums_over_counts_and_nan_in_empty_bins():
     labels = twin.sample_labels("ids")
-    stats = twenty_bins(PROBS, labels, None)
+    stats = statistics(PROBS, labels)
     mean_prob, mean_label = twin.bin_statistics(PROBS, labels).means()
     np.testing.assert_allclose(stats.mean_prob, mean_prob, rtol=1e-6)
     np.testing.assert_allclose(stats.mean_label, mean_label, rtol=1e-6)
@@ -361,7 +374,7 @@ def test_means_are_sums_over_counts_and_nan_in_empty_bins():
 
 
 def test_mean_probabilities_lie_within_their_bins():
-    stats = twenty_bins(PROBS, twin.sample_labels("ids"), None)
+    stats = statistics(PROBS, twin.sample_labels("ids"))
     filled = np.asarray(stats.count) > 0
     edges = twin.edges(20)
     lower, upper = np.broadcast_to(edges[:-1], filled.shape), np.broadcast_to(edges[1:], filled.shape)
@@ -371,7 +384,7 @@ def test_mean_probabilities_lie_within_their_bins():
 
 
 def test_sum_pools_images_or_tiles():
-    stats = twenty_bins(PROBS, twin.sample_labels("ids"), None)
+    stats = statistics(PROBS, twin.sample_labels("ids"))
     pooled = stats.sum()
     np.testing.assert_array_equal(pooled.count, np.asarray(stats.count).sum(0))
     np.testing.assert_allclose(pooled.prob_sum, np.asarray(stats.prob_sum).sum(0), rtol=1e-6)
@@ -379,7 +392,7 @@ def test_sum_pools_images_or_tiles():
 
 
 def test_statistics_are_a_pytree_of_three_arrays():
-    stats = twenty_bins(PROBS, twin.sample_labels("ids"), None)
+    stats = statistics(PROBS, twin.sample_labels("ids"))
     leaves, structure = jax.tree.flatten(stats)
     assert len(leaves) == 3
     rebuilt = jax.tree.unflatten(structure, leaves)

@@ -1,5 +1,7 @@
 """The losses: values and gradients beside a naive twin, closed forms, masks, weights, and what they refuse."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,16 @@ import twin
 from jax.test_util import check_grads
 
 import calib_jax
-from calib_jax import bin_edges, bin_index, bin_statistics, dice_score, mL1_ace, mL1_ece, mL1_mce, segmentation_loss
+from calib_jax import (
+    bin_edges,
+    bin_index,
+    bin_statistics,
+    dice_score,
+    mL1_ace,
+    mL1_ece,
+    mL1_mce,
+    segmentation_loss,
+)
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 
@@ -22,16 +33,26 @@ PER_VOXEL = np.random.default_rng(13).random(SHAPE[:-1]) < 0.7
 PER_CLASS = np.random.default_rng(14).random(SHAPE) < 0.7
 
 
-def value_and_grad(kind, probs, labels, **options):
-    """Loss and gradient, compiled once for each set of options; arrays among them are arguments."""
-    arrays = {name: options.pop(name) for name in ("where", "class_weights") if name in options}
+@functools.cache
+def compiled(kind, options):
+    """Value and gradient, compiled once for each set of options and shape."""
 
-    def loss(probs, arrays):
-        values = LOSSES[kind](probs, labels, **arrays, **options)
+    def loss(probs, labels, arrays):
+        values = LOSSES[kind](probs, labels, **arrays, **dict(options))
         return values.sum(), values
 
-    (_, values), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(jnp.asarray(probs), arrays)
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
+def value_and_grad(kind, probs, labels, **options):
+    """A loss and its gradient (of the sum of its entries for reduction "none")."""
+    arrays = {name: options.pop(name) for name in ("where", "class_weights") if name in options}
+    (_, values), gradient = compiled(kind, tuple(options.items()))(probs, labels, arrays)
     return values, gradient
+
+
+def value(kind, probs, labels, **options):
+    return value_and_grad(kind, probs, labels, **options)[0]
 
 
 def assert_equals_twin(kind, probs, labels, **options):
@@ -103,14 +124,14 @@ def test_two_bins_by_hand():
     labels = np.array([0, 1, 1, 1]).reshape(1, 4, 1)
     # Lower bin: mean 0.2, frequency 0.5; upper bin: mean 0.7, frequency 1.
     for kind, expected in {"ace": 0.3, "ece": 0.3, "mce": 0.3}.items():
-        np.testing.assert_allclose(LOSSES[kind](probs, labels, num_bins=2), expected, atol=1e-6)
+        np.testing.assert_allclose(value(kind, probs, labels, num_bins=2), expected, atol=1e-6)
 
 
 def test_bins_of_unlike_size_by_hand():
     probs = np.float32([0.1, 0.8, 0.8, 0.8]).reshape(1, 4, 1)
     labels = np.array([0, 1, 1, 1]).reshape(1, 4, 1)
     for kind, expected in {"ace": (0.1 + 0.2) / 2, "ece": 0.1 / 4 + 0.2 * 3 / 4, "mce": 0.2}.items():
-        np.testing.assert_allclose(LOSSES[kind](probs, labels, num_bins=2), expected, atol=1e-6)
+        np.testing.assert_allclose(value(kind, probs, labels, num_bins=2), expected, atol=1e-6)
 
 
 def test_gradient_by_hand():
@@ -127,26 +148,25 @@ def test_gradient_by_hand():
 @pytest.mark.parametrize("kind", LOSSES)
 def test_perfect_probabilities_cost_nothing(kind):
     one_hot = twin.sample_labels("one_hot")
-    value, gradient = value_and_grad(kind, one_hot, IDS)
-    assert value == 0
+    loss, gradient = value_and_grad(kind, one_hot, IDS)
+    assert loss == 0
     np.testing.assert_array_equal(gradient, np.zeros(SHAPE))
 
 
 @pytest.mark.parametrize("kind", LOSSES)
 def test_probabilities_that_are_all_wrong_cost_one(kind):
-    assert LOSSES[kind](1 - twin.sample_labels("one_hot"), IDS) == 1
+    assert value(kind, 1 - twin.sample_labels("one_hot"), IDS) == 1
 
 
 def test_one_bin_is_the_difference_of_the_means():
     one_hot = twin.sample_labels("one_hot")
     expected = np.abs(PROBS.mean((1, 2), dtype=np.float64) - one_hot.mean((1, 2), dtype=np.float64)).mean()
-    for loss in LOSSES.values():
-        np.testing.assert_allclose(loss(PROBS, IDS, num_bins=1), expected, atol=1e-6)
+    np.testing.assert_allclose(value("ace", PROBS, IDS, num_bins=1), expected, atol=1e-6)
 
 
 def test_gradient_of_the_whole_batch_follows_the_formula():
     _, gradient = value_and_grad("ace", PROBS, IDS)
-    stats = bin_statistics(PROBS, IDS)
+    stats = jax.jit(bin_statistics)(PROBS, IDS)
     index = np.asarray(bin_index(PROBS)).reshape(2, 20, 3)
     filled = np.count_nonzero(stats.count, axis=-1)
     expected = np.zeros((2, 20, 3))
@@ -197,16 +217,19 @@ def test_jit_equals_eager(kind):
 # Masks
 
 
-@pytest.mark.parametrize("where", [PER_VOXEL, PER_CLASS], ids=["per_voxel", "per_class"])
-@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize(
+    ("kind", "where"),
+    [("ace", PER_VOXEL), ("ace", PER_CLASS), ("ece", PER_VOXEL), ("mce", PER_VOXEL)],
+    ids=["ace-per_voxel", "ace-per_class", "ece", "mce"],
+)
 def test_nan_outside_the_mask_touches_neither_value_nor_gradient(kind, where):
     hidden = ~where if where.shape == SHAPE else np.repeat(~where[..., None], 3, -1)
     probs, labels = PROBS.copy(), twin.sample_labels("soft")
-    value, gradient = value_and_grad(kind, probs, labels, where=where)
+    loss, gradient = value_and_grad(kind, probs, labels, where=where)
     probs[hidden], labels[hidden] = np.nan, np.nan
     with_nan, with_nan_gradient = value_and_grad(kind, probs, labels, where=where)
-    assert np.isfinite(value)
-    assert with_nan == value
+    assert np.isfinite(loss)
+    assert with_nan == loss
     np.testing.assert_array_equal(with_nan_gradient, gradient)
     np.testing.assert_array_equal(np.asarray(gradient)[hidden], 0)
 
@@ -215,25 +238,25 @@ def test_nan_outside_the_mask_touches_neither_value_nor_gradient(kind, where):
 def test_nan_inside_the_mask_makes_the_loss_nan(kind):
     probs = PROBS.copy()
     probs[1, 2, 3, 1] = np.nan
-    assert np.isnan(LOSSES[kind](probs, IDS))
-    each = LOSSES[kind](probs, IDS, reduction="none")
+    assert np.isnan(value(kind, probs, IDS))
+    each = value(kind, probs, IDS, reduction="none")
     np.testing.assert_array_equal(np.isnan(each), [[False] * 3, [False, True, False]])
 
 
 def test_a_fully_masked_image_is_left_out_of_the_mean():
     where = np.zeros(SHAPE[:-1], bool)
     where[0] = True
-    value, gradient = value_and_grad("ace", PROBS, IDS, where=where)
-    np.testing.assert_allclose(value, twin.loss(PROBS[:1], IDS[:1])[0], atol=1e-6)
+    loss, gradient = value_and_grad("ace", PROBS, IDS, where=where)
+    np.testing.assert_allclose(loss, twin.loss(PROBS[:1], IDS[:1])[0], atol=1e-6)
     np.testing.assert_array_equal(gradient[1], 0)
-    each = mL1_ace(PROBS, IDS, where=where, reduction="none")
+    each = value("ace", PROBS, IDS, where=where, reduction="none")
     np.testing.assert_array_equal(each[1], 0)
 
 
 @pytest.mark.parametrize("kind", LOSSES)
 def test_nothing_counted_is_zero_with_a_zero_gradient(kind):
-    value, gradient = value_and_grad(kind, PROBS, IDS, where=np.zeros(SHAPE[:-1], bool))
-    assert value == 0
+    loss, gradient = value_and_grad(kind, PROBS, IDS, where=np.zeros(SHAPE[:-1], bool))
+    assert loss == 0
     np.testing.assert_array_equal(gradient, np.zeros(SHAPE))
 
 
@@ -241,7 +264,7 @@ def test_a_class_masked_everywhere_is_left_out_of_the_mean():
     where = np.ones(SHAPE, bool)
     where[..., 2] = False
     expected = twin.loss(PROBS, IDS, reduction="none")[0][:, :2].mean()
-    np.testing.assert_allclose(mL1_ace(PROBS, IDS, where=where), expected, atol=1e-6)
+    np.testing.assert_allclose(value("ace", PROBS, IDS, where=where), expected, atol=1e-6)
 
 
 # Classes
@@ -254,9 +277,9 @@ def test_without_background_is_the_loss_of_the_other_classes(form):
     else:
         labels = twin.sample_labels(form)
         others = labels[..., 1:] if labels.shape == SHAPE else twin.sample_labels("one_hot")[..., 1:]
-    value, gradient = value_and_grad("ace", PROBS, labels, include_background=False)
+    loss, gradient = value_and_grad("ace", PROBS, labels, include_background=False)
     expected, expected_gradient = value_and_grad("ace", PROBS[..., 1:], others)
-    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
     np.testing.assert_allclose(gradient[..., 1:], expected_gradient, rtol=1e-6)
     np.testing.assert_array_equal(gradient[..., 0], 0)
 
@@ -265,37 +288,39 @@ def test_class_weights_are_those_of_a_mean():
     each = twin.loss(PROBS, IDS, reduction="none")[0]
     for weights in ([1, 1, 1], [5, 5, 5], [0, 0, 7], [1, 2, 3]):
         weighted = np.average(each, axis=1, weights=weights).mean()
-        np.testing.assert_allclose(mL1_ace(PROBS, IDS, class_weights=np.float32(weights)), weighted, atol=1e-6)
+        np.testing.assert_allclose(
+            value("ace", PROBS, IDS, class_weights=np.float32(weights)), weighted, atol=1e-6
+        )
 
 
 def test_class_weights_that_are_all_zero_give_zero():
-    assert mL1_ace(PROBS, IDS, class_weights=np.zeros(3, np.float32)) == 0
+    assert value("ace", PROBS, IDS, class_weights=np.zeros(3, np.float32)) == 0
 
 
 def test_an_empty_class_contributes_zero_and_still_counts_in_the_mean():
     ids = np.where(IDS == 2, 0, IDS)
     ids[0] = np.where(ids[0] == 1, 0, ids[0])
     each = twin.loss(PROBS, ids, reduction="none")[0]
-    value, gradient = value_and_grad("ace", PROBS, ids, ignore_empty_classes=True)
-    np.testing.assert_allclose(value, (each[0, 0] + each[1, 0] + each[1, 1]) / 6, atol=1e-6)
+    loss, gradient = value_and_grad("ace", PROBS, ids, ignore_empty_classes=True)
+    np.testing.assert_allclose(loss, (each[0, 0] + each[1, 0] + each[1, 1]) / 6, atol=1e-6)
     np.testing.assert_array_equal(gradient[..., 2], 0)
     np.testing.assert_array_equal(gradient[0, ..., 1], 0)
     assert np.abs(gradient[1, ..., 1]).max() > 0
-    np.testing.assert_allclose(mL1_ace(PROBS, ids), each.mean(), atol=1e-6)
+    np.testing.assert_allclose(value("ace", PROBS, ids), each.mean(), atol=1e-6)
 
 
 def test_a_class_is_empty_if_its_voxels_are_masked():
     where = IDS != 1
-    each = mL1_ace(PROBS, IDS, where=where, ignore_empty_classes=True, reduction="none")
+    each = value("ace", PROBS, IDS, where=where, ignore_empty_classes=True, reduction="none")
     np.testing.assert_array_equal(each[:, 1], 0)
     assert (np.asarray(each)[:, [0, 2]] > 0).all()
 
 
 def test_reductions_agree():
-    each = mL1_ace(PROBS, IDS, reduction="none")
+    each = value("ace", PROBS, IDS, reduction="none")
     assert each.shape == (2, 3)
-    np.testing.assert_allclose(mL1_ace(PROBS, IDS, reduction="sum"), each.sum(), rtol=1e-6)
-    np.testing.assert_allclose(mL1_ace(PROBS, IDS, reduction="mean"), each.mean(), rtol=1e-6)
+    np.testing.assert_allclose(value("ace", PROBS, IDS, reduction="sum"), each.sum(), rtol=1e-6)
+    np.testing.assert_allclose(value("ace", PROBS, IDS, reduction="mean"), each.mean(), rtol=1e-6)
 
 
 # The weighted sum
@@ -322,6 +347,17 @@ def ace_by_hand(logits, labels, **options):
     return twin.loss(softmax_by_hand(logits).astype(np.float32), labels, **options)[0]
 
 
+@functools.cache
+def compiled_sum(options):
+    return jax.jit(
+        jax.value_and_grad(lambda logits, labels: segmentation_loss(logits, labels, **dict(options)))
+    )
+
+
+def weighted_sum(logits, labels, **options):
+    return compiled_sum(tuple(options.items()))(logits, labels)
+
+
 @pytest.mark.parametrize("form", ["ids", "one_hot", "soft"])
 def test_segmentation_loss_is_the_weighted_sum_of_its_parts(form):
     labels = twin.sample_labels(form)
@@ -332,17 +368,32 @@ def test_segmentation_loss_is_the_weighted_sum_of_its_parts(form):
         "ace": ace_by_hand(LOGITS, labels),
     }
     default = parts["dice"] + parts["cross_entropy"] + 0.3 * parts["ace"]
-    np.testing.assert_allclose(segmentation_loss(LOGITS, labels), default, rtol=1e-5)
-    for weights in ({"dice": 0.7, "cross_entropy": 0.2, "ace": 1.5}, {"dice": 0, "cross_entropy": 0, "ace": 2}):
+    np.testing.assert_allclose(weighted_sum(LOGITS, labels)[0], default, rtol=1e-5)
+    for weights in (
+        {"dice": 0.7, "cross_entropy": 0.2, "ace": 1.5},
+        {"dice": 0, "cross_entropy": 0, "ace": 2},
+    ):
         expected = sum(weight * parts[name] for name, weight in weights.items())
-        np.testing.assert_allclose(segmentation_loss(LOGITS, labels, **weights), expected, rtol=1e-5)
+        np.testing.assert_allclose(weighted_sum(LOGITS, labels, **weights)[0], expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["bool", "uint8", "bfloat16"])
 def test_segmentation_loss_takes_one_hot_labels_of_any_dtype(dtype):
     labels = twin.sample_labels("one_hot")
-    expected = segmentation_loss(LOGITS, labels)
-    np.testing.assert_allclose(segmentation_loss(LOGITS, jnp.asarray(labels, dtype)), expected, rtol=1e-6)
+    expected = weighted_sum(LOGITS, labels)[0]
+    np.testing.assert_allclose(weighted_sum(LOGITS, jnp.asarray(labels, dtype))[0], expected, rtol=1e-6)
+
+
+def test_ids_outside_the_classes_cost_what_a_row_of_zeros_costs():
+    ids = IDS.copy()
+    ids[:, 0], ids[:, 1, 0], ids[:, 2, 0] = -1, 3, 255
+    rows = np.stack([ids == c for c in range(3)], axis=-1).astype(np.float32)
+    for part in ("dice", "cross_entropy", "ace"):
+        weights = {"dice": 0, "cross_entropy": 0, "ace": 0} | {part: 1}
+        loss, gradient = weighted_sum(LOGITS, ids, **weights)
+        expected, expected_gradient = weighted_sum(LOGITS, rows, **weights)
+        np.testing.assert_allclose(loss, expected, rtol=1e-6)
+        np.testing.assert_allclose(gradient, expected_gradient, atol=1e-6)
 
 
 def test_segmentation_loss_uses_the_parts_of_optax():
@@ -361,14 +412,16 @@ def test_segmentation_loss_leaves_background_out_of_dice_alone():
 
 def test_segmentation_loss_hands_options_to_mL1_ace():
     options = {"num_bins": 7, "include_background": False, "closed": "left", "ignore_empty_classes": True}
-    loss = segmentation_loss(LOGITS, IDS, dice=0, cross_entropy=0, ace=1, where=PER_VOXEL, **options)
+    loss = jax.jit(
+        lambda x: segmentation_loss(x, IDS, dice=0, cross_entropy=0, ace=1, where=PER_VOXEL, **options)
+    )(LOGITS)
     np.testing.assert_allclose(loss, ace_by_hand(LOGITS, IDS, where=PER_VOXEL, **options), atol=1e-6)
 
 
 def test_segmentation_loss_of_bfloat16_logits_is_computed_in_float32():
     logits = jnp.asarray(LOGITS, jnp.bfloat16)
-    expected = segmentation_loss(logits.astype(jnp.float32), IDS)
-    loss, gradient = jax.value_and_grad(segmentation_loss)(logits, IDS)
+    expected = weighted_sum(logits.astype(jnp.float32), IDS)[0]
+    loss, gradient = weighted_sum(logits, IDS)
     assert loss.dtype == jnp.float32
     assert gradient.dtype == jnp.bfloat16
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
@@ -377,7 +430,7 @@ def test_segmentation_loss_of_bfloat16_logits_is_computed_in_float32():
 def test_gradient_of_segmentation_loss_is_the_sum_of_those_of_its_parts():
     def gradient(**weights):
         weights = {"dice": 0, "cross_entropy": 0, "ace": 0} | weights
-        return jax.jit(jax.grad(lambda logits: segmentation_loss(logits, IDS, **weights)))(LOGITS)
+        return weighted_sum(LOGITS, IDS, **weights)[1]
 
     parts = gradient(dice=0.5) + gradient(cross_entropy=2) + gradient(ace=3)
     np.testing.assert_allclose(gradient(dice=0.5, cross_entropy=2, ace=3), parts, atol=1e-7)
@@ -407,7 +460,11 @@ WRONG_CALLS = {
         ["probs", "(3,)", "[batch, *spatial, classes]"],
     ),
     "probs_without_images": (lambda: mL1_ace(P[:0], Y[:0]), ValueError, ["probs", "(0, 4, 5, 3)", "empty"]),
-    "probs_without_voxels": (lambda: mL1_ace(P[:, :0], Y[:, :0]), ValueError, ["probs", "(2, 0, 5, 3)", "empty"]),
+    "probs_without_voxels": (
+        lambda: mL1_ace(P[:, :0], Y[:, :0]),
+        ValueError,
+        ["probs", "(2, 0, 5, 3)", "empty"],
+    ),
     "probs_channel_first": (
         lambda: mL1_ace(np.moveaxis(P, -1, 1), Y),
         ValueError,
@@ -418,7 +475,11 @@ WRONG_CALLS = {
         ValueError,
         ["labels", "(2, 4, 5)", "(2, 4, 5, 3)", "(2, 3, 4, 5)", "moveaxis"],
     ),
-    "labels_of_another_size": (lambda: mL1_ece(P, Y[:, :3]), ValueError, ["labels", "(2, 3, 5)", "(2, 4, 5)"]),
+    "labels_of_another_size": (
+        lambda: mL1_ece(P, Y[:, :3]),
+        ValueError,
+        ["labels", "(2, 3, 5)", "(2, 4, 5)"],
+    ),
     "labels_of_another_batch": (lambda: mL1_mce(P, Y[:1]), ValueError, ["labels", "(1, 4, 5)", "(2, 4, 5)"]),
     "labels_with_an_axis_of_one": (lambda: mL1_ace(P, Y[..., None]), ValueError, ["labels", "(2, 4, 5, 1)"]),
     "class_ids_in_floats": (
@@ -426,8 +487,16 @@ WRONG_CALLS = {
         TypeError,
         ["labels", "float32", "integers", "astype"],
     ),
-    "class_ids_in_booleans": (lambda: mL1_ace(P, Y == 0), TypeError, ["labels", "bool", "integers", "astype"]),
-    "labels_of_complex_numbers": (lambda: mL1_ace(P, P.astype(np.complex64)), TypeError, ["labels", "complex64"]),
+    "class_ids_in_booleans": (
+        lambda: mL1_ace(P, Y == 0),
+        TypeError,
+        ["labels", "bool", "integers", "astype"],
+    ),
+    "labels_of_complex_numbers": (
+        lambda: mL1_ace(P, P.astype(np.complex64)),
+        TypeError,
+        ["labels", "complex64"],
+    ),
     "where_of_floats": (
         lambda: mL1_ace(P, Y, where=np.ones(Y.shape, np.float32)),
         TypeError,
@@ -445,11 +514,19 @@ WRONG_CALLS = {
         ["where", "(2, 4, 5, 1)", "(2, 4, 5)"],
     ),
     "no_bins": (lambda: mL1_ace(P, Y, num_bins=0), ValueError, ["num_bins", "0", "at least 1"]),
-    "negative_bins": (lambda: bin_statistics(P, Y, num_bins=-3), ValueError, ["num_bins", "-3", "at least 1"]),
+    "negative_bins": (
+        lambda: bin_statistics(P, Y, num_bins=-3),
+        ValueError,
+        ["num_bins", "-3", "at least 1"],
+    ),
     "bins_in_a_float": (lambda: mL1_ece(P, Y, num_bins=20.0), TypeError, ["num_bins", "float", "int"]),
     "bins_in_a_string": (lambda: mL1_mce(P, Y, num_bins="20"), TypeError, ["num_bins", "str", "int"]),
     "bins_in_a_boolean": (lambda: mL1_ace(P, Y, num_bins=True), TypeError, ["num_bins", "bool", "int"]),
-    "bins_given_as_edges": (lambda: bin_edges(np.linspace(0, 1, 5)), TypeError, ["num_bins", "ndarray", "int"]),
+    "bins_given_as_edges": (
+        lambda: bin_edges(np.linspace(0, 1, 5)),
+        TypeError,
+        ["num_bins", "ndarray", "int"],
+    ),
     "traced_bins": (
         lambda: jax.jit(lambda n: mL1_ace(P, Y, num_bins=n))(20),
         TypeError,
@@ -460,7 +537,11 @@ WRONG_CALLS = {
         ValueError,
         ["closed", "'both'", "'right'", "'left'"],
     ),
-    "closed_as_a_boolean": (lambda: bin_index(P, closed=True), ValueError, ["closed", "True", "'right'", "'left'"]),
+    "closed_as_a_boolean": (
+        lambda: bin_index(P, closed=True),
+        ValueError,
+        ["closed", "True", "'right'", "'left'"],
+    ),
     "unknown_reduction": (
         lambda: mL1_ace(P, Y, reduction="average"),
         ValueError,
@@ -471,7 +552,11 @@ WRONG_CALLS = {
         ValueError,
         ["class_weights", "(2,)", "(3,)"],
     ),
-    "a_single_class_weight": (lambda: mL1_ece(P, Y, class_weights=2.0), ValueError, ["class_weights", "()", "(3,)"]),
+    "a_single_class_weight": (
+        lambda: mL1_ece(P, Y, class_weights=2.0),
+        ValueError,
+        ["class_weights", "()", "(3,)"],
+    ),
     "a_weight_for_the_background_left_out": (
         lambda: mL1_ace(P, Y, class_weights=[1.0, 2.0, 3.0], include_background=False),
         ValueError,
@@ -483,7 +568,11 @@ WRONG_CALLS = {
         ["include_background=False", "(2, 4, 5, 1)"],
     ),
     "logits_of_integers": (lambda: segmentation_loss(Y, Y), TypeError, ["logits", "int32", "floating point"]),
-    "logits_of_one_class": (lambda: segmentation_loss(ONE, Y), ValueError, ["logits", "(2, 4, 5, 1)", "two classes"]),
+    "logits_of_one_class": (
+        lambda: segmentation_loss(ONE, Y),
+        ValueError,
+        ["logits", "(2, 4, 5, 1)", "two classes"],
+    ),
     "logits_channel_first": (
         lambda: segmentation_loss(np.moveaxis(P, -1, 1), Y),
         ValueError,

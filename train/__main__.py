@@ -1,7 +1,7 @@
-"""Command line of the trainer.
+"""Train segmentation networks under calibration losses and show what these do.
 
-`python -m train` compares Dice with Dice + mL1-ACE on an embedded phantom. `python -m train --help` lists
-the commands, `python -m train COMMAND --help` their options.
+Without a command: `compare`, Dice against Dice + mL1-ACE on an embedded phantom. `python -m train COMMAND --help`
+explains the options of a command.
 """
 
 import sys
@@ -137,7 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
             args=arguments,
             prog="python -m train",
             description=__doc__,
-            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
         )
         command.run()
     except InputError as error:

@@ -1,0 +1,197 @@
+"""Every way to compute sums per bin against NumPy in float64."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from calib_jax import _segment_reduce as segment_reduce
+from calib_jax.binning import bin_index
+
+METHODS = ["segment_sum", "scatter", "masked"]
+EXACT = ["auto", "scatter", "masked"]  # the definition adds in order and drifts
+
+
+def _index(num_bins):
+    return functools.partial(bin_index, num_bins=num_bins)
+
+
+def _sums(probs, labels, where=None, *, num_bins=20, method="auto"):
+    run = functools.partial(segment_reduce.bin_sums, index=_index(num_bins), num_bins=num_bins, method=method)
+    return jax.jit(run)(probs, labels, where)
+
+
+def _expected(probs, labels, where, num_bins):
+    """Count, probability sum and label sum: `np.bincount` in float64, all images and classes in one."""
+    batch, _, classes = probs.shape
+    hits = labels if labels.ndim == 3 else labels[..., None] == np.arange(classes)
+    keep = np.ones((1, 1, 1), bool) if where is None else where if where.ndim == 3 else where[..., None]
+    keep = np.broadcast_to(keep, probs.shape)
+    row = np.arange(batch)[:, None, None] * classes + np.arange(classes)
+    place = (row * num_bins + np.asarray(bin_index(probs, num_bins=num_bins)))[keep]
+
+    def add(x):
+        sums = np.bincount(place, x[keep].astype(np.float64), batch * classes * num_bins)
+        return sums.reshape(batch, classes, num_bins)
+
+    return add(np.ones(probs.shape)), add(probs), add(hits)
+
+
+def _assert_equal(got, want, rtol=1e-6):
+    count, prob_sum, label_sum = got
+    assert (count.dtype, prob_sum.dtype, label_sum.dtype) == (jnp.int32, jnp.float32, jnp.float32)
+    np.testing.assert_array_equal(count, want[0])
+    np.testing.assert_allclose(prob_sum, want[1], rtol=rtol)
+    np.testing.assert_allclose(label_sum, want[2], rtol=rtol)
+
+
+def _draw(shape, seed=0, soft=False):
+    rng = np.random.default_rng(seed)
+    probs = rng.random(shape, np.float32)
+    labels = rng.random(shape, np.float32) if soft else rng.integers(-1, shape[-1] + 1, shape[:-1])
+    return probs, labels.astype(np.float32 if soft else np.int32), rng
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "num_bins"),
+    [
+        ((1, 1, 1), 1),
+        ((2, 7, 3), 20),
+        ((1, 2048, 2), 5),
+        ((3, 2049, 1), 20),
+        ((2, 40_001, 3), 20),
+        ((1, 5_000, 2), 1000),
+    ],
+)
+def test_equals_the_definition(method, soft, shape, num_bins):
+    probs, labels, _ = _draw(shape, soft=soft)
+    got = _sums(probs, labels, num_bins=num_bins, method=method)
+    _assert_equal(got, _expected(probs, labels, None, num_bins), 1e-5 if method == "segment_sum" else 1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("mask_shape", ["voxels", "voxels 1", "voxels classes"])
+@pytest.mark.parametrize("soft", [False, True])
+def test_what_is_masked_does_not_count_even_if_nan(method, mask_shape, soft):
+    probs, labels, rng = _draw((2, 5_000, 3), soft=soft)
+    where = rng.random(probs.shape if mask_shape == "voxels classes" else probs.shape[:2]) < 0.4
+    where = where[..., None] if mask_shape == "voxels 1" else where
+    want = _expected(probs, labels, where, 20)
+    probs = np.where(where if where.ndim == 3 else where[..., None], probs, np.nan)
+    _assert_equal(_sums(probs, labels, where, method=method), want, 1e-5 if method == "segment_sum" else 1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nan_shows_in_its_image_and_class_only(method):
+    probs, labels, _ = _draw((2, 3_000, 2))
+    probs[1, 17, 0] = np.nan
+    _, prob_sum, label_sum = _sums(probs, labels, method=method)
+    assert np.isnan(prob_sum).any(-1).tolist() == [[False, False], [True, False]]
+    assert np.isfinite(label_sum).all()
+
+
+@pytest.mark.parametrize("method", EXACT)
+@pytest.mark.parametrize("value", [0.1, 0.7, 0.999999, 1e-7, 3e-5])
+def test_equal_numbers_do_not_drift(method, value):
+    probs = np.full((1, 300_001, 2), value, np.float32)
+    labels = np.ones((1, 300_001), np.int32)
+    _assert_equal(_sums(probs, labels, method=method), _expected(probs, labels, None, 20))
+
+
+@pytest.mark.parametrize("method", EXACT)
+def test_two_scales_in_one_bin_do_not_drift(method):
+    probs = np.full((1, 200_000, 1), 1.2345e-4, np.float32)
+    probs[:, ::9] = 0.04
+    labels = np.zeros((1, 200_000), np.int32)
+    _assert_equal(_sums(probs, labels, method=method), _expected(probs, labels, None, 20))
+
+
+def test_more_voxels_than_float32_can_count():
+    probs = np.random.default_rng(0).random((1, 33_600_000, 1), np.float32) * np.float32(1e-3)
+    labels = np.zeros((1, 33_600_000), np.int32)
+    count, prob_sum, label_sum = _sums(probs, labels)
+    assert count[0, 0, 0] == label_sum[0, 0, 0] == probs.size
+    np.testing.assert_allclose(prob_sum[0, 0, 0], probs.sum(dtype=np.float64), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("method", METHODS)
+def test_half_precision_is_added_in_float32(method, dtype):
+    probs, labels, _ = _draw((1, 9_000, 2))
+    probs = jnp.asarray(probs, dtype)
+    want = _expected(np.asarray(probs.astype(jnp.float32)), labels, None, 20)
+    _assert_equal(_sums(probs, labels, method=method), want, 1e-5 if method == "segment_sum" else 1e-6)
+
+
+@pytest.mark.parametrize("method", ["auto", "masked"])
+def test_vmap_equals_a_longer_batch(method):
+    probs, labels, rng = _draw((6, 3_000, 2))
+    where = rng.random(labels.shape) < 0.5
+
+    def fold(x):
+        return x.reshape(3, 2, *x.shape[1:])
+
+    together = _sums(probs, labels, where, method=method)
+    apart = jax.vmap(functools.partial(_sums, method=method))(fold(probs), fold(labels), fold(where))
+    for one, other in zip(together, apart, strict=True):
+        np.testing.assert_array_equal(fold(one), other)
+
+
+def _sharded(shape, dtype, mesh):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec("batch")))
+
+
+@pytest.mark.parametrize("method", ["auto", "masked"])
+def test_a_sharded_batch_is_not_gathered(method):
+    mesh = Mesh(np.array(jax.devices()), ("batch",))
+    probs, labels = _sharded((16, 9_000, 2), jnp.float32, mesh), _sharded((16, 9_000), jnp.int32, mesh)
+    run = functools.partial(segment_reduce.bin_sums, index=_index(20), num_bins=20, method=method)
+    program = jax.jit(run).lower(probs, labels, None).compile().as_text()
+    assert not re.findall(r"(all-gather|all-reduce|all-to-all|collective-permute)\S*\(", program)
+
+
+def test_shard_map_and_sharded_jit_equal_one_device():
+    mesh = Mesh(np.array(jax.devices()), ("batch",))
+    probs, labels, _ = _draw((2 * mesh.size, 3_000, 2))
+    here = PartitionSpec("batch")
+    mapped = jax.jit(jax.shard_map(lambda p, y: _sums(p, y), mesh=mesh, in_specs=here, out_specs=here))
+    placed = [jax.device_put(x, NamedSharding(mesh, here)) for x in (probs, labels)]
+    for got in (mapped(probs, labels), _sums(*placed)):
+        _assert_equal(got, _expected(probs, labels, None, 20))
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "rocm", "tpu"])
+def test_lowers_for_every_platform_and_scatters_on_cpu_only(platform):
+    probs = jax.ShapeDtypeStruct((2, 5_000, 3), jnp.float32)
+    labels = jax.ShapeDtypeStruct((2, 5_000), jnp.int32)
+    run = jax.jit(functools.partial(segment_reduce.bin_sums, index=_index(20), num_bins=20))
+    program = export.export(run, platforms=[platform])(probs, labels, None).mlir_module()
+    assert ("stablehlo.scatter" in program) == (platform == "cpu")
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_lookup_lowers_for_every_platform(platform):
+    table = jax.ShapeDtypeStruct((2, 3, 20), jnp.float32)
+    probs = jax.ShapeDtypeStruct((2, 50, 3), jnp.float32)
+    run = jax.jit(functools.partial(segment_reduce.table_lookup, index=_index(20)))
+    assert export.export(run, platforms=[platform])(table, probs).out_avals[0].shape == (2, 50, 3)
+
+
+def test_lookup_is_the_transpose_of_the_sum():
+    probs, labels, rng = _draw((2, 500, 3))
+    table = rng.random((2, 3, 20), np.float32)
+    looked_up = np.asarray(segment_reduce.table_lookup(table, probs, _index(20)))
+    bins = np.asarray(bin_index(probs, num_bins=20))
+    want = table[np.arange(2)[:, None, None], np.arange(3), bins]
+    np.testing.assert_array_equal(looked_up, want)
+    weighted = (looked_up.astype(np.float64) * probs).sum()
+    np.testing.assert_allclose(
+        weighted, (table * np.asarray(_sums(probs, labels)[1], np.float64)).sum(), rtol=1e-5
+    )

@@ -1,0 +1,210 @@
+"""What JAX does to functions: jit, grad, vmap, scan, remat, shard_map, sharded jit, export."""
+
+import functools
+import math
+import re
+
+import chex
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import twin
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from calib_jax import bin_statistics, mL1_ace, mL1_ece, mL1_mce, segmentation_loss
+
+pytestmark = pytest.mark.usefixtures("strict_promotion")
+
+SHAPE = (8, 6, 5, 3)
+PROBS = twin.sample_probs(21, SHAPE)
+IDS = twin.sample_labels("ids", SHAPE)
+LOGITS = np.log(PROBS + np.float32(0.01))
+FUNCTIONS = {"mL1_ace": mL1_ace, "segmentation_loss": segmentation_loss}
+INPUTS = {"mL1_ace": PROBS, "segmentation_loss": LOGITS}
+
+
+@functools.cache
+def value_and_grad(name):
+    return jax.jit(jax.value_and_grad(FUNCTIONS[name]))
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    devices = jax.devices()
+    if len(devices) < 8:
+        pytest.skip("needs 8 devices: XLA_FLAGS=--xla_force_host_platform_device_count=8")
+    return Mesh(np.array(devices[:8]), ("batch",))
+
+
+def assert_close(actual, expected, atol=1e-7):
+    chex.assert_trees_all_close(actual, expected, rtol=1e-6, atol=atol)
+
+
+# One program
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_one_compilation_per_shape(name):
+    step = chex.assert_max_traces(jax.value_and_grad(FUNCTIONS[name]), n=2)
+    compiled = jax.jit(step)
+    for seed in range(3):
+        compiled(INPUTS[name] * (1 - 0.1 * seed), twin.sample_labels("ids", SHAPE, seed))
+    assert compiled._cache_size() == 1
+    compiled(INPUTS[name][:4], IDS[:4])
+    assert compiled._cache_size() == 2
+    with pytest.raises(AssertionError, match="traced"):
+        compiled(INPUTS[name][:2], IDS[:2])
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_program_never_calls_the_host(name):
+    def reports(inputs):
+        jax.debug.print("{}", inputs.sum())
+        return inputs
+
+    def text(function):
+        return str(jax.make_jaxpr(function)(INPUTS[name]))
+
+    host = re.compile(r"callback|debug_print|infeed|outfeed")
+    assert host.search(text(reports))
+    assert not host.search(text(jax.value_and_grad(lambda x: FUNCTIONS[name](x, IDS))))
+
+
+# vmap, scan, remat
+
+
+@pytest.mark.parametrize("loss", [mL1_ace, mL1_ece, mL1_mce])
+def test_vmap_equals_a_loop(loss):
+    probs, ids = PROBS.reshape(4, 2, 6, 5, 3), IDS.reshape(4, 2, 6, 5)
+    one = jax.value_and_grad(loss)
+    mapped = jax.jit(jax.vmap(one))(probs, ids)
+    each = jax.jit(one)
+    looped = [each(p, y) for p, y in zip(probs, ids, strict=True)]
+    assert_close(mapped, jax.tree.map(lambda *x: jnp.stack(x), *looped))
+
+
+def test_vmap_of_statistics_equals_a_loop_with_masks_and_shared_labels():
+    probs, labels = PROBS.reshape(4, 2, 6, 5, 3), twin.sample_labels("soft", (2, 6, 5, 3))
+    where = np.random.default_rng(22).random((4, 2, 6, 5)) < 0.7
+
+    def one(probs, where):
+        return bin_statistics(probs, labels, where=where)
+
+    mapped = jax.jit(jax.vmap(one))(probs, where)
+    each = jax.jit(one)
+    looped = [each(p, w) for p, w in zip(probs, where, strict=True)]
+    assert_close(mapped, jax.tree.map(lambda *x: jnp.stack(x), *looped), atol=1e-6)
+
+
+def test_scan_adds_up_the_statistics_of_tiles():
+    def add(total, tile):
+        return total + bin_statistics(*tile), None
+
+    def scanned(probs, ids):
+        tiles = probs.reshape(4, 2, 6, 5, 3), ids.reshape(4, 2, 6, 5)
+        first = jax.tree.map(lambda x: x[0], tiles)
+        start = jax.tree.map(jnp.zeros_like, bin_statistics(*first))
+        return jax.lax.scan(add, start, tiles)[0]
+
+    whole = jax.jit(bin_statistics)(PROBS, IDS)
+    expected = jax.tree.map(lambda x: x.reshape(4, 2, 3, 20).sum(0), whole)
+    assert_close(jax.jit(scanned)(PROBS, IDS), expected, atol=1e-6)
+
+
+def test_scan_trains():
+    """A step of gradient descent inside `scan`: the loss of free logits falls."""
+
+    def step(logits, _):
+        loss, gradient = jax.value_and_grad(segmentation_loss)(logits, IDS)
+        return logits - 50 * gradient, loss
+
+    losses = jax.jit(lambda x: jax.lax.scan(step, x, length=4)[1])(LOGITS)
+    assert (np.diff(losses) < 0).all()
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_remat_changes_nothing(name):
+    rematerialised = jax.jit(jax.value_and_grad(jax.checkpoint(FUNCTIONS[name])))
+    assert_close(rematerialised(INPUTS[name], IDS), value_and_grad(name)(INPUTS[name], IDS))
+
+
+def test_grad_of_a_mean_over_vmap_is_the_mean_of_grads():
+    def per_image(probs):
+        images = jax.vmap(mL1_ace)(probs[:, None], jnp.asarray(IDS)[:, None])
+        return images.mean()
+
+    assert_close(jax.jit(jax.value_and_grad(per_image))(PROBS), value_and_grad("mL1_ace")(PROBS, IDS))
+
+
+# Several devices
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_shard_map_over_the_batch_with_pmean_equals_the_whole(name, mesh):
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=P("batch"), out_specs=P())
+    def loss(inputs, ids):
+        return jax.lax.pmean(FUNCTIONS[name](inputs, ids), "batch")
+
+    sharded = jax.jit(jax.value_and_grad(loss))(INPUTS[name], IDS)
+    assert_close(sharded, value_and_grad(name)(INPUTS[name], IDS), atol=1e-6)
+
+
+def test_shard_map_over_space_with_psum_equals_the_whole(mesh):
+    """Sums add up, so that one image may lie on eight devices."""
+    probs, ids = np.moveaxis(PROBS, 0, 1), np.moveaxis(IDS, 0, 1)
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=P(None, "batch"), out_specs=P())
+    def statistics(probs, ids):
+        return jax.tree.map(lambda x: jax.lax.psum(x, "batch"), bin_statistics(probs, ids))
+
+    assert_close(jax.jit(statistics)(probs, ids), jax.jit(bin_statistics)(probs, ids), atol=1e-6)
+
+
+def sizes_of_collectives(text):
+    """Elements moved by each collective of a compiled program: `op` -> sizes of its results."""
+    pattern = re.compile(
+        r"= (?P<shapes>\(?[a-z0-9]+\[.*?) (?P<op>all-gather|all-to-all|all-reduce|collective-permute)(-start)?\("
+    )
+    found = {}
+    for match in pattern.finditer(text):
+        shapes = re.findall(r"[a-z0-9]+\[([\d,]*)\]", match["shapes"])
+        sizes = [math.prod(int(n) for n in shape.split(",") if n) for shape in shapes]
+        found.setdefault(match["op"], []).extend(sizes)
+    return found
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_batch_sharded_inputs_stay_where_they_are(name, mesh):
+    sharding = NamedSharding(mesh, P("batch"))
+    inputs, ids = jax.device_put((INPUTS[name], IDS), sharding)
+    compiled = jax.jit(jax.value_and_grad(FUNCTIONS[name])).lower(inputs, ids).compile()
+    moved = sizes_of_collectives(compiled.as_text())
+    assert moved.pop("all-reduce")  # of sums
+    assert not moved
+    result = compiled(inputs, ids)
+    assert_close(jax.device_get(result), jax.device_get(value_and_grad(name)(INPUTS[name], IDS)), atol=1e-6)
+    assert result[1].sharding.is_equivalent_to(sharding, len(SHAPE))
+
+
+def test_the_search_for_collectives_finds_them(mesh):
+    sharding = NamedSharding(mesh, P("batch"))
+    gathered = jax.jit(lambda x: x * 2, in_shardings=sharding, out_shardings=NamedSharding(mesh, P()))
+    assert sizes_of_collectives(gathered.lower(PROBS).compile().as_text()) == {"all-gather": [PROBS.size]}
+
+
+# Other platforms
+
+
+@pytest.mark.parametrize("labels", ["ids", "one_hot"])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_lowers_for_cpu_cuda_and_tpu(name, labels):
+    function = jax.jit(jax.value_and_grad(FUNCTIONS[name]))
+    arguments = INPUTS[name], twin.sample_labels(labels, SHAPE)
+    exported = jax.export.export(function, platforms=("cpu", "cuda", "tpu"))(*arguments)
+    assert exported.platforms == ("cpu", "cuda", "tpu")
+    assert [x.shape for x in exported.out_avals] == [(), SHAPE]
+    if labels == "ids":
+        assert_close(exported.call(*arguments), value_and_grad(name)(*arguments))
