@@ -68,9 +68,9 @@ class TrainingConfig:
     """Decoupled weight decay (AdamW)."""
     clip_norm: float = 0.0
     """Largest global norm of the gradient; 0 does not clip."""
-    ace_delay: float = 0.0
+    ace_delay: float = 0.25
     """Share of the steps before mL1-ACE sets in."""
-    ace_ramp: float = 0.0
+    ace_ramp: float = 0.15
     """Share of the steps over which its weight then rises to its full value."""
     seed: int = 0
     """Seed of weights, order of cases, crops and augmentation."""

@@ -1,0 +1,97 @@
+"""What importing the library brings in, and that its annotated shapes are those it works with."""
+
+import json
+import subprocess
+import sys
+import textwrap
+
+EXTRAS = {
+    "PIL",
+    "absl.app",
+    "beartype",
+    "calib_jax.plots",
+    "calib_jax.report",
+    "flax",
+    "grain",
+    "jinja2",
+    "matplotlib",
+    "monai",
+    "nibabel",
+    "orbax",
+    "pandas",
+    "scipy.stats",
+    "tensorflow",
+    "torch",
+    "tqdm",
+    "train",
+    "tyro",
+}
+
+
+def run(program):
+    """Standard output of a Python program in a fresh interpreter."""
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_brings_in_no_extra():
+    loaded = set(json.loads(run("import json, sys, calib_jax; print(json.dumps(sorted(sys.modules)))")))
+    assert {"calib_jax", "jax", "optax", "jaxtyping"} <= loaded
+    assert not EXTRAS & loaded
+
+
+def test_import_starts_no_device():
+    program = "import calib_jax; from jax._src import xla_bridge; print(len(xla_bridge._backends))"
+    assert run(program).strip() == "0"
+
+
+def test_every_public_name_exists_and_is_documented():
+    import calib_jax
+
+    assert len(set(calib_jax.__all__)) == len(calib_jax.__all__)
+    for name in calib_jax.__all__:
+        assert getattr(calib_jax, name).__doc__, name
+
+
+def test_annotated_shapes_hold_at_run_time():
+    """Under beartype, right calls pass and a call that breaks an annotation does not."""
+    run(
+        """
+        import jaxtyping
+
+        modules = [f"calib_jax.{name}" for name in ("binning", "errors", "losses", "metrics", "reliability")]
+        with jaxtyping.install_import_hook(modules, "beartype.beartype"):
+            import calib_jax as cj
+
+        import jax, jax.numpy as jnp, numpy as np
+
+        ids = np.zeros((2, 4, 5), np.int32)
+        probs = np.full((2, 4, 5, 3), 0.3, np.float32)
+        options = dict(include_background=False, class_weights=np.ones(2, np.float32))
+        for labels in (ids, jnp.asarray(ids), ids.astype(np.uint8), probs):
+            for where in (None, ids == 0, np.ones(probs.shape, bool)):
+                jax.eval_shape(lambda: jax.tree.leaves(cj.bin_statistics(probs, labels, where=where)))
+                jax.eval_shape(lambda: cj.mL1_ace(probs, labels, where=where, **options))
+        jax.eval_shape(lambda: cj.mL1_mce(jnp.asarray(probs, jnp.bfloat16), ids, reduction="none"))
+        jax.eval_shape(jax.grad(lambda x: cj.segmentation_loss(x, ids)), probs)
+        jax.eval_shape(jax.vmap(lambda x, y: cj.mL1_ece(x[None], y[None])), probs, ids)
+        jax.eval_shape(lambda: cj.dice_score(ids, ids, num_classes=3))
+
+        count = np.ones((2, 3, 20), np.int32)
+        stats = cj.BinStatistics(count, probs.sum() * count.astype(np.float32), count.astype(np.float32))
+        errors = cj.average_calibration_error, cj.expected_calibration_error, cj.maximum_calibration_error
+        for function in (*errors, cj.reliability_curve, cj.reliability_histogram):
+            function(stats)
+            jax.eval_shape(jax.jit(function), stats)
+        for error in errors:
+            jax.eval_shape(error, stats.sum())
+
+        try:
+            jax.eval_shape(lambda: cj.dice_score(probs, ids, num_classes=3))
+        except jaxtyping.TypeCheckError:
+            pass
+        else:
+            raise AssertionError("the annotations were not checked")
+        """
+    )
