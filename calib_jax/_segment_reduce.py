@@ -83,14 +83,13 @@ def table_lookup(
     classes, num_bins = table.shape[1:]
 
     def by_gather(table: Array, probs: Array) -> Array:
-        place = index(probs) + num_bins * jnp.arange(classes, dtype=jnp.int32)
+        place = index(probs) + num_bins * lax.broadcasted_iota(jnp.int32, probs.shape, 2)
         table = jnp.zeros_like(table).at[..., jnp.arange(num_bins)].set(table, mode="promise_in_bounds")
         take = functools.partial(jnp.take, mode="clip")
         return jax.vmap(take)(table.reshape(-1, classes * num_bins), place)
 
     def by_select(table: Array, probs: Array) -> Array:
-        chosen = index(probs)[..., None] == jnp.arange(num_bins, dtype=jnp.int32)
-        return jnp.where(chosen, table[:, None], 0).sum(-1)
+        return jnp.where(_one_hot(index(probs), num_bins), table[:, None], 0).sum(-1)
 
     return lax.platform_dependent(table, probs, tpu=by_select, default=by_gather)
 
@@ -187,7 +186,7 @@ def _block_sums(
         labels = jnp.where(keep, labels.astype(jnp.float32), 0)
         prob_sum, label_sum, count = add(bins, (probs, labels, keep.astype(jnp.float32)), num_bins)
         return count, prob_sum, label_sum
-    hit = labels[..., None] == jnp.arange(probs.shape[-1], dtype=jnp.int32)
+    hit = _one_hot(labels.astype(jnp.int32), probs.shape[-1])
     tally = jnp.where(keep, jnp.where(hit, jnp.float32(1 + _TALLY), 1), 0)
     prob_sum, tally = add(bins, (probs, tally), num_bins)
     label_sum = jnp.floor(tally / _TALLY)
@@ -209,9 +208,9 @@ def _by_scatter(bins: Bins, columns: Columns, num_bins: int) -> BlockSums:
     """
     batch, blocks, size, classes = bins.shape
     shape = (blocks, _lanes(size), classes, num_bins)
-    block, voxel, label = np.ogrid[:blocks, :size, :classes]
+    block, voxel, label = np.ogrid[:blocks, :size, :classes]  # whose accumulators begin at `first`
     first = ((block * shape[1] + voxel % shape[1]) * classes + label) * num_bins
-    place = (bins + jnp.asarray(first, jnp.int32)).reshape(batch, -1)
+    place = (bins + jnp.asarray(first[None], jnp.int32)).reshape(batch, -1)
 
     def one_image(i: Array, x: Array) -> Array:
         zeros = jnp.zeros(np.prod(shape), x.dtype)
@@ -245,5 +244,10 @@ def _by_masked_sum(bins: Bins, columns: Columns, num_bins: int) -> BlockSums:
 
     Thread and vector units may add in any order, so that each addition keeps its own rounding error.
     """
-    chosen = bins[..., None] == jnp.arange(num_bins, dtype=jnp.int32)
-    return tuple(sum(_exact_sum(jnp.where(chosen, column[..., None], 0), 2)) for column in columns)
+    chosen = _one_hot(bins, num_bins)
+    pairs = (_exact_sum(jnp.where(chosen, column[..., None], 0), 2) for column in columns)
+    return tuple(high + low for high, low in pairs)
+
+
+def _one_hot(ids: Int[Array, "*shape"], size: int) -> Bool[Array, "*shape size"]:
+    return ids[..., None] == lax.broadcasted_iota(ids.dtype, (*ids.shape, size), ids.ndim)

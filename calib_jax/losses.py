@@ -226,7 +226,8 @@ def segmentation_loss(
 
 
 def _soft_dice(logits: Array, labels: Array, smooth: float, include_background: bool) -> Array:
-    targets = labels if labels.ndim == logits.ndim else jax.nn.one_hot(labels, logits.shape[-1])
+    dense = labels.ndim == logits.ndim
+    targets = labels.astype(jnp.float32) if dense else jax.nn.one_hot(labels, logits.shape[-1])
     return optax.losses.dice_loss(
         logits.astype(jnp.float32), targets, smooth=smooth, ignore_background=not include_background
     ).mean()
@@ -235,7 +236,7 @@ def _soft_dice(logits: Array, labels: Array, smooth: float, include_background: 
 def _cross_entropy(logits: Array, labels: Array) -> Array:
     logits = logits.astype(jnp.float32)
     if labels.ndim == logits.ndim:
-        return optax.losses.softmax_cross_entropy(logits, labels).mean()
+        return optax.losses.softmax_cross_entropy(logits, labels.astype(jnp.float32)).mean()
     inside = (labels >= 0) & (labels < logits.shape[-1])  # elsewhere optax wraps around or gives NaN
     losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, jnp.where(inside, labels, 0))
     return jnp.where(inside, losses, 0).mean()

@@ -82,8 +82,8 @@ def test_annotated_shapes_hold_at_run_time():
         stats = cj.BinStatistics(count, probs.sum() * count.astype(np.float32), count.astype(np.float32))
         errors = cj.average_calibration_error, cj.expected_calibration_error, cj.maximum_calibration_error
         for function in (*errors, cj.reliability_curve, cj.reliability_histogram):
-            function(stats)
-            jax.eval_shape(jax.jit(function), stats)
+            jax.eval_shape(lambda: jax.tree.leaves(function(stats)))
+            jax.eval_shape(lambda traced: jax.tree.leaves(function(traced)), stats)
         for error in errors:
             jax.eval_shape(error, stats.sum())
 

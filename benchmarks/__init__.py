@@ -1,0 +1,1 @@
+"""`python -m benchmarks`: this project beside the PyTorch reference, on the same inputs, in one run."""
