@@ -118,7 +118,7 @@ def test_predict_keeps_the_affine(trained: Path, msd: Path, tmp_path: Path) -> N
 def test_resumed_run_equals_one_that_never_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import train.fit as fit_module
 
-    options = [*PHANTOM, "--loss", "dice+ace", "--checkpoint-every", 2]
+    options = [*PHANTOM, "--loss", "dice+ace", "--dropout", 0.2, "--checkpoint-every", 2]
     assert run("fit", *options, "--out", tmp_path / "whole") == 0
 
     put_batch, calls = fit_module.put_batch, []

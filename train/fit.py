@@ -103,14 +103,16 @@ def _loop(
         state, metrics = train_step(state, put_batch(next(batches), mesh))
         pending.append({"step": step, **metrics})
         done, last = step + 1, step + 1 == training.steps
-        if done % _FLUSH_EVERY == 0 or last or done % checkpoint_every == 0:
+        checkpoint_due = done % checkpoint_every == 0 or last
+        if done % _FLUSH_EVERY == 0 or checkpoint_due:
             _flush(pending, log, bar, folder)
-        if done % checkpoint_every == 0 or last:
-            checkpoints.save(state, batches.get_state())
+        # Before the checkpoint, so that a run resumed from it lacks no validation.
         if task.splits.val and (done % validate_every == 0 or last):
             predict = volume_predictor(graphdef, state, task.patch)
             result = evaluate("validation", predict, task.dataset, task.splits.val)
             validation_log.add([{"step": done, **mean_metrics(result)}])
+        if checkpoint_due:
+            checkpoints.save(state, batches.get_state())
     return state
 
 

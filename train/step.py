@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Int
 
 from train.config import RunConfig, TrainingConfig
 from train.data import augment
 from train.losses import Loss, parse_loss
-from train.sharding import replicated, split_batch
+from train.sharding import AXIS, replicated, split_batch
 
 
 class TrainState(NamedTuple):
@@ -66,41 +66,49 @@ def make_train_step(
     The state is donated: its memory is used again for the new one. Metrics are scalars: `loss`, each of its
     parts, `grad_norm` and `learning_rate`; means over the whole batch, whatever the number of devices.
     """
-    loss, schedule = parse_loss(config.loss), learning_rate(config.training)
+    schedule = learning_rate(config.training)
+    gradients = _make_gradients(graphdef, parse_loss(config.loss), mesh)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.key(config.training.seed), state.step)
         images, labels = _augmented(key, batch, config)
-        objective = _objective(graphdef, state, images, labels, loss, _ace_scale(config.training, state.step))
-        (total, (parts, rest)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+        ace_scale = _ace_scale(config.training, state.step)
+        grads, values, rest = gradients(state.params, state.rest, images, labels, ace_scale)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
         metrics = {
-            "loss": total,
-            **parts,
-            "grad_norm": optax.global_norm(grads),
+            **values,
+            "grad_norm": optax.tree.norm(grads),
             "learning_rate": jnp.asarray(schedule(state.step)),
         }
+        params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, rest, opt_state), metrics
 
     whole, split = replicated(mesh), split_batch(mesh)
     return jax.jit(step, donate_argnums=0, in_shardings=(whole, split), out_shardings=whole)
 
 
-def _objective(
-    graphdef: nnx.GraphDef,
-    state: TrainState,
-    images: Array,
-    labels: Array,
-    loss: Loss,
-    ace_scale: Array | float,
-) -> Callable[[Any], tuple[Array, tuple[dict[str, Array], Any]]]:
-    def objective(params: Any) -> tuple[Array, tuple[dict[str, Array], Any]]:
-        model = nnx.merge(graphdef, params, state.rest)
-        parts = loss.parts(model(images), labels)
-        return loss.total(parts, ace_scale), (parts, nnx.split(model, nnx.Param, ...)[2])
+def _make_gradients(graphdef: nnx.GraphDef, loss: Loss, mesh: Mesh) -> Callable[..., tuple[Any, Any, Any]]:
+    """(params, rest, images, labels, ace_scale) -> gradients, loss with its parts, and the rest afterwards.
 
-    return objective
+    Each device computes those of its own examples, and only their means travel: every part of the loss is
+    a mean over images, so the mean over devices is that over the batch. Said in a `shard_map`, this does
+    not hang on the compiler seeing that loops over images and scatters into bins need no other's voxels.
+    """
+
+    def local(params: Any, rest: Any, images: Array, labels: Array, ace_scale: Array) -> tuple[Any, Any, Any]:
+        def objective(params: Any) -> tuple[Array, Any]:
+            # Flax lets only variables made under this very trace change, as dropout's counters do: a copy is.
+            model = nnx.merge(graphdef, params, jax.tree.map(lambda leaf: leaf, rest))
+            parts = loss.parts(model(images), labels)
+            return loss.total(parts, ace_scale), (parts, nnx.split(model, nnx.Param, ...)[2])
+
+        (total, (parts, after)), grads = jax.value_and_grad(objective, has_aux=True)(params)
+        return *jax.lax.pmean((grads, {"loss": total, **parts}), AXIS), after
+
+    whole, split = PartitionSpec(), PartitionSpec(AXIS)
+    return jax.shard_map(
+        local, mesh=mesh, in_specs=(whole, whole, split, split, whole), out_specs=whole, check_vma=False
+    )
 
 
 def _augmented(key: Array, batch: Batch, config: RunConfig) -> tuple[Array, Array]:
@@ -108,9 +116,7 @@ def _augmented(key: Array, batch: Batch, config: RunConfig) -> tuple[Array, Arra
     return jax.vmap(augment, in_axes=(0, 0, 0, None))(keys, batch["image"], batch["label"], config.augment)
 
 
-def _ace_scale(config: TrainingConfig, step: Array) -> Array | float:
+def _ace_scale(config: TrainingConfig, step: Array) -> Array:
     """0 until mL1-ACE sets in, then rising to 1."""
-    if not config.ace_delay and not config.ace_ramp:
-        return 1.0
-    start, rise = config.ace_delay * config.steps, max(config.ace_ramp * config.steps, 1.0)
-    return jnp.clip((step - start) / rise, 0.0, 1.0)
+    start, rise = config.ace_delay * config.steps, config.ace_ramp * config.steps
+    return jnp.clip((step - start) / rise, 0.0, 1.0) if rise else jnp.where(step < start, 0.0, 1.0)

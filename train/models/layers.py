@@ -1,19 +1,24 @@
-"""Convolutions that are fast on every platform, and the small layers of a U-Net.
+"""Convolutions and normalisation that are fast on CPU too.
 
-Arrays are channel last, `[batch, *spatial, channels]`; kernels are `[*window, in, out]`.
+Arrays are channel last, `[batch, *spatial, channels]`; kernels are `[*window, in, out]` with odd windows.
 
-What the two public convolutions compute is defined by one line of `lax.conv_general_dilated` each. On GPU
-and TPU that line is what runs. On CPU XLA turns 3-D convolutions, strided ones, transposed ones and the
-gradients of all of them into slow loops; there the same numbers come from the one case it does well, a dense
-2-D convolution of stride 1 with a handful of channels:
+What a convolution computes is said by one call of `lax.conv_general_dilated`, and on GPU and TPU that call
+is what runs. XLA's CPU compiler is fast at one kind only, the 2-D convolution of stride 1 with a dozen or
+more channels; 3-D windows, strides and the gradients of both cost it ten times the arithmetic they need. So
+on CPU everything is brought to that one kind, exactly:
 
-- a stride becomes phases: `s` neighbouring voxels are `s` times the channels (`_to_phases`);
-- the leading axis of a 3-D window becomes output channels that are then shifted and added (`_dense`);
-- the kernel's gradient is computed in pieces small enough to stay in cache (`_kernel_gradient`).
+- a stride of s turns s neighbours along an axis into s times the channels (`_to_phases`), after which the
+  window is dense; a transposed convolution likewise yields all phases of its output at once;
+- very few channels are widened in the same way, by a block of neighbours along the last axis (`_in_blocks`);
+- the first axis of a 3-D window becomes output channels, shifted and summed afterwards (`_in_planes`);
+- the kernel's gradient is a sum of matrix products over chunks that stay in cache (`_kernel_gradient`).
+
+`lax.platform_dependent` chooses when the program is lowered, so exporting for another platform is right too.
 """
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from math import prod
 
 import jax
@@ -22,197 +27,236 @@ from jax import lax
 from jaxtyping import Array, Float
 
 Padding = tuple[tuple[int, int], ...]
+Convolution = Callable[[Array, Array], Array]
 
 
 def convolve(
     x: Float[Array, "batch *spatial in"], kernel: Float[Array, "*window in out"], strides: Sequence[int]
 ) -> Float[Array, "batch *strided out"]:
-    """Convolution with `window // 2` zeros at each border, so that sizes shrink by the stride alone."""
-    return _convolve(x, kernel, tuple(strides))
+    """Convolution with `window // 2` zeros at every border: a size of n becomes ceil(n / stride).
+
+    Args:
+        x: the image, with 2 or 3 spatial axes.
+        kernel: weights; out[o] = sum over t of x[stride * o + t - window // 2] @ kernel[t].
+        strides: one for each spatial axis.
+
+    Example:
+        >>> convolve(jnp.ones((1, 5, 4, 2)), jnp.ones((3, 3, 2, 1)), (2, 2)).shape
+        (1, 3, 2, 1)
+    """
+    strides = tuple(strides)
+    padding = tuple((k // 2, k // 2) for k in kernel.shape[:-2])
+    fast = _in_blocks if prod(strides) == 1 else partial(_in_phases, strides=strides)
+    return _by_platform(fast, partial(_plain, strides=strides, padding=padding))(x, kernel)
 
 
 def convolve_transpose(
     x: Float[Array, "batch *spatial in"], kernel: Float[Array, "*window in out"], strides: Sequence[int]
 ) -> Float[Array, "batch *upsampled out"]:
-    """The transpose of `convolve`: sizes grow by exactly the stride."""
+    """The transpose of `convolve`: a size of n becomes n * stride.
+
+    It is a dense convolution that yields the phases of its output side by side, on every platform:
+    convolutions with dilated inputs are slow on GPUs as well.
+
+    Args:
+        x: the image, with 2 or 3 spatial axes.
+        kernel: weights; x[i] @ kernel[t] is added to out[stride * i + t - window // 2].
+        strides: one for each spatial axis.
+
+    Example:
+        >>> convolve_transpose(jnp.ones((1, 5, 4, 2)), jnp.ones((3, 3, 2, 1)), (2, 2)).shape
+        (1, 10, 8, 1)
+    """
     strides = tuple(strides)
-    phases, padding = _phase_kernel(jnp.swapaxes(kernel, -1, -2), strides)
-    flipped, padding = _adjoint(phases, padding)
-    return _from_phases(_dense(x, flipped, padding), strides)
+    downwards = _phase_kernel(jnp.swapaxes(kernel, -1, -2), strides)
+    upwards, padding = _adjoint(*downwards)
+    ones = (1,) * len(strides)
+    dense = _by_platform(partial(_dense, padding=padding), partial(_plain, strides=ones, padding=padding))
+    return _from_phases(dense(x, upwards), strides)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _convolve(x: Array, kernel: Array, strides: tuple[int, ...]) -> Array:
-    return lax.platform_dependent(
-        x, kernel, cpu=partial(_folded, strides=strides), default=partial(_plain, strides=strides)
-    )
+def _by_platform(fast: Convolution, plain: Convolution) -> Convolution:
+    """`plain`, computed and differentiated by way of the equal `fast` on CPU."""
+
+    @jax.custom_vjp
+    def convolution(x: Array, kernel: Array) -> Array:
+        return lax.platform_dependent(x, kernel, cpu=fast, default=plain)
+
+    def forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+        return convolution(x, kernel), (x, kernel)
+
+    def backward(operands: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+        # Chosen here once more: differentiating the choice would keep both branches' residuals.
+        return lax.platform_dependent(*operands, g, cpu=_gradients(fast), default=_gradients(plain))
+
+    convolution.defvjp(forward, backward)
+    return convolution
 
 
-def _convolve_fwd(x: Array, kernel: Array, strides: tuple[int, ...]):
-    return _convolve(x, kernel, strides), (x, kernel)
+def _gradients(convolution: Convolution) -> Callable[[Array, Array, Array], tuple[Array, Array]]:
+    return lambda x, kernel, g: jax.vjp(convolution, x, kernel)[1](g)
 
 
-def _convolve_bwd(strides: tuple[int, ...], operands: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    def transposed(convolution: Callable) -> Callable:
-        return lambda x, kernel, g: jax.vjp(partial(convolution, strides=strides), x, kernel)[1](g)
-
-    return lax.platform_dependent(*operands, g, cpu=transposed(_folded), default=transposed(_plain))
-
-
-_convolve.defvjp(_convolve_fwd, _convolve_bwd)
-
-
-def _plain(x: Array, kernel: Array, strides: tuple[int, ...]) -> Array:
-    padding = [(k // 2, k // 2) for k in kernel.shape[:-2]]
-    return _conv(x, kernel, strides, padding)
-
-
-def _conv(x: Array, kernel: Array, strides: Sequence[int], padding) -> Array:
+def _plain(x: Array, kernel: Array, strides: Sequence[int], padding: Padding) -> Array:
     spatial = "DHW"[-len(strides) :]
     layout = (f"N{spatial}C", f"{spatial}IO", f"N{spatial}C")
     return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=layout)
 
 
-def _folded(x: Array, kernel: Array, strides: tuple[int, ...]) -> Array:
-    ndim = len(strides)
-    if strides == (1,) * ndim:
-        if x.shape[-1] * kernel.shape[-1] <= 16 and all(n % 2 == 0 for n in x.shape[-3:-1]) :
-            blocks = (1,) * (ndim - 2) + (2, 2)
-            k, p = _block_kernel(kernel, blocks)
-            return _from_phases(_dense(_to_phases(x, blocks), k, p), blocks)
-        return _dense(x, kernel, tuple((k // 2, k // 2) for k in kernel.shape[:-2]))
-    phases, padding = _phase_kernel(kernel, strides)
-    return _dense(_to_phases(x, strides), phases, padding)
+def _in_phases(x: Array, kernel: Array, strides: tuple[int, ...]) -> Array:
+    """A strided convolution as a dense one over phases."""
+    return _dense(_to_phases(x, strides), *_phase_kernel(kernel, strides))
 
 
-def _to_phases(x: Array, strides: Sequence[int]) -> Array:
-    """[batch, *spatial, c] -> [batch, *(spatial / stride), prod(stride) * c]; sizes are first made multiples."""
-    ragged = [(0, -n % s) for n, s in zip(x.shape[1:-1], strides, strict=True)]
-    if any(hi for _, hi in ragged):
-        x = jnp.pad(x, ((0, 0), *ragged, (0, 0)))
-    ndim = len(strides)
-    split = [m for n, s in zip(x.shape[1:-1], strides, strict=True) for m in (n // s, s)]
-    x = x.reshape(x.shape[0], *split, x.shape[-1])
-    order = (0, *range(1, 2 * ndim, 2), *range(2, 2 * ndim + 1, 2), 2 * ndim + 1)
-    x = x.transpose(order)
-    return x.reshape(*x.shape[: ndim + 1], -1)
+def _in_blocks(x: Array, kernel: Array) -> Array:
+    """A convolution of stride 1; few channels are widened by treating a block of neighbours as one voxel.
+
+    That multiplies the arithmetic, but fills the vectors that a handful of channels would leave mostly empty.
+    """
+    *outer, width, channels = x.shape
+    most = max(1, 12 // max(kernel.shape[-2:]))
+    block = max(b for b in range(1, most + 1) if width % b == 0)
+    blocks = (*(1,) * (x.ndim - 3), block)
+    y = _dense(x.reshape(*outer, width // block, block * channels), *_phase_kernel(kernel, blocks, blocks))
+    return y.reshape(*outer, width, kernel.shape[-1])
 
 
-def _from_phases(x: Array, strides: Sequence[int]) -> Array:
-    ndim = len(strides)
-    sizes = x.shape[1:-1]
-    x = x.reshape(x.shape[0], *sizes, *strides, -1)
-    order = (0, *(a for i in range(ndim) for a in (1 + i, 1 + ndim + i)), 2 * ndim + 1)
-    x = x.transpose(order)
-    return x.reshape(x.shape[0], *(n * s for n, s in zip(sizes, strides, strict=True)), -1)
+def _to_phases(x: Array, strides: tuple[int, ...]) -> Array:
+    """[batch, *spatial, c] -> [batch, *(spatial / strides), prod(strides) * c], with zeros up to a multiple."""
+    missing = [(0, -n % s) for n, s in zip(x.shape[1:-1], strides, strict=True)]
+    x = jnp.pad(x, ((0, 0), *missing, (0, 0)))
+    coarse = [n // s for n, s in zip(x.shape[1:-1], strides, strict=True)]
+    pairs = [side for pair in zip(coarse, strides, strict=True) for side in pair]
+    split = x.reshape(x.shape[0], *pairs, x.shape[-1])
+    last = split.ndim - 1
+    phases = split.transpose(0, *range(1, last, 2), *range(2, last, 2), last)
+    return phases.reshape(x.shape[0], *coarse, -1)
 
 
-def _phase_kernel(kernel: Array, strides: tuple[int, ...], shift=None) -> tuple[Array, Padding]:
-    ndim = len(strides)
-    window = kernel.shape[:ndim]
-    shift = shift or (0,) * ndim
-    widths, padding = [], []
-    for k, s, r in zip(window, strides, shift, strict=True):
-        p = k // 2
-        before = -(-p // s)
-        after = (k - 1 - p + s - 1) // s if shift != (0,) * ndim or any(shift) else (k - 1 - p) // s
-        lo = s * before - p + r
-        widths.append((lo, s * (before + after + 1) - lo - k))
-        padding.append((before, after))
-    kernel = jnp.pad(kernel, (*widths, (0, 0), (0, 0)))
-    split = [m for n, s in zip(kernel.shape[:ndim], strides, strict=True) for m in (n // s, s)]
-    order = (*range(0, 2 * ndim, 2), *range(1, 2 * ndim, 2), 2 * ndim, 2 * ndim + 1)
-    kernel = kernel.reshape(*split, *kernel.shape[-2:]).transpose(order)
-    return kernel.reshape(*kernel.shape[:ndim], -1, kernel.shape[-1]), tuple(padding)
+def _from_phases(x: Array, strides: tuple[int, ...]) -> Array:
+    """The inverse of `_to_phases`."""
+    ndim, coarse = len(strides), x.shape[1:-1]
+    split = x.reshape(x.shape[0], *coarse, *strides, -1)
+    pairs = [axis for i in range(ndim) for axis in (1 + i, 1 + ndim + i)]
+    fine = [n * s for n, s in zip(coarse, strides, strict=True)]
+    return split.transpose(0, *pairs, split.ndim - 1).reshape(x.shape[0], *fine, -1)
 
 
-def _block_kernel(kernel: Array, blocks: tuple[int, ...]):
-    import itertools
-    ndim = len(blocks)
-    window = kernel.shape[:ndim]
-    out = []
-    padding = tuple((-(-(k // 2) // s),) * 2 for k, s in zip(window, blocks))
-    for r in itertools.product(*map(range, blocks)):
-        widths = []
-        for k, s, ri, (before, after) in zip(window, blocks, r, padding, strict=True):
-            lo = s * before - k // 2 + ri
-            widths.append((lo, s * (before + after + 1) - lo - k))
-        out.append(jnp.pad(kernel, (*widths, (0, 0), (0, 0))))
-    kernel = jnp.stack(out, -2)
-    split = [m for n, s in zip(kernel.shape[:ndim], blocks, strict=True) for m in (n // s, s)]
-    order = (*range(0, 2 * ndim, 2), *range(1, 2 * ndim, 2), 2 * ndim, 2 * ndim + 1, 2 * ndim + 2)
-    kernel = kernel.reshape(*split, *kernel.shape[-3:]).transpose(order)
-    return kernel.reshape(*kernel.shape[:ndim], kernel.shape[-3] * prod(blocks), -1), padding
+def _phase_kernel(
+    kernel: Array, strides: tuple[int, ...], outputs: tuple[int, ...] | None = None
+) -> tuple[Array, Padding]:
+    """Kernel and padding of the same convolution between phases.
+
+    Args:
+        kernel: `[*window, in, out]`.
+        strides: how many phases of the input along each axis become channels.
+        outputs: how many phases of the output do: 1 for a convolution of these strides, the strides
+            themselves for one of stride 1.
+
+    Returns:
+        `[*coarse window, prod(strides) * in, prod(outputs) * out]`, with zeros where the dense window
+        reaches beyond the given one.
+    """
+    window, outputs = kernel.shape[:-2], outputs or (1,) * len(strides)
+    axes = list(zip(window, strides, outputs, strict=True))
+    padding = tuple((-(-(k // 2) // s), ((k - 1) // 2 + o - 1) // s) for k, s, o in axes)
+
+    def placed(offset: tuple[int, ...]) -> Array:
+        before = [s * lo - k // 2 + r for (k, s, _), (lo, _), r in zip(axes, padding, offset, strict=True)]
+        sides = [s * (lo + 1 + hi) for (_, s, _), (lo, hi) in zip(axes, padding, strict=True)]
+        widths = [(b, side - b - k) for b, side, k in zip(before, sides, window, strict=True)]
+        return jnp.pad(kernel, (*widths, (0, 0), (0, 0)))
+
+    wide = jnp.concatenate([placed(offset) for offset in product(*map(range, outputs))], -1)
+    phases = _to_phases(wide.reshape(1, *wide.shape[:-2], -1), strides)
+    return phases.reshape(*phases.shape[1:-1], -1, wide.shape[-1]), padding
 
 
 def _adjoint(kernel: Array, padding: Padding) -> tuple[Array, Padding]:
-    """Kernel and padding of the convolution that is the transpose of the given one."""
+    """Kernel and padding of the dense convolution that is the transpose of the given one."""
     flipped = jnp.flip(kernel, tuple(range(kernel.ndim - 2)))
-    widths = tuple((k - 1 - lo, k - 1 - hi) for k, (lo, hi) in zip(kernel.shape[:-2], padding, strict=True))
+    widths = tuple((k - 1 - lo, k - 1 - hi) for k, (lo, hi) in zip(kernel.shape, padding, strict=False))
     return jnp.swapaxes(flipped, -1, -2), widths
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _dense(x: Array, kernel: Array, padding: Padding) -> Array:
-    return lax.platform_dependent(x, kernel, cpu=partial(_dense_cpu, padding=padding),
-        default=partial(_conv, strides=(1,) * len(padding), padding=padding))
+    """Convolution of stride 1, the way that suits CPUs."""
+    if len(padding) == 3:
+        return _in_planes(x, kernel, padding)
+    return _plain(x, kernel, (1, 1), padding)
 
 
-def _dense_fwd(x, kernel, padding):
+def _dense_forward(x: Array, kernel: Array, padding: Padding) -> tuple[Array, tuple[Array, Array]]:
     return _dense(x, kernel, padding), (x, kernel)
 
 
-def _dense_bwd(padding, operands, g):
-    def plain(x, kernel, g):
-        return jax.vjp(partial(_conv, strides=(1,) * len(padding), padding=padding), x, kernel)[1](g)
-    def fast(x, kernel, g):
-        return _dense_cpu(g, *_adjoint(kernel, padding)), _kernel_gradient(x, g, kernel, padding)
-    return lax.platform_dependent(*operands, g, cpu=fast, default=plain)
+def _dense_backward(padding: Padding, operands: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    x, kernel = operands
+    return _dense(g, *_adjoint(kernel, padding)), _kernel_gradient(x, g, kernel.shape, padding)
 
 
-_dense.defvjp(_dense_fwd, _dense_bwd)
+_dense.defvjp(_dense_forward, _dense_backward)
 
 
-def _dense_cpu(x: Array, kernel: Array, padding: Padding) -> Array:
-    if len(padding) < 3:
-        return _conv(x, kernel, (1,) * len(padding), padding)
-    taps, out = kernel.shape[0], kernel.shape[-1]
-    planes = x.reshape(-1, *x.shape[2:])
-    folded = jnp.moveaxis(kernel, 0, -2).reshape(*kernel.shape[1:-1], taps * out)
-    y = _conv(planes, folded, (1, 1), padding[1:])
-    y = y.reshape(*x.shape[:2], *y.shape[1:-1], taps, out)
-    size = x.shape[1] + sum(padding[0]) - taps + 1
-    return sum(_shift(y[..., k, :], k - padding[0][0], size) for k in range(taps))
+def _in_planes(x: Array, kernel: Array, padding: Padding) -> Array:
+    """A 3-D convolution as 2-D ones: what each plane adds to its neighbours, shifted there and summed.
+
+    Image by image: the planes' contributions are `window` times the output, too much to hold for all.
+    """
+    (taps, *window, channels, out), (before, after) = kernel.shape, padding[0]
+    depth = x.shape[1] + before + after - taps + 1
+    folded = jnp.moveaxis(kernel, 0, -2).reshape(*window, channels, taps * out)
+
+    def image(planes: Array) -> Array:
+        y = _plain(planes, folded, (1, 1), padding[1:])
+        contributions = jnp.split(y, taps, -1)
+        return sum(_shifted(c, k - before, depth) for k, c in enumerate(contributions))
+
+    return lax.map(image, x)
 
 
-def _shift(x: Array, by: int, size: int) -> Array:
-    """x[:, by : by + size], zero beyond its borders."""
-    widths = [(0, 0, 0)] * x.ndim
-    widths[1] = (-by, size - (x.shape[1] - by), 0)
+def _shifted(x: Array, start: int, size: int) -> Array:
+    """x[start : start + size], with zeros beyond its ends."""
+    widths = [(-start, start + size - x.shape[0], 0), *[(0, 0, 0)] * (x.ndim - 1)]
     return lax.pad(x, jnp.zeros((), x.dtype), widths)
 
 
-def _kernel_gradient(x, g, kernel, padding):
-    if len(padding) < 3:
-        return _planes_gradient(x, g, kernel, padding)
-    taps, out = kernel.shape[0], kernel.shape[-1]
-    lo = padding[0][0]
-    shifted = [_shift(g, lo - k, x.shape[1]) for k in range(taps)]
-    g = jnp.concatenate(shifted, -1)
-    g = g.reshape(-1, *g.shape[2:])
-    folded = jnp.zeros((*kernel.shape[1:-1], taps * out), kernel.dtype)
-    d = _planes_gradient(x.reshape(-1, *x.shape[2:]), g, folded, padding[1:])
-    return jnp.moveaxis(d.reshape(*d.shape[:-1], taps, out), -2, 0)
+def _kernel_gradient(x: Array, g: Array, shape: tuple[int, ...], padding: Padding) -> Array:
+    """Gradient of `_dense` with respect to a kernel of that shape.
+
+    For each chunk of planes, the x under every tap of the window's last two axes becomes one long row, and
+    the rows meet g, displaced by each tap of the first axis, in a matrix product.
+    """
+    if len(padding) == 2:
+        inserted = (shape[0], 1, *shape[1:])
+        return _kernel_gradient(x[:, :, None], g[:, :, None], inserted, (padding[0], (0, 0), padding[1]))[
+            :, 0
+        ]
+    (taps, *window, channels, out), (before, _) = shape, padding[0]
+    batch, depth, height, width = *x.shape[:2], *g.shape[2:4]
+    size = _chunk(depth, height * width)
+    first, last = taps - 1 - before, depth + before - g.shape[1]
+    g = lax.pad(g, jnp.zeros((), g.dtype), [(0, 0, 0), (first, last, 0), *[(0, 0, 0)] * 3])
+
+    def add_chunk(total: Array, chunk: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        planes, image, start = chunk
+        planes = jnp.moveaxis(jnp.pad(planes, ((0, 0), *padding[1:], (0, 0))), -1, 0)
+        windows = [planes[:, :, i : i + height, j : j + width] for i, j in product(*map(range, window))]
+        rows = jnp.concatenate(windows).reshape(prod(window) * channels, -1)
+        here = [(image, start + taps - 1 - k, 0, 0, 0) for k in range(taps)]
+        gs = [lax.dynamic_slice(g, corner, (1, size, height, width, out)).reshape(-1, out) for corner in here]
+        return total + jnp.stack([rows @ g for g in gs]), None
+
+    image, start = jnp.divmod(jnp.arange(batch * depth // size), depth // size)
+    zero = jnp.zeros((taps, prod(window) * channels, out), x.dtype)
+    total, _ = lax.scan(add_chunk, zero, (x.reshape(-1, size, *x.shape[2:]), image, start * size))
+    return total.reshape(shape)
 
 
-def _planes_gradient(x, g, kernel, padding):
-    n = len(x)
-    rows = prod(x.shape[1:-1])
-    chunks = min(16, max(1, n * rows // 6144))
-    chunks = next(c for c in range(chunks, 0, -1) if n % c == 0)
-    m = n // chunks
-    conv = partial(_conv, strides=(1,) * len(padding), padding=padding)
-    return sum(jax.vjp(lambda k, i=i: conv(x[i * m : (i + 1) * m], k), kernel)[1](g[i * m : (i + 1) * m])[0] for i in range(chunks))
+def _chunk(depth: int, voxels: int) -> int:
+    """How many of `depth` planes to take at once: a divisor, for about 3000 voxels."""
+    return max(n for n in range(1, depth + 1) if depth % n == 0 and (n == 1 or n * voxels <= 3072))
 
 
 def normalise(

@@ -65,8 +65,8 @@ class UNet(nnx.Module):
             raise ValueError(f"spatial_dims is {spatial_dims}; expected 2 or 3.")
         if len(channels) < 2 or len(strides) != len(channels) - 1:
             raise ValueError(
-                f"{len(channels)} channels {tuple(channels)} and {len(strides)} strides {tuple(strides)}: expected two "
-                "or more channels, and one stride between each two of them."
+                f"channels are {tuple(channels)} and strides {tuple(strides)}; expected two or more channels, and "
+                "one stride between each two of them."
             )
         self.in_channels = in_channels
         self.spatial_dims = spatial_dims
@@ -83,7 +83,9 @@ class UNet(nnx.Module):
 
         def up_block(inputs: int, outputs: int, stride: int, top: bool) -> nnx.Module:
             plain = top and not num_res_units
-            up = ConvolutionUnit(inputs, outputs, up_window, stride, transposed=True, conv_only=plain, **layers)
+            up = ConvolutionUnit(
+                inputs, outputs, up_window, stride, transposed=True, conv_only=plain, **layers
+            )
             if not num_res_units:
                 return nnx.Sequential(up)
             unit = ResidualUnit(outputs, outputs, window, 1, subunits=1, last_conv_only=top, **layers)
@@ -197,7 +199,9 @@ class ResidualUnit(nnx.Module):
         )
         shortcut = window if stride > 1 else (1,) * len(window)
         changes = stride > 1 or inputs != outputs
-        self.residual = Convolution(inputs, outputs, shortcut, stride, bias=bias, rngs=rngs) if changes else None
+        self.residual = (
+            Convolution(inputs, outputs, shortcut, stride, bias=bias, rngs=rngs) if changes else None
+        )
 
     def __call__(self, x: Float[Array, "batch *spatial in"]) -> Float[Array, "batch *strided out"]:
         first, *others = self.units
@@ -264,7 +268,9 @@ class Norm(nnx.Module):
 
     def __init__(self, channels: int, groups: int, *, affine: bool, eps: float = 1e-5):
         if channels % groups:
-            raise ValueError(f"{channels} channels do not fall into {groups} groups: give a divisor of {channels}.")
+            raise ValueError(
+                f"{channels} channels do not fall into {groups} groups: give a divisor of {channels}."
+            )
         self.groups, self.eps = groups, eps
         self.scale = nnx.Param(jnp.ones(channels, jnp.float32)) if affine else None
         self.offset = nnx.Param(jnp.zeros(channels, jnp.float32)) if affine else None
