@@ -68,7 +68,9 @@ def errors(stats, kind):
     result = np.full(stats.count.shape[:2], np.nan)
     for b, c in np.ndindex(result.shape):
         gaps, counts = [], []
-        for count, prob, label in zip(stats.count[b, c], stats.prob_sum[b, c], stats.label_sum[b, c], strict=True):
+        for count, prob, label in zip(
+            stats.count[b, c], stats.prob_sum[b, c], stats.label_sum[b, c], strict=True
+        ):
             if count > 0:
                 gaps.append(abs(prob / count - label / count))
                 counts.append(count)
@@ -111,7 +113,9 @@ def loss(
     gradient = np.zeros((probs.shape[0], stats.bins.shape[1], probs.shape[-1]))
     for b, v, c in np.ndindex(kept.bins.shape):
         if kept.bins[b, v, c] >= 0:
-            slope = _slope(kept.count[b, c], kept.prob_sum[b, c], kept.label_sum[b, c], kept.bins[b, v, c], kind)
+            slope = _slope(
+                kept.count[b, c], kept.prob_sum[b, c], kept.label_sum[b, c], kept.bins[b, v, c], kind
+            )
             gradient[b, v, c + first] = scale[b, c] * slope
     value = values if reduction == "none" else values.sum() / denominator
     return value, gradient.reshape(probs.shape)
