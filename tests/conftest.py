@@ -24,8 +24,8 @@ def hippocampus() -> Path:
 
 @pytest.fixture(scope="module")
 def strict_promotion() -> Iterator[None]:
-    """No dtype is turned into another without being asked to."""
+    """No array is broadcast to another rank, and no dtype turned into another, without being asked to."""
     import jax
 
-    with jax.numpy_dtype_promotion("strict"):
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
         yield
