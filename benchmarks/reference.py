@@ -4,9 +4,9 @@ import os
 
 import numpy as np
 import torch
-from monai.losses import DiceLoss
+from monai.losses.dice import DiceLoss
 from monai.metrics.calibration import calibration_binning
-from monai.networks.nets import UNet
+from monai.networks.nets.unet import UNet
 
 
 def use_all_cores() -> None:
@@ -26,7 +26,8 @@ def parameters(model: UNet) -> dict[str, np.ndarray]:
 
 def gradients(model: UNet) -> dict[str, np.ndarray]:
     """Gradients of the last backward pass by MONAI's names."""
-    return {name: tensor.grad.numpy().copy() for name, tensor in model.named_parameters()}
+    named = model.named_parameters()
+    return {name: tensor.grad.numpy().copy() for name, tensor in named if tensor.grad is not None}
 
 
 def channel_first(array: np.ndarray) -> torch.Tensor:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -135,9 +136,10 @@ def _check_agreement(
 
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     loss = parse_loss(name)
+    images, labels = jnp.asarray(batch["image"]), jnp.asarray(batch["label"])
 
     def objective(params: Any) -> jax.Array:
-        return loss.total(loss.parts(nnx.merge(graphdef, params, rest)(batch["image"]), batch["label"]))
+        return loss.total(loss.parts(nnx.merge(graphdef, params, rest)(images), labels))
 
     ours, grads = jax.jit(jax.value_and_grad(objective))(params)
     theirs = torch_step()

@@ -185,7 +185,8 @@ def bin_statistics(
     flat_probs = probs.reshape(batch, -1, classes)
     flat_labels = labels.reshape(batch, -1, *labels.shape[probs.ndim - 1 :])
     flat_where = None if where is None else where.reshape(batch, -1, *(where.shape[probs.ndim - 1 :] or (1,)))
-    return BinStatistics(*_hard_sums(flat_probs, flat_labels, flat_where, num_bins, closed))
+    sums: Any = _hard_sums(flat_probs, flat_labels, flat_where, num_bins, closed)
+    return BinStatistics(*sums)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))

@@ -26,11 +26,11 @@ class Loss:
         self, logits: Float[Array, "batch *spatial classes"], labels: Int[Array, "batch *spatial"]
     ) -> dict[str, Array]:
         """Each term by name, unweighted."""
-        off: dict[str, Any] = dict.fromkeys(TERMS.values(), 0.0)
-        return {
-            name: calib_jax.segmentation_loss(logits, labels, **(off | {TERMS[name]: 1.0}))
-            for name, _ in self.weights
-        }
+
+        def only(term: str) -> dict[str, Any]:
+            return {argument: float(name == term) for name, argument in TERMS.items()}
+
+        return {name: calib_jax.segmentation_loss(logits, labels, **only(name)) for name, _ in self.weights}
 
     def total(self, parts: dict[str, Array], ace_scale: float | Array = 1.0) -> Array:
         """The sum that is minimised; `ace_scale` lets the calibration term set in gradually."""

@@ -17,7 +17,7 @@ on CPU everything is brought to that one kind, exactly:
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, reduce
 from itertools import product
 from math import prod
 
@@ -117,7 +117,8 @@ def _in_blocks(x: Array, kernel: Array) -> Array:
     most = max(1, 12 // max(kernel.shape[-2:]))
     block = max(b for b in range(1, most + 1) if width % b == 0)
     blocks = (*(1,) * (x.ndim - 3), block)
-    y = _dense(x.reshape(*outer, width // block, block * channels), *_phase_kernel(kernel, blocks, blocks))
+    wide, padding = _phase_kernel(kernel, blocks, blocks)
+    y: Array = _dense(x.reshape(*outer, width // block, block * channels), wide, padding)
     return y.reshape(*outer, width, kernel.shape[-1])
 
 
@@ -211,7 +212,7 @@ def _in_planes(x: Array, kernel: Array, padding: Padding) -> Array:
     def image(planes: Array) -> Array:
         y = _plain(planes, folded, (1, 1), padding[1:])
         contributions = jnp.split(y, taps, -1)
-        return sum(_shifted(c, k - before, depth) for k, c in enumerate(contributions))
+        return reduce(jnp.add, (_shifted(c, k - before, depth) for k, c in enumerate(contributions)))
 
     return lax.map(image, x)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -355,16 +355,17 @@ def _monai_names(model: UNet) -> Named:
     level = "model"
     for down, up in zip(model.down, model.up, strict=True):
         yield from _block_names(f"{level}.0", down)
-        if len(up.layers) == 1:
-            yield from _block_names(f"{level}.2", up.layers[0])
+        blocks = cast(nnx.Sequential, up).layers
+        if len(blocks) == 1:
+            yield from _block_names(f"{level}.2", blocks[0])
         else:
-            for i, block in enumerate(up.layers):
+            for i, block in enumerate(blocks):
                 yield from _block_names(f"{level}.2.{i}", block)
         level += ".1.submodule"
     yield from _block_names(level, model.bottom)
 
 
-def _block_names(prefix: str, block: nnx.Module) -> Named:
+def _block_names(prefix: str, block: Any) -> Named:
     if isinstance(block, ResidualUnit):
         for i, unit in enumerate(block.units):
             yield from _block_names(f"{prefix}.conv.unit{i}", unit)
@@ -374,7 +375,7 @@ def _block_names(prefix: str, block: nnx.Module) -> Named:
         yield from _convolution_names(f"{prefix}.conv", block.conv)
         if isinstance(block.act, PReLU):
             yield f"{prefix}.adn.A.weight", (block.act.slope, ())
-        if block.norm is not None and block.norm.scale is not None:
+        if block.norm is not None and block.norm.scale is not None and block.norm.offset is not None:
             yield f"{prefix}.adn.N.weight", (block.norm.scale, ())
             yield f"{prefix}.adn.N.bias", (block.norm.offset, ())
 
