@@ -18,6 +18,10 @@ def run(*arguments: object) -> int:
     return main([str(argument) for argument in arguments])
 
 
+def rows(file: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(file.read_text().splitlines()))
+
+
 def refuses(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     """Runs a command that must fail; returns its one line on stderr."""
     assert run(*arguments) == 2
@@ -72,11 +76,11 @@ def test_compare_leaves_a_page_and_tables(tmp_path: Path, capsys: pytest.Capture
     assert len(list((out / "figures").glob("*.png"))) >= 4
     table = json.loads((out / "table.json").read_text())
     assert [row["name"] for row in table["models"]] == ["dice", "dice+ace", "true posterior"]
-    cases = list(csv.DictReader((out / "cases" / "01-dice-ace.csv").open()))
+    cases = rows(out / "cases" / "01-dice-ace.csv")
     assert len(cases) == 3 * 3  # cases by foreground classes
     splits = json.loads((out / "splits.json").read_text())
     assert {row["case"] for row in cases} == set(splits["test"])
-    logs = [list(csv.DictReader((out / loss / "log.csv").open())) for loss in ("dice", "dice+ace")]
+    logs = [rows(out / loss / "log.csv") for loss in ("dice", "dice+ace")]
     # Same weights, same batches: the first step's Dice is the same under both losses.
     assert logs[0][0]["dice"] == logs[1][0]["dice"]
     assert [row["step"] for row in logs[0]] == ["0", "1", "2", "3"]
@@ -96,7 +100,7 @@ def test_evaluate_another_data_set(trained: Path, msd: Path, tmp_path: Path) -> 
     moved = tmp_path / "elsewhere"
     moved.symlink_to(msd)
     assert run("evaluate", trained, "--data", f"msd:{moved}", "--out", tmp_path / "out") == 0
-    cases = list(csv.DictReader(next((tmp_path / "out" / "cases").glob("*.csv")).open()))
+    cases = rows(next((tmp_path / "out" / "cases").glob("*.csv")))
     assert len(cases) == 6
 
 

@@ -152,7 +152,8 @@ def volume_predictor(graphdef: nnx.GraphDef, state: TrainState, patch: tuple[int
 
 def mean_metrics(result: ModelResult) -> dict[str, float]:
     """Mean of each metric over cases and classes, undefined ones left out."""
-    return {name: float(np.nanmean(values)) for name, values in result.metrics().items()}
+    defined = {name: values[~np.isnan(values)] for name, values in result.metrics().items()}
+    return {name: float(values.mean()) if values.size else float("nan") for name, values in defined.items()}
 
 
 def load_run(folder: Path) -> tuple[RunConfig, DataInfo, Predict]:
