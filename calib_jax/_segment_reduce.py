@@ -7,7 +7,7 @@ stops at 2^24 and a running sum of equal numbers drifts long before that.
 
 import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +16,16 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Num
 
 BinIndex = Callable[[Array], Array]
+Place = Callable[[Array], tuple[Array, Array]]
 Method = Literal["auto", "segment_sum", "scatter", "masked"]
 Sums = tuple[
-    Int[Array, "batch classes bins"], Float[Array, "batch classes bins"], Float[Array, "batch classes bins"]
+    Num[Array, "batch classes bins"], Float[Array, "batch classes bins"], Float[Array, "batch classes bins"]
 ]
 Bins = Int[Array, "batch blocks voxels classes"]
 Columns = tuple[Float[Array, "batch blocks voxels classes"], ...]
-BlockSums = tuple[Float[Array, "batch blocks classes bins"], ...]
+BlockSums = tuple[Num[Array, "batch blocks classes bins"], ...]
 Adder = Callable[[Bins, Columns, int], BlockSums]
+BlockSum = Callable[[Adder, Array, Array, Array | None], BlockSums]
 Pair = tuple[Array, Array]  # a sum as float32, and what did not fit into it
 
 _BLOCK = 1792  # voxels in a block
@@ -57,19 +59,28 @@ def bin_sums(
         `(count int32, prob_sum float32, label_sum float32)`, each `[batch, classes, num_bins]`. Counts are
         exact, sums within 1e-6 relative of float64. A NaN makes `prob_sum` NaN in the bin that it falls in.
     """
-    where = where[..., None] if where is not None and where.ndim == 2 else where
+    return _sums(functools.partial(_hard_block_sums, index, num_bins), probs, labels, where, method)
 
-    def path(order: Callable[..., Sums], add: Adder) -> Callable[..., Sums]:
-        return functools.partial(order, functools.partial(_block_sums, index, num_bins, add))
 
-    paths = {
-        "segment_sum": path(_a_few_at_a_time, _by_segment_sum),
-        "scatter": path(_a_few_at_a_time, _by_scatter),
-        "masked": path(_all_at_once, _by_masked_sum),
-    }
-    if method != "auto":
-        return paths[method](probs, labels, where)
-    return lax.platform_dependent(probs, labels, where, cpu=paths["scatter"], default=paths["masked"])
+def soft_bin_sums(
+    probs: Float[Array, "batch voxels classes"],
+    labels: Num[Array, "batch voxels"] | Num[Array, "batch voxels classes"],
+    where: Bool[Array, "batch voxels"] | Bool[Array, "batch voxels #classes"] | None,
+    place: Place,
+    num_bins: int,
+    *,
+    method: Method = "auto",
+) -> Sums:
+    """The same when a voxel is shared by two neighbouring bins: sums of weights, and of values times weights.
+
+    Args:
+        probs, labels, where, num_bins, method: as for `bin_sums`.
+        place: elementwise function from probabilities to the lower of the two bins, and the upper one's share.
+
+    Returns:
+        `(weight, prob_sum, label_sum)`, float32 `[batch, classes, bins]` each.
+    """
+    return _sums(functools.partial(_soft_block_sums, place, num_bins), probs, labels, where, method)
 
 
 def table_lookup(
@@ -97,6 +108,22 @@ def table_lookup(
 # How voxels are taken in blocks, and the sums of blocks added up.
 
 
+def _sums(block_sum: BlockSum, probs: Array, labels: Array, where: Array | None, method: Method) -> Sums:
+    where = where[..., None] if where is not None and where.ndim == 2 else where
+
+    def path(order: Callable[..., Sums], add: Adder) -> Callable[..., Sums]:
+        return functools.partial(order, functools.partial(block_sum, add))
+
+    paths = {
+        "segment_sum": path(_a_few_at_a_time, _by_segment_sum),
+        "scatter": path(_a_few_at_a_time, _by_scatter),
+        "masked": path(_all_at_once, _by_masked_sum),
+    }
+    if method != "auto":
+        return paths[method](probs, labels, where)
+    return lax.platform_dependent(probs, labels, where, cpu=paths["scatter"], default=paths["masked"])
+
+
 def _a_few_at_a_time(
     block_sums: Callable[..., BlockSums], probs: Array, labels: Array, where: Array | None
 ) -> Sums:
@@ -104,7 +131,7 @@ def _a_few_at_a_time(
     size = probs.shape[1]
     block, taken = _step_size(block_sums, probs, labels)
 
-    def part(i: int | Array) -> tuple[Array, Pair, Pair]:
+    def part(i: int | Array) -> tuple[Any, ...]:
         start = jnp.minimum(i * taken, size - taken)
         cut = functools.partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=taken, axis=1)
         keep = None if where is None else cut(where)
@@ -144,18 +171,17 @@ def _split(x: Array | None, block: int) -> Array | None:
     return None if x is None else x.reshape(x.shape[0], -1, block, *x.shape[2:])
 
 
-def _add_up(sums: BlockSums) -> tuple[Array, Pair, Pair]:
-    """Sums over all blocks."""
-    count, prob_sum, label_sum = sums
-    return count.astype(jnp.int32).sum(1), _exact_sum(prob_sum, 1), _exact_sum(label_sum, 1)
+def _add_up(sums: BlockSums) -> tuple[Any, ...]:
+    """Sums over all blocks: of counts as integers, of anything else as pairs."""
+    return tuple(x.sum(1) if jnp.issubdtype(x.dtype, jnp.integer) else _exact_sum(x, 1) for x in sums)
 
 
-def _merge(a: tuple[Array, Pair, Pair], b: tuple[Array, Pair, Pair]) -> tuple[Array, Pair, Pair]:
-    return a[0] + b[0], _two_sum(a[1], b[1]), _two_sum(a[2], b[2])
+def _merge(a: tuple[Any, ...], b: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(_two_sum(x, y) if isinstance(x, tuple) else x + y for x, y in zip(a, b, strict=True))
 
 
-def _rounded(total: tuple[Array, Pair, Pair]) -> Sums:
-    return total[0], total[1][0] + total[1][1], total[2][0] + total[2][1]
+def _rounded(total: tuple[Any, ...]) -> Any:
+    return tuple(x[0] + x[1] if isinstance(x, tuple) else x for x in total)
 
 
 def _exact_sum(x: Array, axis: int) -> Pair:
@@ -175,22 +201,46 @@ def _two_sum(a: Pair, b: Pair) -> Pair:
 # Sums within blocks.
 
 
-def _block_sums(
+def _hard_block_sums(
     index: BinIndex, num_bins: int, add: Adder, probs: Array, labels: Array, where: Array | None
 ) -> BlockSums:
-    """Count, probability sum and label sum of every block: float32, which is exact for counts up to _BLOCK."""
-    keep = jnp.ones(probs.shape, bool) if where is None else jnp.broadcast_to(where, probs.shape)
-    probs = jnp.where(keep, probs.astype(jnp.float32), 0)
+    """Count, probability sum and label sum of every block; float32 is exact for counts up to _BLOCK."""
+    keep, probs = _kept(probs, where)
     bins = index(probs)
     if labels.ndim == probs.ndim:
         labels = jnp.where(keep, labels.astype(jnp.float32), 0)
         prob_sum, label_sum, count = add(bins, (probs, labels, keep.astype(jnp.float32)), num_bins)
-        return count, prob_sum, label_sum
+        return count.astype(jnp.int32), prob_sum, label_sum
     hit = _one_hot(labels.astype(jnp.int32), probs.shape[-1])
     tally = jnp.where(keep, jnp.where(hit, jnp.float32(1 + _TALLY), 1), 0)
     prob_sum, tally = add(bins, (probs, tally), num_bins)
     label_sum = jnp.floor(tally / _TALLY)
-    return tally - label_sum * _TALLY, prob_sum, label_sum
+    return (tally - label_sum * _TALLY).astype(jnp.int32), prob_sum, label_sum
+
+
+def _soft_block_sums(
+    place: Place, num_bins: int, add: Adder, probs: Array, labels: Array, where: Array | None
+) -> BlockSums:
+    """Weight, weighted probability and weighted label sums of every block, for either neighbour of a voxel."""
+    keep, probs = _kept(probs, where)
+    dense = labels if labels.ndim == probs.ndim else _one_hot(labels.astype(jnp.int32), probs.shape[-1])
+    labels = jnp.where(keep, dense.astype(jnp.float32), 0)
+    lower, share = place(probs)
+
+    def neighbour(bins: Array, weight: Array) -> BlockSums:
+        weight = jnp.where(keep, weight, 0)
+        return add(bins, (weight * probs, weight * labels, weight), num_bins)
+
+    upper = jnp.minimum(lower + 1, num_bins - 1)
+    both = zip(neighbour(lower, 1 - share), neighbour(upper, share), strict=True)
+    prob_sum, label_sum, weight = (a + b for a, b in both)
+    return weight, prob_sum, label_sum
+
+
+def _kept(probs: Array, where: Array | None) -> tuple[Array, Array]:
+    """Which elements count, and their float32 probabilities, zero elsewhere."""
+    keep = jnp.ones(probs.shape, bool) if where is None else jnp.broadcast_to(where, probs.shape)
+    return keep, jnp.where(keep, probs.astype(jnp.float32), 0)
 
 
 def _by_segment_sum(bins: Bins, columns: Columns, num_bins: int) -> BlockSums:

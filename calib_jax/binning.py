@@ -7,12 +7,15 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float, Int, Num
 
 from calib_jax import _segment_reduce
 from calib_jax._checks import AnyArray, Labels, Mask, Probs, as_inputs, check_choice, check_num_bins
 
 Closed = Literal["right", "left"]
+Binning = Literal["hard", "soft", "adaptive"]
+BINNINGS = ("hard", "soft", "adaptive")
 
 
 @jax.tree_util.register_dataclass
@@ -24,7 +27,7 @@ class BinStatistics:
     A pytree, so it passes through `jit`, `vmap`, `psum` and `jax.tree.map`.
 
     Attributes:
-        count: voxels in each bin, `[..., classes, num_bins]`, integers.
+        count: voxels in each bin, `[..., classes, num_bins]`; integers, with soft bins sums of weights.
         prob_sum: sum of their predicted probabilities, same shape.
         label_sum: sum of their labels (1 where the voxel has the class), same shape.
     """
@@ -61,8 +64,20 @@ class BinStatistics:
         return jax.tree.map(lambda a, b: a + b, self, other)
 
     def sum(self, axis: int | tuple[int, ...] = 0) -> "BinStatistics":
-        """Statistics of all images together: the sums over `axis` (default: the batch)."""
-        return jax.tree.map(lambda a: a.sum(axis), self)
+        """Statistics of all images together: the sums over `axis` (default: the batch).
+
+        Counts of a data set may outgrow int32, so those on a device come out as float32, rounded to its 24
+        bits; NumPy's are summed as 64-bit integers.
+        """
+        return BinStatistics(_sum_counts(self.count, axis), self.prob_sum.sum(axis), self.label_sum.sum(axis))
+
+
+def _sum_counts(count: AnyArray, axis: int | tuple[int, ...]) -> AnyArray:
+    if isinstance(count, np.ndarray) or count.dtype != jnp.int32:
+        return count.sum(axis)
+    # The halves of a count, summed apart, stay within int32 for 2^15 images.
+    low, high = (part.sum(axis, dtype=jnp.int32) for part in (count & 0xFFFF, count >> 16))
+    return high.astype(jnp.float32) * 2**16 + low.astype(jnp.float32)
 
 
 def bin_edges(num_bins: int) -> Float[np.ndarray, "edges"]:
@@ -140,10 +155,11 @@ def bin_statistics(
     labels: Labels,
     *,
     num_bins: int = 20,
+    binning: Binning = "hard",
     closed: Closed = "right",
     where: Mask | None = None,
 ) -> BinStatistics:
-    """Count, probability sum and label sum of every bin, per image and class.
+    r"""Count, probability sum and label sum of every bin, per image and class.
 
     For image b, class c and bin m: `count` is the number of voxels whose probability of c falls in m,
     `prob_sum` the sum of those probabilities and `label_sum` the number of those voxels that are of class c.
@@ -153,15 +169,21 @@ def bin_statistics(
         probs: class probabilities `[batch, *spatial, classes]`, float32, bfloat16 or float16.
         labels: class ids `[batch, *spatial]` (ids outside `[0, classes)` belong to no class), or one-hot,
             overlapping or soft labels of the shape of `probs`.
-        num_bins: number of equal-width bins on [0, 1].
-        closed: the side on which a bin holds its edge, see `bin_index`.
+        num_bins: number of bins.
+        binning: `"hard"`: bins of equal width on [0, 1], each voxel in one. `"soft"`: a voxel is shared by the
+            two bins whose centres are its neighbours, in proportion to its nearness, :math:`w_m(p) = \max(0,
+            1 - |p M - m - 1/2|)`; beyond the first and last centre it belongs to the end bin alone. Sums are
+            then weighted by w and `count` is a float. `"adaptive"`: bins of equal mass, their edges the
+            quantiles of each image's and class's probabilities, ties kept together.
+        closed: the side on which a hard bin holds its edge, see `bin_index`.
         where: voxels to count, boolean, `[batch, *spatial]` or of the shape of `probs`; None counts all.
             Elsewhere neither values nor gradients are touched, not even by NaN.
 
     Returns:
         `BinStatistics` of shape `[batch, classes, num_bins]`. A NaN probability makes `prob_sum` NaN in the
-        last bin of its image and class. Differentiable in `probs` and float `labels` (reverse mode): bin
-        membership is constant, as in the paper.
+        last bin of its image and class. Differentiable in `probs` and float `labels` (reverse mode): hard and
+        adaptive bins take membership for constant, as the paper does; through soft ones the gradient of the
+        weights flows too. Bins of adaptive statistics are each image's own: merge hard or soft ones.
 
     Raises:
         TypeError, ValueError: on dtypes, shapes or options that do not fit; never on values.
@@ -173,54 +195,157 @@ def bin_statistics(
         [[[0, 2], [2, 0]]]
         >>> stats.mean_prob[0, 0, 1], stats.mean_label[0, 0, 1]
         (Array(0.75, dtype=float32), Array(0.5, dtype=float32))
+        >>> soft = bin_statistics(probs, jnp.array([[0, 1]]), num_bins=2, binning="soft")
+        >>> [round(float(weight), 4) for weight in soft.count[0, 0]]
+        [0.3, 1.7]
 
     References:
         Barfoot et al., "Average Calibration Error: A Differentiable Loss for Improved Reliability in Image
-        Segmentation", arXiv 2403.06759.
+        Segmentation", arXiv 2403.06759, and arXiv 2506.03942 (soft bins); Nixon et al., "Measuring Calibration
+        in Deep Learning", 2019 (adaptive bins).
     """
     check_num_bins(num_bins)
+    check_choice("binning", binning, BINNINGS)
     check_choice("closed", closed, ("right", "left"))
+    if binning != "hard" and closed != "right":
+        raise ValueError(f'closed="left" applies to binning="hard" only; got binning={binning!r}.')
     probs, labels, where = as_inputs(probs, labels, where)
     batch, classes = probs.shape[0], probs.shape[-1]
     flat_probs = probs.reshape(batch, -1, classes)
     flat_labels = labels.reshape(batch, -1, *labels.shape[probs.ndim - 1 :])
     flat_where = None if where is None else where.reshape(batch, -1, *(where.shape[probs.ndim - 1 :] or (1,)))
-    sums: Any = _hard_sums(flat_probs, flat_labels, flat_where, num_bins, closed)
-    return BinStatistics(*sums)
+    if binning == "soft":
+        return BinStatistics(*_soft_sums(flat_probs, flat_labels, flat_where, num_bins))
+    edges = adaptive_edges(flat_probs, flat_where, num_bins) if binning == "adaptive" else None
+    return BinStatistics(*_hard_sums(flat_probs, flat_labels, flat_where, edges, num_bins, closed))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+# Hard and adaptive bins: a voxel belongs to one bin.
+
+
+def adaptive_edges(
+    probs: Float[Array, "batch voxels classes"], where: Array | None, num_bins: int
+) -> Float[Array, "batch classes inner_edges"]:
+    """Quantiles that part the counted probabilities of each image and class into bins of equal mass.
+
+    Each edge is one of the probabilities and belongs to the bin below it.
+    """
+    values = lax.stop_gradient(probs).astype(jnp.float32)
+    keep = jnp.ones((1, 1, 1), bool) if where is None else where
+    counted = jnp.broadcast_to(keep & ~jnp.isnan(values), values.shape)
+    size = counted.sum(1, dtype=jnp.int32)[..., None]
+    k = jnp.arange(1, num_bins, dtype=jnp.int32)[None, None]
+    # ceil(k * size / num_bins) - 1, in steps that int32 holds.
+    rank = k * (size // num_bins) + (k * (size % num_bins) + num_bins - 1) // num_bins - 1
+    ordered = jnp.moveaxis(jnp.sort(jnp.where(counted, values, jnp.inf), axis=1), 1, 2)
+    return jnp.take_along_axis(ordered, jnp.maximum(rank, 0), axis=-1)
+
+
+def _index(edges: Array | None, num_bins: int, closed: Closed) -> _segment_reduce.BinIndex:
+    """The function from probabilities `[batch, ..., classes]` to their bins."""
+    if edges is None:
+        return functools.partial(bin_index, num_bins=num_bins, closed=closed)
+
+    def index(probs: Array) -> Array:
+        values = probs.astype(jnp.float32)[..., None]
+        aligned = edges.reshape(edges.shape[0], *[1] * (probs.ndim - 2), *edges.shape[1:])
+        return jnp.where(jnp.isnan(values), True, values > aligned).sum(-1, dtype=jnp.int32)
+
+    return index
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _hard_sums(
     probs: Float[Array, "batch voxels classes"],
     labels: Num[Array, "batch voxels"] | Num[Array, "batch voxels classes"],
     where: Array | None,
+    edges: Float[Array, "batch classes inner_edges"] | None,
     num_bins: int,
     closed: Closed,
-) -> tuple[Array, Array, Array]:
-    index = functools.partial(bin_index, num_bins=num_bins, closed=closed)
-    return _segment_reduce.bin_sums(probs, labels, where, index, num_bins)
+) -> Any:
+    return _segment_reduce.bin_sums(probs, labels, where, _index(edges, num_bins, closed), num_bins)
 
 
 def _hard_sums_forward(
-    probs: Array, labels: Array, where: Array | None, num_bins: int, closed: Closed
-) -> tuple[Any, Any]:
-    return _hard_sums(probs, labels, where, num_bins, closed), (probs, labels, where)
+    probs: Array, labels: Array, where: Any, edges: Any, num_bins: int, closed: Closed
+) -> Any:
+    return _hard_sums(probs, labels, where, edges, num_bins, closed), (probs, labels, where, edges)
 
 
 def _hard_sums_backward(num_bins: int, closed: Closed, residuals: Any, cotangents: Any) -> Any:
     # A sum's gradient is 1 for each voxel in it, so every voxel looks up the cotangent of its own bin. The
     # index is computed again: it costs less than keeping it.
-    probs, labels, where = residuals
+    probs, labels, where, edges = residuals
     _, d_prob_sum, d_label_sum = cotangents
-    index = functools.partial(bin_index, num_bins=num_bins, closed=closed)
+    index = _index(edges, num_bins, closed)
 
-    def per_voxel(table: Array, dtype: Any) -> Array:
-        gradient = _segment_reduce.table_lookup(table, probs, index).astype(dtype)
-        return gradient if where is None else jnp.where(where, gradient, 0)
+    def look_up(table: Array) -> Array:
+        return _segment_reduce.table_lookup(table, probs, index)
 
-    d_probs = per_voxel(d_prob_sum, probs.dtype)
-    d_labels = per_voxel(d_label_sum, labels.dtype) if jnp.issubdtype(labels.dtype, jnp.floating) else None
-    return d_probs, d_labels, None
+    d_probs = _counted(look_up(d_prob_sum), where, probs.dtype)
+    d_labels = _counted(look_up(d_label_sum), where, labels.dtype) if _is_float(labels) else None
+    return d_probs, d_labels, None, None
 
 
 _hard_sums.defvjp(_hard_sums_forward, _hard_sums_backward)
+
+
+def _is_float(x: Array) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def _counted(gradient: Array, where: Array | None, dtype: Any) -> Array:
+    gradient = gradient.astype(dtype)
+    return gradient if where is None else jnp.where(where, gradient, 0)
+
+
+# Soft bins: a voxel is shared by two neighbours.
+
+
+def _soft_place(probs: Array, num_bins: int) -> tuple[Array, Array]:
+    """The lower of the two bins that share each probability, and the upper one's share. NaN: the last bin's."""
+    position = jnp.clip(probs.astype(jnp.float32) * num_bins - 0.5, 0, num_bins - 1)
+    position = jnp.where(jnp.isnan(position), num_bins - 1, position)
+    lower = jnp.floor(position)
+    return lower.astype(jnp.int32), position - lower
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _soft_sums(
+    probs: Float[Array, "batch voxels classes"],
+    labels: Num[Array, "batch voxels"] | Num[Array, "batch voxels classes"],
+    where: Array | None,
+    num_bins: int,
+) -> Any:
+    place = functools.partial(_soft_place, num_bins=num_bins)
+    return _segment_reduce.soft_bin_sums(probs, labels, where, place, num_bins)
+
+
+def _soft_sums_forward(probs: Array, labels: Array, where: Array | None, num_bins: int) -> Any:
+    return _soft_sums(probs, labels, where, num_bins), (probs, labels, where)
+
+
+def _soft_sums_backward(num_bins: int, residuals: Any, cotangents: Any) -> Any:
+    # With lower bin j, share f, cotangents (c, P, Y) of the sums and D their step from bin j to bin j + 1:
+    #   d_label = Y_j + f DY,    d_prob = P_j + f DP + f' (Dc + p DP + y DY),    f' = M between the end centres.
+    probs, labels, where = residuals
+    place = functools.partial(_soft_place, num_bins=num_bins)
+
+    def look_up(table: Array) -> tuple[Array, Array]:
+        step = jnp.diff(table, axis=-1, append=table[..., -1:])
+        return tuple(_segment_reduce.table_lookup(t, probs, lambda p: place(p)[0]) for t in (table, step))
+
+    (_, count_step), (prob, prob_step), (label, label_step) = (look_up(table) for table in cotangents)
+    values = probs.astype(jnp.float32)
+    dense = labels.ndim == probs.ndim
+    target = labels if dense else jax.nn.one_hot(labels, probs.shape[-1])
+    share = place(probs)[1]
+    position = values * num_bins - 0.5
+    slope = jnp.where((position > 0) & (position < num_bins - 1), float(num_bins), 0.0)
+    through_weights = slope * (count_step + values * prob_step + target.astype(jnp.float32) * label_step)
+    d_probs = _counted(prob + share * prob_step + through_weights, where, probs.dtype)
+    d_labels = _counted(label + share * label_step, where, labels.dtype) if _is_float(labels) else None
+    return d_probs, d_labels, None
+
+
+_soft_sums.defvjp(_soft_sums_forward, _soft_sums_backward)

@@ -9,6 +9,9 @@ from jaxtyping import Array, Bool, Float
 
 from calib_jax.binning import BinStatistics
 
+# Bins with less weight count as empty. Soft bins share voxels, so that a bin may hold a trace of one.
+_LEAST_WEIGHT = 0.01
+
 
 def average_calibration_error(stats: BinStatistics) -> Float[Array, "*batch classes"]:
     """Mean gap over non-empty bins, all bins alike: ACE = 1/M * sum_m |prob_m - label_m|.
@@ -83,7 +86,7 @@ def _gaps(
     stats: BinStatistics,
 ) -> tuple[Float[Array, "*batch classes bins"], Bool[Array, "*batch classes bins"]]:
     """Gap of each bin, zero in empty ones, and which bins are filled. Divides safely, so gradients are finite."""
-    filled = stats.weight > 0
+    filled = stats.weight >= _LEAST_WEIGHT
     difference = jnp.where(filled, jnp.asarray(stats.prob_sum - stats.label_sum, jnp.float32), 0)
     # Not abs: its gradient at 0 is 1 in JAX, which would push at bins that are calibrated exactly.
     magnitude = jnp.sign(difference) * difference

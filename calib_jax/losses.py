@@ -1,5 +1,6 @@
 """Calibration errors as training losses (mL1-ACE and its siblings), and one weighted segmentation loss."""
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -8,7 +9,7 @@ import optax
 from jaxtyping import Array, Float
 
 from calib_jax._checks import AnyArray, Labels, Mask, Probs, as_inputs, check_choice
-from calib_jax.binning import BinStatistics, Closed, bin_statistics
+from calib_jax.binning import Binning, BinStatistics, Closed, bin_statistics
 from calib_jax.errors import (
     average_calibration_error,
     expected_calibration_error,
@@ -23,35 +24,39 @@ def mL1_ace(
     labels: Labels,
     *,
     num_bins: int = 20,
+    binning: Binning = "hard",
     closed: Closed = "right",
     where: Mask | None = None,
     include_background: bool = True,
     class_weights: Float[AnyArray, "counted_classes"] | None = None,
     ignore_empty_classes: bool = False,
+    pool_images: bool = False,
     reduction: Reduction = "mean",
 ) -> Float[Array, "*reduced"]:
     r"""Marginal L1 average calibration error: the mean over images and classes of their ACE.
 
     For image b and class c with M non-empty bins, :math:`e_{bc} = \frac{1}{M} \sum_m |\bar p_m - \bar y_m|`, the
-    gap between mean probability and observed frequency, bins all alike. Bins are hard: a voxel's gradient is
+    gap between mean probability and observed frequency, bins all alike. In a hard bin a voxel's gradient is
     :math:`\mathrm{sign}(\bar p_m - \bar y_m) / (n_m M)` over the number of images and classes, n_m being its
-    bin's count; where it stands in the bin does not matter.
+    bin's count; where it stands in the bin does not matter. Soft bins also pull voxels from bin to bin.
 
     Args:
         probs: class probabilities `[batch, *spatial, classes]`.
         labels: class ids `[batch, *spatial]`, or one-hot, overlapping or soft labels of the shape of `probs`.
-        num_bins: number of equal-width bins on [0, 1].
-        closed: the side on which a bin holds its edge, see `calib_jax.bin_index`.
+        num_bins: number of bins on [0, 1].
+        binning: `"hard"`, `"soft"` or `"adaptive"`, see `calib_jax.bin_statistics`.
+        closed: the side on which a hard bin holds its edge, see `calib_jax.bin_index`.
         where: voxels to count, boolean, `[batch, *spatial]` or of the shape of `probs`; None counts all.
         include_background: False leaves class 0 out, before any work is spent on it.
         class_weights: weights `[classes]` of the mean over classes (after background is left out).
         ignore_empty_classes: True lets a class without a voxel in an image contribute zero (it still counts
             in the mean), as the follow-up trains.
+        pool_images: True fills one set of bins from the whole batch, instead of one for each image.
         reduction: `"mean"` over images and classes, `"sum"`, or `"none"` for `[batch, classes]`.
 
     Returns:
-        The loss, a scalar or `[batch, classes]`. An image and class of which `where` leaves nothing has no
-        error: it is zero and left out of the mean. A NaN probability gives NaN.
+        The loss, a scalar or `[batch, classes]` (`[1, classes]` of pooled images). An image and class of which
+        `where` leaves nothing has no error: it is zero and left out of the mean. A NaN probability gives NaN.
 
     Raises:
         TypeError, ValueError: on dtypes, shapes or options that do not fit; never on values.
@@ -62,13 +67,22 @@ def mL1_ace(
         >>> loss, grad = jax.value_and_grad(lambda x: mL1_ace(jax.nn.softmax(x), labels))(logits)
         >>> round(float(loss), 4), grad.shape
         (0.287, (1, 4, 2))
+        >>> round(float(mL1_ace(jax.nn.softmax(logits), labels, num_bins=5, binning="soft")), 4)
+        0.2851
 
     References:
         Barfoot et al., arXiv 2403.06759 and 2506.03942.
     """
-    probs, labels, where = _classes_of_interest(probs, labels, where, include_background)
-    stats = bin_statistics(probs, labels, num_bins=num_bins, closed=closed, where=where)
-    return _reduce(average_calibration_error(stats), stats, class_weights, ignore_empty_classes, reduction)
+    return _marginal_l1(
+        average_calibration_error,
+        *_classes_of_interest(probs, labels, where, include_background, pool_images),
+        num_bins=num_bins,
+        binning=binning,
+        closed=closed,
+        class_weights=class_weights,
+        ignore_empty_classes=ignore_empty_classes,
+        reduction=reduction,
+    )
 
 
 def mL1_ece(
@@ -76,36 +90,19 @@ def mL1_ece(
     labels: Labels,
     *,
     num_bins: int = 20,
+    binning: Binning = "hard",
     closed: Closed = "right",
     where: Mask | None = None,
     include_background: bool = True,
     class_weights: Float[AnyArray, "counted_classes"] | None = None,
     ignore_empty_classes: bool = False,
+    pool_images: bool = False,
     reduction: Reduction = "mean",
 ) -> Float[Array, "*reduced"]:
-    r"""Marginal L1 expected calibration error: the mean over images and classes of their ECE.
+    """Marginal L1 expected calibration error: the mean over images and classes of their ECE.
 
     As `mL1_ace`, with each bin weighted by its share of the voxels: the many easy voxels far from a boundary
-    weigh most.
-
-    Args:
-        probs: class probabilities `[batch, *spatial, classes]`.
-        labels: class ids `[batch, *spatial]`, or one-hot, overlapping or soft labels of the shape of `probs`.
-        num_bins: number of equal-width bins on [0, 1].
-        closed: the side on which a bin holds its edge, see `calib_jax.bin_index`.
-        where: voxels to count, boolean, `[batch, *spatial]` or of the shape of `probs`; None counts all.
-        include_background: False leaves class 0 out, before any work is spent on it.
-        class_weights: weights `[classes]` of the mean over classes (after background is left out).
-        ignore_empty_classes: True lets a class without a voxel in an image contribute zero (it still counts
-            in the mean), as the follow-up trains.
-        reduction: `"mean"` over images and classes, `"sum"`, or `"none"` for `[batch, classes]`.
-
-    Returns:
-        The loss, a scalar or `[batch, classes]`. An image and class of which `where` leaves nothing has no
-        error: it is zero and left out of the mean. A NaN probability gives NaN.
-
-    Raises:
-        TypeError, ValueError: on dtypes, shapes or options that do not fit; never on values.
+    weigh most. Arguments, results and errors are those of `mL1_ace`.
 
     Example:
         >>> probs = jnp.array([[[0.1], [0.8], [0.8], [0.8]]])
@@ -115,9 +112,16 @@ def mL1_ece(
     References:
         Naeini et al., AAAI 2015; as a loss, Barfoot et al., arXiv 2506.03942.
     """
-    probs, labels, where = _classes_of_interest(probs, labels, where, include_background)
-    stats = bin_statistics(probs, labels, num_bins=num_bins, closed=closed, where=where)
-    return _reduce(expected_calibration_error(stats), stats, class_weights, ignore_empty_classes, reduction)
+    return _marginal_l1(
+        expected_calibration_error,
+        *_classes_of_interest(probs, labels, where, include_background, pool_images),
+        num_bins=num_bins,
+        binning=binning,
+        closed=closed,
+        class_weights=class_weights,
+        ignore_empty_classes=ignore_empty_classes,
+        reduction=reduction,
+    )
 
 
 def mL1_mce(
@@ -125,36 +129,19 @@ def mL1_mce(
     labels: Labels,
     *,
     num_bins: int = 20,
+    binning: Binning = "hard",
     closed: Closed = "right",
     where: Mask | None = None,
     include_background: bool = True,
     class_weights: Float[AnyArray, "counted_classes"] | None = None,
     ignore_empty_classes: bool = False,
+    pool_images: bool = False,
     reduction: Reduction = "mean",
 ) -> Float[Array, "*reduced"]:
-    r"""Marginal L1 maximum calibration error: the mean over images and classes of their MCE.
+    """Marginal L1 maximum calibration error: the mean over images and classes of their MCE.
 
     As `mL1_ace`, with the largest gap in place of the mean gap: the gradient reaches the voxels of one bin of
-    each image and class.
-
-    Args:
-        probs: class probabilities `[batch, *spatial, classes]`.
-        labels: class ids `[batch, *spatial]`, or one-hot, overlapping or soft labels of the shape of `probs`.
-        num_bins: number of equal-width bins on [0, 1].
-        closed: the side on which a bin holds its edge, see `calib_jax.bin_index`.
-        where: voxels to count, boolean, `[batch, *spatial]` or of the shape of `probs`; None counts all.
-        include_background: False leaves class 0 out, before any work is spent on it.
-        class_weights: weights `[classes]` of the mean over classes (after background is left out).
-        ignore_empty_classes: True lets a class without a voxel in an image contribute zero (it still counts
-            in the mean), as the follow-up trains.
-        reduction: `"mean"` over images and classes, `"sum"`, or `"none"` for `[batch, classes]`.
-
-    Returns:
-        The loss, a scalar or `[batch, classes]`. An image and class of which `where` leaves nothing has no
-        error: it is zero and left out of the mean. A NaN probability gives NaN.
-
-    Raises:
-        TypeError, ValueError: on dtypes, shapes or options that do not fit; never on values.
+    each image and class. Arguments, results and errors are those of `mL1_ace`.
 
     Example:
         >>> probs = jnp.array([[[0.1], [0.8], [0.8], [0.8]]])
@@ -164,9 +151,31 @@ def mL1_mce(
     References:
         Naeini et al., AAAI 2015; as a loss, Barfoot et al., arXiv 2506.03942.
     """
-    probs, labels, where = _classes_of_interest(probs, labels, where, include_background)
-    stats = bin_statistics(probs, labels, num_bins=num_bins, closed=closed, where=where)
-    return _reduce(maximum_calibration_error(stats), stats, class_weights, ignore_empty_classes, reduction)
+    return _marginal_l1(
+        maximum_calibration_error,
+        *_classes_of_interest(probs, labels, where, include_background, pool_images),
+        num_bins=num_bins,
+        binning=binning,
+        closed=closed,
+        class_weights=class_weights,
+        ignore_empty_classes=ignore_empty_classes,
+        reduction=reduction,
+    )
+
+
+def _marginal_l1(
+    error: Callable[[BinStatistics], Array],
+    probs: Array,
+    labels: Array,
+    where: Array | None,
+    *,
+    class_weights: Any,
+    ignore_empty_classes: bool,
+    reduction: Reduction,
+    **bins: Any,
+) -> Array:
+    stats = bin_statistics(probs, labels, where=where, **bins)
+    return _reduce(error(stats), stats, class_weights, ignore_empty_classes, reduction)
 
 
 def segmentation_loss(
@@ -243,10 +252,12 @@ def _cross_entropy(logits: Array, labels: Array) -> Array:
 
 
 def _classes_of_interest(
-    probs: Any, labels: Any, where: Any, include_background: bool
+    probs: Any, labels: Any, where: Any, include_background: bool, pool_images: bool
 ) -> tuple[Array, Array, Any]:
-    """The checked inputs, without class 0 if `include_background` is False."""
+    """The checked inputs: without class 0 unless `include_background`, as one image if `pool_images`."""
     probs, labels, where = as_inputs(probs, labels, where)
+    if pool_images:
+        probs, labels, where = probs[None], labels[None], None if where is None else where[None]
     if include_background:
         return probs, labels, where
     if probs.shape[-1] < 2:

@@ -63,6 +63,36 @@ def bin_statistics(probs, labels, num_bins=20, closed="right", where=None):
     return Stats(count, prob_sum, label_sum, bins)
 
 
+def soft_errors(probs, labels, kind="ace", num_bins=20, where=None):
+    """The follow-up's soft-binned error `[batch, classes]` in float64, from one triangle per bin.
+
+    w_m(p) = 1 - |p - centre_m| / width, not below 0, and 1 beyond the first and last centre.
+    """
+    probs = np.asarray(probs, np.float64)
+    shape = probs.shape
+    labels, keep = _per_class(np.asarray(labels), shape), _mask(where, shape)
+    result = np.full((shape[0], shape[-1]), np.nan)
+    for b, c in np.ndindex(result.shape):
+        chosen = keep[b, ..., c]
+        p, y = probs[b, ..., c][chosen], labels[b, ..., c][chosen]
+        stats = soft_sums(p, y, num_bins)
+        filled = stats[0] >= 0.01
+        if filled.any():
+            gap = np.abs(stats[1] - stats[2])[filled] / stats[0][filled]
+            share = stats[0][filled] / stats[0].sum()
+            result[b, c] = {"ace": gap.mean(), "ece": share @ gap, "mce": gap.max()}[kind]
+    return result
+
+
+def soft_sums(p, y, num_bins):
+    """Weights, weighted probabilities and weighted labels `[3, bins]` of one image and class."""
+    centres = (np.arange(num_bins) + 0.5) / num_bins
+    weights = np.maximum(0, 1 - np.abs(p[:, None] - centres) * num_bins)
+    weights[p <= centres[0], 0] = 1
+    weights[p >= centres[-1], -1] = 1
+    return np.stack([weights.sum(0), weights.T @ p, weights.T @ y])
+
+
 def errors(stats, kind):
     """ACE, ECE or MCE `[batch, classes]`; NaN where nothing was counted."""
     result = np.full(stats.count.shape[:2], np.nan)

@@ -1,0 +1,417 @@
+"""The field's other losses against overconfidence, straight from logits, to compare and combine with mL1-ACE.
+
+All of them read their arguments alike. A voxel that `where` masks, or whose label is no class (an id outside
+`[0, classes)`, a row of zeros), costs nothing and gets no gradient, NaN or not; means are over the voxels that
+`where` leaves, without a class or not, and zero if it leaves none.
+"""
+
+import math
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float
+
+from calib_jax._checks import AnyArray, Labels, as_inputs, check_choice
+
+Logits = Float[AnyArray, "batch *spatial classes"]
+VoxelMask = Bool[AnyArray, "batch *spatial"]
+
+
+def focal_loss(
+    logits: Logits, labels: Labels, *, gamma: float = 2.0, where: VoxelMask | None = None
+) -> Float[Array, ""]:
+    r"""Multi-class focal loss: cross-entropy that lets go of voxels which are right already.
+
+    :math:`-\sum_c y_c (1 - p_c)^\gamma \log p_c` with p = softmax(logits), averaged over voxels. The factor
+    bounds the reward of ever larger logits, which calibrates; gamma 0 is cross-entropy.
+
+    Args:
+        logits: unnormalised scores `[batch, *spatial, classes]`, at least two classes.
+        labels: class ids `[batch, *spatial]`, or one-hot or soft labels of the shape of `logits`.
+        gamma: how fast the weight of a voxel falls with its probability, at least 0.
+        where: voxels to count, boolean, `[batch, *spatial]`; None counts all.
+
+    Returns:
+        The scalar loss. MONAI's `FocalLoss(use_softmax=True)` averages over classes too, and is this divided
+        by their number.
+
+    Raises:
+        TypeError, ValueError: on dtypes, shapes or options that do not fit; never on traced values.
+
+    Example:
+        >>> logits = jnp.zeros((1, 8, 8, 2))
+        >>> labels = jnp.zeros((1, 8, 8), jnp.int32)
+        >>> round(float(focal_loss(logits, labels)), 4)  # (1 - 1/2)^2 log 2
+        0.1733
+
+    References:
+        Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017; for calibration, Mukhoti et al.,
+        "Calibrating Deep Neural Networks using Focal Loss", NeurIPS 2020.
+    """
+    _check_range("gamma", gamma, 0.0)
+    inputs = _inputs(logits, labels, where)
+    if inputs.labels.ndim == inputs.logits.ndim:
+        surprise = -jax.nn.log_softmax(inputs.logits)
+        return _mean((inputs.labels * _focal(surprise, gamma)).sum(-1), inputs)
+    return _mean(_focal(_cross_entropy(inputs), gamma), inputs)
+
+
+def label_smoothing_loss(
+    logits: Logits, labels: Labels, *, alpha: float = 0.1, where: VoxelMask | None = None
+) -> Float[Array, ""]:
+    r"""Cross-entropy with labels mixed with the uniform distribution.
+
+    :math:`-\sum_c ((1 - \alpha) y_c + \alpha / K) \log p_c` with p = softmax(logits) of K classes, averaged over
+    voxels: PyTorch's `CrossEntropyLoss(label_smoothing=alpha)`.
+
+    Args:
+        logits: unnormalised scores `[batch, *spatial, classes]`, at least two classes.
+        labels: class ids `[batch, *spatial]`, or one-hot or soft labels of the shape of `logits`.
+        alpha: share of the uniform distribution, in [0, 1]; 0 is cross-entropy.
+        where: voxels to count, boolean, `[batch, *spatial]`; None counts all.
+
+    Returns:
+        The scalar loss.
+
+    Raises:
+        TypeError, ValueError: on dtypes, shapes or options that do not fit; never on traced values.
+
+    Example:
+        >>> logits = jnp.array([[[2.0, 0.0], [0.0, 3.0]]])
+        >>> labels = jnp.array([[0, 1]])
+        >>> round(float(label_smoothing_loss(logits, labels)), 4)
+        0.2128
+
+    References:
+        Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", CVPR 2016; for calibration,
+        Mueller et al., "When Does Label Smoothing Help?", NeurIPS 2019.
+    """
+    _check_range("alpha", alpha, 0.0, 1.0)
+    inputs = _inputs(logits, labels, where)
+    targets = optax.losses.smooth_labels(_one_hot(inputs), alpha)
+    return _mean(optax.losses.softmax_cross_entropy(inputs.logits, targets), inputs)
+
+
+def spatially_varying_label_smoothing_loss(
+    logits: Logits,
+    labels: Labels,
+    *,
+    sigma: float = 1.0,
+    kernel_size: int = 3,
+    where: VoxelMask | None = None,
+) -> Float[Array, ""]:
+    r"""SVLS: cross-entropy with labels that are soft at the borders between classes and hard inside.
+
+    The target of voxel i is :math:`\tfrac{1}{2} y_i + \tfrac{1}{2} \sum_j w_j y_j / \sum_j w_j` over its neighbours
+    j in a cube of `kernel_size` voxels along every spatial axis, w_j = exp(-|i - j|^2 / (2 sigma^2)): a Gaussian
+    kernel whose centre has been given the weight of all its neighbours together. Images are continued by
+    repeating their outermost voxels. Neighbours that `where` masks or that have no class are left out, and
+    the rest of the kernel, centre included, scaled up to a sum of 1.
+
+    Args:
+        logits: unnormalised scores `[batch, *spatial, classes]`, at least two classes and one spatial axis.
+        labels: class ids `[batch, *spatial]`, or one-hot or soft labels of the shape of `logits`.
+        sigma: standard deviation of the Gaussian in voxels, at least 0.1.
+        kernel_size: side of the kernel in voxels, odd and at least 3.
+        where: voxels to count, boolean, `[batch, *spatial]`; None counts all.
+
+    Returns:
+        The scalar loss.
+
+    Raises:
+        TypeError, ValueError: on dtypes, shapes or options that do not fit; never on traced values.
+
+    Example:
+        >>> logits = jnp.array([[[2.0, 0.0], [0.0, 3.0], [0.0, 3.0]]])
+        >>> labels = jnp.array([[0, 1, 1]])  # targets of class 1: 0.25, 0.75, 1
+        >>> round(float(spatially_varying_label_smoothing_loss(logits, labels)), 4)
+        0.4914
+
+    References:
+        Islam and Glocker, "Spatially Varying Label Smoothing: Capturing Uncertainty from Expert Annotations",
+        IPMI 2021, arXiv 2104.05788.
+    """
+    _check_range("sigma", sigma, 0.1)
+    _check_kernel_size(kernel_size)
+    inputs = _inputs(logits, labels, where)
+    _check_spatial(inputs.logits)
+    targets = _spatially_smoothed(_one_hot(inputs), inputs.has_class, sigma, kernel_size)
+    return _mean(optax.losses.softmax_cross_entropy(inputs.logits, targets), inputs)
+
+
+def margin_label_smoothing_loss(
+    logits: Logits,
+    labels: Labels,
+    *,
+    margin: float = 10.0,
+    weight: float = 0.1,
+    where: VoxelMask | None = None,
+) -> Float[Array, ""]:
+    r"""MbLS: cross-entropy, and a price for logits that lie more than a margin below the largest.
+
+    :math:`\mathrm{CE} + \lambda \frac{1}{K} \sum_c \max(0, \max_k l_k - l_c - m)` for the K logits l of a voxel,
+    averaged over voxels. Label smoothing pulls at every distance between logits, this at excessive ones only.
+
+    Args:
+        logits: unnormalised scores `[batch, *spatial, classes]`, at least two classes.
+        labels: class ids `[batch, *spatial]`, or one-hot or soft labels of the shape of `logits`.
+        margin: distance m between logits that is free, at least 0.
+        weight: weight lambda of the penalty. The paper sums it over classes, the authors' code averages it;
+            here it is averaged, so that their 0.1 means the same.
+        where: voxels to count, boolean, `[batch, *spatial]`; None counts all.
+
+    Returns:
+        The scalar loss.
+
+    Raises:
+        TypeError, ValueError: on dtypes, shapes or options that do not fit; never on traced values.
+
+    Example:
+        >>> logits = jnp.array([[[2.0, 0.0], [0.0, 30.0]]])
+        >>> labels = jnp.array([[0, 1]])  # the penalty is 20 / 2 in the second voxel
+        >>> round(float(margin_label_smoothing_loss(logits, labels)), 4)
+        0.5635
+
+    References:
+        Liu et al., "The Devil is in the Margin: Margin-based Label Smoothing for Network Calibration", CVPR
+        2022, arXiv 2111.15430; for medical images, Murugesan et al., arXiv 2209.09641.
+    """
+    _check_range("margin", margin, 0.0)
+    inputs = _inputs(logits, labels, where)
+    distances = inputs.logits.max(-1, keepdims=True) - inputs.logits
+    penalty = jax.nn.relu(distances - margin).mean(-1)
+    return _mean(_cross_entropy(inputs) + weight * penalty, inputs)
+
+
+def neighbor_aware_loss(
+    logits: Logits,
+    labels: Labels,
+    *,
+    kernel_size: int = 3,
+    weight: float = 0.1,
+    norm: Literal["l1", "l2"] = "l1",
+    where: VoxelMask | None = None,
+) -> Float[Array, ""]:
+    r"""NACL: cross-entropy, and a price for logits that differ from the share of each class nearby.
+
+    :math:`\mathrm{CE} + \lambda \frac{1}{K} \sum_c |\tau_c - l_c|` for the K logits l of a voxel, averaged over
+    voxels; tau_c is the share of class c in the cube of `kernel_size` voxels along every spatial axis around the
+    voxel, itself included. Voxels beyond the image, masked or without a class are in no class's count but
+    remain in the size of the cube: MONAI's `NACLLoss`. It holds the logits themselves near [0, 1].
+
+    Args:
+        logits: unnormalised scores `[batch, *spatial, classes]`, at least two classes and one spatial axis.
+        labels: class ids `[batch, *spatial]`, or one-hot or soft labels of the shape of `logits`.
+        kernel_size: side of the cube in voxels, odd and at least 3.
+        weight: weight lambda of the penalty. The paper sums it over classes, the authors' code and MONAI's
+            average it; here it is averaged, so that their 0.1 means the same.
+        norm: `"l1"` for the absolute difference, `"l2"` for the squared one.
+        where: voxels to count, boolean, `[batch, *spatial]`; None counts all.
+
+    Returns:
+        The scalar loss.
+
+    Raises:
+        TypeError, ValueError: on dtypes, shapes or options that do not fit; never on traced values.
+
+    Example:
+        >>> logits = jnp.array([[[2.0, 0.0], [0.0, 3.0], [0.0, 3.0]]])
+        >>> labels = jnp.array([[0, 1, 1]])  # shares of class 1: 1/3, 2/3, 2/3
+        >>> round(float(neighbor_aware_loss(logits, labels)), 4)
+        0.1914
+
+    References:
+        Murugesan et al., "Trust your neighbours: Penalty-based constraints for model calibration", MICCAI 2023,
+        arXiv 2303.06268; "Neighbor-Aware Calibration of Segmentation Networks", arXiv 2401.14487.
+    """
+    _check_kernel_size(kernel_size)
+    check_choice("norm", norm, ("l1", "l2"))
+    inputs = _inputs(logits, labels, where)
+    _check_spatial(inputs.logits)
+    shares = _one_hot(inputs)
+    for axis in _spatial_axes(shares):
+        shares = _window_sum(shares, axis, [1 / kernel_size] * kernel_size, "constant")
+    difference = inputs.logits - shares
+    # Not abs: its gradient at 0 is 1 in JAX, which would push at logits that are where they should be.
+    distance = jnp.sign(difference) * difference if norm == "l1" else difference**2
+    return _mean(_cross_entropy(inputs) + weight * distance.mean(-1), inputs)
+
+
+def dsc_plus_plus_loss(
+    logits: Logits,
+    labels: Labels,
+    *,
+    gamma: float = 2.0,
+    smooth: float = 5e-6,
+    include_background: bool = True,
+    where: VoxelMask | None = None,
+) -> Float[Array, ""]:
+    r"""DSC++: soft Dice whose small errors weigh less than its confident ones.
+
+    :math:`1 - 2\,TP / (2\,TP + FP + FN)` per image and class, with :math:`TP = \sum p y`,
+    :math:`FP = \sum (p (1 - y))^\gamma` and :math:`FN = \sum ((1 - p) y)^\gamma` over voxels, averaged over
+    images and classes. Plain Dice (gamma 1) rewards pushing every probability to 0 or 1; here the last bit of
+    doubt costs next to nothing.
+
+    Args:
+        logits: unnormalised scores `[batch, *spatial, classes]`, at least two classes.
+        labels: class ids `[batch, *spatial]`, or one-hot or soft labels of the shape of `logits`. Voxels without
+            a class are left out; they are no class's false positives.
+        gamma: power of each voxel's error, at least 0; 1 is `optax.losses.dice_loss`.
+        smooth: added to TP, and to TP + (FP + FN) / 2, as in `optax.losses.dice_loss`.
+        include_background: False leaves class 0 out of the mean.
+        where: voxels to count, boolean, `[batch, *spatial]`; None counts all.
+
+    Returns:
+        The scalar loss. An image in which no voxel is counted is left out of the mean.
+
+    Raises:
+        TypeError, ValueError: on dtypes, shapes or options that do not fit; never on traced values.
+
+    Example:
+        >>> logits = jnp.log(jnp.array([[[0.9, 0.1], [0.2, 0.8]]]))
+        >>> labels = jnp.array([[0, 1]])  # class 0: TP 0.9, FP 0.04, FN 0.01
+        >>> round(float(dsc_plus_plus_loss(logits, labels)), 4)
+        0.0287
+
+    References:
+        Yeung et al., "Calibrating the Dice Loss to Handle Neural Network Overconfidence for Biomedical Image
+        Segmentation", Journal of Digital Imaging 2023, arXiv 2111.00528.
+    """
+    _check_range("gamma", gamma, 0.0)
+    _check_range("smooth", smooth, 0.0)
+    inputs = _inputs(logits, labels, where)
+    first = 0 if include_background else 1
+    probs = jax.nn.softmax(inputs.logits)[..., first:]
+    targets = _one_hot(inputs)[..., first:]
+    wrong = _power(probs * (1 - targets), gamma) + _power((1 - probs) * targets, gamma)
+    wrong = jnp.where(inputs.has_class[..., None], wrong, 0)
+    axes = _spatial_axes(probs)
+    hits, errors = (probs * targets).sum(axes), wrong.sum(axes)
+    total = hits + errors / 2 + smooth
+    losses = (errors / 2 / jnp.where(total == 0, 1, total)).mean(-1)  # 1 - (hits + smooth) / total
+    images = inputs.has_class.any(axes)
+    return losses.sum() / jnp.maximum(images.sum(), 1).astype(losses.dtype)
+
+
+class _Inputs(NamedTuple):
+    """Checked arguments: float32 logits, int32 ids or float32 labels, and zeros in voxels without a class."""
+
+    logits: Array
+    labels: Array
+    has_class: Array
+    voxels: Array | float
+
+
+def _inputs(logits: Any, labels: Any, where: Any) -> _Inputs:
+    logits, labels, where = as_inputs(logits, labels, where, probs_name="logits")
+    if logits.shape[-1] < 2:
+        raise ValueError(f"logits must have at least two classes for a softmax; got shape {logits.shape}.")
+    if where is not None and where.ndim == logits.ndim:
+        raise ValueError(
+            f"where must have shape {logits.shape[:-1]}, one entry per voxel, since a softmax takes a voxel's "
+            f"classes together; got {where.shape}."
+        )
+    voxels = math.prod(logits.shape[:-1])
+    kept = jnp.ones(logits.shape[:-1], bool) if where is None else where
+    # Emptied before anything is computed from it, a masked NaN reaches neither value nor gradient.
+    if labels.ndim == logits.ndim:
+        labels = jnp.where(kept[..., None], labels.astype(jnp.float32), 0)
+        has_class = (labels != 0).any(-1)
+    else:
+        labels = labels.astype(jnp.int32)
+        has_class = kept & (labels >= 0) & (labels < logits.shape[-1])
+        labels = jnp.where(has_class, labels, 0)
+    logits = jnp.where(has_class[..., None], logits.astype(jnp.float32), 0)
+    counted = float(voxels) if where is None else jnp.maximum(where.sum(), 1).astype(jnp.float32)
+    return _Inputs(logits, labels, has_class, counted)
+
+
+def _mean(losses: Array, inputs: _Inputs) -> Array:
+    return jnp.where(inputs.has_class, losses, 0).sum() / inputs.voxels
+
+
+def _one_hot(inputs: _Inputs) -> Array:
+    if inputs.labels.ndim == inputs.logits.ndim:
+        return inputs.labels
+    one_hot = jax.nn.one_hot(inputs.labels, inputs.logits.shape[-1], dtype=jnp.float32)
+    return jnp.where(inputs.has_class[..., None], one_hot, 0)
+
+
+def _cross_entropy(inputs: _Inputs) -> Array:
+    """Cross-entropy of each voxel."""
+    if inputs.labels.ndim == inputs.logits.ndim:
+        return optax.losses.softmax_cross_entropy(inputs.logits, inputs.labels)
+    return optax.losses.softmax_cross_entropy_with_integer_labels(inputs.logits, inputs.labels)
+
+
+def _focal(surprise: Array, gamma: float) -> Array:
+    """(1 - p)^gamma * -log p, from -log p, which still tells p from 1 where 1 - p does not."""
+    return _power(-jnp.expm1(-surprise), gamma) * surprise
+
+
+def _power(base: Array, exponent: float) -> Array:
+    """Power of numbers >= 0, with the gradient 0 at 0, where that of an exponent under 1 is infinite."""
+    zero = base <= 0  # and not NaN, which must be seen
+    return jnp.where(zero, 0, jnp.where(zero, 1, base) ** exponent)
+
+
+def _spatially_smoothed(targets: Array, has_class: Array, sigma: float, kernel_size: int) -> Array:
+    reach = kernel_size // 2
+    gaussian = [math.exp(-((i - reach) ** 2) / (2 * sigma**2)) for i in range(kernel_size)]
+    gaussian[reach] = 0.0
+    spread = _neighbor_sum(targets, gaussian)
+    present = _neighbor_sum(has_class[..., None].astype(jnp.float32), gaussian)
+    # All weights but the centre's: (1 + sum of an axis)^axes - 1, which is also the centre's in SVLS.
+    centre = math.expm1(len(_spatial_axes(targets)) * math.log1p(sum(gaussian)))
+    return (centre * targets + spread) / (centre + present)
+
+
+def _neighbor_sum(x: Array, off_centre: list[float]) -> Array:
+    """Sum of each voxel's neighbours, weighted by a separable kernel of centre 1, without the voxel itself.
+
+    Each axis takes in its neighbours and theirs along the axes before: exact where subtracting the centre from
+    a full convolution would cancel, and without a 3-D convolution, which is slow in XLA on CPU.
+    """
+    total = jnp.zeros_like(x)
+    for axis in _spatial_axes(x):
+        total = total + _window_sum(x + total, axis, off_centre, "edge")
+    return total
+
+
+def _window_sum(x: Array, axis: int, weights: list[float], padding: Literal["edge", "constant"]) -> Array:
+    """Weighted sum of the voxels around each voxel along one axis; beyond the image, its edge or zeros."""
+    reach = len(weights) // 2
+    widths = [(reach, reach) if i == axis else (0, 0) for i in range(x.ndim)]
+    padded = jnp.pad(x, widths, mode=padding)
+    shifted = (jax.lax.slice_in_dim(padded, i, i + x.shape[axis], axis=axis) for i in range(len(weights)))
+    terms = [weight * part for weight, part in zip(weights, shifted, strict=True) if weight]
+    return sum(terms[1:], start=terms[0])
+
+
+def _spatial_axes(x: Array) -> tuple[int, ...]:
+    return tuple(range(1, x.ndim - 1))
+
+
+def _check_spatial(logits: Array) -> None:
+    if logits.ndim < 3:
+        raise ValueError(
+            f"logits must have at least one spatial axis, [batch, *spatial, classes]; got {logits.shape}."
+        )
+
+
+def _check_range(name: str, value: Any, low: float, high: float = math.inf) -> None:
+    """Raises if `value` is a number (and no traced one) outside [low, high]."""
+    if isinstance(value, int | float | np.number) and not low <= value <= high:
+        accepted = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
+        raise ValueError(f"{name} must be {accepted}; got {value}.")
+
+
+def _check_kernel_size(kernel_size: Any) -> None:
+    if isinstance(kernel_size, bool) or not isinstance(kernel_size, int):
+        raise TypeError(f"kernel_size must be a Python int; got {type(kernel_size).__name__}.")
+    if kernel_size < 3 or kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size must be odd and at least 3, to have a centre; got {kernel_size}.")
