@@ -1,36 +1,76 @@
 """Calibration losses and metrics for image segmentation, as pure functions of JAX arrays.
 
 Arrays are batch first and channel last. Nothing here reads a file, holds state or looks at traced values,
-so every function may be called inside `jit`, `vmap`, `grad` and `shard_map`, on CPU, GPU and TPU.
+so every function may be called inside `jit`, `vmap`, `grad` and `shard_map`, on CPU, GPU and TPU. Fitting a
+scaling (`fit_temperature`, `fit_vector_scaling`) is the exception: it is a loop of its own.
 
     loss = calib_jax.mL1_ace(jax.nn.softmax(logits), labels)
 """
 
+from calib_jax.accumulators import Accumulator, case_results, dataset_totals
+from calib_jax.alternatives import (
+    dsc_plus_plus_loss,
+    focal_loss,
+    label_smoothing_loss,
+    margin_label_smoothing_loss,
+    neighbor_aware_loss,
+    spatially_varying_label_smoothing_loss,
+)
 from calib_jax.binning import BinStatistics, bin_edges, bin_index, bin_statistics
+from calib_jax.bootstrap import bootstrap_interval
 from calib_jax.errors import (
     average_calibration_error,
+    debiased_calibration_error,
     expected_calibration_error,
     maximum_calibration_error,
+    top_label_statistics,
 )
 from calib_jax.losses import mL1_ace, mL1_ece, mL1_mce, segmentation_loss
-from calib_jax.metrics import dice_score
-from calib_jax.reliability import ReliabilityCurve, reliability_curve, reliability_histogram
+from calib_jax.metrics import brier_score, dice_score, negative_log_likelihood
+from calib_jax.reliability import ReliabilityCurve, reliability_band, reliability_curve, reliability_histogram
+from calib_jax.scaling import (
+    VectorScaling,
+    apply_temperature,
+    apply_vector_scaling,
+    fit_temperature,
+    fit_vector_scaling,
+)
 
 __all__ = [
+    "Accumulator",
     "BinStatistics",
     "ReliabilityCurve",
+    "VectorScaling",
+    "apply_temperature",
+    "apply_vector_scaling",
     "average_calibration_error",
     "bin_edges",
     "bin_index",
     "bin_statistics",
+    "bootstrap_interval",
+    "brier_score",
+    "case_results",
+    "dataset_totals",
+    "debiased_calibration_error",
     "dice_score",
+    "dsc_plus_plus_loss",
     "expected_calibration_error",
+    "fit_temperature",
+    "fit_vector_scaling",
+    "focal_loss",
+    "label_smoothing_loss",
     "mL1_ace",
     "mL1_ece",
     "mL1_mce",
+    "margin_label_smoothing_loss",
     "maximum_calibration_error",
+    "negative_log_likelihood",
+    "neighbor_aware_loss",
+    "reliability_band",
     "reliability_curve",
     "reliability_histogram",
     "segmentation_loss",
+    "spatially_varying_label_smoothing_loss",
+    "top_label_statistics",
 ]
 __version__ = "0.1.0"

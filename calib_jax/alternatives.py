@@ -6,7 +6,7 @@ All of them read their arguments alike. A voxel that `where` masks, or whose lab
 """
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float
 
-from calib_jax._checks import AnyArray, Labels, as_inputs, check_choice
+from calib_jax._checks import AnyArray, Labels, check_choice
+from calib_jax._voxels import one_hot_labels, voxel_cross_entropy, voxel_inputs, voxel_mean
 
 Logits = Float[AnyArray, "batch *spatial classes"]
 VoxelMask = Bool[AnyArray, "batch *spatial"]
@@ -52,11 +53,11 @@ def focal_loss(
         "Calibrating Deep Neural Networks using Focal Loss", NeurIPS 2020.
     """
     _check_range("gamma", gamma, 0.0)
-    inputs = _inputs(logits, labels, where)
+    inputs = voxel_inputs(logits, labels, where)
     if inputs.labels.ndim == inputs.logits.ndim:
         surprise = -jax.nn.log_softmax(inputs.logits)
-        return _mean((inputs.labels * _focal(surprise, gamma)).sum(-1), inputs)
-    return _mean(_focal(_cross_entropy(inputs), gamma), inputs)
+        return voxel_mean((inputs.labels * _focal(surprise, gamma)).sum(-1), inputs)
+    return voxel_mean(_focal(voxel_cross_entropy(inputs), gamma), inputs)
 
 
 def label_smoothing_loss(
@@ -90,9 +91,9 @@ def label_smoothing_loss(
         Mueller et al., "When Does Label Smoothing Help?", NeurIPS 2019.
     """
     _check_range("alpha", alpha, 0.0, 1.0)
-    inputs = _inputs(logits, labels, where)
-    targets = optax.losses.smooth_labels(_one_hot(inputs), alpha)
-    return _mean(optax.losses.softmax_cross_entropy(inputs.logits, targets), inputs)
+    inputs = voxel_inputs(logits, labels, where)
+    targets = optax.losses.smooth_labels(one_hot_labels(inputs), alpha)
+    return voxel_mean(optax.losses.softmax_cross_entropy(inputs.logits, targets), inputs)
 
 
 def spatially_varying_label_smoothing_loss(
@@ -136,10 +137,10 @@ def spatially_varying_label_smoothing_loss(
     """
     _check_range("sigma", sigma, 0.1)
     _check_kernel_size(kernel_size)
-    inputs = _inputs(logits, labels, where)
+    inputs = voxel_inputs(logits, labels, where)
     _check_spatial(inputs.logits)
-    targets = _spatially_smoothed(_one_hot(inputs), inputs.has_class, sigma, kernel_size)
-    return _mean(optax.losses.softmax_cross_entropy(inputs.logits, targets), inputs)
+    targets = _spatially_smoothed(one_hot_labels(inputs), inputs.has_class, sigma, kernel_size)
+    return voxel_mean(optax.losses.softmax_cross_entropy(inputs.logits, targets), inputs)
 
 
 def margin_label_smoothing_loss(
@@ -180,10 +181,10 @@ def margin_label_smoothing_loss(
         2022, arXiv 2111.15430; for medical images, Murugesan et al., arXiv 2209.09641.
     """
     _check_range("margin", margin, 0.0)
-    inputs = _inputs(logits, labels, where)
+    inputs = voxel_inputs(logits, labels, where)
     distances = inputs.logits.max(-1, keepdims=True) - inputs.logits
     penalty = jax.nn.relu(distances - margin).mean(-1)
-    return _mean(_cross_entropy(inputs) + weight * penalty, inputs)
+    return voxel_mean(voxel_cross_entropy(inputs) + weight * penalty, inputs)
 
 
 def neighbor_aware_loss(
@@ -229,15 +230,15 @@ def neighbor_aware_loss(
     """
     _check_kernel_size(kernel_size)
     check_choice("norm", norm, ("l1", "l2"))
-    inputs = _inputs(logits, labels, where)
+    inputs = voxel_inputs(logits, labels, where)
     _check_spatial(inputs.logits)
-    shares = _one_hot(inputs)
+    shares = one_hot_labels(inputs)
     for axis in _spatial_axes(shares):
         shares = _window_sum(shares, axis, [1 / kernel_size] * kernel_size, "constant")
     difference = inputs.logits - shares
     # Not abs: its gradient at 0 is 1 in JAX, which would push at logits that are where they should be.
     distance = jnp.sign(difference) * difference if norm == "l1" else difference**2
-    return _mean(_cross_entropy(inputs) + weight * distance.mean(-1), inputs)
+    return voxel_mean(voxel_cross_entropy(inputs) + weight * distance.mean(-1), inputs)
 
 
 def dsc_plus_plus_loss(
@@ -283,10 +284,10 @@ def dsc_plus_plus_loss(
     """
     _check_range("gamma", gamma, 0.0)
     _check_range("smooth", smooth, 0.0)
-    inputs = _inputs(logits, labels, where)
+    inputs = voxel_inputs(logits, labels, where)
     first = 0 if include_background else 1
     probs = jax.nn.softmax(inputs.logits)[..., first:]
-    targets = _one_hot(inputs)[..., first:]
+    targets = one_hot_labels(inputs)[..., first:]
     wrong = _power(probs * (1 - targets), gamma) + _power((1 - probs) * targets, gamma)
     wrong = jnp.where(inputs.has_class[..., None], wrong, 0)
     axes = _spatial_axes(probs)
@@ -295,57 +296,6 @@ def dsc_plus_plus_loss(
     losses = (errors / 2 / jnp.where(total == 0, 1, total)).mean(-1)  # 1 - (hits + smooth) / total
     images = inputs.has_class.any(axes)
     return losses.sum() / jnp.maximum(images.sum(), 1).astype(losses.dtype)
-
-
-class _Inputs(NamedTuple):
-    """Checked arguments: float32 logits, int32 ids or float32 labels, and zeros in voxels without a class."""
-
-    logits: Array
-    labels: Array
-    has_class: Array
-    voxels: Array | float
-
-
-def _inputs(logits: Any, labels: Any, where: Any) -> _Inputs:
-    logits, labels, where = as_inputs(logits, labels, where, probs_name="logits")
-    if logits.shape[-1] < 2:
-        raise ValueError(f"logits must have at least two classes for a softmax; got shape {logits.shape}.")
-    if where is not None and where.ndim == logits.ndim:
-        raise ValueError(
-            f"where must have shape {logits.shape[:-1]}, one entry per voxel, since a softmax takes a voxel's "
-            f"classes together; got {where.shape}."
-        )
-    voxels = math.prod(logits.shape[:-1])
-    kept = jnp.ones(logits.shape[:-1], bool) if where is None else where
-    # Emptied before anything is computed from it, a masked NaN reaches neither value nor gradient.
-    if labels.ndim == logits.ndim:
-        labels = jnp.where(kept[..., None], labels.astype(jnp.float32), 0)
-        has_class = (labels != 0).any(-1)
-    else:
-        labels = labels.astype(jnp.int32)
-        has_class = kept & (labels >= 0) & (labels < logits.shape[-1])
-        labels = jnp.where(has_class, labels, 0)
-    logits = jnp.where(has_class[..., None], logits.astype(jnp.float32), 0)
-    counted = float(voxels) if where is None else jnp.maximum(where.sum(), 1).astype(jnp.float32)
-    return _Inputs(logits, labels, has_class, counted)
-
-
-def _mean(losses: Array, inputs: _Inputs) -> Array:
-    return jnp.where(inputs.has_class, losses, 0).sum() / inputs.voxels
-
-
-def _one_hot(inputs: _Inputs) -> Array:
-    if inputs.labels.ndim == inputs.logits.ndim:
-        return inputs.labels
-    one_hot = jax.nn.one_hot(inputs.labels, inputs.logits.shape[-1], dtype=jnp.float32)
-    return jnp.where(inputs.has_class[..., None], one_hot, 0)
-
-
-def _cross_entropy(inputs: _Inputs) -> Array:
-    """Cross-entropy of each voxel."""
-    if inputs.labels.ndim == inputs.logits.ndim:
-        return optax.losses.softmax_cross_entropy(inputs.logits, inputs.labels)
-    return optax.losses.softmax_cross_entropy_with_integer_labels(inputs.logits, inputs.labels)
 
 
 def _focal(surprise: Array, gamma: float) -> Array:

@@ -1,29 +1,45 @@
-"""Calibration errors from bin statistics: average (ACE), expected (ECE) and maximum (MCE).
+"""Calibration errors from bin statistics: average (ACE), expected (ECE), maximum (MCE), and debiased.
 
-All three summarise the same gaps, |mean probability - observed frequency| of each non-empty bin; they differ
-in what they do with them: ACE averages them, ECE weighs them by the bins' counts, MCE takes the largest.
+All of them summarise the same gaps, |mean probability - observed frequency| of each non-empty bin; they differ
+in what they do with them: ACE averages them, ECE weighs them by the bins' counts, MCE takes the largest. Of
+adaptive bins, ECE is what the literature calls the adaptive calibration error; its mean over classes of pooled
+images, `expected_calibration_error(stats.sum(), average="macro")`, is the classwise one.
 """
+
+from collections.abc import Callable
+from typing import Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from calib_jax.binning import BinStatistics
+from calib_jax._checks import Labels, Mask, Probs, as_inputs, check_choice
+from calib_jax.binning import Binning, BinStatistics, Closed, bin_statistics
+
+Average = Literal["none", "macro", "micro"]
 
 # Bins with less weight count as empty. Soft bins share voxels, so that a bin may hold a trace of one.
 _LEAST_WEIGHT = 0.01
 
 
-def average_calibration_error(stats: BinStatistics) -> Float[Array, "*batch classes"]:
+def average_calibration_error(
+    stats: BinStatistics, *, average: Average = "none"
+) -> Float[Array, "*averaged"]:
     """Mean gap over non-empty bins, all bins alike: ACE = 1/M * sum_m |prob_m - label_m|.
 
     Args:
         stats: bin statistics `[*batch, classes, num_bins]`.
+        average: `"none"` for the error of each image and class; `"macro"` for the mean of those errors, those of
+            which nothing was counted left out; `"micro"` for the error of all voxels, images and classes
+            pooled in the same bins. `stats.sum()` pools images alone.
 
     Returns:
-        The error of each image and class, in [0, 1]; NaN where nothing was counted or a probability was NaN.
+        The error, in [0, 1], `[*batch, classes]` or a scalar; NaN where nothing was counted or a probability was
+        NaN.
+
+    Raises:
+        ValueError: if `average` is none of the three.
 
     Example:
-        >>> from calib_jax import bin_statistics
         >>> stats = bin_statistics(jnp.array([[[0.1], [0.8]]]), jnp.array([[[0], [1]]]), num_bins=2)
         >>> round(float(average_calibration_error(stats)[0, 0]), 4)
         0.15
@@ -32,54 +48,185 @@ def average_calibration_error(stats: BinStatistics) -> Float[Array, "*batch clas
         Neumann et al., "Relaxed Softmax: Efficient Confidence Auto-Calibration for Safe Pedestrian Detection",
         2018; Barfoot et al., arXiv 2403.06759.
     """
-    gaps, filled = _gaps(stats)
-    return _nan_unless(filled, gaps.sum(-1) / jnp.maximum(filled.sum(-1, dtype=gaps.dtype), 1))
+    return _averaged(_ace, stats, average)
 
 
-def expected_calibration_error(stats: BinStatistics) -> Float[Array, "*batch classes"]:
+def expected_calibration_error(
+    stats: BinStatistics, *, average: Average = "none"
+) -> Float[Array, "*averaged"]:
     """Mean gap over voxels: ECE = sum_m count_m / count * |prob_m - label_m|.
 
     Args:
         stats: bin statistics `[*batch, classes, num_bins]`.
+        average: as for `average_calibration_error`.
 
     Returns:
-        The error of each image and class, in [0, 1]; NaN where nothing was counted or a probability was NaN.
+        The error, in [0, 1], `[*batch, classes]` or a scalar; NaN where nothing was counted or a probability was
+        NaN.
+
+    Raises:
+        ValueError: if `average` is none of the three.
 
     Example:
-        >>> from calib_jax import bin_statistics
         >>> probs = jnp.array([[[0.1], [0.8], [0.8], [0.8]]])
         >>> stats = bin_statistics(probs, jnp.array([[[0], [1], [1], [1]]]), num_bins=2)
         >>> round(float(expected_calibration_error(stats)[0, 0]), 4)
         0.175
 
     References:
-        Naeini et al., "Obtaining Well Calibrated Probabilities Using Bayesian Binning", AAAI 2015.
+        Naeini et al., "Obtaining Well Calibrated Probabilities Using Bayesian Binning", AAAI 2015; classwise,
+        Kull et al., "Beyond temperature scaling", NeurIPS 2019.
     """
-    gaps, filled = _gaps(stats)
-    share = stats.weight / jnp.maximum(stats.weight.sum(-1, keepdims=True), 1)
-    return _nan_unless(filled, (share * gaps).sum(-1))
+    return _averaged(_ece, stats, average)
 
 
-def maximum_calibration_error(stats: BinStatistics) -> Float[Array, "*batch classes"]:
+def maximum_calibration_error(
+    stats: BinStatistics, *, average: Average = "none"
+) -> Float[Array, "*averaged"]:
     """Largest gap over non-empty bins: MCE = max_m |prob_m - label_m|.
 
     Args:
         stats: bin statistics `[*batch, classes, num_bins]`.
+        average: as for `average_calibration_error`.
 
     Returns:
-        The error of each image and class, in [0, 1]; NaN where nothing was counted or a probability was NaN.
+        The error, in [0, 1], `[*batch, classes]` or a scalar; NaN where nothing was counted or a probability was
+        NaN.
+
+    Raises:
+        ValueError: if `average` is none of the three.
 
     Example:
-        >>> from calib_jax import bin_statistics
-        >>> stats = bin_statistics(jnp.array([[[0.1], [0.8]]]), jnp.array([[[0], [1]]]), num_bins=2)
+        >>> probs = jnp.array([[[0.1], [0.8], [0.8], [0.8]]])
+        >>> stats = bin_statistics(probs, jnp.array([[[0], [1], [1], [1]]]), num_bins=2)
         >>> round(float(maximum_calibration_error(stats)[0, 0]), 4)
         0.2
 
     References:
         Naeini et al., "Obtaining Well Calibrated Probabilities Using Bayesian Binning", AAAI 2015.
     """
+    return _averaged(_mce, stats, average)
+
+
+def debiased_calibration_error(
+    stats: BinStatistics, *, average: Average = "none"
+) -> Float[Array, "*averaged"]:
+    r"""Root-mean-square calibration error without what chance adds to it in small samples.
+
+    :math:`\sqrt{\max(0, \sum_m \frac{n_m}{n} [(\bar p_m - \bar y_m)^2 - \bar y_m (1 - \bar y_m) / (n_m - 1)])}`:
+    the square of each gap, less the variance that the observed frequency of n_m independent voxels has anyway. Bins
+    of one voxel contribute nothing. Voxels of one image are not independent, so that some bias remains; take
+    intervals from `bootstrap_interval` over cases.
+
+    Args:
+        stats: hard or adaptive bin statistics `[*batch, classes, num_bins]`.
+        average: as for `average_calibration_error`.
+
+    Returns:
+        The error, in [0, 1], `[*batch, classes]` or a scalar; NaN where nothing was counted or a probability was
+        NaN.
+
+    Raises:
+        ValueError: if `average` is none of the three.
+
+    Example:
+        >>> probs = jnp.full((1, 100, 1), 0.8)
+        >>> labels = (jnp.arange(100) < 60).astype(jnp.float32)[None, :, None]
+        >>> round(float(debiased_calibration_error(bin_statistics(probs, labels))[0, 0]), 4)  # 0.2, less chance
+        0.1938
+
+    References:
+        Kumar, Liang, Ma, "Verified Uncertainty Calibration", NeurIPS 2019, arXiv 1909.10155.
+    """
+    return _averaged(_debiased, stats, average)
+
+
+def top_label_statistics(
+    probs: Probs,
+    labels: Labels,
+    *,
+    num_bins: int = 20,
+    binning: Binning = "hard",
+    closed: Closed = "right",
+    where: Mask | None = None,
+) -> BinStatistics:
+    """Bin statistics of the predicted class alone: its probability, and whether it is the true one.
+
+    From these, `expected_calibration_error` is the ECE of the classification literature ("top-label" or
+    "confidence" calibration), which all classes share; the errors of `bin_statistics` are marginal, class by
+    class.
+
+    Args:
+        probs: class probabilities `[batch, *spatial, classes]`.
+        labels: class ids `[batch, *spatial]`, or one-hot or soft labels of the shape of `probs`.
+        num_bins, binning, closed: as for `calib_jax.bin_statistics`.
+        where: voxels to count, boolean, `[batch, *spatial]`; None counts all.
+
+    Returns:
+        `BinStatistics` of shape `[batch, 1, num_bins]`.
+
+    Raises:
+        TypeError, ValueError: on dtypes, shapes or options that do not fit; never on values.
+
+    Example:
+        >>> stats = top_label_statistics(jnp.array([[[0.75, 0.25], [0.5, 0.5]]]), jnp.array([[0, 1]]), num_bins=1)
+        >>> stats.mean_prob.item(), stats.mean_label.item()
+        (0.625, 0.5)
+
+    References:
+        Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
+    """
+    probs, labels, where = as_inputs(probs, labels, where)
+    if where is not None and where.ndim == probs.ndim:
+        raise ValueError(f"where must have shape {probs.shape[:-1]}, one entry a voxel; got {where.shape}.")
+    predicted = probs.argmax(-1, keepdims=True)
+    if labels.ndim == probs.ndim:
+        hit = jnp.take_along_axis(labels, predicted, axis=-1)
+    else:
+        hit = (predicted == labels[..., None].astype(predicted.dtype)).astype(jnp.float32)
+    return bin_statistics(
+        probs.max(-1, keepdims=True), hit, num_bins=num_bins, binning=binning, closed=closed, where=where
+    )
+
+
+def _averaged(error: Callable[[BinStatistics], Array], stats: BinStatistics, average: Average) -> Array:
+    check_choice("average", average, ("none", "macro", "micro"))
+    if average == "micro":
+        return error(stats.sum(tuple(range(stats.count.ndim - 1))))
+    errors = error(stats)
+    if average == "none":
+        return errors
+    counted = (stats.weight >= _LEAST_WEIGHT).any(-1)
+    total = jnp.where(counted, errors, 0).sum() / jnp.maximum(counted.sum(), 1).astype(errors.dtype)
+    return jnp.where(counted.any(), total, jnp.nan)
+
+
+def _ace(stats: BinStatistics) -> Array:
+    gaps, filled = _gaps(stats)
+    return _nan_unless(filled, gaps.sum(-1) / jnp.maximum(filled.sum(-1, dtype=gaps.dtype), 1))
+
+
+def _ece(stats: BinStatistics) -> Array:
+    gaps, filled = _gaps(stats)
+    return _nan_unless(filled, (_share(stats) * gaps).sum(-1))
+
+
+def _mce(stats: BinStatistics) -> Array:
     gaps, filled = _gaps(stats)
     return _nan_unless(filled, gaps.max(-1))
+
+
+def _debiased(stats: BinStatistics) -> Array:
+    gaps, filled = _gaps(stats)
+    several = stats.weight >= 2
+    frequency = jnp.where(several, stats.mean_label, 0)
+    chance = frequency * (1 - frequency) / jnp.where(several, stats.weight - 1, 1)
+    square = (_share(stats) * jnp.where(several, gaps**2 - chance, 0 * gaps)).sum(-1)
+    return _nan_unless(filled, jnp.sqrt(jnp.maximum(square, 0)))
+
+
+def _share(stats: BinStatistics) -> Array:
+    return stats.weight / jnp.maximum(stats.weight.sum(-1, keepdims=True), _LEAST_WEIGHT)
 
 
 def _gaps(

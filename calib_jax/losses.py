@@ -6,9 +6,18 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from calib_jax._checks import AnyArray, Labels, Mask, Probs, as_inputs, check_choice
+from calib_jax._voxels import voxel_cross_entropy, voxel_inputs, voxel_mean
+from calib_jax.alternatives import (
+    dsc_plus_plus_loss,
+    focal_loss,
+    label_smoothing_loss,
+    margin_label_smoothing_loss,
+    neighbor_aware_loss,
+    spatially_varying_label_smoothing_loss,
+)
 from calib_jax.binning import Binning, BinStatistics, Closed, bin_statistics
 from calib_jax.errors import (
     average_calibration_error,
@@ -185,13 +194,20 @@ def segmentation_loss(
     dice: float = 1.0,
     cross_entropy: float = 1.0,
     ace: float = 0.3,
+    focal: float = 0.0,
+    label_smoothing: float = 0.0,
+    svls: float = 0.0,
+    mbls: float = 0.0,
+    nacl: float = 0.0,
+    dsc_plus_plus: float = 0.0,
+    where: Bool[AnyArray, "batch *spatial"] | None = None,
     dice_smooth: float = 5e-6,
     dice_include_background: bool = True,
     **ace_options: Any,
 ) -> Float[Array, ""]:
-    """Weighted sum of soft Dice, cross-entropy and mL1-ACE, straight from logits.
+    """Weighted sum of soft Dice, cross-entropy, mL1-ACE and the field's other losses, straight from logits.
 
-    loss = dice * Dice(softmax) + cross_entropy * CE + ace * mL1-ACE(softmax). A part of weight 0 is not
+    By default dice * Dice(softmax) + cross_entropy * CE + ace * mL1-ACE(softmax). A part of weight 0 is not
     computed. Weights are Python numbers, so that this is known when the program is traced.
 
     Args:
@@ -201,9 +217,17 @@ def segmentation_loss(
         dice: weight of `optax.losses.dice_loss`, averaged over images and classes.
         cross_entropy: weight of the cross-entropy, averaged over voxels.
         ace: weight of `mL1_ace`.
+        focal: weight of `focal_loss`.
+        label_smoothing: weight of `label_smoothing_loss`. It and the next three hold a cross-entropy already.
+        svls: weight of `spatially_varying_label_smoothing_loss`.
+        mbls: weight of `margin_label_smoothing_loss`.
+        nacl: weight of `neighbor_aware_loss`.
+        dsc_plus_plus: weight of `dsc_plus_plus_loss`, which takes the place of Dice.
+        where: voxels to count in every part, boolean, `[batch, *spatial]`; None counts all. A NaN elsewhere
+            touches nothing.
         dice_smooth: added to numerator and denominator of Dice; MONAI's `smooth_nr = smooth_dr` is twice it.
-        dice_include_background: False leaves class 0 out of Dice.
-        **ace_options: keyword arguments of `mL1_ace` (`num_bins`, `include_background`, ...).
+        dice_include_background: False leaves class 0 out of Dice and DSC++.
+        **ace_options: keyword arguments of `mL1_ace` (`num_bins`, `binning`, `include_background`, ...).
 
     Returns:
         The scalar loss.
@@ -216,39 +240,53 @@ def segmentation_loss(
         >>> labels = jnp.zeros((1, 8, 8), jnp.int32)
         >>> round(float(segmentation_loss(logits, labels, dice=0.0, ace=0.0)), 4)  # log 3
         1.0986
+        >>> round(float(segmentation_loss(logits, labels, dice=0.0, cross_entropy=0.0, ace=0.0, nacl=1.0)), 4)
+        1.1234
 
     References:
-        Milletari et al., "V-Net", 2016 (Dice); Barfoot et al., arXiv 2403.06759 (mL1-ACE).
+        Milletari et al., "V-Net", 2016 (Dice); Barfoot et al., arXiv 2403.06759 (mL1-ACE); of the others, see
+        `calib_jax.alternatives`.
     """
-    logits, labels, _ = as_inputs(logits, labels, None, probs_name="logits")
-    if logits.shape[-1] < 2:
-        raise ValueError(f"logits must have at least two classes for a softmax; got shape {logits.shape}.")
-    parts = {
-        "dice": (dice, lambda: _soft_dice(logits, labels, dice_smooth, dice_include_background)),
-        "cross_entropy": (cross_entropy, lambda: _cross_entropy(logits, labels)),
-        "ace": (ace, lambda: mL1_ace(jax.nn.softmax(logits.astype(jnp.float32)), labels, **ace_options)),
-    }
-    weighted = [weight * part() for weight, part in parts.values() if weight != 0]
+    inputs = voxel_inputs(logits, labels, where)
+    logits, labels = jnp.asarray(logits), jnp.asarray(labels)
+    background = {"include_background": dice_include_background}
+    parts = (
+        (dice, lambda: _soft_dice(logits, labels, where, dice_smooth, dice_include_background)),
+        (cross_entropy, lambda: voxel_mean(voxel_cross_entropy(inputs), inputs)),
+        (ace, lambda: mL1_ace(_softmax(logits, where), labels, where=where, **ace_options)),
+        (focal, lambda: focal_loss(logits, labels, where=where)),
+        (label_smoothing, lambda: label_smoothing_loss(logits, labels, where=where)),
+        (svls, lambda: spatially_varying_label_smoothing_loss(logits, labels, where=where)),
+        (mbls, lambda: margin_label_smoothing_loss(logits, labels, where=where)),
+        (nacl, lambda: neighbor_aware_loss(logits, labels, where=where)),
+        (dsc_plus_plus, lambda: dsc_plus_plus_loss(logits, labels, where=where, **background)),
+    )
+    weighted = [weight * part() for weight, part in parts if weight != 0]
     if not weighted:
-        raise ValueError("At least one of dice, cross_entropy and ace must have a weight other than 0.")
+        raise ValueError("At least one of dice, cross_entropy, ace and the other parts must have a weight other than 0.")
     return sum(weighted[1:], start=weighted[0])
 
 
-def _soft_dice(logits: Array, labels: Array, smooth: float, include_background: bool) -> Array:
-    dense = labels.ndim == logits.ndim
-    targets = labels.astype(jnp.float32) if dense else jax.nn.one_hot(labels, logits.shape[-1])
-    return optax.losses.dice_loss(
-        logits.astype(jnp.float32), targets, smooth=smooth, ignore_background=not include_background
-    ).mean()
-
-
-def _cross_entropy(logits: Array, labels: Array) -> Array:
+def _softmax(logits: Array, where: Any) -> Array:
+    """Probabilities in float32; a masked NaN must be gone before them, or their gradient brings it back."""
     logits = logits.astype(jnp.float32)
-    if labels.ndim == logits.ndim:
-        return optax.losses.softmax_cross_entropy(logits, labels.astype(jnp.float32)).mean()
-    inside = (labels >= 0) & (labels < logits.shape[-1])  # elsewhere optax wraps around or gives NaN
-    losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, jnp.where(inside, labels, 0))
-    return jnp.where(inside, losses, 0).mean()
+    return jax.nn.softmax(logits if where is None else jnp.where(jnp.asarray(where)[..., None], logits, 0))
+
+
+def _soft_dice(logits: Array, labels: Array, where: Any, smooth: float, include_background: bool) -> Array:
+    classes = logits.shape[-1]
+    logits = logits.astype(jnp.float32)
+    targets = labels.astype(jnp.float32) if labels.ndim == logits.ndim else jax.nn.one_hot(labels, classes)
+    options = {"smooth": smooth, "ignore_background": not include_background}
+    if where is None:
+        return optax.losses.dice_loss(logits, targets, **options).mean()
+    # Masked voxels go to one class more, which has no weight: in the others they have neither mass nor target.
+    keep = jnp.asarray(where)[..., None]
+    logits = jnp.concatenate([jnp.where(keep, logits, -1e9), jnp.where(keep, -1e9, 1e9)], axis=-1)
+    targets = jnp.concatenate([jnp.where(keep, targets, 0), jnp.zeros(keep.shape)], axis=-1)
+    weights = jnp.append(jnp.ones(classes), 0)
+    total = optax.losses.dice_loss(logits, targets, class_weights=weights, reduction="sum", **options)
+    return total.mean() / (classes if include_background else classes - 1)
 
 
 def _classes_of_interest(

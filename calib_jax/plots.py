@@ -23,6 +23,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from calib_jax import reliability
 from calib_jax.binning import BinStatistics
+from calib_jax.bootstrap import bootstrap_interval
 from calib_jax.errors import (
     average_calibration_error,
     expected_calibration_error,
@@ -63,6 +64,7 @@ def reliability_diagram(
     *,
     class_index: int | None = None,
     label: str | None = None,
+    band: float | None = 0.95,
     ax: Axes | None = None,
 ) -> Axes:
     """Observed frequency against predicted probability, all images pooled, with the gaps shaded.
@@ -70,12 +72,14 @@ def reliability_diagram(
     Bars reach from the predicted probability to the observed frequency: orange where the model is
     over-confident (predicts more than it finds), blue where it is under-confident. The widest gap is marked.
     ACE, ECE and MCE in the corner are means over images, as in the tables, not errors of the pooled curve,
-    in which the errors of single images cancel.
+    in which the errors of single images cancel. The grey band is where the curve of another draw of images
+    would lie (bootstrap over images).
 
     Args:
         stats: bin statistics `[images, classes, bins]`.
         class_index: the class to draw; None pools all of them.
         label: title, as a rule the name of the model.
+        band: coverage of the band at each bin; None draws none, nor can one be drawn from a single image.
         ax: axes to draw on.
 
     Returns:
@@ -101,6 +105,9 @@ def reliability_diagram(
     filled = np.isfinite(prob)
     _diagonal(ax)
     _gap_bars(ax, prob[filled], frequency[filled], 1 / stats.num_bins)
+    if band is not None and len(chosen.count) > 1:
+        low, high = _frequency_band(chosen, band)
+        ax.fill_between(prob, low, high, color=INK, alpha=0.14, linewidth=0, zorder=1.8)
     ax.plot(prob, frequency, "-o", color=INK, markersize=3.2, linewidth=1.3, zorder=3)
     if filled.any():
         _mark_widest_gap(ax, prob, frequency)
@@ -329,6 +336,14 @@ def _pooled_curve(chosen: BinStatistics) -> tuple[np.ndarray, np.ndarray, np.nda
     curve = reliability.reliability_curve(_one_class(chosen))
     prob, frequency, count = curve.mean_prob, curve.mean_label, curve.count
     return np.asarray(prob)[0], np.asarray(frequency)[0], np.asarray(count)[0]
+
+
+def _frequency_band(chosen: BinStatistics, level: float) -> tuple[np.ndarray, np.ndarray]:
+    """Interval of the pooled observed frequency of each bin, images drawn with all their classes."""
+    low, high = bootstrap_interval(
+        jax.random.key(0), chosen, lambda stats: stats.sum((0, 1)).mean_label, level=level
+    )
+    return np.asarray(low), np.asarray(high)
 
 
 def _mean_error(error: Callable[[BinStatistics], Any], chosen: BinStatistics) -> float:

@@ -4,10 +4,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, Float, Int, Num, PRNGKeyArray
 
 from calib_jax._checks import AnyArray
 from calib_jax.binning import BinStatistics, bin_index
+from calib_jax.bootstrap import bootstrap_interval
 
 
 @jax.tree_util.register_dataclass
@@ -18,7 +19,7 @@ class ReliabilityCurve:
     Attributes:
         mean_prob: mean predicted probability; NaN in empty bins.
         mean_label: observed frequency; NaN in empty bins.
-        count: voxels.
+        count: voxels; float32 if summed on the device, see `BinStatistics.sum`.
     """
 
     mean_prob: Float[Array, "classes bins"]
@@ -46,6 +47,40 @@ def reliability_curve(stats: BinStatistics) -> ReliabilityCurve:
     """
     pooled = stats.sum(axis=0)
     return ReliabilityCurve(pooled.mean_prob, pooled.mean_label, pooled.count)
+
+
+def reliability_band(
+    key: PRNGKeyArray, stats: BinStatistics, *, num_resamples: int = 1000, level: float = 0.95
+) -> tuple[Float[Array, "classes bins"], Float[Array, "classes bins"]]:
+    """Bootstrap interval of the observed frequencies of `reliability_curve`, drawn over images.
+
+    Args:
+        key: of the draws.
+        stats: bin statistics `[batch, classes, num_bins]`, one row per image.
+        num_resamples: number of draws.
+        level: coverage at each bin.
+
+    Returns:
+        `(low, high)` of the observed frequency, `[classes, num_bins]` each; NaN in bins that are empty.
+
+    Raises:
+        ValueError: on options that do not fit, see `calib_jax.bootstrap_interval`.
+
+    Example:
+        >>> from calib_jax import bin_statistics
+        >>> stats = bin_statistics(jnp.full((4, 1, 1), 0.7), jnp.array([[[0]], [[1]], [[1]], [[1]]]), num_bins=1)
+        >>> low, high = reliability_band(jax.random.key(0), stats)
+        >>> low.item(), high.item()
+        (0.25, 1.0)
+
+    References:
+        Broecker and Smith, "Increasing the Reliability of Reliability Diagrams", 2007.
+    """
+
+    def frequency(stats: BinStatistics) -> Array:
+        return reliability_curve(stats).mean_label
+
+    return bootstrap_interval(key, stats, frequency, num_resamples=num_resamples, level=level)
 
 
 def reliability_histogram(stats: BinStatistics) -> Int[Array, "classes frequency_bins prob_bins"]:

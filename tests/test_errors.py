@@ -12,8 +12,10 @@ from calib_jax import (
     BinStatistics,
     average_calibration_error,
     bin_statistics,
+    debiased_calibration_error,
     expected_calibration_error,
     maximum_calibration_error,
+    top_label_statistics,
 )
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
@@ -186,3 +188,99 @@ def test_ece_weighs_by_voxels_and_ace_by_bins():
     means = centres + (1 / 20) ** 2 / (12 * centres)
     squares = centres**2 + (1 / 20) ** 2 / 4
     np.testing.assert_allclose(errors["ace"], np.full((16, 1), (means - squares).mean()), atol=2e-4)
+
+
+# Averages over images and classes, the debiased error, the predicted class alone.
+
+
+def test_macro_is_the_mean_of_what_was_counted_and_micro_pools_it():
+    stats = by_hand()
+    for kind, error in ERRORS.items():
+        per_class = error(stats)
+        np.testing.assert_allclose(
+            error(stats, average="macro"), np.nanmean(per_class), rtol=1e-6, err_msg=kind
+        )
+        pooled = BinStatistics(*(np.asarray(x).sum((0, 1), keepdims=True) for x in jax.tree.leaves(stats)))
+        np.testing.assert_allclose(
+            error(stats, average="micro"), error(pooled)[0, 0], rtol=1e-6, err_msg=kind
+        )
+
+
+def test_averages_of_nothing_are_nan_and_nan_is_not_averaged_away():
+    zeros = np.zeros((2, 1, 4), np.float32)
+    nothing = BinStatistics(zeros.astype(np.int32), zeros, zeros)
+    broken = by_hand()
+    broken.prob_sum[0, 0, 0] = np.nan
+    for error in ERRORS.values():
+        for average in ("macro", "micro"):
+            assert np.isnan(error(nothing, average=average))
+            assert np.isnan(error(broken, average=average))
+
+
+def test_classwise_ece_is_the_mean_over_classes_of_pooled_images():
+    rng = np.random.default_rng(40)
+    probs = rng.dirichlet(np.ones(3), (4, 300)).astype(np.float32)
+    labels = rng.integers(0, 3, (4, 300)).astype(np.int32)
+    stats = statistics(probs, labels)
+    pooled = twin.errors(twin.bin_statistics(probs.reshape(1, -1, 3), labels.reshape(1, -1)), "ece")
+    classwise = expected_calibration_error(stats.sum(), average="macro")
+    np.testing.assert_allclose(classwise, pooled.mean(), rtol=1e-5)
+
+
+def test_an_unknown_average_is_refused():
+    with pytest.raises(ValueError, match="average must be one of 'none', 'macro', 'micro'; got 'weighted'"):
+        average_calibration_error(by_hand(), average="weighted")
+
+
+def debiased_by_hand(count, prob_sum, label_sum):
+    total, square = count.sum(), 0.0
+    for n, p, y in zip(count, prob_sum, label_sum, strict=True):
+        if n >= 2:
+            mean = y / n
+            square += n / total * ((p / n - mean) ** 2 - mean * (1 - mean) / (n - 1))
+    return np.sqrt(max(square, 0.0))
+
+
+def test_debiased_error_by_hand():
+    stats = BinStatistics(
+        np.int32([[[10, 1, 5, 5], [0, 0, 0, 0], [1, 0, 0, 0]]]),
+        np.float32([[[1.0, 0.2, 3.0, 4.5], [0, 0, 0, 0], [0.1, 0, 0, 0]]]),
+        np.float32([[[2.0, 0.0, 1.0, 1.0], [0, 0, 0, 0], [1.0, 0, 0, 0]]]),
+    )
+    errors = debiased_calibration_error(stats)
+    by_hand = [debiased_by_hand(*(np.float64(x[0, 0]) for x in jax.tree.leaves(stats))), np.nan, 0.0]
+    np.testing.assert_allclose(errors[0], by_hand, rtol=1e-5)
+
+
+def test_debiased_error_of_small_calibrated_samples_is_near_zero_where_the_plain_one_is_not():
+    """2,000 samples of 100 voxels drawn from their own probabilities: on average the squares cancel."""
+    rng = np.random.default_rng(41)
+    probs = rng.random((2000, 100, 1), np.float32)
+    stats = statistics(probs, (rng.random(probs.shape) < probs).astype(np.float32))
+    share = stats.weight / stats.weight.sum(-1, keepdims=True)
+    gaps = np.nan_to_num(stats.mean_prob - stats.mean_label)
+    plain = np.asarray((share * gaps**2).sum(-1))
+    frequency, n = np.nan_to_num(stats.mean_label), np.asarray(stats.weight)
+    chance = np.where(n >= 2, frequency * (1 - frequency) / np.maximum(n - 1, 1), gaps**2)
+    unclipped = plain - np.asarray((share * chance).sum(-1))
+    assert plain.mean() > 0.025
+    assert abs(unclipped.mean()) < 0.003
+    np.testing.assert_allclose(
+        debiased_calibration_error(stats), np.sqrt(np.maximum(unclipped, 0)), atol=2e-3
+    )
+
+
+def test_top_label_statistics_hold_the_predicted_class_alone():
+    rng = np.random.default_rng(42)
+    probs = rng.dirichlet(np.ones(4), (2, 6, 5)).astype(np.float32)
+    ids = rng.integers(0, 4, (2, 6, 5)).astype(np.int32)
+    where = rng.random((2, 6, 5)) < 0.6
+    expected = statistics(
+        probs.max(-1, keepdims=True), (probs.argmax(-1) == ids).astype(np.float32)[..., None], where=where
+    )
+    for labels in (ids, np.eye(4, dtype=np.float32)[ids]):
+        stats = jax.jit(top_label_statistics)(probs, labels, where=where)
+        assert stats.count.shape == (2, 1, 20)
+        jax.tree.map(np.testing.assert_array_equal, stats, expected)
+    with pytest.raises(ValueError, match="where must have shape"):
+        top_label_statistics(probs, ids, where=np.ones(probs.shape, bool))

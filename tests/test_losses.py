@@ -419,6 +419,54 @@ def test_segmentation_loss_hands_options_to_mL1_ace():
     np.testing.assert_allclose(loss, ace_by_hand(LOGITS, IDS, where=PER_VOXEL, **options), atol=1e-6)
 
 
+def test_a_mask_of_segmentation_loss_is_a_crop_in_every_part():
+    """All images lose the same rows, so that masked and cropped are one."""
+    where = np.zeros(SHAPE[:-1], bool)
+    where[:, 1:3] = True
+    broken = np.where(where[..., None], LOGITS, np.nan)
+    for weights in (*PARTS, {"dice_include_background": False}):
+        options = {"dice": 0, "cross_entropy": 0, "ace": 0} | weights if len(weights) == 1 else weights
+        if "svls" in options or "nacl" in options:
+            continue  # these look at neighbours beyond the crop
+        masked = jax.jit(
+            jax.value_and_grad(functools.partial(segmentation_loss, labels=IDS, where=where, **options))
+        )
+        loss, gradient = masked(broken)
+        expected, expected_gradient = weighted_sum(LOGITS[:, 1:3], IDS[:, 1:3], **options)
+        np.testing.assert_allclose(loss, expected, rtol=1e-5, err_msg=str(weights))
+        np.testing.assert_allclose(gradient[:, 1:3], expected_gradient, atol=1e-6, err_msg=str(weights))
+        assert (gradient[:, :1] == 0).all()
+        assert (gradient[:, 3:] == 0).all()
+
+
+def test_parts_of_segmentation_loss_are_the_losses_of_their_names():
+    for (name, weight), loss in zip((item for part in PARTS for item in part.items()), ALONE, strict=True):
+        options = {"dice": 0, "cross_entropy": 0, "ace": 0} | {name: weight}
+        np.testing.assert_allclose(
+            weighted_sum(LOGITS, IDS, **options)[0], weight * jax.jit(loss)(LOGITS, IDS), rtol=1e-5, err_msg=name
+        )
+
+
+PARTS = (
+    {"ace": 0.7},
+    {"focal": 2.0},
+    {"label_smoothing": 0.5},
+    {"svls": 1.5},
+    {"mbls": 1.0},
+    {"nacl": 0.3},
+    {"dsc_plus_plus": 3.0},
+)
+ALONE = (
+    lambda x, y: mL1_ace(jax.nn.softmax(x), y),
+    calib_jax.focal_loss,
+    calib_jax.label_smoothing_loss,
+    calib_jax.spatially_varying_label_smoothing_loss,
+    calib_jax.margin_label_smoothing_loss,
+    calib_jax.neighbor_aware_loss,
+    calib_jax.dsc_plus_plus_loss,
+)
+
+
 def test_segmentation_loss_of_bfloat16_logits_is_computed_in_float32():
     logits = jnp.asarray(LOGITS, jnp.bfloat16)
     expected = weighted_sum(logits.astype(jnp.float32), IDS)[0]

@@ -94,7 +94,6 @@ def test_curve_pools_more_voxels_than_int32_holds():
     np.testing.assert_allclose(curve.mean_label, [[0.5, 0.5]], rtol=1e-6)
 
 
-@pytest.mark.xfail(reason="int32 counts wrap around when images are pooled on the device")
 def test_curve_of_a_device_array_pools_more_voxels_than_int32_holds():
     """The same from `bin_statistics`, whose counts are int32 on the device."""
     count = jax.numpy.full((500, 1, 2), 240 * 240 * 155, jax.numpy.int32)

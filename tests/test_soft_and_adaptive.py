@@ -12,10 +12,10 @@ from calib_jax import (
     average_calibration_error,
     bin_statistics,
     expected_calibration_error,
+    maximum_calibration_error,
     mL1_ace,
     mL1_ece,
     mL1_mce,
-    maximum_calibration_error,
 )
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")

@@ -11,7 +11,17 @@ import calib_jax
 from train.errors import InputError
 
 # Each term as the argument of `calib_jax.segmentation_loss` that weighs it.
-TERMS = {"dice": "dice", "ce": "cross_entropy", "ace": "ace"}
+TERMS = {
+    "dice": "dice",
+    "ce": "cross_entropy",
+    "ace": "ace",
+    "focal": "focal",
+    "ls": "label_smoothing",
+    "svls": "svls",
+    "mbls": "mbls",
+    "nacl": "nacl",
+    "dscpp": "dsc_plus_plus",
+}
 _TERM = re.compile(r"(?:(?P<weight>[0-9.eE-]+)\*)?(?P<name>[a-z]+)")
 
 

@@ -1,0 +1,375 @@
+"""Post-hoc calibration: logits divided by a temperature, or scaled and shifted per class.
+
+Parameters are fitted on the host, by L-BFGS on the mean negative log-likelihood of a validation set, which may be
+larger than memory: each step is one or a few passes over its batches, each batch a compiled sum. Applying them
+is a pure function.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float
+
+from calib_jax import metrics
+from calib_jax._checks import AnyArray, Labels, as_inputs
+
+Logits = Float[AnyArray, "batch *spatial classes"]
+Batch = tuple[Any, ...]  # (logits, labels) or (logits, labels, where)
+Batches = Iterable[Batch] | Callable[[], Iterable[Batch]]
+
+_LONGEST_STEP = 2.0  # in any parameter: in log T, 7.4 times; a curvature near 0 asks for more than is good
+_SUFFICIENT = 1e-4  # share of the decrease that the slope promises, below which a step is halved (Armijo)
+_ROUNDING = 2.0**-21  # of the objective, relative: differences below it say nothing
+_HALVINGS = 20
+
+
+class VectorScaling(NamedTuple):
+    """Scaled logits are `scale * logits + bias`.
+
+    Attributes:
+        scale: `[classes]`.
+        bias: `[classes]`.
+    """
+
+    scale: Float[AnyArray, "classes"]
+    bias: Float[AnyArray, "classes"]
+
+
+def fit_temperature(
+    logits: Logits | Batches,
+    labels: Labels | None = None,
+    *,
+    where: Any = None,
+    tolerance: float = 1e-6,
+    max_steps: int = 100,
+) -> Float[Array, ""]:
+    """Temperature T that minimises the mean negative log-likelihood of softmax(logits / T).
+
+    One number for all classes, so that no label changes; T > 1 makes probabilities less extreme. Fit it on cases
+    that the model was not trained on.
+
+    Args:
+        logits: `[batch, *spatial, classes]`; or, without `labels`, the batches of a data set, which are gone
+            through once or more for each step and never held together: a list (or any iterable that can be gone
+            through again), or a function without arguments that returns an iterator, of tuples
+            `(logits, labels)` or `(logits, labels, where)`. Batches may differ in shape; each shape is compiled
+            once.
+        labels: class ids `[batch, *spatial]`, or one-hot or soft labels of the shape of `logits`. Voxels of no
+            class, whose id is outside `[0, classes)` or whose labels are all zero, are not counted.
+        where: voxels to count, boolean, `[batch, *spatial]`; None counts all. NaN elsewhere does no harm.
+        tolerance: the fit ends where no component of the mean's gradient (here with respect to log T) exceeds it.
+        max_steps: steps after which the fit ends anyway, with a warning.
+
+    Returns:
+        The temperature, a positive float32 scalar, to be used by `apply_temperature`. Its likelihood is at
+        least that of T = 1.
+
+    Raises:
+        TypeError: on dtypes that do not fit, and on an iterator that can only be gone through once.
+        ValueError: on shapes that do not fit, on logits to be counted that are not finite, where there is nothing
+            to count, and where a second pass over the batches does not find what the first one did.
+
+    Example:
+        >>> labels = jnp.array([[0, 0, 0, 1]])  # three in four are of the class said to have probability 0.9
+        >>> logits = jnp.log(jnp.full((1, 4, 2), jnp.array([0.9, 0.1])))
+        >>> temperature = fit_temperature(logits, labels)
+        >>> scaled = jax.nn.softmax(apply_temperature(logits, temperature))[0, 0]
+        >>> round(float(temperature), 3), [round(float(p), 4) for p in scaled]
+        (2.0, [0.75, 0.25])
+
+    References:
+        Guo et al., "On Calibration of Modern Neural Networks", ICML 2017. A temperature per voxel, by a network:
+        Ding et al., "Local Temperature Scaling for Probability Calibration", ICCV 2021.
+    """
+
+    def affine(log_temperature: Array, classes: int) -> VectorScaling:
+        return VectorScaling(jnp.broadcast_to(jnp.exp(-log_temperature), (classes,)), jnp.zeros(classes))
+
+    objective = _Objective(_as_batches(logits, labels, where), affine)
+    return jnp.exp(_minimise(objective, jnp.zeros(()), tolerance, max_steps))
+
+
+def fit_vector_scaling(
+    logits: Logits | Batches,
+    labels: Labels | None = None,
+    *,
+    where: Any = None,
+    tolerance: float = 1e-6,
+    max_steps: int = 100,
+) -> VectorScaling:
+    """Scale and bias of each class that minimise the mean NLL of softmax(scale * logits + bias).
+
+    Twice as many parameters as classes, so that labels may change. A number added to all biases changes nothing:
+    they sum up to zero.
+
+    Args:
+        logits: `[batch, *spatial, classes]`, or batches, see `fit_temperature`.
+        labels: class ids or one-hot or soft labels, see `fit_temperature`.
+        where: voxels to count, boolean, `[batch, *spatial]`; None counts all. NaN elsewhere does no harm.
+        tolerance: the fit ends where no component of the mean's gradient exceeds it.
+        max_steps: steps after which the fit ends anyway, with a warning.
+
+    Returns:
+        `VectorScaling`, float32, to be used by `apply_vector_scaling`. Its likelihood is at least that of the
+        logits as they are.
+
+    Raises:
+        TypeError, ValueError: as `fit_temperature`.
+
+    Example:
+        >>> labels = jnp.array([[0, 0, 0, 1]])
+        >>> params = fit_vector_scaling(jnp.zeros((1, 4, 2)), labels)
+        >>> [round(float(p), 4) for p in jax.nn.softmax(apply_vector_scaling(jnp.zeros(2), params))]
+        [0.75, 0.25]
+
+    References:
+        Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
+    """
+    objective = _Objective(_as_batches(logits, labels, where), lambda params, classes: params)
+    start = VectorScaling(jnp.ones(objective.classes), jnp.zeros(objective.classes))
+    scale, bias = _minimise(objective, start, tolerance, max_steps)
+    return VectorScaling(scale, bias - bias.mean())
+
+
+def apply_temperature(
+    logits: Float[AnyArray, "*shape"], temperature: Float[AnyArray, ""] | float
+) -> Float[Array, "*shape"]:
+    """Logits over the temperature: logits / T. Their softmax is calibrated as far as one number can do it.
+
+    Args:
+        logits: logits of any shape.
+        temperature: positive scalar, as from `fit_temperature`.
+
+    Returns:
+        Scaled logits of the shape and dtype of `logits`.
+
+    Example:
+        >>> apply_temperature(jnp.array([2.0, -1.0]), 2.0).tolist()
+        [1.0, -0.5]
+
+    References:
+        Guo et al., ICML 2017.
+    """
+    logits = jnp.asarray(logits)
+    return (logits.astype(jnp.float32) / jnp.asarray(temperature, jnp.float32)).astype(logits.dtype)
+
+
+def apply_vector_scaling(
+    logits: Float[AnyArray, "*shape classes"], params: VectorScaling
+) -> Float[Array, "*shape classes"]:
+    """Logits scaled and shifted by class: scale * logits + bias.
+
+    Args:
+        logits: logits `[..., classes]`.
+        params: as from `fit_vector_scaling`.
+
+    Returns:
+        Scaled logits of the shape and dtype of `logits`.
+
+    Raises:
+        ValueError: if `params` are of another number of classes.
+
+    Example:
+        >>> params = VectorScaling(scale=jnp.array([1.0, 2.0]), bias=jnp.array([0.5, 0.0]))
+        >>> apply_vector_scaling(jnp.array([2.0, -1.0]), params).tolist()
+        [2.5, -2.0]
+
+    References:
+        Guo et al., ICML 2017.
+    """
+    logits = jnp.asarray(logits)
+    if params.scale.shape != logits.shape[-1:] or params.bias.shape != logits.shape[-1:]:
+        raise ValueError(
+            f"scale and bias must have shape {logits.shape[-1:]}, one entry for each class of logits of shape "
+            f"{logits.shape}; got {params.scale.shape} and {params.bias.shape}."
+        )
+    scale, bias = (jnp.asarray(x, jnp.float32).reshape((1,) * (logits.ndim - 1) + (-1,)) for x in params)
+    return (logits.astype(jnp.float32) * scale + bias).astype(logits.dtype)
+
+
+# The mean over batches.
+
+
+class _Evaluation(NamedTuple):
+    value: float
+    gradient: Any  # of the tree of the parameters, float32
+
+
+class _Objective:
+    """Mean negative log-likelihood and its gradient: a pass over all batches, added up in float64."""
+
+    def __init__(self, batches: Callable[[], Iterable[Batch]], affine: Callable[[Any, int], VectorScaling]):
+        self.batches, self.affine = batches, affine
+        self.classes = _classes(batches())
+        self.counted: int | None = None
+
+    def __call__(self, params: Any) -> _Evaluation:
+        scaling, pull_back = jax.vjp(lambda params: self.affine(params, self.classes), params)
+        loss, scale, bias, count = np.float64(0), np.zeros(self.classes), np.zeros(self.classes), 0
+        for number, batch in enumerate(self.batches()):
+            sums, finite, voxels = jax.device_get(
+                _batch_sums(scaling, *_checked(number, batch, self.classes))
+            )
+            if not finite:
+                raise ValueError(_NOT_FINITE.format(number))
+            high_and_low = [np.float64(high) + np.float64(low) for high, low in sums]
+            loss, scale, bias = (a + b.sum(0) for a, b in zip((loss, scale, bias), high_and_low, strict=True))
+            count += int(voxels.sum())
+        self._check_count(count)
+        means = VectorScaling(*(jnp.asarray(x / count, jnp.float32) for x in (scale, bias)))
+        return _Evaluation(float(loss) / count, pull_back(means)[0])
+
+    def _check_count(self, count: int) -> None:
+        """The same in every pass, and not zero."""
+        if self.counted not in (None, count):
+            raise ValueError(
+                f"the first pass over the batches counted {self.counted} voxels, a later one {count}: every pass "
+                "must find the same. Pass a list, or a function that returns a new iterator each time."
+            )
+        if count == 0:
+            raise ValueError("no voxel to fit to: every one is masked by where, or has a label of no class.")
+        self.counted = count
+
+
+_NOT_FINITE = (
+    "logits or soft labels of batch {} are not finite where they are counted. Mask such voxels with "
+    "where; logarithms of probabilities may be kept finite by "
+    "jnp.log(jnp.maximum(probs, jnp.finfo(jnp.float32).tiny))."
+)
+_ONE_PASS = (
+    "pass a list of batches, or a function that returns a new iterator each time (`lambda: load(paths)`)."
+)
+
+
+@jax.jit
+def _batch_sums(
+    scaling: VectorScaling, logits: Array, labels: Array, where: Array | None
+) -> tuple[Any, Array, Array]:
+    """Sums of NLL and of its derivatives by scale and bias, as pairs; whether logits are finite; voxels counted."""
+    scale, bias = (x[None, None] for x in scaling)
+
+    def sums(logits: Array, labels: Array, where: Array | None) -> tuple[Array, ...]:
+        logits = logits.astype(jnp.float32)
+        if where is not None:
+            logits = jnp.where(where, logits, 0)
+
+        def of_scaled(scaled: Array) -> tuple[Array, Array]:
+            return metrics.voxel_likelihoods(scaled, labels, where)
+
+        losses, pull_back, counted = jax.vjp(of_scaled, scale * logits + bias, has_aux=True)
+        (slope,) = pull_back(jnp.ones_like(losses))
+        broken = counted & ~jnp.isfinite(logits).all(-1, keepdims=True)
+        totals = metrics.voxel_sum(losses)[:, 0], metrics.voxel_sum(slope * logits), metrics.voxel_sum(slope)
+        return *totals, *metrics.count_voxels(broken, counted)
+
+    *totals, broken, counted = metrics.sum_over_chunks(sums, *metrics.flatten(logits, labels, where))
+    return totals, (broken.sum() == 0) & jnp.isfinite(totals[0][0]).all(), counted
+
+
+def _as_batches(logits: Any, labels: Any, where: Any) -> Callable[[], Any]:
+    """A function that begins a pass over the batches."""
+    if labels is not None:
+        return lambda: [(logits, labels, where)]
+    if where is not None:
+        raise TypeError("where of batches comes with them, as (logits, labels, where); got where apart.")
+    if isinstance(logits, Iterator):
+        raise TypeError(
+            f"{type(logits).__name__} can be gone through only once, a fit does so often: {_ONE_PASS}"
+        )
+    if hasattr(logits, "shape") or not (callable(logits) or isinstance(logits, Iterable)):
+        raise TypeError(
+            f"logits without labels must be batches; got {type(logits).__name__}. Pass labels, or {_ONE_PASS}"
+        )
+    return logits if callable(logits) else lambda: logits
+
+
+def _classes(batches: Iterable[Batch]) -> int:
+    for batch in batches:
+        return _checked(0, batch, None)[0].shape[-1]
+    raise ValueError(
+        "no batches to fit to: the list is empty, or the function returned an iterator without any."
+    )
+
+
+def _checked(number: int, batch: Any, classes: int | None) -> tuple[Array, Array, Array | None]:
+    if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
+        raise TypeError(
+            f"batches must be tuples (logits, labels) or (logits, labels, where); got {type(batch).__name__} "
+            f"as batch {number}."
+        )
+    logits, labels, where = as_inputs(*batch, *(None,) * (3 - len(batch)), probs_name="logits")
+    metrics.check_voxel_mask(where, logits)
+    if classes not in (None, logits.shape[-1]):
+        raise ValueError(f"batch {number} has {logits.shape[-1]} classes, the first one has {classes}.")
+    return logits, labels, where
+
+
+# L-BFGS with the line search on the host, since the objective is a loop over what may be files.
+
+
+_LBFGS = optax.scale_by_lbfgs()
+_next_direction = jax.jit(_LBFGS.update)
+
+
+def _minimise(objective: _Objective, start: Any, tolerance: float, max_steps: int) -> Any:
+    state, params, first = _LBFGS.init(start), start, objective(start)
+    here, steps = first, 0
+    while _largest(here.gradient) > tolerance:
+        direction, state = _next_direction(here.gradient, state, params)
+        if not _dot(direction, here.gradient) > 0:  # no positive curvature: log T is far from the minimum
+            direction, state = _downhill(here.gradient, params)
+        step = _line_search(objective, params, here, direction) if steps < max_steps else None
+        if step is None:
+            _warn(steps, here, tolerance)
+            break
+        (params, here), steps = step, steps + 1
+    return params if here.value <= first.value else start  # where rounding alone tells them apart
+
+
+def _downhill(gradient: Any, params: Any) -> tuple[Any, Any]:
+    """The gradient, of length one, and a state that remembers nothing but this point."""
+    _, state = _next_direction(gradient, _LBFGS.init(params), params)
+    return jax.tree.map(lambda x: x / _dot(gradient, gradient) ** 0.5, gradient), state
+
+
+def _line_search(
+    objective: _Objective, params: Any, here: _Evaluation, direction: Any
+) -> tuple[Any, _Evaluation] | None:
+    """The first point, by halvings of the step, that decreases the objective enough, or None.
+
+    Near the minimum rounding hides what is gained: there the slope must not have turned (Hager and Zhang, "A New
+    Conjugate Gradient Method with Guaranteed Descent and an Efficient Line Search", 2005).
+    """
+    length, slope = min(1.0, _LONGEST_STEP / _largest(direction)), _dot(direction, here.gradient)
+    for _ in range(_HALVINGS):
+        there = optax.tree.add_scale(params, -length, direction)
+        evaluation = objective(there)
+        gained, left = here.value - evaluation.value, _dot(direction, evaluation.gradient)
+        if gained >= _SUFFICIENT * length * slope and gained > _ROUNDING * here.value:
+            return there, evaluation
+        if abs(gained) <= _ROUNDING * here.value and abs(left) < (1 - 2 * _SUFFICIENT) * slope:
+            return there, evaluation
+        length /= 2
+    return None
+
+
+def _warn(steps: int, here: _Evaluation, tolerance: float) -> None:
+    warnings.warn(
+        f"the fit ended after {steps} steps with a gradient of {_largest(here.gradient):.1e}, above the tolerance "
+        f"of {tolerance:.1e}. Raise max_steps or tolerance, and see that every pass finds the same batches.",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+
+
+def _dot(a: Any, b: Any) -> float:
+    return sum(float(jnp.vdot(x, y)) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def _largest(x: Any) -> float:
+    return max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(x))
