@@ -263,7 +263,9 @@ def segmentation_loss(
     )
     weighted = [weight * part() for weight, part in parts if weight != 0]
     if not weighted:
-        raise ValueError("At least one of dice, cross_entropy, ace and the other parts must have a weight other than 0.")
+        raise ValueError(
+            "At least one of dice, cross_entropy, ace and the other parts must have a weight other than 0."
+        )
     return sum(weighted[1:], start=weighted[0])
 
 

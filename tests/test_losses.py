@@ -424,8 +424,15 @@ def test_a_mask_of_segmentation_loss_is_a_crop_in_every_part():
     where = np.zeros(SHAPE[:-1], bool)
     where[:, 1:3] = True
     broken = np.where(where[..., None], LOGITS, np.nan)
-    for weights in (*PARTS, {"dice_include_background": False}):
-        options = {"dice": 0, "cross_entropy": 0, "ace": 0} | weights if len(weights) == 1 else weights
+    without_background = {"dice": 1, "dice_include_background": False}
+    for weights in (
+        *PARTS,
+        {"dice": 1},
+        without_background,
+        {"cross_entropy": 1},
+        {"ace": 1, "binning": "soft"},
+    ):
+        options = {"dice": 0, "cross_entropy": 0, "ace": 0} | weights
         if "svls" in options or "nacl" in options:
             continue  # these look at neighbours beyond the crop
         masked = jax.jit(
@@ -443,7 +450,10 @@ def test_parts_of_segmentation_loss_are_the_losses_of_their_names():
     for (name, weight), loss in zip((item for part in PARTS for item in part.items()), ALONE, strict=True):
         options = {"dice": 0, "cross_entropy": 0, "ace": 0} | {name: weight}
         np.testing.assert_allclose(
-            weighted_sum(LOGITS, IDS, **options)[0], weight * jax.jit(loss)(LOGITS, IDS), rtol=1e-5, err_msg=name
+            weighted_sum(LOGITS, IDS, **options)[0],
+            weight * jax.jit(loss)(LOGITS, IDS),
+            rtol=1e-5,
+            err_msg=name,
         )
 
 

@@ -39,12 +39,13 @@ class Compare(_Options):
 
     Without options: Dice against Dice + mL1-ACE on the embedded phantom. On your own data:
 
-        python -m train compare --data msd:Task04_Hippocampus --losses dice dice+ace dice+ce dice+ce+ace
+        python -m train compare --data msd:Task04_Hippocampus --losses dice 'dice+2*ace' dice+ce 'dice+ce+2*ace'
     """
 
-    losses: tuple[str, ...] = ("dice", "dice+ace")
-    """Losses to compare, the baseline first: terms dice, ce and ace joined by +, weighted as in
-    dice+0.5*ace."""
+    losses: tuple[str, ...] = ("dice", "dice+2*ace")
+    """Losses to compare, the baseline first: terms joined by + and weighted as in dice+0.5*ace. Terms: dice, ce
+    (cross-entropy), ace (mL1-ACE), focal, ls (label smoothing), svls (spatially varying), mbls (margin-based),
+    nacl (neighbour-aware), dscpp (DSC++)."""
 
     def run(self) -> None:
         from train.compare import compare
@@ -63,11 +64,12 @@ class Compare(_Options):
 class Fit(_Options):
     """Train one network with one loss.
 
-    python -m train fit --loss dice+ace --data msd:Task04_Hippocampus --steps 2000 --out runs/ace
+    python -m train fit --loss 'dice+2*ace' --data msd:Task04_Hippocampus --steps 2000 --out runs/ace
     """
 
-    loss: str = "dice+ace"
-    """Terms dice, ce and ace joined by +, weighted as in dice+0.5*ace."""
+    loss: str = "dice+2*ace"
+    """Terms joined by + and weighted as in dice+0.5*ace. Terms: dice, ce (cross-entropy), ace (mL1-ACE), focal, ls
+    (label smoothing), svls (spatially varying), mbls (margin-based), nacl (neighbour-aware), dscpp (DSC++)."""
 
     def run(self) -> None:
         from train.fit import fit, open_task

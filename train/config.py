@@ -54,7 +54,7 @@ class ModelConfig:
 class TrainingConfig:
     """How the network is trained."""
 
-    steps: int = 600
+    steps: int = 800
     """Optimiser steps."""
     batch_size: int = 4
     """Patches per step, over all devices."""
@@ -68,9 +68,9 @@ class TrainingConfig:
     """Decoupled weight decay (AdamW)."""
     clip_norm: float = 0.0
     """Largest global norm of the gradient; 0 does not clip."""
-    ace_delay: float = 0.25
+    ace_delay: float = 0.3
     """Share of the steps before mL1-ACE sets in."""
-    ace_ramp: float = 0.15
+    ace_ramp: float = 0.1
     """Share of the steps over which its weight then rises to its full value."""
     seed: int = 0
     """Seed of weights, order of cases, crops and augmentation."""

@@ -28,7 +28,7 @@ CLASS_NAMES = ("background", "organ", "ring", "core")
 # Rows: classes; columns: channels. The first shows a bright ring around a dark core, the other a bright core.
 INTENSITIES = np.array([[0.30, 0.40], [0.60, 0.65], [0.90, 0.50], [0.45, 0.95]])
 # Each structure's radius in units of the one around it: lower and upper end.
-RELATIVE_RADII = ((0.65, 0.80), (0.60, 0.75))
+RELATIVE_RADII = ((0.70, 0.82), (0.45, 0.60))
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def draw_label(
 ) -> UInt8[np.ndarray, "*spatial"]:
     """One annotator's label: at each voxel a draw from `ordinal_posterior(z)`, smooth between voxels."""
     shape = z.shape[1:]
-    u = smooth_field(rng, shape, min(shape) / 16)
+    u = smooth_field(rng, shape, min(shape) / 32)
     return (u < z).sum(axis=0, dtype=np.uint8)
 
 
