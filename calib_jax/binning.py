@@ -86,6 +86,15 @@ def bin_edges(num_bins: int) -> Float[np.ndarray, "edges"]:
     `torch.linspace` counts up from the start in its first half and down from the end in its second, with
     one rounding each; float64 gives that rounding exactly.
 
+    Args:
+        num_bins: number of bins.
+
+    Returns:
+        float32 edges `[num_bins + 1]`, from 0 to 1 + eps.
+
+    Raises:
+        TypeError, ValueError: if `num_bins` is no integer of at least 1.
+
     Example:
         >>> bin_edges(2).tolist()
         [0.0, 0.5000000596046448, 1.0000001192092896]
@@ -215,9 +224,11 @@ def bin_statistics(
     flat_labels = labels.reshape(batch, -1, *labels.shape[probs.ndim - 1 :])
     flat_where = None if where is None else where.reshape(batch, -1, *(where.shape[probs.ndim - 1 :] or (1,)))
     if binning == "soft":
-        return BinStatistics(*_soft_sums(flat_probs, flat_labels, flat_where, num_bins))
-    edges = adaptive_edges(flat_probs, flat_where, num_bins) if binning == "adaptive" else None
-    return BinStatistics(*_hard_sums(flat_probs, flat_labels, flat_where, edges, num_bins, closed))
+        sums: Any = _soft_sums(flat_probs, flat_labels, flat_where, num_bins)
+    else:
+        edges = adaptive_edges(flat_probs, flat_where, num_bins) if binning == "adaptive" else None
+        sums = _hard_sums(flat_probs, flat_labels, flat_where, edges, num_bins, closed)
+    return BinStatistics(*sums)
 
 
 # Hard and adaptive bins: a voxel belongs to one bin.
@@ -333,7 +344,8 @@ def _soft_sums_backward(num_bins: int, residuals: Any, cotangents: Any) -> Any:
 
     def look_up(table: Array) -> tuple[Array, Array]:
         step = jnp.diff(table, axis=-1, append=table[..., -1:])
-        return tuple(_segment_reduce.table_lookup(t, probs, lambda p: place(p)[0]) for t in (table, step))
+        entries = (_segment_reduce.table_lookup(t, probs, lambda p: place(p)[0]) for t in (table, step))
+        return next(entries), next(entries)
 
     (_, count_step), (prob, prob_step), (label, label_step) = (look_up(table) for table in cotangents)
     values = probs.astype(jnp.float32)

@@ -282,13 +282,11 @@ def _soft_dice(logits: Array, labels: Array, where: Any, smooth: float, include_
     options = {"smooth": smooth, "ignore_background": not include_background}
     if where is None:
         return optax.losses.dice_loss(logits, targets, **options).mean()
-    # Masked voxels go to one class more, which has no weight: in the others they have neither mass nor target.
+    # Masked voxels go to one class more, which is then left out: in the others they have neither mass nor target.
     keep = jnp.asarray(where)[..., None]
     logits = jnp.concatenate([jnp.where(keep, logits, -1e9), jnp.where(keep, -1e9, 1e9)], axis=-1)
     targets = jnp.concatenate([jnp.where(keep, targets, 0), jnp.zeros(keep.shape)], axis=-1)
-    weights = jnp.append(jnp.ones(classes), 0)
-    total = optax.losses.dice_loss(logits, targets, class_weights=weights, reduction="sum", **options)
-    return total.mean() / (classes if include_background else classes - 1)
+    return optax.losses.dice_loss(logits, targets, reduction="none", **options)[..., :-1].mean()
 
 
 def _classes_of_interest(

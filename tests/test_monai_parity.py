@@ -13,6 +13,8 @@ import make_golden
 import numpy as np
 import pytest
 import twin
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import calib_jax
 
@@ -120,3 +122,46 @@ def test_stored_figures_are_what_monai_says_today(monai_calibration):
         np.testing.assert_array_equal(STORED[f"{case}/probs"], probs)
         for name, value in make_golden.monai_loss(probs, labels, num_bins, right).items():
             np.testing.assert_allclose(STORED[f"{case}/{name}"], value, rtol=1e-6, atol=1e-7, err_msg=name)
+
+
+KINDS = ("uniform", "confident", "edges", "ends", "constant")
+
+
+def adversarial(seed, kind, shape, num_bins):
+    """Probabilities of one kind, and overlapping labels that follow them loosely."""
+    rng = np.random.default_rng(seed)
+    probs = {
+        "uniform": lambda: rng.random(shape),
+        "confident": lambda: rng.beta(0.05, 0.05, shape),
+        "edges": lambda: rng.choice(make_golden.on_edges(num_bins).ravel(), shape),
+        "ends": lambda: rng.choice([0.0, 1e-45, 1e-8, 2.0**-24, 1 - 2.0**-24, 1.0], shape),
+        "constant": lambda: np.full(shape, rng.random()),
+    }[kind]()
+    probs = probs.astype(np.float32)
+    return probs, (rng.random(shape) < 0.2 + 0.6 * probs).astype(np.float32)
+
+
+@settings(max_examples=1500, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    kind=st.sampled_from(KINDS),
+    num_bins=st.sampled_from([1, 2, 10, 20, 33]),
+    right=st.booleans(),
+)
+def test_any_case_is_binned_as_by_monai(seed, kind, num_bins, right, monai_calibration):
+    """Counts equal and means within 1e-6, whatever the probabilities."""
+    import torch
+
+    probs, labels = adversarial(seed, kind, (2, 6, 5, 2), num_bins)
+    channel_first = (torch.tensor(np.moveaxis(x, -1, 1).copy()) for x in (probs, labels))
+    theirs = monai_calibration.calibration_binning(*channel_first, num_bins=num_bins, right=right)
+    stats = statistics_of(num_bins, CLOSED[right])(probs, labels)
+    mean_prob, mean_label, count = (np.asarray(x) for x in theirs)
+    np.testing.assert_array_equal(stats.count, count)
+    np.testing.assert_allclose(stats.mean_prob, np.where(count > 0, mean_prob, np.nan), rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(stats.mean_label, np.where(count > 0, mean_label, np.nan), rtol=1e-6, atol=1e-7)
+
+
+@functools.cache
+def statistics_of(num_bins, closed):
+    return jax.jit(functools.partial(calib_jax.bin_statistics, num_bins=num_bins, closed=closed))
