@@ -8,11 +8,15 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from train.data import Dataset, MSDDataset, open_dataset, read_image
+from train.data import LAYOUTS, Dataset, VolumeDataset, open_dataset, read_image
 from train.errors import InputError
 
 SHAPE = (6, 5, 4)
 AFFINE = np.diag([1.0, 1.5, 2.0, 1.0])
+
+
+def open_msd(folder):
+    return VolumeDataset(LAYOUTS["msd"](folder))
 
 
 def _write(path, voxels, affine=AFFINE):
@@ -47,7 +51,7 @@ def _describe(folder, **changes):
 
 def _refuses(message, folder, *, load=False):
     """Opening (or, with `load`, only loading the first case) raises an InputError of one line."""
-    action = partial(MSDDataset(folder).load, 0) if load else partial(MSDDataset, folder)
+    action = partial(open_msd(folder).load, 0) if load else partial(open_msd, folder)
     with pytest.raises(InputError, match=message) as caught:
         action()
     assert "\n" not in str(caught.value)
@@ -76,16 +80,16 @@ def test_a_3d_image_has_one_channel_and_a_label_may_be_float(folder):
     for name in ("a", "b"):
         _write(folder / f"imagesTr/{name}.nii.gz", np.ones(SHAPE, np.int16))
         _write(folder / f"labelsTr/{name}.nii.gz", np.full((*SHAPE, 1), 2.0, np.float32))
-    dataset = MSDDataset(folder)
+    dataset = open_msd(folder)
     assert dataset.class_names == ("background", "left", "right")
     assert dataset.load(0).image.shape == (*SHAPE, 1)
     assert (dataset.load(0).label == 2).all()
 
 
 def test_an_image_alone_is_read_as_in_training(folder):
-    image, header = read_image(folder / "imagesTr/a.nii.gz")
-    np.testing.assert_array_equal(image, MSDDataset(folder).load(0).image)
-    np.testing.assert_array_equal(header.get_best_affine(), AFFINE)
+    image, grid = read_image(folder / "imagesTr/a.nii.gz")
+    np.testing.assert_array_equal(image, open_msd(folder).load(0).image)
+    np.testing.assert_array_equal(grid.affine, AFFINE)
 
 
 def test_a_missing_folder_is_told(tmp_path):
@@ -114,7 +118,7 @@ def test_a_broken_description_is_told(folder, text, message):
         ({"training": [{"image": "a.nii.gz"}]}, 'an entry under "training" without an image or label'),
         ({"labels": None}, 'holds nothing under "labels"'),
         ({"labels": {"0": "background", "2": "gap"}}, "declares the labels .* without a gap"),
-        ({"labels": {"whole": [1, 2], "background": 0}}, "declares the labels"),
+        ({"labels": {"whole": [1, 3], "background": 0}}, "declares the labels"),
         ({"labels": {"0": "background"}}, "declares the labels"),
         ({"modality": "MRI"}, 'holds a str under "modality"'),
         ({"modality": None}, 'holds nothing under "modality"'),
@@ -151,7 +155,7 @@ def test_another_rank_is_told(folder):
 def test_another_affine_is_told_beyond_the_tolerance(folder):
     label = np.zeros(SHAPE, np.uint8)
     _write(folder / "labelsTr/a.nii.gz", label, AFFINE + 5e-4)
-    MSDDataset(folder)
+    open_msd(folder)
     moved = AFFINE.copy()
     moved[0, 3] = 2.5
     _write(folder / "labelsTr/a.nii.gz", label, moved)

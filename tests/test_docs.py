@@ -20,7 +20,9 @@ def snippets():
     """The README's Python blocks under the heading before each."""
     text = (ROOT / "README.md").read_text()
     found, title = {}, ""
-    for heading, block in re.findall(r"^#+ ([^\n]+)$|^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL):
+    for heading, block in re.findall(
+        r"^#+ ([^\n]+)$|^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL
+    ):
         title = heading or title
         if block:
             found[f"{title} {sum(key.startswith(title) for key in found) + 1}"] = block

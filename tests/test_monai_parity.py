@@ -159,7 +159,9 @@ def test_any_case_is_binned_as_by_monai(seed, kind, num_bins, right, monai_calib
     mean_prob, mean_label, count = (np.asarray(x) for x in theirs)
     np.testing.assert_array_equal(stats.count, count)
     np.testing.assert_allclose(stats.mean_prob, np.where(count > 0, mean_prob, np.nan), rtol=1e-6, atol=1e-7)
-    np.testing.assert_allclose(stats.mean_label, np.where(count > 0, mean_label, np.nan), rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(
+        stats.mean_label, np.where(count > 0, mean_label, np.nan), rtol=1e-6, atol=1e-7
+    )
 
 
 @functools.cache

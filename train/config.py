@@ -16,7 +16,8 @@ class DataConfig:
     """Where cases come from and who trains, validates and tests."""
 
     data: str = "phantom"
-    """phantom (embedded, 3-D), phantom2d, or msd:PATH (Medical Segmentation Decathlon layout)."""
+    """phantom (embedded, 3-D), phantom2d, or LAYOUT:PATH, a folder of volumes: msd (Medical Segmentation
+    Decathlon), nnunet, brats, acdc, amos or kits."""
     num_test: int = 40
     """Cases held back as test."""
     num_val: int = 20

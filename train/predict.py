@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from train.config import DataInfo
 from train.data import read_image
-from train.data.nifti import open_nifti, spatial_and_channels
+from train.data.nifti import Grid, open_nifti, spatial_and_channels
 from train.errors import InputError
 from train.fit import load_run
 
@@ -34,12 +34,12 @@ def predict_folder(run: Path, images: Path, out: Path) -> list[Path]:
     _check_out(out)
     written = []
     for file in tqdm(files, "predicting", unit="volume"):
-        image, header = read_image(file)
+        image, grid = read_image(file)
         probs = predict(image)
         name = _stem(file)
         written += [
-            _write(out / f"{name}_label.nii.gz", probs.argmax(-1).astype(np.uint8), header),
-            _write(out / f"{name}_probs.nii.gz", probs.astype(np.float32), header),
+            _write(out / f"{name}_label.nii.gz", probs.argmax(-1).astype(np.uint8), grid),
+            _write(out / f"{name}_probs.nii.gz", probs.astype(np.float32), grid),
         ]
     return written
 
@@ -78,10 +78,10 @@ def _stem(file: Path) -> str:
     return file.name.removesuffix(".gz").removesuffix(".nii")
 
 
-def _write(file: Path, voxels: np.ndarray, like: nib.Nifti1Header) -> Path:
-    header = like.copy()
+def _write(file: Path, voxels: np.ndarray, grid: Grid) -> Path:
+    header = grid.header.copy()
     header.set_data_dtype(voxels.dtype)
     header["scl_slope"], header["scl_inter"] = 1, 0
     header["cal_max"], header["cal_min"] = 0, 0
-    nib.save(nib.Nifti1Image(voxels, like.get_best_affine(), header), file)
+    nib.save(nib.Nifti1Image(grid.to_file(voxels), header.get_best_affine(), header), file)
     return file

@@ -1,28 +1,30 @@
 """Volume files in, batches of patches out.
 
-Data flows down this list: `open_dataset` -> a `Dataset` of `Case`s (`phantom`, `msd`) -> `split_cases` ->
-`train_batches` (host: cache, shuffle, crop) -> `augment` (device, inside the step).
+Data flows down this list: `open_dataset` -> a `Dataset` of `Case`s (`phantom`, or `volumes` by their `layouts`) ->
+`split_cases` -> `train_batches` (host: cache, shuffle, crop) -> `augment` (device, inside the step).
 """
 
 from train.data.augment import NO_AUGMENTATION, AugmentConfig, augment
 from train.data.case import Case, Dataset
-from train.data.msd import MSDDataset
+from train.data.layouts import LAYOUTS
 from train.data.nifti import read_image
 from train.data.phantom import PhantomDataset
 from train.data.pipeline import CachedCases, train_batches
 from train.data.splits import Splits, read_splits, split_cases, write_splits
 from train.data.transforms import crop_back, fit_to_patch, pad_to_hold, z_score_nonzero
+from train.data.volumes import VolumeDataset
 from train.errors import InputError
 
 __all__ = [
+    "LAYOUTS",
     "NO_AUGMENTATION",
     "AugmentConfig",
     "CachedCases",
     "Case",
     "Dataset",
-    "MSDDataset",
     "PhantomDataset",
     "Splits",
+    "VolumeDataset",
     "augment",
     "crop_back",
     "fit_to_patch",
@@ -41,8 +43,8 @@ def open_dataset(spec: str, *, seed: int = 0) -> Dataset:
     """Opens a data set by its name on the command line.
 
     Args:
-        spec: "phantom" (3-D), "phantom2d", or "msd:PATH", a folder in the layout of the Medical
-            Segmentation Decathlon.
+        spec: "phantom" (3-D), "phantom2d", or "LAYOUT:PATH", a folder in one of the `LAYOUTS`: msd (Medical
+            Segmentation Decathlon), nnunet, brats, acdc, amos, kits.
         seed: which phantoms; data on disk does not depend on it.
 
     Raises:
@@ -53,6 +55,8 @@ def open_dataset(spec: str, *, seed: int = 0) -> Dataset:
         return PhantomDataset(seed=seed)
     if spec == "phantom2d":
         return PhantomDataset(spatial_shape=(64, 64), num_cases=200, seed=seed)
-    if kind == "msd" and path:
-        return MSDDataset(path)
-    raise InputError(f'data is "{spec}": give "phantom", "phantom2d" or "msd:PATH".')
+    if kind in LAYOUTS and path:
+        return VolumeDataset(LAYOUTS[kind](path))
+    raise InputError(
+        f'data is "{spec}": give "phantom", "phantom2d", or LAYOUT:PATH with one of {", ".join(LAYOUTS)}.'
+    )

@@ -2,6 +2,8 @@
 
 import gzip
 import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,10 @@ import nibabel as nib
 import numpy as np
 from jaxtyping import Float, Float32, UInt8
 from nibabel.filebasedimages import ImageFileError
+from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation, ornt_transform
 from nibabel.spatialimages import HeaderDataError
 
-from train.data.transforms import z_score_nonzero
+from train.data.transforms import z_score_nonzero, z_score_window
 from train.errors import InputError
 
 _UNREADABLE = (ImageFileError, HeaderDataError, EOFError, OSError, ValueError, TypeError, zlib.error)
@@ -36,41 +39,98 @@ def open_nifti(path: Path) -> nib.Nifti1Image:
     return volume
 
 
-def read_image(path: Path) -> tuple[Float32[np.ndarray, "*spatial channels"], nib.Nifti1Header]:
-    """Reads a scan as the model sees it, in training and in prediction.
+@dataclass(frozen=True)
+class Grid:
+    """Where a file's voxels lie, and how its axes are turned to RAS order (right, anterior, superior) and back.
+
+    Attributes:
+        header: the file's.
+        file_shape: spatial lengths in the file's order of axes.
+    """
+
+    header: nib.Nifti1Header
+    file_shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, header: nib.Nifti1Header, file_shape: Sequence[int]) -> "Grid":
+        """The grid of a file of this header."""
+        return cls(header, tuple(file_shape))
+
+    @property
+    def orientation(self) -> Float[np.ndarray, "3 2"]:
+        """For each of the file's axes its axis in RAS order, and 1 or -1 for its direction."""
+        return io_orientation(affine_of(self.header))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Spatial lengths in RAS order."""
+        return tuple(self.file_shape[i] for i in np.argsort(self.orientation[:, 0]))
+
+    @property
+    def affine(self) -> Float[np.ndarray, "4 4"]:
+        """From voxel index in RAS order to millimetres."""
+        return affine_of(self.header) @ inv_ornt_aff(self.orientation, self.file_shape)
+
+    def to_ras(self, voxels: np.ndarray) -> np.ndarray:
+        """Turns an array whose first axes are the file's to RAS order."""
+        return np.ascontiguousarray(apply_orientation(voxels, self.orientation))
+
+    def to_file(self, voxels: np.ndarray) -> np.ndarray:
+        """The inverse of `to_ras`."""
+        ras = np.array([[0, 1], [1, 1], [2, 1]])
+        return np.ascontiguousarray(apply_orientation(voxels, ornt_transform(ras, self.orientation)))
+
+
+def read_image(
+    path: Path, window: tuple[float, float] | None = None
+) -> tuple[Float32[np.ndarray, "*spatial channels"], Grid]:
+    """Reads a scan as the model sees it, in training and in prediction: `read_channels` of a single file."""
+    return read_channels((path,), window)
+
+
+def read_channels(
+    paths: Sequence[Path], window: tuple[float, float] | None = None
+) -> tuple[Float32[np.ndarray, "*spatial channels"], Grid]:
+    """Reads a scan of one file for all channels (3-D, or 4-D with the channels last), or one for each.
 
     Args:
-        path: a 3-D volume, or a 4-D one with the channels last.
+        paths: files on one grid.
+        window: smallest and largest intensity, which others are set to.
 
     Returns:
-        Intensities, z-scored per channel over the non-zero voxels, and the file's header, which holds the
-        affine (see `affine_of`).
+        Intensities in RAS order, z-scored per channel, over the non-zero voxels or, with a window, over all; and
+        the grid of the first file.
 
     Raises:
         InputError: missing, corrupt, of another rank, or with voxels that are not finite.
     """
-    volume = open_nifti(path)
-    spatial_and_channels(path, volume)
-    voxels = _read_voxels(path, volume)
-    return z_score_nonzero(voxels.reshape(*voxels.shape[:3], -1)), volume.header
+    volumes = [open_nifti(path) for path in paths]
+    shapes = [spatial_and_channels(path, volume)[0] for path, volume in zip(paths, volumes, strict=True)]
+    channels = [
+        _read_voxels(path, volume).reshape(*shape, -1)
+        for path, volume, shape in zip(paths, volumes, shapes, strict=True)
+    ]
+    grid = Grid.of(volumes[0].header, shapes[0])
+    voxels = grid.to_ras(np.concatenate(channels, axis=-1) if len(channels) > 1 else channels[0])
+    return z_score_nonzero(voxels) if window is None else z_score_window(voxels, window), grid
 
 
-def read_label(path: Path, num_classes: int) -> UInt8[np.ndarray, "*spatial"]:
-    """Reads class ids.
+def read_label(path: Path, values: Sequence[int]) -> UInt8[np.ndarray, "*spatial"]:
+    """Reads a label map, in the file's own order of axes.
 
     Raises:
-        InputError: missing, corrupt, or with values other than 0 to `num_classes` - 1.
+        InputError: missing, corrupt, or with others than these values.
     """
     voxels = _read_voxels(path, open_nifti(path))
     found = np.unique(voxels)
     broken = found[found != np.rint(found)]
     if broken.size:
         raise InputError(f"{path} holds the label value {broken[0]:g}: labels must be whole numbers.")
-    unknown = found[(found < 0) | (found >= num_classes)]
+    unknown = found[~np.isin(found, values)]
     if unknown.size:
         raise InputError(
             f"{path} holds the label value {unknown[0]:g} (found: {_some(found)}), "
-            f"but {list(range(num_classes))} are declared: correct the file or its data set's list of labels."
+            f"but {list(values)} are declared: correct the file or its data set's list of labels."
         )
     return voxels.astype(np.uint8)
 

@@ -32,6 +32,27 @@ def z_score_nonzero(
     return (centred / np.where(std > 0, std, 1.0)).astype(np.float32)
 
 
+def z_score_window(
+    image: Float[np.ndarray, "*spatial channels"], window: tuple[float, float]
+) -> Float32[np.ndarray, "*spatial channels"]:
+    """Cuts intensities off to a window and scales each channel to mean 0 and standard deviation 1 over all voxels.
+
+    Args:
+        image: intensities in the window's unit, Hounsfield units in CT.
+        window: smallest and largest intensity.
+
+    Returns:
+        The image without unit, float32; a channel that is constant within the window becomes zero.
+
+    >>> z_score_window(np.array([[-1000.0], [0.0], [100.0], [2000.0]]), (0.0, 100.0)).ravel().tolist()
+    [-1.0, -1.0, 1.0, 1.0]
+    """
+    cut = np.clip(image, *window)
+    axes = tuple(range(image.ndim - 1))
+    mean, std = cut.mean(axes, dtype=np.float64), cut.std(axes, dtype=np.float64)
+    return ((cut - mean) / np.where(std > 0, std, 1.0)).astype(np.float32)
+
+
 def fit_to_patch(
     image: Float32[np.ndarray, "*spatial channels"],
     label: UInt8[np.ndarray, "*spatial"],

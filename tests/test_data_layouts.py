@@ -1,0 +1,232 @@
+"""Layouts of public data sets, written small, read back, and told apart from broken ones; axes turned to RAS."""
+
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from train.data import LAYOUTS, VolumeDataset, open_dataset
+from train.data.nifti import Grid, read_image
+from train.errors import InputError
+
+SHAPE = (6, 5, 4)
+AFFINE = np.diag([1.0, 1.5, 2.0, 1.0])
+
+
+def write(path, voxels, affine=AFFINE):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(voxels, affine), path)
+
+
+def scan(seed, channels=()):
+    return np.random.default_rng(seed).gamma(2.0, 50.0, (*SHAPE, *channels)).astype(np.float32)
+
+
+def labels(seed, values):
+    return np.random.default_rng(seed).choice(values, SHAPE).astype(np.uint8)
+
+
+def write_brats(root, modalities, separator, values, names):
+    for i, name in enumerate(names):
+        for j, modality in enumerate(modalities):
+            write(root / name / f"{name}{separator}{modality}.nii.gz", scan(10 * i + j))
+        write(root / name / f"{name}{separator}seg.nii.gz", labels(i, values))
+
+
+def write_brats_2021(root):
+    names = ("BraTS2021_00000", "BraTS2021_00002")
+    write_brats(root, ("flair", "t1", "t1ce", "t2"), "_", (0, 1, 2, 4), names)
+
+
+def write_brats_2023(root):
+    names = ("BraTS-GLI-00000-000", "BraTS-GLI-00002-000")
+    write_brats(root, ("t2f", "t1n", "t1c", "t2w"), "-", (0, 1, 2, 3), names)
+
+
+def write_nnunet(root, label_names=None):
+    for name in ("liver_001", "liver_002"):
+        for channel in range(2):
+            write(root / "imagesTr" / f"{name}_{channel:04d}.nii.gz", scan(channel))
+        write(root / "labelsTr" / f"{name}.nii.gz", labels(0, (0, 1, 2)))
+    description = {
+        "channel_names": {"0": "T1", "1": "T2"},
+        "labels": label_names or {"background": 0, "liver": 1, "lesion": 2},
+        "numTraining": 2,
+        "file_ending": ".nii.gz",
+    }
+    (root / "dataset.json").write_text(json.dumps(description))
+
+
+def write_acdc(root):
+    for patient in ("patient001", "patient002"):
+        write(root / "training" / patient / f"{patient}_4d.nii.gz", scan(0, (3,)))
+        for frame in ("01", "12"):
+            write(root / "training" / patient / f"{patient}_frame{frame}.nii.gz", scan(1))
+            write(root / "training" / patient / f"{patient}_frame{frame}_gt.nii.gz", labels(1, range(4)))
+
+
+def write_amos(root, numbers=(1, 4)):
+    names = [f"amos_{number:04d}" for number in numbers]
+    for name in names:
+        write(root / "imagesTr" / f"{name}.nii.gz", scan(2) - 500)
+        write(root / "labelsTr" / f"{name}.nii.gz", labels(2, range(3)))
+    description = {
+        "name": "AMOS",
+        "modality": {"0": "CT"},
+        "labels": {"0": "background", "1": "spleen", "2": "right kidney"},
+        "training": [{"image": f"./imagesTr/{n}.nii.gz", "label": f"./labelsTr/{n}.nii.gz"} for n in names],
+    }
+    (root / "dataset.json").write_text(json.dumps(description))
+
+
+def write_kits(root):
+    for case in ("case_00000", "case_00001"):
+        write(root / "dataset" / case / "imaging.nii.gz", scan(3) - 100)
+        write(root / "dataset" / case / "segmentation.nii.gz", labels(3, range(4)))
+
+
+# Layout: how to write it, number of cases, channels and classes, names of regions.
+WRITTEN = {
+    "brats 2021": ("brats", write_brats_2021, 2, 4, 4, ("enhancing tumour", "tumour core", "whole tumour")),
+    "brats 2023": ("brats", write_brats_2023, 2, 4, 4, ("enhancing tumour", "tumour core", "whole tumour")),
+    "nnunet": ("nnunet", write_nnunet, 2, 2, 3, ()),
+    "acdc": ("acdc", write_acdc, 4, 1, 4, ()),
+    "amos": ("amos", write_amos, 2, 1, 3, ()),
+    "kits": ("kits", write_kits, 2, 1, 4, ("kidney and masses", "masses", "tumour")),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_every_layout_is_read(name, tmp_path):
+    layout, write_folder, cases, channels, classes, regions = WRITTEN[name]
+    write_folder(tmp_path)
+    dataset = open_dataset(f"{layout}:{tmp_path}")
+    assert (len(dataset), dataset.num_channels, len(dataset.class_names)) == (cases, channels, classes)
+    assert tuple(dataset.regions) == regions
+    assert len(set(dataset.case_names)) == cases
+    for index in range(cases):
+        case = dataset.load(index)
+        assert case.image.shape == (*SHAPE, channels)
+        assert case.label.shape == SHAPE
+        assert set(np.unique(case.label)) == set(range(classes))
+        np.testing.assert_allclose(case.image.mean((0, 1, 2)), 0, atol=1e-5)
+        np.testing.assert_allclose(case.image.std((0, 1, 2)), 1, atol=1e-5)
+
+
+def test_the_four_of_brats_2021_is_enhancing_tumour(tmp_path):
+    write_brats_2021(tmp_path)
+    dataset = VolumeDataset(LAYOUTS["brats"](tmp_path))
+    stored = nib.load(tmp_path / "BraTS2021_00000" / "BraTS2021_00000_seg.nii.gz").get_fdata()
+    np.testing.assert_array_equal(dataset.load(0).label == 3, stored == 4)
+    assert dataset.class_names[3] == "enhancing tumour"
+    assert dataset.regions["whole tumour"] == (1, 2, 3)
+
+
+def test_modalities_of_both_years_come_in_one_order(tmp_path):
+    write_brats_2021(tmp_path / "a")
+    write_brats_2023(tmp_path / "b")
+    first, second = (open_dataset(f"brats:{tmp_path / year}").load(0).image for year in "ab")
+    np.testing.assert_array_equal(first, second)
+
+
+def test_regions_of_nnunet(tmp_path):
+    write_nnunet(tmp_path, {"background": 0, "whole": [1, 2], "core": [2]})
+    dataset = open_dataset(f"nnunet:{tmp_path}")
+    assert dataset.class_names == ("background", "label 1", "label 2")
+    assert dataset.regions == {"whole": (1, 2), "core": (2,)}
+
+
+def test_ct_is_cut_off_to_soft_tissue_and_mri_of_amos_is_not(tmp_path):
+    write_amos(tmp_path / "ct")
+    write_amos(tmp_path / "mri", numbers=(507, 540))
+    ct, mri = (open_dataset(f"amos:{tmp_path / kind}") for kind in ("ct", "mri"))
+    assert ct.layout.window == (-200.0, 300.0)
+    assert mri.layout.window is None
+    assert (ct.load(0).image == ct.load(0).image.min()).sum() > (scan(2) < 250).sum()
+
+
+def test_whatever_is_missing_is_told(tmp_path):
+    for layout in LAYOUTS:
+        with pytest.raises(InputError, match="is not a folder"):
+            open_dataset(f"{layout}:{tmp_path / 'nowhere'}")
+        (tmp_path / layout).mkdir()
+        with pytest.raises(InputError, match="holds no"):
+            open_dataset(f"{layout}:{tmp_path / layout}")
+    with pytest.raises(InputError, match="LAYOUT:PATH with one of msd, nnunet, brats, acdc, amos, kits"):
+        open_dataset(f"bids:{tmp_path}")
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "message"),
+    [
+        ("brats 2021", "BraTS2021_00002/BraTS2021_00002_t1ce.nii.gz", "t1ce.nii.gz does not exist"),
+        ("brats 2023", "BraTS-GLI-00000-000/BraTS-GLI-00000-000-t2f.nii.gz", "t2f.nii.gz does not exist"),
+        ("nnunet", "imagesTr/liver_002_0001.nii.gz", "liver_002_0001.nii.gz does not exist"),
+        ("acdc", "training/patient001/patient001_frame01.nii.gz", "frame01.nii.gz does not exist"),
+        ("kits", "dataset/case_00001/imaging.nii.gz", "imaging.nii.gz does not exist"),
+    ],
+)
+def test_a_missing_file_of_a_case_is_told(name, file, message, tmp_path):
+    layout, write_folder, *_ = WRITTEN[name]
+    write_folder(tmp_path)
+    (tmp_path / file).unlink()
+    with pytest.raises(InputError, match=message):
+        open_dataset(f"{layout}:{tmp_path}")
+
+
+def test_a_modality_on_another_grid_is_told(tmp_path):
+    write_brats_2021(tmp_path)
+    name = "BraTS2021_00000"
+    write(tmp_path / name / f"{name}_t2.nii.gz", np.ones((6, 5, 5), np.float32))
+    with pytest.raises(InputError, match=r"_t2.nii.gz has shape \(6, 5, 5\), but its image has \(6, 5, 4\)"):
+        open_dataset(f"brats:{tmp_path}")
+
+
+def test_a_label_that_the_layout_does_not_know_is_told(tmp_path):
+    write_brats_2021(tmp_path)
+    name = "BraTS2021_00000"
+    write(tmp_path / name / f"{name}_seg.nii.gz", np.full(SHAPE, 3, np.uint8))
+    with pytest.raises(
+        InputError, match=r"_seg.nii.gz holds the label value 3 .* \[0, 1, 2, 4\] are declared"
+    ):
+        open_dataset(f"brats:{tmp_path}").load(0)
+
+
+# Axes.
+
+ORIENTATIONS = ["RAS", "LPS", "PIR", "SLA"]
+
+
+@pytest.mark.parametrize("codes", ORIENTATIONS)
+def test_a_volume_in_any_order_of_axes_is_the_same_case(codes, tmp_path):
+    write_nnunet(tmp_path)
+    straight = open_dataset(f"nnunet:{tmp_path}").load(0)
+    turn = nib.orientations.axcodes2ornt(tuple(codes))
+    for file in [*tmp_path.glob("imagesTr/liver_001*"), *tmp_path.glob("labelsTr/liver_001*")]:
+        volume = nib.load(file)
+        change = nib.orientations.ornt_transform(nib.io_orientation(volume.affine), turn)
+        turned = volume.as_reoriented(change)
+        nib.save(nib.Nifti1Image(np.asarray(turned.dataobj), turned.affine), file)
+        assert "".join(nib.aff2axcodes(nib.load(file).affine)) == codes
+    dataset = open_dataset(f"nnunet:{tmp_path}")
+    case = dataset.load(0)
+    assert dataset.largest_shape == SHAPE
+    np.testing.assert_allclose(case.image, straight.image, atol=1e-6)
+    np.testing.assert_array_equal(case.label, straight.label)
+    np.testing.assert_allclose(case.affine, straight.affine, atol=1e-6)
+
+
+@pytest.mark.parametrize("codes", ORIENTATIONS)
+def test_an_array_in_ras_order_goes_back_to_the_files_axes(codes, tmp_path):
+    turn = nib.orientations.ornt_transform(
+        nib.io_orientation(AFFINE), nib.orientations.axcodes2ornt(tuple(codes))
+    )
+    volume = nib.Nifti1Image(scan(0), AFFINE).as_reoriented(turn)
+    nib.save(nib.Nifti1Image(np.asarray(volume.dataobj), volume.affine), tmp_path / "scan.nii.gz")
+    image, grid = read_image(tmp_path / "scan.nii.gz")
+    assert image.shape == (*SHAPE, 1) == (*grid.shape, 1)
+    stored = np.asarray(volume.dataobj)
+    assert isinstance(grid, Grid)
+    np.testing.assert_array_equal(grid.to_file(grid.to_ras(stored)), stored)
+    np.testing.assert_allclose(grid.affine, AFFINE, atol=1e-6)

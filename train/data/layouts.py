@@ -1,0 +1,222 @@
+"""How public data sets lie in their folders: each function looks at one and says what is there.
+
+`LAYOUTS` names them as the command line does, `--data brats:PATH`. Files are found and lists are read here;
+`VolumeDataset` then checks and reads the volumes.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from train.data.volumes import Entry, Layout
+from train.errors import InputError
+
+# Soft tissue, in Hounsfield units.
+CT_WINDOW = (-200.0, 300.0)
+# The modalities of BraTS in the papers' order, in the file names of 2021 and of 2023 and later.
+_BRATS_MODALITIES = (("flair", "t1", "t1ce", "t2"), ("t2f", "t1n", "t1c", "t2w"))
+
+
+def msd(path: str | Path) -> Layout:
+    """Medical Segmentation Decathlon: `dataset.json` lists an image (channels last) and a label for each case."""
+    root, description = _read_description(path)
+    return _listed(root, description)
+
+
+def amos(path: str | Path) -> Layout:
+    """AMOS 2022: the Decathlon's layout. Case numbers up to 500 are CT, those above MRI."""
+    root, description = _read_description(path)
+    layout = _listed(root, description)
+    numbers = [int(found[0]) for entry in layout.entries if (found := re.findall(r"\d+", entry.name))]
+    computed_tomography = bool(numbers) and max(numbers) <= 500
+    return dataclasses.replace(layout, window=CT_WINDOW if computed_tomography else None)
+
+
+def nnunet(path: str | Path) -> Layout:
+    """nnU-Net: `imagesTr/CASE_0000.nii.gz`, one file for each channel, and `labelsTr/CASE.nii.gz`.
+
+    Region-based labels (`"whole tumour": [1, 2, 3]`) become evaluation regions of the classes they are made of.
+    """
+    root, description = _read_description(path)
+    channels = description.get("channel_names", description.get("modality"))
+    if not isinstance(channels, dict) or not channels:
+        raise InputError(f'{root / "dataset.json"} names no channels: give them under "channel_names".')
+    ending = str(description.get("file_ending", ".nii.gz"))
+    labels = sorted((root / "labelsTr").glob(f"*{ending}"))
+    if not labels:
+        raise InputError(f"{root / 'labelsTr'} holds no *{ending} file: give a folder in nnU-Net's layout.")
+    names = [label.name.removesuffix(ending) for label in labels]
+    files = [
+        tuple(root / "imagesTr" / f"{name}_{channel:04d}{ending}" for channel in range(len(channels)))
+        for name in names
+    ]
+    class_names, regions = _classes_and_regions(root, description)
+    entries = tuple(Entry(*parts) for parts in zip(names, files, labels, strict=True))
+    window = CT_WINDOW if [str(name).upper() for name in channels.values()] == ["CT"] else None
+    name = str(description.get("name", root.name))
+    return Layout(name, root / "dataset.json", class_names, len(channels), entries, (), regions, window)
+
+
+def brats(path: str | Path) -> Layout:
+    """BraTS glioma, evaluated as enhancing tumour, tumour core and whole tumour.
+
+    2021 (`BraTS2021_00000/BraTS2021_00000_flair.nii.gz`, labels 0 1 2 4) or later
+    (`BraTS-GLI-00000-000/BraTS-GLI-00000-000-t2f.nii.gz`, labels 0 1 2 3).
+    """
+    root = _folder(path)
+    labels = sorted(root.glob("*/*seg.nii.gz"))
+    if not labels:
+        raise InputError(
+            f"{root} holds no CASE/CASE_seg.nii.gz or CASE/CASE-seg.nii.gz: give a folder of BraTS cases."
+        )
+    later = labels[0].name.endswith("-seg.nii.gz")
+    separator, modalities = ("-", _BRATS_MODALITIES[1]) if later else ("_", _BRATS_MODALITIES[0])
+    return Layout(
+        name="BraTS",
+        source=root,
+        class_names=("background", "necrotic core", "oedema", "enhancing tumour"),
+        num_channels=len(modalities),
+        entries=tuple(_brats_entry(label, separator, modalities) for label in labels),
+        label_values=(0, 1, 2, 3) if later else (0, 1, 2, 4),
+        regions={"enhancing tumour": (3,), "tumour core": (1, 3), "whole tumour": (1, 2, 3)},
+    )
+
+
+def acdc(path: str | Path) -> Layout:
+    """ACDC: `patient001/patient001_frame01.nii.gz` and `..._frame01_gt.nii.gz`; each frame is a case."""
+    root = _subfolder(_folder(path), "training")
+    labels = sorted(root.glob("patient*/*_frame*_gt.nii.gz"))
+    if not labels:
+        raise InputError(
+            f"{root} holds no patient*/*_frame*_gt.nii.gz: give ACDC's folder, or its training/."
+        )
+    entries = tuple(
+        Entry(
+            label.name.removesuffix("_gt.nii.gz"), (Path(str(label).replace("_gt.nii.gz", ".nii.gz")),), label
+        )
+        for label in labels
+    )
+    return Layout("ACDC", root, ("background", "right ventricle", "myocardium", "left ventricle"), 1, entries)
+
+
+def kits(path: str | Path) -> Layout:
+    """KiTS 2023: `case_00000/imaging.nii.gz`, `segmentation.nii.gz`; three nested regions are evaluated."""
+    root = _subfolder(_folder(path), "dataset")
+    labels = sorted(root.glob("case_*/segmentation.nii.gz"))
+    if not labels:
+        raise InputError(f"{root} holds no case_*/segmentation.nii.gz: give KiTS' folder, or its dataset/.")
+    return Layout(
+        name="KiTS",
+        source=root,
+        class_names=("background", "kidney", "tumour", "cyst"),
+        num_channels=1,
+        entries=tuple(
+            Entry(label.parent.name, (label.parent / "imaging.nii.gz",), label) for label in labels
+        ),
+        regions={"kidney and masses": (1, 2, 3), "masses": (2, 3), "tumour": (2,)},
+        window=CT_WINDOW,
+    )
+
+
+LAYOUTS: Mapping[str, Callable[[str | Path], Layout]] = {
+    "msd": msd,
+    "nnunet": nnunet,
+    "brats": brats,
+    "acdc": acdc,
+    "amos": amos,
+    "kits": kits,
+}
+
+
+# Folders.
+
+
+def _folder(path: str | Path) -> Path:
+    root = Path(path).expanduser()
+    if not root.is_dir():
+        raise InputError(f"{root} is not a folder: give the folder that holds the data set.")
+    return root
+
+
+def _subfolder(root: Path, name: str) -> Path:
+    return root / name if (root / name).is_dir() else root
+
+
+def _brats_entry(label: Path, separator: str, modalities: tuple[str, ...]) -> Entry:
+    case = label.name.removesuffix(f"{separator}seg.nii.gz")
+    files = tuple(label.with_name(f"{case}{separator}{modality}.nii.gz") for modality in modalities)
+    return Entry(case, files, label)
+
+
+# dataset.json.
+
+
+def _read_description(path: str | Path) -> tuple[Path, dict[str, Any]]:
+    root = Path(path).expanduser()
+    if not root.is_dir():
+        raise InputError(f"{root} is not a folder: give the folder that holds dataset.json.")
+    file = root / "dataset.json"
+    if not file.is_file():
+        raise InputError(f"{root} holds no dataset.json: give a folder in the layout of the MSD or nnU-Net.")
+    try:
+        description = json.loads(file.read_text())
+    except ValueError as error:
+        raise InputError(f"{file} is not valid JSON ({error}): mend or fetch it again.") from error
+    if not isinstance(description, dict):
+        raise InputError(f"{file} holds a {type(description).__name__}: it must be a JSON object.")
+    return root, description
+
+
+def _listed(root: Path, description: dict[str, Any]) -> Layout:
+    file = root / "dataset.json"
+    listed = _required(file, description, "training", list)
+    channels = _required(file, description, "modality", dict)
+    try:
+        pairs = [(root / entry["image"], root / entry["label"]) for entry in listed]
+    except (TypeError, KeyError) as error:
+        raise InputError(
+            f'{file} has an entry under "training" without an image or label: '
+            'give {"image": path, "label": path} for every case.'
+        ) from error
+    entries = tuple(Entry(_stem(image), (image,), label) for image, label in pairs)
+    class_names, regions = _classes_and_regions(root, description)
+    name = str(description.get("name", root.name))
+    return Layout(name, file, class_names, len(channels), entries, regions=regions)
+
+
+def _required(file: Path, description: dict[str, Any], key: str, kind: type) -> Any:
+    value = description.get(key)
+    if not isinstance(value, kind) or not value:
+        found = "nothing" if value is None else f"{'a' if value else 'an empty'} {type(value).__name__}"
+        raise InputError(f'{file} holds {found} under "{key}": give a filled {kind.__name__}.')
+    return value
+
+
+def _classes_and_regions(
+    root: Path, description: dict[str, Any]
+) -> tuple[tuple[str, ...], dict[str, tuple[int, ...]]]:
+    """Class names by id and regions, from {"0": "background"} (MSD) or {"background": 0} (nnU-Net)."""
+    labels = _required(root / "dataset.json", description, "labels", dict)
+    try:
+        regions = {str(name): tuple(map(int, ids)) for name, ids in labels.items() if isinstance(ids, list)}
+        single = {name: value for name, value in labels.items() if not isinstance(value, list)}
+        if all(isinstance(value, int) for value in single.values()):
+            single = {value: name for name, value in single.items()}
+        names = {int(value): str(name) for value, name in single.items()}
+    except (TypeError, ValueError):
+        names, regions = {}, {}
+    for value in (value for ids in regions.values() for value in ids):
+        names.setdefault(value, f"label {value}")
+    if sorted(names) != list(range(len(names))) or len(names) < 2:
+        raise InputError(
+            f"{root / 'dataset.json'} declares the labels {description['labels']}: "
+            "give 0 for the background, then 1, 2, ... without a gap."
+        )
+    return tuple(names[value] for value in range(len(names))), regions
+
+
+def _stem(file: Path) -> str:
+    return file.name.removesuffix(".gz").removesuffix(".nii")
