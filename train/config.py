@@ -112,11 +112,14 @@ class DataInfo:
     class_names: tuple[str, ...]
     num_channels: int
     spatial_dims: int
+    window: tuple[float, float] | None = None
 
     @classmethod
     def of(cls, dataset: Dataset) -> "DataInfo":
         """What is to be kept of `dataset`."""
-        return cls(dataset.name, dataset.class_names, dataset.num_channels, dataset.spatial_dims)
+        return cls(
+            dataset.name, dataset.class_names, dataset.num_channels, dataset.spatial_dims, dataset.window
+        )
 
 
 def resolve_patch(patch: Sequence[int], largest_shape: Sequence[int], divisor: int) -> tuple[int, ...]:
@@ -149,8 +152,9 @@ def to_json(config: Any) -> dict[str, Any]:
 
 
 def from_json(kind: Any, values: dict[str, Any]) -> Any:
-    """The configuration that `to_json` wrote, an instance of `kind`."""
-    return kind(**{f.name: _restore(f.type, values[f.name]) for f in dataclasses.fields(kind)})
+    """The configuration that `to_json` wrote, an instance of `kind`; newer options keep their defaults."""
+    known = [f for f in dataclasses.fields(kind) if f.name in values]
+    return kind(**{f.name: _restore(f.type, values[f.name]) for f in known})
 
 
 def _restore(kind: Any, value: Any) -> Any:

@@ -34,7 +34,7 @@ def predict_folder(run: Path, images: Path, out: Path) -> list[Path]:
     _check_out(out)
     written = []
     for file in tqdm(files, "predicting", unit="volume"):
-        image, grid = read_image(file)
+        image, grid = read_image(file, info.window)
         probs = predict(image)
         name = _stem(file)
         written += [

@@ -1,5 +1,6 @@
 """What every data set hands out: cases, by index."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -55,6 +56,16 @@ class Dataset(Protocol):
     @property
     def largest_shape(self) -> tuple[int, ...]:
         """Voxels along each axis that hold every case."""
+        ...
+
+    @property
+    def regions(self) -> Mapping[str, tuple[int, ...]]:
+        """Evaluation regions by name, each with the class ids that make it up; empty for the classes themselves."""
+        ...
+
+    @property
+    def window(self) -> tuple[float, float] | None:
+        """Range that intensities are cut off to, see `train.data.nifti.read_image`."""
         ...
 
     @property

@@ -13,7 +13,7 @@ along a boundary u is smooth, so the label is one connected contour, displaced b
 and pepper. The image sees the posterior (a boundary is blurred where annotators disagree), never u.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
@@ -56,6 +56,14 @@ class PhantomDataset:
     @property
     def class_names(self) -> tuple[str, ...]:
         return CLASS_NAMES
+
+    @property
+    def regions(self) -> Mapping[str, tuple[int, ...]]:
+        return {}
+
+    @property
+    def window(self) -> None:
+        return None
 
     @property
     def num_channels(self) -> int:

@@ -66,6 +66,7 @@ class VolumeDataset:
         self.class_names = layout.class_names
         self.num_channels = layout.num_channels
         self.regions = layout.regions
+        self.window = layout.window
         self.case_names = tuple(entry.name for entry in layout.entries)
         if not layout.entries:
             raise InputError(f"{layout.source} holds no case.")
