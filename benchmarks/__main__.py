@@ -1,21 +1,60 @@
 """Measure this project beside the PyTorch reference (MONAI), interleaved, in one run.
 
-Needs the extra `reference` (PyTorch and MONAI).
+Every benchmark first asserts that both give the same numbers, then times them in turn on the same inputs and
+cores, prints ratios (ours / reference) and writes JSON and a plot. Without a command: `all`.
+`python -m benchmarks COMMAND --help` explains the options of a command.
+
+Needs the extras `train` and `reference` (PyTorch and MONAI).
 """
 
+import importlib
 import importlib.util
 import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import tyro
 
+from benchmarks.loss import Loss
+from benchmarks.memory import Memory
+from benchmarks.scaling import Scaling
 from benchmarks.step import Step
 
-COMMANDS = {"step": Step}
+BENCHMARKS: dict[str, Any] = {"loss": Loss, "step": Step, "memory": Memory, "scaling": Scaling}
+if importlib.util.find_spec("benchmarks.inference"):
+    BENCHMARKS["inference"] = importlib.import_module("benchmarks.inference").Inference
 
 
-def main() -> int:
-    """Runs a benchmark; 2 if the reference is not installed."""
-    command = tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="python -m benchmarks", description=__doc__)
+@dataclass(frozen=True)
+class All:
+    """Run every benchmark as it is by default, one after the other (the default command)."""
+
+    out: Path = Path("benchmarks/results")
+    """Folder for the results; each benchmark writes one JSON file named after it, and its plot."""
+
+    def run(self) -> None:
+        failed = []
+        for name, benchmark in BENCHMARKS.items():
+            print(f"\n== {name} ==", flush=True)
+            try:
+                benchmark(out=self.out / f"{name}.json").run()
+            except AssertionError as error:  # the others' results are worth having all the same
+                print(f"error: {name}: {error}", file=sys.stderr)
+                failed.append(name)
+        assert not failed, f"not the same numbers on both sides: {', '.join(failed)}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a benchmark; 1 if the two sides disagree, 2 if the reference is not installed."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    first = arguments[0] if arguments else ""
+    # Options without a command are those of `all`.
+    if not first or (first.startswith("-") and first not in ("-h", "--help")):
+        arguments = ["all", *arguments]
+    command = tyro.extras.subcommand_cli_from_dict(
+        {"all": All, **BENCHMARKS}, args=arguments, prog="python -m benchmarks", description=__doc__
+    )
     missing = [name for name in ("torch", "monai") if importlib.util.find_spec(name) is None]
     if missing:
         print(
@@ -23,7 +62,11 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
-    command.run()
+    try:
+        command.run()
+    except AssertionError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -1,9 +1,15 @@
-"""The reference: MONAI's network and losses on PyTorch, with mL1-ACE written on MONAI's `calibration_binning`."""
+"""The reference: MONAI's network and losses on PyTorch, with mL1-ACE written on MONAI's `calibration_binning`.
+
+Beside it the paper's own formulation of mL1-ACE, written from its description.
+"""
 
 import os
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from monai.losses.dice import DiceLoss
 from monai.metrics.calibration import calibration_binning
 from monai.networks.nets.unet import UNet
@@ -39,6 +45,63 @@ def mean_l1_ace(probs: torch.Tensor, one_hot: torch.Tensor, num_bins: int = 20) 
     """Mean over images and classes of the mean gap over non-empty bins."""
     mean_prob, mean_label, _ = calibration_binning(probs, one_hot, num_bins=num_bins)
     return torch.nanmean((mean_prob - mean_label).abs(), dim=-1).mean()
+
+
+def paper_l1_ace(probs: torch.Tensor, one_hot: torch.Tensor, num_bins: int = 20) -> torch.Tensor:
+    """The same as the paper computes it: for each image and class a count and two means, scattered into bins."""
+    edges = torch.linspace(0, 1 + torch.finfo(torch.float32).eps, num_bins + 1, device=probs.device)
+    pairs = zip(probs.flatten(0, 1).flatten(1), one_hot.flatten(0, 1).flatten(1), strict=True)
+    return torch.stack([_paper_gap(prob, label, edges[1:]) for prob, label in pairs]).mean()
+
+
+def _paper_gap(prob: torch.Tensor, label: torch.Tensor, upper_edges: torch.Tensor) -> torch.Tensor:
+    index = torch.bucketize(prob, upper_edges)
+    zeros = torch.zeros_like(upper_edges)
+    count = zeros.scatter_add(0, index, torch.ones_like(prob))
+    mean_prob = zeros.scatter_reduce(0, index, prob, "mean", include_self=False)
+    mean_label = zeros.scatter_reduce(0, index, label, "mean", include_self=False)
+    return torch.nanmean(torch.where(count > 0, (mean_prob - mean_label).abs(), torch.nan))
+
+
+ACE_LOSSES = {"monai": mean_l1_ace, "paper": paper_l1_ace}
+
+
+class AceInputs(NamedTuple):
+    """What mL1-ACE takes in PyTorch: channel first, labels one-hot, on `device()`."""
+
+    probs: torch.Tensor
+    one_hot: torch.Tensor
+
+
+def device() -> torch.device:
+    """The GPU where PyTorch and JAX both have one, else the CPU."""
+    import jax
+
+    return torch.device("cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu")
+
+
+def ace_inputs(
+    probs: Float[np.ndarray, "batch *spatial classes"], labels: Int[np.ndarray, "batch *spatial"]
+) -> AceInputs:
+    """Inputs of mL1-ACE as PyTorch has them. Ids outside `[0, classes)` belong to no class, as in calib_jax."""
+    ids, classes = torch.tensor(labels), probs.shape[-1]
+    one_hot = torch.stack([(ids == label).float() for label in range(classes)], dim=1)
+    return AceInputs(channel_first(probs).to(device()).requires_grad_(), one_hot.to(device()))
+
+
+def ace_program(
+    loss: Callable[..., torch.Tensor], inputs: AceInputs, num_bins: int
+) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+    """A function that returns the loss and its gradient when both are there."""
+
+    def program() -> tuple[torch.Tensor, torch.Tensor]:
+        value = loss(*inputs, num_bins=num_bins)
+        (gradient,) = torch.autograd.grad(value, inputs.probs)
+        if gradient.is_cuda:
+            torch.cuda.synchronize()
+        return value.detach(), gradient
+
+    return program
 
 
 class Loss:

@@ -19,7 +19,7 @@ _REST_SECONDS = 0.05
 
 
 def interleaved(
-    programs: Mapping[str, Callable[[], Any]], *, warmup: int, rounds: int
+    programs: Mapping[str, Callable[[], Any]], *, warmup: int, rounds: int, title: str = "rounds"
 ) -> dict[str, list[float]]:
     """Seconds of each call. A program returns when its work is done.
 
@@ -27,9 +27,10 @@ def interleaved(
         programs: by name; each round calls every one of them once, in this order.
         warmup: rounds that are not counted (compilation, caches).
         rounds: rounds that are.
+        title: what the progress bar is called.
     """
     seconds: dict[str, list[float]] = {name: [] for name in programs}
-    for i in tqdm(range(warmup + rounds), "rounds"):
+    for i in tqdm(range(warmup + rounds), title):
         for name, program in programs.items():
             time.sleep(_REST_SECONDS)
             start = time.perf_counter()
@@ -44,22 +45,48 @@ def ratio(samples: Mapping[str, Sequence[float]], ours: str, reference: str) -> 
     return statistics.median(samples[ours]) / statistics.median(samples[reference])
 
 
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, quartiles and extremes."""
+    q1, median, q3 = (
+        statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else 3 * [values[0]]
+    )
+    return {"median": median, "q1": q1, "q3": q3, "min": min(values), "max": max(values)}
+
+
+def ratio_spread(samples: Mapping[str, Sequence[float]], ours: str, reference: str) -> dict[str, float]:
+    """Spread of ours over the reference within each round, in which both share the machine's mood."""
+    return spread([a / b for a, b in zip(samples[ours], samples[reference], strict=True)])
+
+
 def format_samples(samples: Mapping[str, Sequence[float]]) -> str:
-    """A line for each program: median, fastest and slowest in milliseconds."""
+    """A line for each program: median, quartiles and extremes in milliseconds."""
     width = max(map(len, samples))
-    lines = [f"{'':{width}}  {'median':>9}  {'min':>9}  {'max':>9}   ms"]
+    lines = [f"{'':{width}}  " + "  ".join(f"{name:>9}" for name in spread([0.0])) + "   ms"]
     for name, seconds in samples.items():
-        figures = (statistics.median(seconds), min(seconds), max(seconds))
-        lines.append(f"{name:{width}}  " + "  ".join(f"{1000 * s:9.1f}" for s in figures))
+        lines.append(f"{name:{width}}  " + "  ".join(f"{1000 * s:9.1f}" for s in spread(seconds).values()))
     return "\n".join(lines)
+
+
+def format_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Rows of equal keys as a text table: the first column to the left, the others to the right."""
+    lines = [list(rows[0]), *([*row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    pads = ["<", *">" * (len(widths) - 1)]
+    return "\n".join(
+        "  ".join(f"{cell:{pad}{width}}" for cell, pad, width in zip(line, pads, widths, strict=True))
+        for line in lines
+    )
 
 
 def write_results(file: Path, results: Mapping[str, Any]) -> None:
     """Writes results with what it takes to repeat them: command, versions, machine."""
+    import jax
+
     kept = {
         "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
         "cores": len(os.sched_getaffinity(0)),
         "machine": _processor(),
+        "device": f"{jax.default_backend()}: {jax.devices()[0].device_kind}",
         "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in _PACKAGES},
         **results,

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import signal
 from pathlib import Path
 
 import nibabel as nib
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 
 from train.__main__ import main
+from train.logs import RunLog
 
 TINY = ["--steps", "4", "--batch-size", "8", "--channels", "4", "8", "--strides", "2", "--warmup-steps", "1"]
 PHANTOM = [*TINY, "--data", "phantom2d", "--num-test", "3", "--num-val", "2"]
@@ -20,6 +23,11 @@ def run(*arguments: object) -> int:
 
 def rows(file: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(file.read_text().splitlines()))
+
+
+def logged(folder: Path, name: str) -> list[dict[str, str]]:
+    """A run's log without its speed, which no two runs share."""
+    return [{k: v for k, v in row.items() if k != "steps_per_second"} for row in rows(folder / name)]
 
 
 def refuses(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -137,7 +145,7 @@ def test_resumed_run_equals_one_that_never_stopped(tmp_path: Path, monkeypatch: 
         patched.setattr(fit_module, "put_batch", killed_in_the_fourth_step)
         assert run("fit", *options, "--out", tmp_path / "cut") == 130
     assert run("fit", *options, "--out", tmp_path / "cut", "--resume") == 0
-    assert (tmp_path / "cut" / "log.csv").read_text() == (tmp_path / "whole" / "log.csv").read_text()
+    assert logged(tmp_path / "cut", "log.csv") == logged(tmp_path / "whole", "log.csv")
     whole, cut = (weights(tmp_path / name) for name in ("whole", "cut"))
     for a, b in zip(whole, cut, strict=True):
         np.testing.assert_array_equal(a, b)
@@ -172,7 +180,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         (["--losses", "dice", "dise"], ["dise", "dice, ce, ace"]),
         (["--losses", "dice", "dice"], ["twice"]),
         (["--losses", "dice", "dice+-1*ace"], ["Weight", "positive"]),
-        (["--data", "brain"], ["brain", "phantom", "msd:PATH"]),
+        (["--data", "brain"], ["brain", "phantom", "LAYOUT:PATH", "msd"]),
         (["--data", "msd:/nowhere"], ["/nowhere", "not a folder"]),
         (["--data", "phantom2d", "--patch", "20", "30"], ["(20, 30)", "strides", "8", "(16, 32)"]),
         (["--data", "phantom2d", "--patch", "32"], ["patch", "axes"]),
@@ -232,4 +240,63 @@ def test_loss_that_is_not_a_number_stops_the_run(tmp_path: Path, capsys: pytest.
         capsys, "fit", *PHANTOM, "--learning-rate", "1e30", "--loss", "ce", "--out", tmp_path / "nan"
     )
     assert "not finite from step" in message
+    assert "phantom_0" in message  # whose batch it was
+    assert "checkpoints" in message
     assert (tmp_path / "nan" / "log.csv").exists()
+
+
+def test_status_of_a_run_and_of_a_comparison(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("status", trained) == 0
+    told = capsys.readouterr().out
+    for words in (
+        "dice+0.5*ace on msd:",
+        "step 4 of 4",
+        "training loss",
+        "validation at step 4: Dice",
+        "steps 3, 4",
+    ):
+        assert words in told
+    assert "min left" not in told
+    (tmp_path / "half").mkdir()
+    for name in ("config.json", "log.csv"):
+        text = (trained / name).read_text()
+        (tmp_path / "half" / name).write_text(
+            text if name == "config.json" else "\n".join(text.split("\n")[:3])
+        )
+    assert run("status", tmp_path / "half") == 0
+    told = capsys.readouterr().out
+    assert "step 2 of 4, 0:" in told
+    assert "checkpoints at steps none" in told
+    assert "holds no run" in refuses(capsys, "status", tmp_path)
+
+
+def test_tensorboard_has_the_scalars_of_the_csv(trained: Path) -> None:
+    events = list((trained / "tensorboard").glob("events.*"))
+    assert events
+    content = b"".join(file.read_bytes() for file in events)
+    for name in (b"train/loss", b"train/learning_rate", b"validation/ACE", b"validation/reliability"):
+        assert name in content
+
+
+def test_sigterm_saves_and_resuming_ends_as_if_never_stopped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert run("fit", *PHANTOM, "--out", whole) == 0
+    take = RunLog.pend
+
+    def pend_and_terminate(log: RunLog, row: dict, cases: list[str]) -> None:
+        take(log, row, cases)
+        if row["step"] == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunLog, "pend", pend_and_terminate)
+        assert run("fit", *PHANTOM, "--out", stopped) == 143
+    assert "Stopped after step 2 of 4; --resume goes on" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert run("fit", *PHANTOM, "--out", stopped, "--resume") == 0
+    for name in ("log.csv", "validation.csv"):
+        assert logged(whole, name) == logged(stopped, name)

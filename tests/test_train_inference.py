@@ -1,48 +1,254 @@
-"""Whole volumes: one window or many give the probabilities of a network that sees each voxel by itself."""
+"""Whole volumes: windows as in a plain loop over them, statistics that never leave the device, few programs."""
 
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import nnx
+from jax import export
 
-from train.inference import predict_volume
+import calib_jax
+from train.data import PhantomDataset, crop_back, pad_to_hold
+from train.evaluate import CaseStatistics, case_statistics, evaluate
+from train.fit import volume_predictor
+from train.inference import VolumePredictor, plan_windows, volume_summary
+from train.models import UNet
+from train.step import TrainState, init_state
+
+SHAPES = [(5, 6, 7), (8, 8, 8), (8, 20, 13), (31, 9, 8), (3, 19, 30)]
 
 
-def voxelwise(images: np.ndarray) -> np.ndarray:
+def voxelwise(scale: Any, images: jax.Array) -> jax.Array:
     """A network whose output depends on no neighbour, so that windows cannot matter."""
-    scores = np.concatenate([np.zeros_like(images), images], -1)
-    return np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    return jax.nn.softmax(jnp.concatenate([jnp.zeros_like(images), scale * images], -1))
 
 
-@pytest.mark.parametrize("shape", [(5, 6, 7), (8, 8, 8), (8, 20, 13), (31, 9, 8)])
-@pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5])
-def test_windows_do_not_show(shape: tuple[int, ...], overlap: float) -> None:
-    image = np.random.default_rng(0).normal(size=(*shape, 1)).astype(np.float32)
-    probs = predict_volume(voxelwise, image, (8, 8, 8), overlap=overlap)
-    np.testing.assert_allclose(probs, voxelwise(image), atol=1e-6)
+def by_place(scale: Any, images: jax.Array) -> jax.Array:
+    """One of three classes whose output depends on where in its window a voxel lies."""
+    place = jnp.broadcast_to(jnp.linspace(-1, 1, images[0].size).reshape(1, *images.shape[1:]), images.shape)
+    return jax.nn.softmax(jnp.concatenate([scale * images, place, scale * images * place], -1))
 
 
-def test_every_call_has_the_same_shape() -> None:
-    """So the network is compiled once, whatever the number of windows."""
-    seen = set()
+def twin(forward: Any, image: np.ndarray, patch: tuple[int, ...], overlap: float) -> np.ndarray:
+    """The sliding window on the host, one window at a time, in float64."""
+    padded = pad_to_hold(image, patch)
+    axes = []
+    for length, size in zip(padded.shape, patch, strict=False):
+        most = max(int(size * (1 - overlap)), 1)
+        count = int(np.ceil((length - size) / most)) + 1
+        axes.append(np.linspace(0, length - size, count).round().astype(int))
+    grid = np.meshgrid(*[(np.arange(n) - (n - 1) / 2) / (n / 8) for n in patch], indexing="ij")
+    weight = np.maximum(np.exp(-sum(offset**2 for offset in grid) / 2), 1e-3)[..., None]
+    total = norm = 0
+    for corner in itertools.product(*axes):
+        window = tuple(slice(c, c + n) for c, n in zip(corner, patch, strict=True))
+        probs = np.asarray(forward(1.0, padded[window][None])[0], np.float64)
+        part = np.zeros((*padded.shape[:-1], probs.shape[-1] + 1))
+        part[window] = np.concatenate([weight * probs, weight], -1)
+        total, norm = total + part[..., :-1], norm + part[..., -1:]
+    return crop_back(total / norm, image.shape[:-1])
 
-    def predict(images: np.ndarray) -> np.ndarray:
-        seen.add(images.shape)
-        return voxelwise(images)
 
-    for length in (20, 27, 33):
-        predict_volume(predict, np.zeros((length, 9, 1), np.float32), (8, 8))
-    assert seen == {(4, 8, 8, 1)}
+def volume(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(*shape, 1)).astype(np.float32)
+
+
+def labels(shape: tuple[int, ...], classes: int = 3) -> np.ndarray:
+    return np.random.default_rng(1).integers(0, classes, shape, dtype=np.uint8)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("overlap", "windows"), [(0.0, 4), (0.25, 1), (0.5, 3)])
+def test_equal_to_a_loop_over_windows(shape: tuple[int, ...], overlap: float, windows: int) -> None:
+    image = volume(shape)
+    predict = VolumePredictor(by_place, 1.0, (8, 8, 8), overlap, windows)
+    np.testing.assert_allclose(predict(image), twin(by_place, image, (8, 8, 8), overlap), atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(24,), (17, 40)])
+def test_volumes_of_other_ranks(shape: tuple[int, ...]) -> None:
+    image, patch = volume(shape), (16,) * len(shape)
+    expected = twin(by_place, image, patch, 0.5)
+    np.testing.assert_allclose(VolumePredictor(by_place, 1.0, patch)(image), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_windows_do_not_show(shape: tuple[int, ...]) -> None:
+    image = volume(shape)
+    probs = VolumePredictor(voxelwise, 1.0, (8, 8, 8))(image)
+    np.testing.assert_allclose(probs, voxelwise(1.0, jnp.asarray(image)), atol=1e-6)
+
+
+def test_one_window_is_what_the_network_says() -> None:
+    image = volume((8, 8))
+    expected = jax.jit(by_place)(1.0, image[None])[0]
+    np.testing.assert_array_equal(VolumePredictor(by_place, 1.0, (8, 8))(image), expected)
 
 
 def test_the_middle_of_a_window_weighs_more_than_its_rim() -> None:
     """Where two windows overlap, the one whose centre is nearer decides."""
-    calls = iter(range(4))
 
-    def by_window(images: np.ndarray) -> np.ndarray:
-        del images
-        return np.stack([np.full((16, 1), float(i)) for i in range(4)]) + next(calls)
+    def second_window(weights: Any, images: jax.Array) -> jax.Array:
+        del weights
+        second = jnp.broadcast_to(images[:, :1] > 0, images.shape).astype(jnp.float32)
+        return jnp.concatenate([1 - second, second], -1)
 
-    probs = predict_volume(by_window, np.zeros((24, 1), np.float32), (16,))[:, 0]
+    place = np.arange(24, dtype=np.float32)[:, None]
+    probs = VolumePredictor(second_window, None, (16,))(place)[:, 1]
     assert probs[0] == 0
     assert probs[-1] == 1
-    assert np.all(np.diff(probs) >= 0)
+    assert np.all(np.diff(probs) > -1e-6)
     assert probs[9] < 0.5 < probs[14]
+
+
+@pytest.mark.parametrize("overlap", [0.0, 0.25, 0.4, 0.5, 0.9])
+def test_plan_covers_every_volume_and_nothing_else(overlap: float) -> None:
+    counts: dict[tuple[int, ...], set[int]] = {}
+    for length in range(1, 60):
+        plan = plan_windows((length,), (8,), overlap, 4)
+        starts = plan.corners[plan.counted][:, 0]
+        seen = np.zeros(plan.canvas[0], bool)
+        for start in starts:
+            seen[start : start + 8] = True
+        np.testing.assert_array_equal(crop_back(seen, (max(length, 8),)), True)
+        assert seen.sum() == max(length, 8)
+        assert max(length, 8) <= plan.canvas[0] <= max(length, 8) + 4
+        assert np.all(np.diff(starts) <= max(int(8 * (1 - overlap)), 1))
+        counts.setdefault(plan.canvas, set()).add(len(starts))
+    assert all(len(numbers) == 1 for numbers in counts.values())
+
+
+@pytest.mark.parametrize(
+    ("windows", "groups"), [(1, (1, 1)), (5, (2, 3)), (8, (2, 4)), (9, (3, 3)), (7, (2, 4))]
+)
+def test_few_places_are_filled_up(windows: int, groups: tuple[int, int]) -> None:
+    plan = plan_windows((4 + 4 * windows,), (8,), 0.5, 4)
+    assert plan.counted.shape == groups
+    assert plan.counted.sum() == windows
+
+
+def test_programs_are_shared() -> None:
+    """By volumes on one canvas, by weights and by predictors; a summary is traced once for each program."""
+    traced = []
+
+    def count(probs: jax.Array, label: jax.Array, where: jax.Array) -> jax.Array:
+        del label
+        traced.append(probs.shape)
+        return where.sum()
+
+    for scale, shape in enumerate([(17, 9), (18, 10), (18, 9), (17, 10), (3, 5), (8, 8), (31, 8), (32, 2)]):
+        predict = VolumePredictor(voxelwise, float(scale), (8, 8))
+        assert predict.summary(count, volume(shape), labels(shape)) == np.prod(shape)
+    assert traced == [(18, 10, 2), (8, 8, 2), (32, 8, 2)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_statistics_are_those_of_the_returned_probabilities(shape: tuple[int, ...]) -> None:
+    image, label = volume(shape), labels(shape)
+    predict = VolumePredictor(by_place, 3.0, (8, 8, 8))
+    probs = predict(image)
+    stats, dice = predict.summary(CaseStatistics(), image, label)
+    for expected_stats, expected_dice in (case_statistics(probs, label), plain_statistics(probs, label)):
+        np.testing.assert_array_equal(stats.count, expected_stats.count)
+        np.testing.assert_array_equal(stats.label_sum, expected_stats.label_sum)
+        np.testing.assert_allclose(stats.prob_sum, expected_stats.prob_sum, rtol=1e-6)
+        np.testing.assert_allclose(dice, expected_dice, rtol=1e-6)
+    np.testing.assert_array_equal(stats.count.sum(-1), label.size)
+
+
+def plain_statistics(probs: np.ndarray, label: np.ndarray) -> tuple[calib_jax.BinStatistics, jax.Array]:
+    """By the library's functions for images, without padding."""
+    stats = calib_jax.bin_statistics(probs[None, ..., 1:], label[None].astype(np.int32) - 1)
+    dice = calib_jax.dice_score(probs[None].argmax(-1), label[None], num_classes=probs.shape[-1])
+    return jax.tree.map(lambda a: a[0], stats), dice[0, 1:]
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_regions_are_sums_of_classes(dense: bool) -> None:
+    """As BraTS has them; the first is made of two classes, the second of one."""
+
+    def regions(probs: jax.Array, label: jax.Array) -> tuple[jax.Array, jax.Array]:
+        both = jnp.stack([label >= 1, label == 2], -1).astype(jnp.uint8)
+        if dense:
+            return jnp.stack([probs[..., 1] + probs[..., 2], probs[..., 2]], -1), both
+        return (probs[..., 1] + probs[..., 2])[..., None], jnp.where(label >= 1, 0, -1)
+
+    image, label = volume((12, 9)), labels((12, 9))
+    predict = VolumePredictor(by_place, 3.0, (8, 8))
+    probs = predict(image)
+    stats, dice = predict.summary(CaseStatistics(regions), image, label)
+    members = [((1, 2), probs[..., 1] + probs[..., 2]), ((2,), probs[..., 2])]
+    for i, (ids, region_probs) in enumerate(members[: 2 if dense else 1]):
+        true, predicted = np.isin(label, ids), np.isin(probs.argmax(-1), ids)
+        expected = calib_jax.bin_statistics(region_probs[None, ..., None], 1 - true[None].astype(np.int32))
+        np.testing.assert_array_equal(stats.count[i], expected.count[0, 0])
+        np.testing.assert_array_equal(stats.label_sum[i], expected.label_sum[0, 0])
+        np.testing.assert_allclose(stats.prob_sum[i], expected.prob_sum[0, 0], rtol=1e-6)
+        overlap = 2 * (true & predicted).sum() / (true.sum() + predicted.sum())
+        np.testing.assert_allclose(dice[i], overlap, rtol=1e-6)
+
+
+def test_evaluation_of_a_data_set_by_regions() -> None:
+    def lesion(probs: jax.Array, label: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return probs[..., 1:].sum(-1, keepdims=True), jnp.minimum(label, 1) - 1
+
+    dataset = PhantomDataset(spatial_shape=(24, 24), num_cases=3)
+    predict = VolumePredictor(voxelwise, 1.0, (16, 16))
+    cases = dataset.case_names[::2]
+    result = evaluate("voxelwise", predict, dataset, cases, regions=lesion, region_names=["lesion"])
+    assert result.stats.count.shape == (2, 1, 20)
+    np.testing.assert_array_equal(result.stats.count.sum(-1), 24 * 24)
+    np.testing.assert_array_equal(
+        result.stats.label_sum.sum((1, 2)), [(dataset.load(i).label > 0).sum() for i in (0, 2)]
+    )
+
+
+def arguments(predict: VolumePredictor, shape: tuple[int, ...], channels: int) -> tuple[Any, ...]:
+    """What `volume_summary` is called with, but for its static arguments, as shapes."""
+    plan = plan_windows(shape, predict.patch, predict.overlap, predict.windows_per_batch)
+    image = jax.ShapeDtypeStruct((*plan.canvas, channels), jnp.float32)
+    label = jax.ShapeDtypeStruct(plan.canvas, jnp.uint8)
+    return predict.weights, image, label, np.array(shape, np.int32), plan.corners, plan.counted
+
+
+def static(predict: VolumePredictor) -> dict[str, Any]:
+    return {"forward": predict.forward, "patch": predict.patch, "summary": CaseStatistics()}
+
+
+def test_no_probability_leaves_the_device() -> None:
+    """The program gives statistics and nothing else, and holds the probabilities about twice."""
+    predict = VolumePredictor(by_place, 1.0, (32, 32, 32))
+    lowered = volume_summary.lower(*arguments(predict, (160, 160, 160), 1), **static(predict))
+    assert max(np.prod(leaf.shape) for leaf in jax.tree.leaves(lowered.out_info)) == 2 * 20
+    memory = lowered.compile().memory_analysis()
+    assert memory.output_size_in_bytes < 4096
+    probs = 160**3 * 3 * 4
+    assert memory.temp_size_in_bytes < 3.5 * probs
+
+
+def tiny_unet(dropout: float) -> tuple[nnx.GraphDef, TrainState]:
+    sizes: Any = {"in_channels": 2, "out_channels": 3, "spatial_dims": 3, "channels": (4, 8), "strides": (2,)}
+    return init_state(UNet(**sizes, dropout=dropout, rngs=nnx.Rngs(0)), optax.identity())
+
+
+def test_dropout_is_off() -> None:
+    image = np.random.default_rng(0).normal(size=(12, 8, 8, 2)).astype(np.float32)
+    graphdef, state = tiny_unet(0.5)
+    plain, plain_state = tiny_unet(0.0)
+    probs = volume_predictor(graphdef, state, (8, 8, 8))(image)
+    expected = volume_predictor(plain, plain_state._replace(params=state.params), (8, 8, 8))(image)
+    np.testing.assert_allclose(probs, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_lowers_for(platform: str) -> None:
+    predict = volume_predictor(*tiny_unet(0.1), (8, 8, 8))
+    exported = export.export(volume_summary, platforms=[platform])(
+        *arguments(predict, (12, 8, 9), 2), **static(predict)
+    )
+    assert exported.platforms == (platform,)
+    assert [leaf.shape for leaf in exported.out_avals] == [(2, 20)] * 3 + [(2,)]

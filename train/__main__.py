@@ -13,7 +13,7 @@ import tyro
 
 from train.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from train.data import AugmentConfig
-from train.errors import InputError
+from train.errors import InputError, Stopped
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,23 @@ class Predict:
         print(f"\n{len(written)} files in {self.out}")
 
 
-COMMANDS = {"compare": Compare, "fit": Fit, "evaluate": Evaluate, "predict": Predict}
+@dataclass(frozen=True)
+class Status:
+    """How far a run, or each run of a comparison, has come: steps, time left, last validation, checkpoints.
+
+    python -m train status runs/ace
+    """
+
+    run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="run", metavar="RUN")]
+    """Folder of the run or of the comparison."""
+
+    def run(self) -> None:
+        from train.status import status
+
+        print(status(self.run_folder))
+
+
+COMMANDS = {"compare": Compare, "fit": Fit, "evaluate": Evaluate, "predict": Predict, "status": Status}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -145,6 +161,9 @@ def main(arguments: list[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        print(f"\n{stopped}", file=sys.stderr)
+        return 143
     except KeyboardInterrupt:
         print("\ninterrupted; add --resume to the same command with --out to go on", file=sys.stderr)
         return 130

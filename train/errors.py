@@ -6,3 +6,7 @@ class InputError(Exception):
 
     `python -m train` prints the sentence and exits with status 2; nothing already on disk is touched.
     """
+
+
+class Stopped(Exception):
+    """A run was asked to stop, and has saved what it needs to go on."""

@@ -1,39 +1,109 @@
 """Cases in, bin statistics and Dice per case and class out."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 from tqdm import tqdm
 
 import calib_jax
-from calib_jax import BinStatistics
+from calib_jax import BinStatistics, metrics
 from calib_jax.report import ModelResult
 from train.data import Case, Dataset
+from train.inference import VolumePredictor
 
 NUM_BINS = 20
 # Voxels are padded to a multiple of this, so that cases of many sizes share a few compiled programs.
 _VOXELS = 2**16
 
-# An image `[*spatial, channels]` to class probabilities `[*spatial, classes]` on the same grid.
-Predict = Callable[[np.ndarray], np.ndarray]
+# What is reported in place of the classes: (probs [..., classes], ids [...]) -> (probs [..., regions], labels,
+# either ids of regions [...] or an array like those probs). Linear in probs: a region's probability is a sum
+# of class probabilities.
+Regions = Callable[[Array, Array], tuple[Array, Array]]
 
 
-def evaluate(name: str, predict: Predict, dataset: Dataset, case_names: Sequence[str]) -> ModelResult:
-    """Statistics and Dice of the foreground classes over whole volumes, 20 bins, per case.
+def foreground(
+    probs: Float[Array, "*voxels classes"], label: Int[Array, "*voxels"]
+) -> tuple[Float[Array, "*voxels foreground"], Int[Array, "*voxels"]]:
+    """Every class but background, whose voxels get id -1: they are of no class."""
+    return probs[..., 1:], label - 1
+
+
+@dataclass(frozen=True)
+class CaseStatistics:
+    """Bin statistics and Dice of each region of a case, as a `train.inference.Summary`.
+
+    Attributes:
+        regions: what is reported; a function that stays the same one, since programs are kept by it.
+    """
+
+    regions: Regions = foreground
+
+    def __call__(
+        self,
+        probs: Float[Array, "*spatial classes"],
+        label: UInt8[Array, "*spatial"],
+        where: Bool[Array, "*spatial"],
+    ) -> tuple[BinStatistics, Float[Array, "regions"]]:
+        probs = probs.reshape(1, -1, probs.shape[-1])
+        label, where = label.reshape(1, -1).astype(jnp.int32), where.reshape(1, -1)
+        region_probs, region_label = self.regions(probs, label)
+        stats = calib_jax.bin_statistics(region_probs, region_label, num_bins=NUM_BINS, where=where)
+        # As certain probabilities, the predicted label map falls into regions in the same way.
+        certain = jax.nn.one_hot(probs.argmax(-1), probs.shape[-1])
+        predicted = self.regions(certain, label)[0] > 0.5
+        dice = metrics.dice_of_counts(
+            *metrics.overlap_counts(predicted, _members(region_label, region_probs), where[..., None])
+        )
+        return jax.tree.map(lambda a: a[0], (stats, dice))
+
+
+def _members(label: Array, probs: Array) -> Bool[Array, "one voxels regions"]:
+    """Which regions each voxel is of."""
+    return label > 0.5 if label.ndim == probs.ndim else metrics.is_class(label, probs.shape[-1])
+
+
+_statistics = jax.jit(
+    lambda statistics, probs, label, where: statistics(probs, label, where), static_argnums=0
+)
+
+
+def evaluate(
+    name: str,
+    predict: VolumePredictor,
+    dataset: Dataset,
+    case_names: Sequence[str],
+    *,
+    regions: Regions = foreground,
+    region_names: Sequence[str] | None = None,
+) -> ModelResult:
+    """Statistics and Dice of whole volumes, 20 bins, per case and foreground class (or region).
 
     Args:
         name: how the model is called in tables.
-        predict: an image's class probabilities, on its own grid.
+        predict: the model.
         dataset: where the cases come from.
         case_names: the cases to evaluate.
+        regions: what is reported, if not the foreground classes.
+        region_names: what its regions are called; None for the names of the foreground classes.
     """
-    return _collect(name, lambda case: predict(case.image), dataset, case_names)
+    names = dataset.class_names[1:] if region_names is None else tuple(region_names)
+    summary = CaseStatistics(regions)
+    return _collect(
+        name, lambda case: predict.summary(summary, case.image, case.label), dataset, case_names, names
+    )
 
 
-def evaluate_posterior(dataset: Dataset, case_names: Sequence[str]) -> ModelResult | None:
+def evaluate_posterior(
+    dataset: Dataset,
+    case_names: Sequence[str],
+    *,
+    regions: Regions = foreground,
+    region_names: Sequence[str] | None = None,
+) -> ModelResult | None:
     """The same for the probabilities that the labels were drawn from, where the data set knows them.
 
     No network can be calibrated better on these cases but by chance: what error is left comes from the
@@ -41,43 +111,45 @@ def evaluate_posterior(dataset: Dataset, case_names: Sequence[str]) -> ModelResu
     """
     if dataset.load(0).posterior is None:
         return None
-    return _collect("true posterior", lambda case: np.asarray(case.posterior), dataset, case_names)
+    names = dataset.class_names[1:] if region_names is None else tuple(region_names)
+    return _collect(
+        "true posterior",
+        lambda case: case_statistics(np.asarray(case.posterior), case.label, regions=regions),
+        dataset,
+        case_names,
+        names,
+    )
 
 
 def _collect(
-    name: str, probabilities: Callable[[Case], np.ndarray], dataset: Dataset, case_names: Sequence[str]
+    name: str,
+    statistics: Callable[[Case], tuple[BinStatistics, Array]],
+    dataset: Dataset,
+    case_names: Sequence[str],
+    region_names: Sequence[str],
 ) -> ModelResult:
     index_of = {case: index for index, case in enumerate(dataset.case_names)}
-    rows = []
+    rows: list[tuple[BinStatistics, Array]] = []
     for case_name in tqdm(case_names, f"evaluating {name}", unit="case", leave=False):
         case = dataset.load(index_of[case_name])
-        rows.append(jax.device_get(case_statistics(probabilities(case), case.label)))
+        # Waits for the case before only now that this one is read; and no more than two are held at a time.
+        rows[-1:] = jax.device_get(rows[-1:])
+        rows.append(statistics(case))
+    rows = jax.device_get(rows)
     stats = jax.tree.map(lambda *parts: np.stack(parts), *[stats for stats, _ in rows])
     dice = np.stack([dice for _, dice in rows])
-    return ModelResult(name, tuple(case_names), dataset.class_names[1:], stats, dice)
+    return ModelResult(name, tuple(case_names), tuple(region_names), stats, dice)
 
 
 def case_statistics(
-    probs: Float[np.ndarray, "*spatial classes"], label: UInt8[np.ndarray, "*spatial"]
-) -> tuple[BinStatistics, Float[Array, "foreground"]]:
-    """Bin statistics and Dice of one case's foreground classes, without background."""
+    probs: Float[np.ndarray, "*spatial classes"],
+    label: UInt8[np.ndarray, "*spatial"],
+    *,
+    regions: Regions = foreground,
+) -> tuple[BinStatistics, Float[Array, "regions"]]:
+    """Bin statistics and Dice of a case whose probabilities are at hand."""
     flat_probs, flat_label = probs.reshape(-1, probs.shape[-1]), label.reshape(-1)
     padding = -len(flat_label) % _VOXELS
     where = np.arange(len(flat_label) + padding) < len(flat_label)
-    return _flat_statistics(
-        np.pad(flat_probs, ((0, padding), (0, 0))), np.pad(flat_label, (0, padding)), where
-    )
-
-
-@jax.jit
-def _flat_statistics(
-    probs: Float[Array, "voxels classes"], label: UInt8[Array, "voxels"], where: Array
-) -> tuple[BinStatistics, Array]:
-    label = label.astype(jnp.int32)
-    # Padding is background in both maps, and background is not reported.
-    predicted = jnp.where(where, probs.argmax(-1), 0)
-    dice = calib_jax.dice_score(predicted[None], label[None], num_classes=probs.shape[-1])
-    stats = calib_jax.bin_statistics(
-        probs[None, :, 1:], label[None] - 1, num_bins=NUM_BINS, where=where[None]
-    )
-    return jax.tree.map(lambda a: a[0], stats), dice[0, 1:]
+    padded = np.pad(flat_probs, ((0, padding), (0, 0))), np.pad(flat_label, (0, padding))
+    return _statistics(CaseStatistics(regions), *padded, where)

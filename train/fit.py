@@ -14,12 +14,12 @@ from calib_jax.report import ModelResult
 from train.checkpoint import Checkpoints
 from train.config import DataInfo, RunConfig, read_config, resolve_patch, to_json
 from train.data import Dataset, Splits, open_dataset, split_cases, train_batches, write_splits
-from train.errors import InputError
-from train.evaluate import Predict, evaluate
-from train.inference import patch_predictor, predict_volume
-from train.logs import CsvLog
+from train.errors import InputError, Stopped
+from train.evaluate import evaluate
+from train.inference import Network, VolumePredictor
+from train.logs import RunLog
 from train.models import UNet
-from train.runs import open_run
+from train.runs import open_run, stop_on_sigterm
 from train.sharding import check_batch_size, device_mesh, put_batch, replicated
 from train.step import TrainState, init_state, make_optimizer, make_train_step
 
@@ -50,8 +50,8 @@ def open_task(config: RunConfig) -> Task:
     return Task(config, dataset, splits, patch)
 
 
-def fit(task: Task, folder: Path, *, resume: bool = False) -> Predict:
-    """Trains, validates and checkpoints into `folder`; returns the trained network's prediction of a case.
+def fit(task: Task, folder: Path, *, resume: bool = False) -> VolumePredictor:
+    """Trains, validates and checkpoints into `folder`; returns the trained network, ready for whole volumes.
 
     Raises:
         InputError: on bad options, data or folders, before anything is written; if the loss stops being a
@@ -93,41 +93,29 @@ def _loop(
     mesh = device_mesh()
     train_step = make_train_step(graphdef, make_optimizer(training), task.config, mesh)
     start = int(state.step)
-    log = CsvLog(folder / "log.csv", before_step=start)
-    validation_log = CsvLog(folder / "validation.csv", before_step=start + 1)
     validate_every = training.validate_every or -(-training.steps // 4)
     checkpoint_every = training.checkpoint_every or validate_every
-    pending: list[dict[str, Any]] = []
     bar = tqdm(range(start, training.steps), task.config.loss, training.steps, initial=start, unit="step")
-    for step in bar:
-        state, metrics = train_step(state, put_batch(next(batches), mesh))
-        pending.append({"step": step, **metrics})
-        done, last = step + 1, step + 1 == training.steps
-        checkpoint_due = done % checkpoint_every == 0 or last
-        if done % _FLUSH_EVERY == 0 or checkpoint_due:
-            _flush(pending, log, bar, folder)
-        # Before the checkpoint, so that a run resumed from it lacks no validation.
-        if task.splits.val and (done % validate_every == 0 or last):
-            predict = volume_predictor(graphdef, state, task.patch)
-            result = evaluate("validation", predict, task.dataset, task.splits.val)
-            validation_log.add([{"step": done, **mean_metrics(result)}])
-        if checkpoint_due:
-            checkpoints.save(state, batches.get_state())
+    with RunLog(folder, start) as log, stop_on_sigterm() as stop:
+        for step in bar:
+            batch = next(batches)
+            state, metrics = train_step(state, put_batch(batch, mesh))
+            log.pend({"step": step, **metrics}, [task.dataset.case_names[i] for i in batch["index"]])
+            done, last = step + 1, step + 1 == training.steps
+            checkpoint_due = done % checkpoint_every == 0 or last or stop.requested
+            if done % _FLUSH_EVERY == 0 or checkpoint_due:
+                bar.set_postfix(loss=f"{log.flush():.4f}")
+            # Before the checkpoint, so that a run resumed from it lacks no validation.
+            if task.splits.val and (done % validate_every == 0 or last):
+                result = evaluate(
+                    "validation", volume_predictor(graphdef, state, task.patch), task.dataset, task.splits.val
+                )
+                log.validation(done, mean_metrics(result), result)
+            if checkpoint_due:
+                checkpoints.save(state, batches.get_state())
+            if stop.requested and not last:
+                raise Stopped(f"Stopped after step {done} of {training.steps}; --resume goes on from there.")
     return state
-
-
-def _flush(pending: list[dict[str, Any]], log: CsvLog, bar: tqdm, folder: Path) -> None:
-    """Waits for the pending steps and logs them; stops the run if the loss is no longer a number."""
-    rows = jax.device_get(pending)
-    pending.clear()
-    log.add(rows)
-    bar.set_postfix(loss=f"{rows[-1]['loss']:.4f}")
-    bad = [row["step"] for row in rows if not np.isfinite(row["loss"])]
-    if bad:
-        raise InputError(
-            f"The loss is not finite from step {bad[0]} on: lower --learning-rate or set --clip-norm, and start "
-            f"again or --resume from the last checkpoint in {folder / 'checkpoints'}."
-        )
 
 
 def make_model(config: RunConfig, data: DataInfo) -> UNet:
@@ -144,10 +132,13 @@ def make_model(config: RunConfig, data: DataInfo) -> UNet:
     )
 
 
-def volume_predictor(graphdef: nnx.GraphDef, state: TrainState, patch: tuple[int, ...]) -> Predict:
-    """Class probabilities of an image under the weights of `state`."""
-    predict = patch_predictor(graphdef, state.params, state.rest)
-    return lambda image: predict_volume(predict, image, patch)
+def volume_predictor(graphdef: nnx.GraphDef, state: TrainState, patch: tuple[int, ...]) -> VolumePredictor:
+    """Prediction of whole volumes under the weights of `state`.
+
+    A volume is one device's work, so the copy of the weights on this process's first one is taken.
+    """
+    weights = jax.tree.map(lambda leaf: leaf.addressable_data(0), (state.params, state.rest))
+    return VolumePredictor(Network(graphdef), weights, patch)
 
 
 def mean_metrics(result: ModelResult) -> dict[str, float]:
@@ -156,8 +147,8 @@ def mean_metrics(result: ModelResult) -> dict[str, float]:
     return {name: float(values.mean()) if values.size else float("nan") for name, values in defined.items()}
 
 
-def load_run(folder: Path) -> tuple[RunConfig, DataInfo, Predict]:
-    """A run's configuration, what it knows of its data, and prediction under its newest weights.
+def load_run(folder: Path) -> tuple[RunConfig, DataInfo, VolumePredictor]:
+    """A run's configuration, what it knows of its data, and prediction of volumes under its newest weights.
 
     Raises:
         InputError: if the folder holds no run or no checkpoint.

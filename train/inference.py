@@ -1,93 +1,243 @@
-"""From a volume of any size to class probabilities: one patch, or a sliding window of patches."""
+"""Whole volumes through a network that sees patches, in one program on the device.
 
+A volume is padded to a canvas that volumes of similar size share, and seen through windows that overlap. Where
+they lie is data to the program, and so is the volume's size: a few compiled programs serve a data set of many
+sizes. What is to be known of the probabilities may be computed in the same program, so that they never leave
+the device.
+"""
+
+import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Float, Float32
+from jax import lax
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32, UInt8
 
 from train.data import crop_back, pad_to_hold
 
-PredictPatches = Callable[[np.ndarray], jax.Array]
+# (weights, patches [batch, *patch, channels]) -> probabilities [batch, *patch, classes], which sum to 1.
+Forward = Callable[[Any, Array], Array]
+# (probabilities [*canvas, classes], labels [*canvas], where [*canvas]) -> whatever is wanted of them. What `where`
+# leaves out is padding.
+Summary = Callable[[Array, Array, Array], Any]
 
 
-def patch_predictor(graphdef: nnx.GraphDef, params: Any, rest: Any) -> PredictPatches:
-    """Compiled function from patches `[batch, *patch, channels]` to probabilities `[batch, *patch, classes]`."""
-    forward = jax.jit(_probabilities, static_argnums=0)
-    return lambda images: forward(graphdef, params, rest, images)
+@dataclass(frozen=True)
+class Network:
+    """The `Forward` of a Flax model: softmax of its scores, dropout off; its weights are (params, rest).
+
+    Equal to another of the same model, so that compiled programs are found again.
+    """
+
+    graphdef: nnx.GraphDef
+
+    def __call__(
+        self, weights: Any, images: Float[Array, "batch *patch channels"]
+    ) -> Float[Array, "batch *patch classes"]:
+        model = nnx.merge(self.graphdef, *weights)
+        model.eval()
+        return jax.nn.softmax(model(images).astype(jnp.float32))
 
 
-def _probabilities(graphdef: nnx.GraphDef, params: Any, rest: Any, images: jax.Array) -> jax.Array:
-    model = nnx.merge(graphdef, params, rest)
-    model.eval()
-    return jax.nn.softmax(model(images).astype(jnp.float32))
-
-
-def predict_volume(
-    predict: PredictPatches,
-    image: Float32[np.ndarray, "*spatial channels"],
-    patch: Sequence[int],
-    *,
-    overlap: float = 0.5,
-    windows_per_batch: int = 4,
-) -> Float32[np.ndarray, "*spatial classes"]:
-    """Class probabilities of a whole volume.
+@dataclass(frozen=True)
+class VolumePredictor:
+    """A trained network on volumes of any size.
 
     A volume that fits into the patch is padded to it and seen at once. A larger one is seen through windows
     that overlap; their probabilities are averaged with Gaussian weights, which trust a window's centre more
     than its rim.
 
-    Args:
-        predict: patches to probabilities.
-        image: a volume of any size, as the network was trained on.
+    Attributes:
+        forward: patches to probabilities; hashable, since programs are kept by it.
+        weights: its first argument, any pytree of arrays.
         patch: window, in voxels.
         overlap: share of a window that the next one covers again, at least.
-        windows_per_batch: windows the network sees at a time.
-
-    Returns:
-        Probabilities on the grid of `image`; they sum to 1 over classes.
+        windows_per_batch: windows that the network sees at a time, at most.
     """
-    padded = pad_to_hold(image, patch)
-    corners = list(_window_corners(padded.shape[:-1], patch, overlap))
-    if len(corners) == 1:
-        return crop_back(np.asarray(predict(padded[None])[0]), image.shape[:-1])
+
+    forward: Forward
+    weights: Any
+    patch: tuple[int, ...]
+    overlap: float = 0.5
+    windows_per_batch: int = 4
+
+    def __call__(
+        self, image: Float32[np.ndarray, "*spatial channels"]
+    ) -> Float32[np.ndarray, "*spatial classes"]:
+        """Class probabilities on the grid of `image`, on the host; they sum to 1 over classes."""
+        plan = self._plan(image)
+        padded = pad_to_hold(image, plan.canvas)
+        probs = volume_probabilities(
+            self.weights, padded, plan.corners, plan.counted, forward=self.forward, patch=self.patch
+        )
+        return crop_back(np.asarray(probs), image.shape[:-1])
+
+    def summary(
+        self,
+        summary: Summary,
+        image: Float32[np.ndarray, "*spatial channels"],
+        label: UInt8[np.ndarray, "*spatial"],
+    ) -> Any:
+        """What `summary` says of the probabilities and labels; only that leaves the device, when it is read.
+
+        Args:
+            summary: pure function, hashable, since programs are kept by it.
+            image: a volume, as the network was trained on.
+            label: class ids on the same grid.
+        """
+        plan = self._plan(image)
+        return volume_summary(
+            self.weights,
+            pad_to_hold(image, plan.canvas),
+            pad_to_hold(label[..., None], plan.canvas)[..., 0],
+            np.array(label.shape, np.int32),
+            plan.corners,
+            plan.counted,
+            forward=self.forward,
+            patch=self.patch,
+            summary=summary,
+        )
+
+    def _plan(self, image: np.ndarray) -> "Plan":
+        return plan_windows(image.shape[:-1], self.patch, self.overlap, self.windows_per_batch)
+
+
+@functools.partial(jax.jit, static_argnames=("forward", "patch"))
+def volume_probabilities(
+    weights: Any,
+    image: Float[Array, "*canvas channels"],
+    corners: Int[Array, "groups windows axes"],
+    counted: Bool[Array, "groups windows"],
+    *,
+    forward: Forward,
+    patch: tuple[int, ...],
+) -> Float[Array, "*canvas classes"]:
+    """Class probabilities of a padded volume; zero where no window reaches."""
+    return _sliding_window(functools.partial(forward, weights), image, corners, counted, patch)
+
+
+@functools.partial(jax.jit, static_argnames=("forward", "patch", "summary"))
+def volume_summary(
+    weights: Any,
+    image: Float[Array, "*canvas channels"],
+    label: UInt8[Array, "*canvas"],
+    shape: Int32[Array, "axes"],
+    corners: Int[Array, "groups windows axes"],
+    counted: Bool[Array, "groups windows"],
+    *,
+    forward: Forward,
+    patch: tuple[int, ...],
+    summary: Summary,
+) -> Any:
+    """`summary` of a padded volume's probabilities; `shape` is the volume's without the padding."""
+    probs = _sliding_window(functools.partial(forward, weights), image, corners, counted, patch)
+    return summary(probs, label, _inside(shape, label.shape))
+
+
+class Plan(NamedTuple):
+    """Where the windows of a volume lie.
+
+    Attributes:
+        canvas: the size that the volume is padded to, centred.
+        corners: of the windows, on the canvas, in the groups that the network sees at a time.
+        counted: False for the windows that only fill up the last group.
+    """
+
+    canvas: tuple[int, ...]
+    corners: Int32[np.ndarray, "groups windows axes"]
+    counted: Bool[np.ndarray, "groups windows"]
+
+
+def plan_windows(shape: Sequence[int], patch: Sequence[int], overlap: float, windows_per_batch: int) -> Plan:
+    """Evenly spread windows that cover a volume, the first and last flush with its ends.
+
+    The canvas is the patch and a whole number of half strides. All volumes on it take equally many windows.
+
+    Example:
+        >>> plan = plan_windows((20, 5), (8, 8), 0.5, 4)
+        >>> plan.canvas, plan.corners.tolist()
+        ((20, 8), [[[0, 0], [4, 0], [8, 0], [12, 0]]])
+        >>> plan_windows((19, 8), (8, 8), 0.5, 4).canvas
+        (20, 8)
+    """
+    axes = [_plan_axis(length, size, overlap) for length, size in zip(shape, patch, strict=True)]
+    corners = list(itertools.product(*(starts for _, starts in axes)))
+    size = _group_size(len(corners), windows_per_batch)
+    filling = -len(corners) % size
+    grouped = np.array(corners + corners[-1:] * filling, np.int32).reshape(-1, size, len(axes))
+    counted = np.arange(grouped.size // len(axes)) < len(corners)
+    return Plan(tuple(padded for padded, _ in axes), grouped, counted.reshape(-1, size))
+
+
+def _plan_axis(length: int, size: int, overlap: float) -> tuple[int, list[int]]:
+    """Length of the canvas and corners of the windows along one axis."""
+    stride = max(int(size * (1 - overlap)), 1)
+    held = max(length, size)
+    room = held - size
+    padded = size + -(-_round_up(2 * room, stride) // 2)
+    starts = np.linspace(0, room, -(-room // stride) + 1).round().astype(int)
+    # `pad_to_hold` centres the volume.
+    return padded, (starts + (padded - held) // 2).tolist()
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def _group_size(count: int, most: int) -> int:
+    """Of the group sizes from half of `most` up, the one that leaves the fewest places to be filled up."""
+    most = min(most, count)
+    return min(range(-(-most // 2), most + 1), key=lambda size: (-count % size, -size))
+
+
+def _sliding_window(
+    forward: Callable[[Array], Array], image: Array, corners: Array, counted: Array, patch: tuple[int, ...]
+) -> Array:
+    """Probabilities of the windows, averaged with Gaussian weights."""
+    if corners.shape[:2] == (1, 1):
+        return forward(image[None])[0]
     weight = _gaussian_window(patch)
-    total, norm = None, np.zeros((*padded.shape[:-1], 1), np.float32)
-    for group in _groups(corners, windows_per_batch):
-        windows = [tuple(slice(c, c + p) for c, p in zip(corner, patch, strict=True)) for corner in group]
-        # The last group is filled up with copies, so that one program serves all.
-        filled = windows + windows[-1:] * (windows_per_batch - len(windows))
-        probs = np.asarray(predict(np.stack([padded[window] for window in filled])))
-        total = np.zeros((*padded.shape[:-1], probs.shape[-1]), np.float32) if total is None else total
-        for window, window_probs in zip(windows, probs, strict=False):
-            total[window] += weight * window_probs
-            norm[window] += weight
-    assert total is not None
-    return crop_back(total / norm, image.shape[:-1])
+
+    def cut(array: Array, corner: Array) -> Array:
+        return lax.dynamic_slice(array, (*corner, 0), (*patch, array.shape[-1]))
+
+    # Slices one by one: a batch of them would be a gather, and a scatter on the way back.
+    def add_group(total: Array, group: tuple[Array, Array]) -> tuple[Array, None]:
+        probs = forward(jnp.stack([cut(image, corner) for corner in group[0]]))
+        for window, corner, counts in zip(probs, *group, strict=True):
+            added = cut(total, corner) + jnp.where(counts, weight, 0) * window
+            total = lax.dynamic_update_slice(total, added, (*corner, 0))
+        return total, None
+
+    one = jax.ShapeDtypeStruct((1, *patch, image.shape[-1]), image.dtype)
+    zeros = jnp.zeros((*image.shape[:-1], jax.eval_shape(forward, one).shape[-1]), jnp.float32)
+    total, _ = lax.scan(add_group, zeros, (corners, counted))
+    # Each window's probabilities sum to 1, so their weighted sum over classes is the sum of weights.
+    norm = total.sum(-1, keepdims=True)
+    return total / jnp.where(norm == 0, 1, norm)
 
 
-def _window_corners(shape: Sequence[int], patch: Sequence[int], overlap: float) -> Iterator[tuple[int, ...]]:
-    """Corners of evenly spread windows that cover the volume, the last ones flush with its end."""
-    axes = []
-    for length, size in zip(shape, patch, strict=True):
-        room, most = length - size, max(int(size * (1 - overlap)), 1)
-        axes.append(np.linspace(0, room, -(-room // most) + 1).round().astype(int).tolist())
-    return itertools.product(*axes)
-
-
-def _gaussian_window(patch: Sequence[int]) -> Float[np.ndarray, "*patch one"]:
+def _gaussian_window(patch: Sequence[int]) -> Float[Array, "*patch one"]:
     """exp(-r^2 / 2) with a standard deviation of an eighth of each side, and never zero."""
-    weight = np.ones((1,) * len(patch))
+    weight = jnp.ones((1,) * (len(patch) + 1), jnp.float32)
     for axis, size in enumerate(patch):
         offset = (np.arange(size) - (size - 1) / 2) / (size / 8)
-        shape = [-1 if i == axis else 1 for i in range(len(patch))]
-        weight = weight * np.exp(-(offset**2) / 2).reshape(shape)
-    return np.maximum(weight, 1e-3).astype(np.float32)[..., None]
+        profile = jnp.asarray(np.exp(-(offset**2) / 2), jnp.float32)
+        weight = weight * jnp.expand_dims(profile, [i for i in range(len(patch) + 1) if i != axis])
+    return jnp.maximum(weight, 1e-3)
 
 
-def _groups(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    return (items[start : start + size] for start in range(0, len(items), size))
+def _inside(shape: Int[Array, "axes"], canvas: tuple[int, ...]) -> Bool[Array, "*canvas"]:
+    """Where on the canvas the volume lies that was centred on it."""
+    inside = jnp.ones(canvas, bool)
+    for axis, (size, padded) in enumerate(zip(shape, canvas, strict=True)):
+        place = lax.broadcasted_iota(jnp.int32, canvas, axis)
+        start = (padded - size) // 2
+        inside &= (place >= start) & (place < start + size)
+    return inside

@@ -1,7 +1,9 @@
 """The folder of a run: what is in it, and who may write to it."""
 
 import json
+import signal
 import sys
+import threading
 import time
 from importlib import metadata
 from pathlib import Path
@@ -41,6 +43,28 @@ def open_run(folder: Path, config: Any, *, resume: bool, **more: Any) -> None:
         raise InputError(
             f"Output folder {folder} cannot be written ({error.strerror}): choose another."
         ) from error
+
+
+class stop_on_sigterm:
+    """While in this context, SIGTERM (as a scheduler sends before it takes the machine) only sets `requested`.
+
+    Outside the main thread, where Python lets no one handle signals, it changes nothing.
+    """
+
+    requested = False
+
+    def __enter__(self) -> "stop_on_sigterm":
+        self._main = threading.current_thread() is threading.main_thread()
+        if self._main:
+            self._before = signal.signal(signal.SIGTERM, self._request)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._main:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _request(self, *_: object) -> None:
+        self.requested = True
 
 
 def command() -> str:

@@ -1,0 +1,131 @@
+"""How the cost of mL1-ACE per voxel and class grows with voxels, bins and classes, beside MONAI's."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from benchmarks import loss, timing
+
+TARGET = 1.3
+"""What the cost may grow by along an axis."""
+REFERENCE = "monai"
+# Small inputs are computed several times in a sample, or it would be the wake-up of threads that is measured.
+_LEAST_ELEMENTS = 4_000_000
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """Time of mL1-ACE forward and backward per voxel and class against voxels, bins and classes, beside MONAI's.
+
+    Growth is the largest rise of that cost from one point of an axis to any later one.
+    """
+
+    voxels: tuple[int, ...] = (100_000, 300_000, 1_000_000, 3_000_000, 10_000_000, 30_000_000)
+    """Voxels of the image, rounded to a cube."""
+    bins: tuple[int, ...] = (5, 10, 20, 50, 100, 200)
+    """Bins."""
+    classes: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    """Classes."""
+    fixed_voxels: int = 1_000_000
+    """Voxels where bins or classes vary."""
+    fixed_bins: int = 20
+    """Bins where voxels or classes vary."""
+    fixed_classes: int = 4
+    """Classes where voxels or bins vary."""
+    rounds: int = 7
+    """Timed rounds; each calls both programs."""
+    warmup: int = 1
+    """Rounds before these."""
+    out: Path = Path("benchmarks/results/scaling.json")
+    """Where the results go, as JSON; the plot goes beside it, as PNG."""
+
+    def run(self) -> None:
+        from benchmarks import plots, reference
+
+        reference.use_all_cores()
+        fixed = {"voxels": self.fixed_voxels, "bins": self.fixed_bins, "classes": self.fixed_classes}
+        axes = {
+            axis: [self._measure(axis, **fixed | {axis: value}) for value in getattr(self, axis)]
+            for axis in fixed
+        }
+        growths = {
+            axis: {who: growth([point["cost"][who]["median"] for point in points]) for who in _WHO}
+            for axis, points in axes.items()
+        }
+        self._report(axes, growths, fixed, plots)
+
+    def _report(
+        self, axes: Mapping[str, Any], growths: Mapping[str, Any], fixed: Mapping[str, int], plots: Any
+    ) -> None:
+        print(timing.format_table([_row(axis, point) for axis, points in axes.items() for point in points]))
+        for axis, values in growths.items():
+            figures = ", ".join(f"{who} {value:.2f}" for who, value in values.items())
+            print(f"cost per voxel and class grows with {axis} by at most: {figures} (target {TARGET})")
+        timing.write_results(
+            self.out,
+            {"unit": "s per voxel and class", "target": TARGET, "fixed": fixed, "growth": growths, **axes},
+        )
+        print(f"written to {self.out} and {plots.save(plots.scaling(axes, growths), self.out)}")
+
+    def _measure(self, axis: str, *, voxels: int, bins: int, classes: int) -> dict[str, Any]:
+        side = round(voxels ** (1 / 3))
+        programs, errors = _checked_programs((1, classes, side, side, side), bins)
+        elements = classes * side**3
+        repeats = math.ceil(_LEAST_ELEMENTS / elements)
+        samples = timing.interleaved(
+            {who: _repeated(program, repeats) for who, program in programs.items()},
+            warmup=self.warmup,
+            rounds=self.rounds,
+            title=f"{side**3} voxels, {bins} bins, {classes} classes",
+        )
+        seconds = {who: [s / repeats for s in values] for who, values in samples.items()}
+        costs = {who: timing.spread([s / elements for s in values]) for who, values in seconds.items()}
+        return {
+            axis: side**3 if axis == "voxels" else {"bins": bins, "classes": classes}[axis],
+            "cost": costs,
+            "ratio": timing.ratio_spread(seconds, *_WHO),
+            "loss_error": errors,
+            "seconds": seconds,
+        }
+
+
+_WHO = (loss.OURS, REFERENCE)
+
+
+def growth(costs: Sequence[float]) -> float:
+    """Largest rise from a cost to a later one; 1 or less where none rises."""
+    return max((after / before for before, after in combinations(costs, 2)), default=1.0)
+
+
+def _checked_programs(
+    shape: tuple[int, ...], num_bins: int
+) -> tuple[dict[str, loss.Program], dict[str, float]]:
+    """Both programs, which give the same numbers. Voxels are spread over the bins: float32 counters hold them."""
+    from benchmarks import reference
+
+    data = loss.make_data(shape, "uniform")
+    theirs = reference.ace_program(reference.ACE_LOSSES[REFERENCE], reference.ace_inputs(*data), num_bins)
+    programs = {loss.OURS: loss.our_program(data, num_bins), REFERENCE: theirs}
+    return programs, loss.check_agreement(programs, loss.exact_loss(data, num_bins))
+
+
+def _repeated(program: Callable[[], Any], times: int) -> Callable[[], None]:
+    def run() -> None:
+        for _ in range(times):
+            program()
+
+    return run
+
+
+def _row(axis: str, point: Mapping[str, Any]) -> dict[str, str]:
+    cost, ratio = point["cost"], point["ratio"]
+    return {
+        "": f"{point[axis]} {axis}",
+        **{f"{who} ns": f"{1e9 * cost[who]['median']:.2f}" for who in _WHO},
+        f"/ {REFERENCE}": f"{ratio['median']:.2f}",
+        "q1": f"{ratio['q1']:.2f}",
+        "q3": f"{ratio['q3']:.2f}",
+    }
