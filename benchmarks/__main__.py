@@ -21,9 +21,10 @@ from benchmarks.memory import Memory
 from benchmarks.scaling import Scaling
 from benchmarks.step import Step
 
-BENCHMARKS: dict[str, Any] = {"loss": Loss, "step": Step, "memory": Memory, "scaling": Scaling}
+BENCHMARKS: dict[str, Any] = {"loss": Loss, "step": Step}
 if importlib.util.find_spec("benchmarks.inference"):
     BENCHMARKS["inference"] = importlib.import_module("benchmarks.inference").Inference
+BENCHMARKS |= {"memory": Memory, "scaling": Scaling}
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ TARGET = 1.0
 """Bytes beyond inputs and gradient over bytes of the probabilities, at most, on a CPU."""
 COMPILED = f"{loss.OURS} (compiler's plan)"
 _TINY = "1x4x8x8x8"
+_M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,7 @@ class Memory:
         programs = loss.ace_programs(data, reference.ace_inputs(*data), self.num_bins)
         errors = loss.check_agreement(programs, loss.exact_loss(data, self.num_bins))
         print(f"{self.shape} {self.kind}: same loss and gradient", flush=True)
-        used = self._peaks(data, list(programs))
-        used[COMPILED] = [planned_bytes(data, self.num_bins)]
+        used = {COMPILED: [planned_bytes(data, self.num_bins)], **self._peaks(data, list(programs))}
         self._report(used, errors, data.probs.nbytes, plots)
 
     def _peaks(self, data: loss.Data, names: list[str]) -> dict[str, list[int]]:
@@ -86,11 +86,11 @@ class Memory:
         return {
             "": name,
             "MB": f"{medians[name] / 1e6:.1f}",
-            "of probs": f"{share['median']:.2f}",
-            "min": f"{share['min']:.2f}",
-            "max": f"{share['max']:.2f}",
+            "of probs": f"{share['median']:.3f}",
+            "min": f"{share['min']:.3f}",
+            "max": f"{share['max']:.3f}",
             **{
-                f"/ {other}": f"{medians[name] / medians[other]:.2f}" if ours else "-" for other in references
+                f"/ {other}": f"{medians[name] / medians[other]:.3f}" if ours else "-" for other in references
             },
         }
 
@@ -105,15 +105,22 @@ def extra_bytes(name: str, folder: str, num_bins: int) -> int:
     """Peak of this process while it computes loss and gradient, less what it held before and less the gradient.
 
     Call it in a fresh process: memory that was freed but not handed back would hide what the program takes. Good
-    to a few MB.
+    to about 1 MB.
     """
     data = loss.Data(*(np.load(Path(folder) / f"{field}.npy") for field in loss.Data._fields))
+    _hand_back_freed_memory()
     # Libraries and thread pools are set up before, on data of another size.
     _program(name, loss.make_data(loss.parse_shape(_TINY), "uniform"), num_bins)()
     program = _program(name, data, num_bins)
     before = _reset_peak()
     program()
     return _status("VmHWM") - before - data.probs.nbytes
+
+
+def _hand_back_freed_memory() -> None:
+    """Whatever is over 1 MiB goes back when freed: what glibc keeps for later differs from run to run by 100 MB."""
+    with suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def _program(name: str, data: loss.Data, num_bins: int) -> loss.Program:
@@ -131,8 +138,6 @@ def _program(name: str, data: loss.Data, num_bins: int) -> loss.Program:
 def _reset_peak() -> int:
     """Sets the peak to what is held now, where the kernel lets us, and returns that."""
     gc.collect()
-    with suppress(AttributeError):  # glibc alone has it
-        ctypes.CDLL(None).malloc_trim(0)
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     return _status("VmHWM")

@@ -14,7 +14,6 @@ _STYLE: Final[dict[Any, Any]] = {"font.size": 9, "axes.titlesize": 10, "figure.f
 _OURS: Final = MODEL_COLORS[1]
 _REFERENCE: Final = MODEL_COLORS[0]
 _FLOOR: Final = "#B8C2CC"
-_AXIS_NAMES: Final = {"voxels": "voxels", "bins": "bins", "classes": "classes"}
 
 
 def save(figure: Figure, results: Path) -> Path:
@@ -70,7 +69,7 @@ def loss(cases: Sequence[Mapping[str, Any]]) -> Figure:
                 name: {key: 1000 * value for key, value in figures.items()}
                 for name, figures in case["summary"].items()
             }
-            _bars(ax, summary, ".3g")
+            _bars(ax, summary)
             ax.set(title=f"mL1-ACE and gradient, {case['shape']}, {case['kind']}", xlabel="ms")
     return figure
 
@@ -80,25 +79,24 @@ def memory(share: Mapping[str, Mapping[str, float]], target: float) -> Figure:
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(7, 2.6), layout="constrained")
         ax = figure.subplots()
-        _bars(ax, share, ".2f")
+        _bars(ax, share)
         ax.axvline(target, color=INK, linewidth=0.8, linestyle="--")
         ax.set(
-            title="Memory of mL1-ACE and gradient beyond both ends",
+            title="Memory of mL1-ACE and gradient beyond inputs and gradient",
             xlabel="bytes / bytes of the probabilities",
         )
     return figure
 
 
-def _bars(ax: Axes, spreads: Mapping[str, Mapping[str, float]], form: str) -> None:
+def _bars(ax: Axes, spreads: Mapping[str, Mapping[str, float]]) -> None:
     """A bar for each name, the first on top: ours, references and floors in colours of their own."""
     for row, (name, figures) in enumerate(spreads.items()):
         color = _OURS if name.startswith("calib_jax") else _FLOOR if name.startswith("copy") else _REFERENCE
         ax.barh(row, figures["median"], color=color)
         ax.hlines(row, figures["q1"], figures["q3"], color=INK, linewidth=1.2)
+        value = f"{figures['median']:{',.0f' if figures['median'] >= 100 else '.2g'}}"
         end = max(figures["median"], figures["q3"])
-        ax.annotate(
-            f"{figures['median']:{form}}", (end, row), (4, 0), textcoords="offset points", va="center"
-        )
+        ax.annotate(value, (end, row), (4, 0), textcoords="offset points", va="center")
     ax.set_yticks(range(len(spreads)), list(spreads))
     ax.invert_yaxis()
     ax.margins(x=0.15)

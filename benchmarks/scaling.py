@@ -12,8 +12,6 @@ from benchmarks import loss, timing
 TARGET = 1.3
 """What the cost may grow by along an axis."""
 REFERENCE = "monai"
-# Small inputs are computed several times in a sample, or it would be the wake-up of threads that is measured.
-_LEAST_ELEMENTS = 4_000_000
 
 
 @dataclass(frozen=True)
@@ -35,6 +33,9 @@ class Scaling:
     """Bins where voxels or classes vary."""
     fixed_classes: int = 4
     """Classes where voxels or bins vary."""
+    least: int = 4_000_000
+    """Voxels times classes in a sample: smaller inputs are computed several times in it, or it would be the
+    wake-up of threads that is measured."""
     rounds: int = 7
     """Timed rounds; each calls both programs."""
     warmup: int = 1
@@ -74,7 +75,7 @@ class Scaling:
         side = round(voxels ** (1 / 3))
         programs, errors = _checked_programs((1, classes, side, side, side), bins)
         elements = classes * side**3
-        repeats = math.ceil(_LEAST_ELEMENTS / elements)
+        repeats = math.ceil(self.least / elements)
         samples = timing.interleaved(
             {who: _repeated(program, repeats) for who, program in programs.items()},
             warmup=self.warmup,

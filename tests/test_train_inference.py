@@ -13,7 +13,7 @@ from jax import export
 
 import calib_jax
 from train.data import PhantomDataset, crop_back, pad_to_hold
-from train.evaluate import CaseStatistics, case_statistics, evaluate
+from train.evaluate import CaseStatistics, SumsOfClasses, case_statistics, evaluate
 from train.fit import volume_predictor
 from train.inference import VolumePredictor, plan_windows, volume_summary
 from train.models import UNet
@@ -172,9 +172,8 @@ def test_regions_are_sums_of_classes(dense: bool) -> None:
     """As BraTS has them; the first is made of two classes, the second of one."""
 
     def regions(probs: jax.Array, label: jax.Array) -> tuple[jax.Array, jax.Array]:
-        both = jnp.stack([label >= 1, label == 2], -1).astype(jnp.uint8)
         if dense:
-            return jnp.stack([probs[..., 1] + probs[..., 2], probs[..., 2]], -1), both
+            return SumsOfClasses(((1, 2), (2,)))(probs, label)
         return (probs[..., 1] + probs[..., 2])[..., None], jnp.where(label >= 1, 0, -1)
 
     image, label = volume((12, 9)), labels((12, 9))
@@ -193,17 +192,19 @@ def test_regions_are_sums_of_classes(dense: bool) -> None:
 
 
 def test_evaluation_of_a_data_set_by_regions() -> None:
-    def lesion(probs: jax.Array, label: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return probs[..., 1:].sum(-1, keepdims=True), jnp.minimum(label, 1) - 1
+    class WithRegions(PhantomDataset):
+        regions = {"organ": (1, 2, 3), "inside": (2, 3)}  # noqa: RUF012
 
-    dataset = PhantomDataset(spatial_shape=(24, 24), num_cases=3)
+    dataset = WithRegions(spatial_shape=(24, 24), num_cases=3)
     predict = VolumePredictor(voxelwise, 1.0, (16, 16))
     cases = dataset.case_names[::2]
-    result = evaluate("voxelwise", predict, dataset, cases, regions=lesion, region_names=["lesion"])
-    assert result.stats.count.shape == (2, 1, 20)
+    result = evaluate("voxelwise", predict, dataset, cases)
+    assert result.class_names == ("organ", "inside")
+    assert result.stats.count.shape == (2, 2, 20)
     np.testing.assert_array_equal(result.stats.count.sum(-1), 24 * 24)
     np.testing.assert_array_equal(
-        result.stats.label_sum.sum((1, 2)), [(dataset.load(i).label > 0).sum() for i in (0, 2)]
+        result.stats.label_sum.sum(2),
+        [[(dataset.load(i).label > inner).sum() for inner in (0, 1)] for i in (0, 2)],
     )
 
 

@@ -33,6 +33,31 @@ def foreground(
 
 
 @dataclass(frozen=True)
+class SumsOfClasses:
+    """Regions that are made of classes and may overlap, as those of BraTS do.
+
+    Attributes:
+        groups: class ids of each region.
+    """
+
+    groups: tuple[tuple[int, ...], ...]
+
+    def __call__(
+        self, probs: Float[Array, "*voxels classes"], label: Int[Array, "*voxels"]
+    ) -> tuple[Float[Array, "*voxels regions"], UInt8[Array, "*voxels regions"]]:
+        sums = [probs[..., list(ids)].sum(-1) for ids in self.groups]
+        members = [jnp.isin(label, jnp.array(ids, label.dtype)) for ids in self.groups]
+        return jnp.stack(sums, -1), jnp.stack(members, -1).astype(jnp.uint8)
+
+
+def regions_of(dataset: Dataset) -> tuple[Regions, tuple[str, ...]]:
+    """What is reported of a data set, and its names: regions or, without any, the foreground classes."""
+    if not dataset.regions:
+        return foreground, dataset.class_names[1:]
+    return SumsOfClasses(tuple(dataset.regions.values())), tuple(dataset.regions)
+
+
+@dataclass(frozen=True)
 class CaseStatistics:
     """Bin statistics and Dice of each region of a case, as a `train.inference.Summary`.
 
@@ -71,39 +96,23 @@ _statistics = jax.jit(
 )
 
 
-def evaluate(
-    name: str,
-    predict: VolumePredictor,
-    dataset: Dataset,
-    case_names: Sequence[str],
-    *,
-    regions: Regions = foreground,
-    region_names: Sequence[str] | None = None,
-) -> ModelResult:
-    """Statistics and Dice of whole volumes, 20 bins, per case and foreground class (or region).
+def evaluate(name: str, predict: VolumePredictor, dataset: Dataset, case_names: Sequence[str]) -> ModelResult:
+    """Statistics and Dice of whole volumes, 20 bins, per case and foreground class, or region where there are any.
 
     Args:
         name: how the model is called in tables.
         predict: the model.
         dataset: where the cases come from.
         case_names: the cases to evaluate.
-        regions: what is reported, if not the foreground classes.
-        region_names: what its regions are called; None for the names of the foreground classes.
     """
-    names = dataset.class_names[1:] if region_names is None else tuple(region_names)
+    regions, names = regions_of(dataset)
     summary = CaseStatistics(regions)
     return _collect(
         name, lambda case: predict.summary(summary, case.image, case.label), dataset, case_names, names
     )
 
 
-def evaluate_posterior(
-    dataset: Dataset,
-    case_names: Sequence[str],
-    *,
-    regions: Regions = foreground,
-    region_names: Sequence[str] | None = None,
-) -> ModelResult | None:
+def evaluate_posterior(dataset: Dataset, case_names: Sequence[str]) -> ModelResult | None:
     """The same for the probabilities that the labels were drawn from, where the data set knows them.
 
     No network can be calibrated better on these cases but by chance: what error is left comes from the
@@ -111,7 +120,7 @@ def evaluate_posterior(
     """
     if dataset.load(0).posterior is None:
         return None
-    names = dataset.class_names[1:] if region_names is None else tuple(region_names)
+    regions, names = regions_of(dataset)
     return _collect(
         "true posterior",
         lambda case: case_statistics(np.asarray(case.posterior), case.label, regions=regions),
