@@ -22,7 +22,11 @@ SECTIONS = {
 
 def page() -> str:
     """The page: one section for each module, one entry for each public name."""
-    parts = ["# API of calib_jax", "", "Made from the docstrings by `docs/make_api.py`. Arrays are batch first and channel last."]
+    parts = [
+        "# API of calib_jax",
+        "",
+        "Made from the docstrings by `docs/make_api.py`. Arrays are batch first and channel last.",
+    ]
     for title, module in SECTIONS.items():
         names = [name for name in calib_jax.__all__ if _module(name) == f"calib_jax.{module}"]
         parts += ["", f"## {title}", *(line for name in names for line in _entry(name))]
