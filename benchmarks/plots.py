@@ -82,7 +82,7 @@ def memory(share: Mapping[str, Mapping[str, float]], target: float) -> Figure:
         _bars(ax, share)
         ax.axvline(target, color=INK, linewidth=0.8, linestyle="--")
         ax.set(
-            title="Memory of mL1-ACE and gradient beyond inputs and gradient",
+            title="Memory of mL1-ACE beyond inputs and gradient",
             xlabel="bytes / bytes of the probabilities",
         )
     return figure
@@ -94,7 +94,7 @@ def _bars(ax: Axes, spreads: Mapping[str, Mapping[str, float]]) -> None:
         color = _OURS if name.startswith("calib_jax") else _FLOOR if name.startswith("copy") else _REFERENCE
         ax.barh(row, figures["median"], color=color)
         ax.hlines(row, figures["q1"], figures["q3"], color=INK, linewidth=1.2)
-        value = f"{figures['median']:{',.0f' if figures['median'] >= 100 else '.2g'}}"
+        value = f"{figures['median']:{',.0f' if figures['median'] >= 100 else '.3g'}}"
         end = max(figures["median"], figures["q3"])
         ax.annotate(value, (end, row), (4, 0), textcoords="offset points", va="center")
     ax.set_yticks(range(len(spreads)), list(spreads))
