@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 BinIndex = Callable[[Array], Array]
 Place = Callable[[Array], tuple[Array, Array]]
-Method = Literal["auto", "segment_sum", "scatter", "masked"]
+Method = Literal["auto", "segment_sum", "scatter", "flat_scatter", "masked"]
 Sums = tuple[
     Num[Array, "batch classes bins"], Float[Array, "batch classes bins"], Float[Array, "batch classes bins"]
 ]
@@ -117,11 +117,20 @@ def _sums(block_sum: BlockSum, probs: Array, labels: Array, where: Array | None,
     paths = {
         "segment_sum": path(_a_few_at_a_time, _by_segment_sum),
         "scatter": path(_a_few_at_a_time, _by_scatter),
+        "flat_scatter": path(_a_few_at_a_time, functools.partial(_by_scatter, flat=True)),
         "masked": path(_all_at_once, _by_masked_sum),
     }
     if method != "auto":
         return paths[method](probs, labels, where)
-    return lax.platform_dependent(probs, labels, where, cpu=paths["scatter"], default=paths["masked"])
+    on_cpu = paths["flat_scatter" if _on_one_device() else "scatter"]
+    return lax.platform_dependent(probs, labels, where, cpu=on_cpu, default=paths["masked"])
+
+
+def _on_one_device() -> bool:
+    """Whether no axis of what is traced can be split over devices: there is one, or `shard_map` did it already."""
+    mesh = jax.sharding.get_abstract_mesh()
+    manual = bool(mesh.axis_names) and set(mesh.manual_axes) == set(mesh.axis_names)
+    return manual or jax.device_count() == jax.device_count("cpu") == 1
 
 
 def _a_few_at_a_time(
@@ -251,26 +260,30 @@ def _by_segment_sum(bins: Bins, columns: Columns, num_bins: int) -> BlockSums:
     return tuple(add(column, bins) for column in columns)
 
 
-def _by_scatter(bins: Bins, columns: Columns, num_bins: int) -> BlockSums:
+def _by_scatter(bins: Bins, columns: Columns, num_bins: int, *, flat: bool = False) -> BlockSums:
     """Two columns as one complex number, because a scatter-add on CPU is a loop over updates.
 
-    Neighbours go to different accumulators ("lanes"), so that no addition waits for the one before.
+    Neighbours go to different accumulators ("lanes"), so that no addition waits for the one before. A batch axis
+    in the scatter keeps a batch that is split over devices where it is, at the price of wider indices; `flat`
+    makes one long row of all images, for when they are on one device anyway.
     """
     batch, blocks, size, classes = bins.shape
-    shape = (blocks, _lanes(size), classes, num_bins)
-    block, voxel, label = np.ogrid[:blocks, :size, :classes]  # whose accumulators begin at `first`
-    first = ((block * shape[1] + voxel % shape[1]) * classes + label) * num_bins
-    place = (bins + jnp.asarray(first[None], jnp.int32)).reshape(batch, -1)
+    shape = (batch, blocks, _lanes(size), classes, num_bins)
+    flat = flat and np.prod(shape) < 2**31
+    image, block, voxel, label = np.ogrid[: batch if flat else 1, :blocks, :size, :classes]
+    # Whose accumulators begin at `first`.
+    first = (((image * blocks + block) * shape[2] + voxel % shape[2]) * classes + label) * num_bins
+    rows = 1 if flat else batch
+    place = (bins + jnp.asarray(first, jnp.int32)).reshape(rows, -1)
 
-    def one_image(i: Array, x: Array) -> Array:
-        zeros = jnp.zeros(np.prod(shape), x.dtype)
+    def one_row(i: Array, x: Array) -> Array:
+        zeros = jnp.zeros(np.prod(shape) // rows, x.dtype)
         return zeros.at[i].add(x, mode="promise_in_bounds", wrap_negative_indices=False)
 
     def add(column: Array) -> Array:
-        images = column.reshape(batch, -1)
-        # A batch axis in the scatter keeps a sharded batch where it is, at the price of wider indices.
-        sums = one_image(place[0], images[0]) if batch == 1 else jax.vmap(one_image)(place, images)
-        return _sum_pairwise(sums.reshape(batch, *shape))
+        values = column.reshape(rows, -1)
+        sums = one_row(place[0], values[0]) if rows == 1 else jax.vmap(one_row)(place, values)
+        return _sum_pairwise(sums.reshape(shape))
 
     both = add(lax.complex(columns[0], columns[1]))
     return (both.real, both.imag, *(add(column) for column in columns[2:]))

@@ -13,8 +13,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from calib_jax import _segment_reduce as segment_reduce
 from calib_jax.binning import bin_index
 
-METHODS = ["segment_sum", "scatter", "masked"]
-EXACT = ["auto", "scatter", "masked"]  # the definition adds in order and drifts
+METHODS = ["segment_sum", "scatter", "flat_scatter", "masked"]
+EXACT = ["auto", "scatter", "flat_scatter", "masked"]  # the definition adds in order and drifts
 
 
 def _index(num_bins):
