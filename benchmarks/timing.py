@@ -14,8 +14,6 @@ from typing import Any
 from tqdm import tqdm
 
 _PACKAGES = ("calib_jax", "jax", "jaxlib", "flax", "optax", "torch", "monai", "numpy")
-# PyTorch's threads spin for a while after their work; whoever comes next should not pay for it.
-_REST_SECONDS = 0.05
 
 
 def interleaved(
@@ -23,8 +21,12 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Seconds of each call. A program returns when its work is done.
 
+    In its turn each program is called twice and the second call is timed, as one step of many is in training: the
+    first wakes the cores, fills the caches and outlasts the threads of the program before, which spin for a
+    while after their work.
+
     Args:
-        programs: by name; each round calls every one of them once, in this order.
+        programs: by name; each round takes every one of them once, in this order.
         warmup: rounds that are not counted (compilation, caches).
         rounds: rounds that are.
         title: what the progress bar is called.
@@ -32,7 +34,7 @@ def interleaved(
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     for i in tqdm(range(warmup + rounds), title):
         for name, program in programs.items():
-            time.sleep(_REST_SECONDS)
+            program()
             start = time.perf_counter()
             program()
             if i >= warmup:

@@ -25,7 +25,7 @@ from calib_jax.errors import (
     maximum_calibration_error,
     top_label_statistics,
 )
-from calib_jax.losses import mL1_ace, mL1_ece, mL1_mce, segmentation_loss
+from calib_jax.losses import mL1_ace, mL1_ece, mL1_mce, segmentation_loss, segmentation_loss_parts
 from calib_jax.metrics import brier_score, dice_score, negative_log_likelihood
 from calib_jax.reliability import ReliabilityCurve, reliability_band, reliability_curve, reliability_histogram
 from calib_jax.scaling import (
@@ -70,6 +70,7 @@ __all__ = [
     "reliability_curve",
     "reliability_histogram",
     "segmentation_loss",
+    "segmentation_loss_parts",
     "spatially_varying_label_smoothing_loss",
     "top_label_statistics",
 ]

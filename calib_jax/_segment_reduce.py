@@ -6,6 +6,7 @@ stops at 2^24 and a running sum of equal numbers drifts long before that.
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -31,7 +32,8 @@ Pair = tuple[Array, Array]  # a sum as float32, and what did not fit into it
 _BLOCK = 1792  # voxels in a block
 _RUN = 56  # numbers that one accumulator of a block takes in turn: equal ones drift by up to 9e-7
 _TALLY = 4096  # above _BLOCK: a voxel counts 1, one of the class 4096 more, so one exact float32 holds both
-_GROUP = 8  # blocks that the loop takes at a time, enough to share among threads ...
+_GROUP = 16  # blocks that the loop takes at a time, enough to share among threads ...
+_SCATTERS = 8  # scatters that they are shared out to: one is one thread's work, several go on side by side
 _ACCUMULATORS = 1 << 17  # ... unless so many bins, classes and images leave the cache (1 MiB at 8 bytes each)
 
 
@@ -116,8 +118,8 @@ def _sums(block_sum: BlockSum, probs: Array, labels: Array, where: Array | None,
 
     paths = {
         "segment_sum": path(_a_few_at_a_time, _by_segment_sum),
-        "scatter": path(_a_few_at_a_time, _by_scatter),
-        "flat_scatter": path(_a_few_at_a_time, functools.partial(_by_scatter, flat=True)),
+        "scatter": path(_a_few_at_a_time, _by_scatters),
+        "flat_scatter": path(_a_few_at_a_time, functools.partial(_by_scatters, flat=True)),
         "masked": path(_all_at_once, _by_masked_sum),
     }
     if method != "auto":
@@ -260,7 +262,19 @@ def _by_segment_sum(bins: Bins, columns: Columns, num_bins: int) -> BlockSums:
     return tuple(add(column, bins) for column in columns)
 
 
-def _by_scatter(bins: Bins, columns: Columns, num_bins: int, *, flat: bool = False) -> BlockSums:
+def _by_scatters(bins: Bins, columns: Columns, num_bins: int, *, flat: bool = False) -> BlockSums:
+    """Several scatters over a few blocks each."""
+    blocks = bins.shape[1]
+    parts = min(blocks, _SCATTERS)
+    ends = [blocks * i // parts for i in range(parts + 1)]
+    sums = [
+        _by_scatter(bins[:, a:b], tuple(column[:, a:b] for column in columns), num_bins, flat=flat)
+        for a, b in itertools.pairwise(ends)
+    ]
+    return tuple(jnp.concatenate(part, axis=1) for part in zip(*sums, strict=True))
+
+
+def _by_scatter(bins: Bins, columns: Columns, num_bins: int, *, flat: bool) -> BlockSums:
     """Two columns as one complex number, because a scatter-add on CPU is a loop over updates.
 
     Neighbours go to different accumulators ("lanes"), so that no addition waits for the one before. A batch axis

@@ -1,14 +1,14 @@
 """Calibration errors as training losses (mL1-ACE and its siblings), and one weighted segmentation loss."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Bool, Float
 
 from calib_jax._checks import AnyArray, Labels, Mask, Probs, as_inputs, check_choice
+from calib_jax._softmax import softmax, voxel_sums
 from calib_jax._voxels import voxel_cross_entropy, voxel_inputs, voxel_mean
 from calib_jax.alternatives import (
     dsc_plus_plus_loss,
@@ -214,7 +214,7 @@ def segmentation_loss(
         logits: unnormalised scores `[batch, *spatial, classes]`, at least two classes.
         labels: class ids `[batch, *spatial]` (ids outside `[0, classes)` belong to no class and cost no
             cross-entropy), or one-hot or soft labels of the shape of `logits`.
-        dice: weight of `optax.losses.dice_loss`, averaged over images and classes.
+        dice: weight of soft Dice, as `optax.losses.dice_loss`, averaged over images and classes.
         cross_entropy: weight of the cross-entropy, averaged over voxels.
         ace: weight of `mL1_ace`.
         focal: weight of `focal_loss`.
@@ -241,52 +241,112 @@ def segmentation_loss(
         >>> round(float(segmentation_loss(logits, labels, dice=0.0, ace=0.0)), 4)  # log 3
         1.0986
         >>> round(float(segmentation_loss(logits, labels, dice=0.0, cross_entropy=0.0, ace=0.0, nacl=1.0)), 4)
-        1.1234
+        1.1266
 
     References:
         Milletari et al., "V-Net", 2016 (Dice); Barfoot et al., arXiv 2403.06759 (mL1-ACE); of the others, see
         `calib_jax.alternatives`.
     """
-    inputs = voxel_inputs(logits, labels, where)
-    logits, labels = jnp.asarray(logits), jnp.asarray(labels)
-    background = {"include_background": dice_include_background}
-    parts = (
-        (dice, lambda: _soft_dice(logits, labels, where, dice_smooth, dice_include_background)),
-        (cross_entropy, lambda: voxel_mean(voxel_cross_entropy(inputs), inputs)),
-        (ace, lambda: mL1_ace(_softmax(logits, where), labels, where=where, **ace_options)),
-        (focal, lambda: focal_loss(logits, labels, where=where)),
-        (label_smoothing, lambda: label_smoothing_loss(logits, labels, where=where)),
-        (svls, lambda: spatially_varying_label_smoothing_loss(logits, labels, where=where)),
-        (mbls, lambda: margin_label_smoothing_loss(logits, labels, where=where)),
-        (nacl, lambda: neighbor_aware_loss(logits, labels, where=where)),
-        (dsc_plus_plus, lambda: dsc_plus_plus_loss(logits, labels, where=where, **background)),
-    )
-    weighted = [weight * part() for weight, part in parts if weight != 0]
-    if not weighted:
+    weights = {
+        "dice": dice,
+        "cross_entropy": cross_entropy,
+        "ace": ace,
+        "focal": focal,
+        "label_smoothing": label_smoothing,
+        "svls": svls,
+        "mbls": mbls,
+        "nacl": nacl,
+        "dsc_plus_plus": dsc_plus_plus,
+    }
+    names = [name for name, weight in weights.items() if weight != 0]
+    if not names:
         raise ValueError(
             "At least one of dice, cross_entropy, ace and the other parts must have a weight other than 0."
         )
+    parts = segmentation_loss_parts(
+        logits,
+        labels,
+        names,
+        where=where,
+        dice_smooth=dice_smooth,
+        dice_include_background=dice_include_background,
+        **ace_options,
+    )
+    weighted = [weights[name] * parts[name] for name in names]
     return sum(weighted[1:], start=weighted[0])
 
 
-def _softmax(logits: Array, where: Any) -> Array:
+def segmentation_loss_parts(
+    logits: Float[AnyArray, "batch *spatial classes"],
+    labels: Labels,
+    parts: Sequence[str] = ("dice", "cross_entropy", "ace"),
+    *,
+    where: Bool[AnyArray, "batch *spatial"] | None = None,
+    dice_smooth: float = 5e-6,
+    dice_include_background: bool = True,
+    **ace_options: Any,
+) -> dict[str, Float[Array, ""]]:
+    """The parts of `segmentation_loss`, unweighted: to log them, or to weigh them by traced numbers.
+
+    Dice and mL1-ACE read one softmax, which is computed once, forward and backward.
+
+    Args:
+        logits, labels, where, dice_smooth, dice_include_background, **ace_options: as for `segmentation_loss`.
+        parts: names of parts, as the weights of `segmentation_loss` are called.
+
+    Returns:
+        A scalar for each name.
+
+    Raises:
+        TypeError, ValueError: on dtypes, shapes, names or options that do not fit; never on values.
+
+    Example:
+        >>> parts = segmentation_loss_parts(jnp.zeros((1, 8, 8, 3)), jnp.zeros((1, 8, 8), jnp.int32))
+        >>> {name: round(float(part), 4) for name, part in parts.items()}
+        {'dice': 0.8333, 'cross_entropy': 1.0986, 'ace': 0.4444}
+
+    References:
+        See `segmentation_loss`.
+    """
+    inputs = voxel_inputs(logits, labels, where)
+    logits, labels = jnp.asarray(logits), jnp.asarray(labels)
+    where = None if where is None else jnp.asarray(where)
+    probs: Any = _softmax(logits, where) if {"dice", "ace"} & set(parts) else None
+    background = {"include_background": dice_include_background}
+    losses: dict[str, Callable[[], Any]] = {
+        "dice": lambda: _soft_dice(probs, labels, where, dice_smooth, dice_include_background),
+        "cross_entropy": lambda: voxel_mean(voxel_cross_entropy(inputs), inputs),
+        "ace": lambda: mL1_ace(probs, labels, where=where, **ace_options),
+        "focal": lambda: focal_loss(logits, labels, where=where),
+        "label_smoothing": lambda: label_smoothing_loss(logits, labels, where=where),
+        "svls": lambda: spatially_varying_label_smoothing_loss(logits, labels, where=where),
+        "mbls": lambda: margin_label_smoothing_loss(logits, labels, where=where),
+        "nacl": lambda: neighbor_aware_loss(logits, labels, where=where),
+        "dsc_plus_plus": lambda: dsc_plus_plus_loss(logits, labels, where=where, **background),
+    }
+    for name in parts:
+        check_choice("parts", name, losses)
+    return {name: losses[name]() for name in parts}
+
+
+def _softmax(logits: Array, where: Array | None) -> Array:
     """Probabilities in float32; a masked NaN must be gone before them, or their gradient brings it back."""
-    logits = logits.astype(jnp.float32)
-    return jax.nn.softmax(logits if where is None else jnp.where(jnp.asarray(where)[..., None], logits, 0))
+    return softmax(logits if where is None else jnp.where(where[..., None], logits, 0))
 
 
-def _soft_dice(logits: Array, labels: Array, where: Any, smooth: float, include_background: bool) -> Array:
-    classes = logits.shape[-1]
-    logits = logits.astype(jnp.float32)
-    targets = labels.astype(jnp.float32) if labels.ndim == logits.ndim else jax.nn.one_hot(labels, classes)
-    options = {"smooth": smooth, "ignore_background": not include_background}
-    if where is None:
-        return optax.losses.dice_loss(logits, targets, **options).mean()
-    # Masked voxels go to one class more, which is then left out: in the others they have neither mass nor target.
-    keep = jnp.asarray(where)[..., None]
-    logits = jnp.concatenate([jnp.where(keep, logits, -1e9), jnp.where(keep, -1e9, 1e9)], axis=-1)
-    targets = jnp.concatenate([jnp.where(keep, targets, 0), jnp.zeros(keep.shape)], axis=-1)
-    return optax.losses.dice_loss(logits, targets, reduction="none", **options)[..., :-1].mean()
+def _soft_dice(
+    probs: Any, labels: Array, where: Array | None, smooth: float, include_background: bool
+) -> Array:
+    """`optax.losses.dice_loss` of probabilities that are there already, which it refuses under jit."""
+    classes = probs.shape[-1]
+    targets = labels.astype(jnp.float32) if labels.ndim == probs.ndim else jax.nn.one_hot(labels, classes)
+    if where is not None:
+        probs, targets = (jnp.where(where[..., None], x, 0) for x in (probs, targets))
+    probs, targets = (x.reshape(x.shape[0], -1, classes) for x in (probs, targets))
+    overlap = voxel_sums(probs * targets)
+    size = (voxel_sums(probs) + voxel_sums(targets)) / 2
+    losses = 1 - (overlap + smooth) / (size + smooth)
+    return losses[:, 0 if include_background else 1 :].mean()
 
 
 def _classes_of_interest(

@@ -202,7 +202,7 @@ def test_interleaved_takes_turns():
     calls = []
     programs = {name: lambda name=name: calls.append(name) for name in "ab"}
     samples = timing.interleaved(programs, warmup=1, rounds=2)
-    assert calls == ["a", "b"] * 3
+    assert calls == ["a", "a", "b", "b"] * 3
     assert {name: len(seconds) for name, seconds in samples.items()} == {"a": 2, "b": 2}
 
 

@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import dataclass
-from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -10,7 +9,7 @@ from jaxtyping import Array, Float, Int
 import calib_jax
 from train.errors import InputError
 
-# Each term as the argument of `calib_jax.segmentation_loss` that weighs it.
+# Each term as the part of `calib_jax.segmentation_loss_parts`.
 TERMS = {
     "dice": "dice",
     "ce": "cross_entropy",
@@ -36,11 +35,8 @@ class Loss:
         self, logits: Float[Array, "batch *spatial classes"], labels: Int[Array, "batch *spatial"]
     ) -> dict[str, Array]:
         """Each term by name, unweighted."""
-
-        def only(term: str) -> dict[str, Any]:
-            return {argument: float(name == term) for name, argument in TERMS.items()}
-
-        return {name: calib_jax.segmentation_loss(logits, labels, **only(name)) for name, _ in self.weights}
+        parts = calib_jax.segmentation_loss_parts(logits, labels, [TERMS[name] for name, _ in self.weights])
+        return {name: parts[TERMS[name]] for name, _ in self.weights}
 
     def total(self, parts: dict[str, Array], ace_scale: float | Array = 1.0) -> Array:
         """The sum that is minimised; `ace_scale` lets the calibration term set in gradually."""
