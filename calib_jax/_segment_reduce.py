@@ -7,6 +7,7 @@ stops at 2^24 and a running sum of equal numbers drifts long before that.
 
 import functools
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -283,7 +284,7 @@ def _by_scatter(bins: Bins, columns: Columns, num_bins: int, *, flat: bool) -> B
     """
     batch, blocks, size, classes = bins.shape
     shape = (batch, blocks, _lanes(size), classes, num_bins)
-    flat = flat and np.prod(shape) < 2**31
+    flat = flat and math.prod(shape) < 2**31
     image, block, voxel, label = np.ogrid[: batch if flat else 1, :blocks, :size, :classes]
     # Whose accumulators begin at `first`.
     first = (((image * blocks + block) * shape[2] + voxel % shape[2]) * classes + label) * num_bins
@@ -291,7 +292,7 @@ def _by_scatter(bins: Bins, columns: Columns, num_bins: int, *, flat: bool) -> B
     place = (bins + jnp.asarray(first, jnp.int32)).reshape(rows, -1)
 
     def one_row(i: Array, x: Array) -> Array:
-        zeros = jnp.zeros(np.prod(shape) // rows, x.dtype)
+        zeros = jnp.zeros(math.prod(shape) // rows, x.dtype)
         return zeros.at[i].add(x, mode="promise_in_bounds", wrap_negative_indices=False)
 
     def add(column: Array) -> Array:
