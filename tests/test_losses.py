@@ -195,6 +195,32 @@ def test_gradients_in_probabilities_and_soft_labels_are_finite_differences(kind)
     check_grads(loss, away_from_kinks(), order=1, modes=["rev"], eps=1e-2, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("form", ["ids", "soft"])
+def test_gradient_is_that_of_central_differences_in_float64(kind, form):
+    """Of the twin's loss, with the bins that the float32 probabilities fall in: away from edges it is linear."""
+    labels = twin.sample_labels(form)
+    dense = twin.sample_labels("one_hot") if form == "ids" else labels
+    bins = twin.bin_statistics(PROBS, labels).bins.reshape(SHAPE)
+
+    def loss(probs):
+        sums = np.zeros((3, SHAPE[0], SHAPE[-1], 20))
+        for b, *voxel, c in np.ndindex(SHAPE):
+            place = (b, *voxel, c)
+            sums[:, b, c, bins[place]] += 1, probs[place], dense[place]
+        return twin.errors(twin.Stats(*sums, bins), kind).mean()
+
+    _, gradient = value_and_grad(kind, PROBS, labels)
+    rng = np.random.default_rng(50)
+    for place in [tuple(int(rng.integers(0, n)) for n in SHAPE) for _ in range(12)]:
+        ends = []
+        for sign in (1, -1):
+            moved = PROBS.astype(np.float64)
+            moved[place] += sign * 1e-7
+            ends.append(loss(moved))
+        np.testing.assert_allclose(gradient[place], (ends[0] - ends[1]) / 2e-7, rtol=1e-5, atol=1e-7)
+
+
 def test_gradient_in_logits_is_finite_differences():
     probs, labels = away_from_kinks()
     logits = np.log(probs / (1 - probs))
