@@ -6,9 +6,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from train.config import DataInfo
 from train.data import LAYOUTS, VolumeDataset, open_dataset
 from train.data.nifti import Grid, read_image
 from train.errors import InputError
+from train.predict import list_cases
 
 SHAPE = (6, 5, 4)
 AFFINE = np.diag([1.0, 1.5, 2.0, 1.0])
@@ -230,3 +232,17 @@ def test_an_array_in_ras_order_goes_back_to_the_files_axes(codes, tmp_path):
     assert isinstance(grid, Grid)
     np.testing.assert_array_equal(grid.to_file(grid.to_ras(stored)), stored)
     np.testing.assert_allclose(grid.affine, AFFINE, atol=1e-6)
+
+
+def test_cases_to_predict_may_have_a_file_for_each_channel(tmp_path):
+    write_nnunet(tmp_path)
+    info = DataInfo("Tiny", ("background", "liver"), 2, 3)
+    cases = list_cases(tmp_path / "imagesTr", info)
+    assert list(cases) == ["liver_001", "liver_002"]
+    assert [file.name for file in cases["liver_001"]] == ["liver_001_0000.nii.gz", "liver_001_0001.nii.gz"]
+    write(tmp_path / "imagesTr" / "liver_002_0001.nii.gz", np.ones((6, 5, 5), np.float32))
+    with pytest.raises(InputError, match=r"liver_002_0001.nii.gz has shape \(6, 5, 5\).*share a grid"):
+        list_cases(tmp_path / "imagesTr", info)
+    (tmp_path / "imagesTr" / "liver_002_0001.nii.gz").unlink()
+    with pytest.raises(InputError, match="has 1 channels, the network was trained on 2"):
+        list_cases(tmp_path / "imagesTr", info)

@@ -1,5 +1,6 @@
 """A trained network on images without labels: label maps and class probabilities as NIfTI."""
 
+import re
 from pathlib import Path
 
 import nibabel as nib
@@ -7,14 +8,18 @@ import numpy as np
 from tqdm import tqdm
 
 from train.config import DataInfo
-from train.data import read_image
-from train.data.nifti import Grid, open_nifti, spatial_and_channels
+from train.data.nifti import Grid, open_nifti, read_channels, spatial_and_channels
 from train.errors import InputError
 from train.fit import load_run
 
+_CHANNEL = re.compile(r"_\d{4}$")  # how nnU-Net ends the names of a case's files
+
 
 def predict_folder(run: Path, images: Path, out: Path) -> list[Path]:
-    """Predicts every NIfTI volume in `images` and writes two files for each into `out`.
+    """Predicts every case in `images` and writes two files for each into `out`.
+
+    A case is a NIfTI volume, with its channels along the fourth axis if there are several, or as nnU-Net has it
+    one volume for each channel, `NAME_0000.nii.gz` and on.
 
     `NAME_label.nii.gz` holds the most probable class ids (uint8), `NAME_probs.nii.gz` the class probabilities
     (float32, classes along the fourth axis, background first), both on the grid and with the affine of
@@ -30,13 +35,12 @@ def predict_folder(run: Path, images: Path, out: Path) -> list[Path]:
     _, info, predict = load_run(run)
     if info.spatial_dims != 3:
         raise InputError(f"{run} was trained on {info.spatial_dims}-D images: NIfTI volumes need a 3-D run.")
-    files = _list_images(images, info)
+    cases = list_cases(images, info)
     _check_out(out)
     written = []
-    for file in tqdm(files, "predicting", unit="volume"):
-        image, grid = read_image(file, info.window)
+    for name, files in tqdm(cases.items(), "predicting", unit="case"):
+        image, grid = read_channels(files, info.window)
         probs = predict(image)
-        name = _stem(file)
         written += [
             _write(out / f"{name}_label.nii.gz", probs.argmax(-1).astype(np.uint8), grid),
             _write(out / f"{name}_probs.nii.gz", probs.astype(np.float32), grid),
@@ -44,7 +48,12 @@ def predict_folder(run: Path, images: Path, out: Path) -> list[Path]:
     return written
 
 
-def _list_images(folder: Path, info: DataInfo) -> list[Path]:
+def list_cases(folder: Path, info: DataInfo) -> dict[str, list[Path]]:
+    """The files of each case in a folder, by its name, checked against the network.
+
+    Raises:
+        InputError: if there is none, or one does not fit the network.
+    """
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder: give one with .nii or .nii.gz volumes.")
     files = sorted(
@@ -54,13 +63,27 @@ def _list_images(folder: Path, info: DataInfo) -> list[Path]:
     )
     if not files:
         raise InputError(f"{folder} holds no .nii or .nii.gz volume.")
+    by_channel = all(_CHANNEL.search(_stem(file)) for file in files)
+    cases: dict[str, list[Path]] = {}
     for file in files:
-        _, channels = spatial_and_channels(file, open_nifti(file))
-        if channels != info.num_channels:
+        cases.setdefault(_CHANNEL.sub("", _stem(file)) if by_channel else _stem(file), []).append(file)
+    for parts in cases.values():
+        _check_fits(parts, info)
+    return cases
+
+
+def _check_fits(files: list[Path], info: DataInfo) -> None:
+    grids = [spatial_and_channels(file, open_nifti(file)) for file in files]
+    if (channels := sum(count for _, count in grids)) != info.num_channels:
+        raise InputError(
+            f"{files[0]} has {channels} channels{' with its files' if len(files) > 1 else ''}, the network was "
+            f"trained on {info.num_channels} ({info.name})."
+        )
+    for file, (shape, _) in zip(files, grids, strict=True):
+        if shape != grids[0][0]:
             raise InputError(
-                f"{file} has {channels} channels, the network was trained on {info.num_channels} ({info.name})."
+                f"{file} has shape {shape}, {files[0].name} {grids[0][0]}: channels must share a grid."
             )
-    return files
 
 
 def _check_out(folder: Path) -> None:
