@@ -29,3 +29,12 @@ def strict_promotion() -> Iterator[None]:
 
     with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _programs_of_a_module_go_with_it() -> Iterator[None]:
+    """Compiled programs are memory mappings, of which Linux allows a process 65,530: the whole suite makes more."""
+    import jax
+
+    yield
+    jax.clear_caches()
