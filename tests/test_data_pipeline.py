@@ -154,5 +154,7 @@ def test_data_sets_are_opened_by_name():
     assert open_dataset("phantom").spatial_dims == 3
     assert open_dataset("phantom2d", seed=1).spatial_dims == 2
     for spec in ("brain", "msd", "msd:", "phantom:2"):
-        with pytest.raises(InputError, match=f'data is "{spec}": give "phantom", "phantom2d" or "msd:PATH"'):
+        with pytest.raises(
+            InputError, match=f'data is "{spec}": give "phantom", "phantom2d", or LAYOUT:PATH with'
+        ):
             open_dataset(spec)
