@@ -133,7 +133,7 @@ def _on_one_device() -> bool:
     """Whether no axis of what is traced can be split over devices: there is one, or `shard_map` did it already."""
     mesh = jax.sharding.get_abstract_mesh()
     manual = bool(mesh.axis_names) and set(mesh.manual_axes) == set(mesh.axis_names)
-    return manual or jax.device_count() == jax.device_count("cpu") == 1
+    return manual or (jax.default_backend() == "cpu" and jax.device_count() == 1)
 
 
 def _a_few_at_a_time(

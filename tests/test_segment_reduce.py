@@ -1,7 +1,10 @@
 """Every way to compute sums per bin against NumPy in float64."""
 
 import functools
+import os
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -195,3 +198,15 @@ def test_lookup_is_the_transpose_of_the_sum():
     np.testing.assert_allclose(
         weighted, (table * np.asarray(_sums(probs, labels)[1], np.float64)).sum(), rtol=1e-5
     )
+
+
+def test_one_device_takes_one_long_row_and_asks_for_no_other_platform():
+    """With `JAX_PLATFORMS=cuda` there is no CPU backend, and asking for it would be an error."""
+    program = (
+        "import jax; from calib_jax._segment_reduce import _on_one_device as one; "
+        "seen = []; jax.devices = jax.local_devices = lambda *a: seen.append(a); print(one(), seen)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.stdout.strip() == "True []", done.stderr
+    assert not segment_reduce._on_one_device()  # here are eight
