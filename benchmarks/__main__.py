@@ -7,7 +7,6 @@ cores, prints ratios (ours / reference) and writes JSON and a plot. Without a co
 Needs the extras `train` and `reference` (PyTorch and MONAI).
 """
 
-import importlib
 import importlib.util
 import sys
 from dataclasses import dataclass
@@ -16,15 +15,19 @@ from typing import Any
 
 import tyro
 
+from benchmarks.inference import Inference
 from benchmarks.loss import Loss
 from benchmarks.memory import Memory
 from benchmarks.scaling import Scaling
 from benchmarks.step import Step
 
-BENCHMARKS: dict[str, Any] = {"loss": Loss, "step": Step}
-if importlib.util.find_spec("benchmarks.inference"):
-    BENCHMARKS["inference"] = importlib.import_module("benchmarks.inference").Inference
-BENCHMARKS |= {"memory": Memory, "scaling": Scaling}
+BENCHMARKS: dict[str, Any] = {
+    "loss": Loss,
+    "step": Step,
+    "inference": Inference,
+    "memory": Memory,
+    "scaling": Scaling,
+}
 
 
 @dataclass(frozen=True)

@@ -20,15 +20,15 @@ def check_choice(name: str, value: Any, accepted: Collection[Any]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}; got {value!r}.")
 
 
-def check_num_bins(num_bins: Any) -> None:
-    """Raises unless `num_bins` is a static positive integer."""
-    if isinstance(num_bins, bool) or not isinstance(num_bins, int | np.integer):
+def check_size(name: str, value: Any) -> None:
+    """Raises unless `value` is a static positive integer."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise TypeError(
-            f"num_bins must be a Python int, since it sets a shape; got {type(num_bins).__name__}. "
+            f"{name} must be a Python int, since it sets a shape; got {type(value).__name__}. "
             "Under jit, mark it with static_argnames."
         )
-    if num_bins < 1:
-        raise ValueError(f"num_bins must be at least 1; got {num_bins}.")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1; got {value}.")
 
 
 def as_inputs(
@@ -46,6 +46,15 @@ def as_inputs(
         )
     _check_labels(labels, probs, probs_name)
     return probs, labels, None if where is None else _checked_mask(where, probs, probs_name)
+
+
+def check_voxel_mask(where: jax.Array | None, probs: jax.Array) -> None:
+    """Raises if a mask has classes, where a voxel counts with all its classes or with none."""
+    if where is not None and where.ndim == probs.ndim:
+        raise ValueError(
+            f"where must have shape {probs.shape[:-1]}, one entry per voxel: a voxel counts with all its classes "
+            f"or with none; got {where.shape}."
+        )
 
 
 def _check_labels(labels: jax.Array, probs: jax.Array, probs_name: str) -> None:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from calib_jax._checks import as_inputs
+from calib_jax._checks import as_inputs, check_voxel_mask
 
 
 class Inputs(NamedTuple):
@@ -25,11 +25,7 @@ def voxel_inputs(logits: Any, labels: Any, where: Any) -> Inputs:
     logits, labels, where = as_inputs(logits, labels, where, probs_name="logits")
     if logits.shape[-1] < 2:
         raise ValueError(f"logits must have at least two classes for a softmax; got shape {logits.shape}.")
-    if where is not None and where.ndim == logits.ndim:
-        raise ValueError(
-            f"where must have shape {logits.shape[:-1]}, one entry per voxel, since a softmax takes a voxel's "
-            f"classes together; got {where.shape}."
-        )
+    check_voxel_mask(where, logits)
     voxels = math.prod(logits.shape[:-1])
     kept = jnp.ones(logits.shape[:-1], bool) if where is None else where
     # Emptied before anything is computed from it, a masked NaN reaches neither value nor gradient.

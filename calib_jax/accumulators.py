@@ -23,7 +23,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from calib_jax import _segment_reduce, metrics
-from calib_jax._checks import AnyArray, Labels, Probs, as_inputs, check_choice, check_num_bins
+from calib_jax._checks import AnyArray, Labels, Probs, as_inputs, check_choice, check_size, check_voxel_mask
 from calib_jax.binning import BinStatistics, Closed, bin_statistics
 from calib_jax.errors import (
     average_calibration_error,
@@ -214,7 +214,7 @@ def case_results(
     References:
         Barfoot et al., arXiv 2403.06759; the form is that of `optax.GradientTransformation`.
     """
-    _check_positive("num_cases", num_cases)
+    check_size("num_cases", num_cases)
     sums = _image_sums(num_classes, num_bins, closed, include_background)
 
     def update(
@@ -239,12 +239,12 @@ def _image_sums(
     num_classes: int, num_bins: int, closed: Closed, include_background: bool
 ) -> Callable[[Any, Any, Any], State]:
     first = _first_class(num_classes, include_background)
-    check_num_bins(num_bins)
+    check_size("num_bins", num_bins)
     check_choice("closed", closed, ("right", "left"))
 
     def sums(probs: Any, labels: Any, where: Any) -> State:
         probs, labels, where = as_inputs(probs, labels, where)
-        metrics.check_voxel_mask(where, probs)
+        check_voxel_mask(where, probs)
         if probs.shape[-1] != num_classes:
             raise ValueError(
                 f"probs must have {num_classes} classes on their last axis, as many as the accumulator was made "
@@ -282,18 +282,11 @@ def _chunk_sums(probs: Array, labels: Array, where: Array | None) -> tuple[Array
 
 
 def _first_class(num_classes: int, include_background: bool) -> int:
-    _check_positive("num_classes", num_classes)
+    check_size("num_classes", num_classes)
     first = 0 if include_background else 1
     if num_classes == first:
         raise ValueError(f"include_background=False leaves no class of num_classes={num_classes}.")
     return first
-
-
-def _check_positive(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{name} must be a Python int, since it sets a shape; got {type(value).__name__}.")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1; got {value}.")
 
 
 # States, which add up.

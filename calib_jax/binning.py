@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Num
 
 from calib_jax import _segment_reduce
-from calib_jax._checks import AnyArray, Labels, Mask, Probs, as_inputs, check_choice, check_num_bins
+from calib_jax._checks import AnyArray, Labels, Mask, Probs, as_inputs, check_choice, check_size
 
 Closed = Literal["right", "left"]
 Binning = Literal["hard", "soft", "adaptive"]
@@ -99,7 +99,7 @@ def bin_edges(num_bins: int) -> Float[np.ndarray, "edges"]:
         >>> bin_edges(2).tolist()
         [0.0, 0.5000000596046448, 1.0000001192092896]
     """
-    check_num_bins(num_bins)
+    check_size("num_bins", num_bins)
     end = np.float32(1) + np.finfo(np.float32).eps
     step = np.float64(end / np.float32(num_bins))
     i = np.arange(num_bins + 1)
@@ -131,7 +131,7 @@ def bin_index(
         >>> bin_index(jnp.array([0.0, 0.5, edge, 1.0]), num_bins=2, closed="left").tolist()
         [0, 0, 1, 1]
     """
-    check_num_bins(num_bins)
+    check_size("num_bins", num_bins)
     check_choice("closed", closed, ("right", "left"))
     probs = jnp.asarray(probs).astype(jnp.float32)
     last = num_bins - 1
@@ -213,7 +213,7 @@ def bin_statistics(
         Segmentation", arXiv 2403.06759, and arXiv 2506.03942 (soft bins); Nixon et al., "Measuring Calibration
         in Deep Learning", 2019 (adaptive bins).
     """
-    check_num_bins(num_bins)
+    check_size("num_bins", num_bins)
     check_choice("binning", binning, BINNINGS)
     check_choice("closed", closed, ("right", "left"))
     if binning != "hard" and closed != "right":

@@ -12,7 +12,7 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from calib_jax._checks import Labels, Mask, Probs, as_inputs, check_choice
+from calib_jax._checks import Labels, Mask, Probs, as_inputs, check_choice, check_voxel_mask
 from calib_jax.binning import Binning, BinStatistics, Closed, bin_statistics
 
 Average = Literal["none", "macro", "micro"]
@@ -177,8 +177,7 @@ def top_label_statistics(
         Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
     """
     probs, labels, where = as_inputs(probs, labels, where)
-    if where is not None and where.ndim == probs.ndim:
-        raise ValueError(f"where must have shape {probs.shape[:-1]}, one entry a voxel; got {where.shape}.")
+    check_voxel_mask(where, probs)
     predicted = probs.argmax(-1, keepdims=True)
     if labels.ndim == probs.ndim:
         hit = jnp.take_along_axis(labels, predicted, axis=-1)

@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Integer, Num
 
 from calib_jax import _segment_reduce
-from calib_jax._checks import AnyArray, Labels, Mask, Probs, as_inputs
+from calib_jax._checks import AnyArray, Labels, Mask, Probs, as_inputs, check_voxel_mask
 
 _CHUNK = 2**17  # voxels of which intermediate values exist at a time
 _BLOCK = 2**15  # voxels: the square root of 2^30, so that neither level of a sum has more terms than that
@@ -254,15 +254,6 @@ def dice_of_counts(
 def is_class(ids: Integer[Array, "batch voxels"], num_classes: int) -> Bool[Array, "batch voxels classes"]:
     """Which class each voxel is of, to be used inside a sum, where the comparison takes no memory."""
     return ids.astype(jnp.int32)[..., None] == jnp.arange(num_classes, dtype=jnp.int32)[None, None]
-
-
-def check_voxel_mask(where: Array | None, probs: Array) -> None:
-    """Raises if a mask has classes, where a voxel counts with all its classes or with none."""
-    if where is not None and where.ndim == probs.ndim:
-        raise ValueError(
-            f"where must have shape {probs.shape[:-1]}, one entry per voxel: a voxel counts with all its classes "
-            f"or with none; got {where.shape}."
-        )
 
 
 @jax.custom_jvp

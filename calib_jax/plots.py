@@ -23,7 +23,6 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from calib_jax import reliability
 from calib_jax.binning import BinStatistics
-from calib_jax.bootstrap import bootstrap_interval
 from calib_jax.errors import (
     average_calibration_error,
     expected_calibration_error,
@@ -340,10 +339,12 @@ def _pooled_curve(chosen: BinStatistics) -> tuple[np.ndarray, np.ndarray, np.nda
 
 def _frequency_band(chosen: BinStatistics, level: float) -> tuple[np.ndarray, np.ndarray]:
     """Interval of the pooled observed frequency of each bin, images drawn with all their classes."""
-    low, high = bootstrap_interval(
-        jax.random.key(0), chosen, lambda stats: stats.sum((0, 1)).mean_label, level=level
-    )
-    return np.asarray(low), np.asarray(high)
+    pooled = jax.tree.map(lambda a: a.sum(1, keepdims=True), chosen)
+    low, high = _band(jax.random.key(0), pooled, level=level)
+    return np.asarray(low)[0], np.asarray(high)[0]
+
+
+_band = jax.jit(reliability.reliability_band, static_argnames="level")
 
 
 def _mean_error(error: Callable[[BinStatistics], Any], chosen: BinStatistics) -> float:

@@ -16,7 +16,7 @@ import optax
 from jaxtyping import Array, Float
 
 from calib_jax import metrics
-from calib_jax._checks import AnyArray, Labels, as_inputs
+from calib_jax._checks import AnyArray, Labels, as_inputs, check_voxel_mask
 
 Logits = Float[AnyArray, "batch *spatial classes"]
 Batch = tuple[Any, ...]  # (logits, labels) or (logits, labels, where)
@@ -303,7 +303,7 @@ def _checked(number: int, batch: Any, classes: int | None) -> tuple[Array, Array
             f"as batch {number}."
         )
     logits, labels, where = as_inputs(*batch, *(None,) * (3 - len(batch)), probs_name="logits")
-    metrics.check_voxel_mask(where, logits)
+    check_voxel_mask(where, logits)
     if classes not in (None, logits.shape[-1]):
         raise ValueError(f"batch {number} has {logits.shape[-1]} classes, the first one has {classes}.")
     return logits, labels, where

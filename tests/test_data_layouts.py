@@ -8,7 +8,7 @@ import pytest
 
 from train.config import DataInfo
 from train.data import LAYOUTS, VolumeDataset, open_dataset
-from train.data.nifti import Grid, read_image
+from train.data.nifti import Grid, read_channels
 from train.errors import InputError
 from train.predict import list_cases
 
@@ -226,7 +226,7 @@ def test_an_array_in_ras_order_goes_back_to_the_files_axes(codes, tmp_path):
     )
     volume = nib.Nifti1Image(scan(0), AFFINE).as_reoriented(turn)
     nib.save(nib.Nifti1Image(np.asarray(volume.dataobj), volume.affine), tmp_path / "scan.nii.gz")
-    image, grid = read_image(tmp_path / "scan.nii.gz")
+    image, grid = read_channels([tmp_path / "scan.nii.gz"])
     assert image.shape == (*SHAPE, 1) == (*grid.shape, 1)
     stored = np.asarray(volume.dataobj)
     assert isinstance(grid, Grid)

@@ -8,7 +8,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from train.data import LAYOUTS, Dataset, VolumeDataset, open_dataset, read_image
+from train.data import LAYOUTS, Dataset, VolumeDataset, open_dataset
+from train.data.nifti import read_channels
 from train.errors import InputError
 
 SHAPE = (6, 5, 4)
@@ -87,7 +88,7 @@ def test_a_3d_image_has_one_channel_and_a_label_may_be_float(folder):
 
 
 def test_an_image_alone_is_read_as_in_training(folder):
-    image, grid = read_image(folder / "imagesTr/a.nii.gz")
+    image, grid = read_channels([folder / "imagesTr/a.nii.gz"])
     np.testing.assert_array_equal(image, open_msd(folder).load(0).image)
     np.testing.assert_array_equal(grid.affine, AFFINE)
 
@@ -223,10 +224,10 @@ def test_voxels_of_a_strange_type_are_told(folder):
 
 def test_an_image_for_prediction_that_is_missing_or_no_nifti_is_told(tmp_path):
     with pytest.raises(InputError, match=r"scan.nii.gz does not exist"):
-        read_image(tmp_path / "scan.nii.gz")
+        read_channels([tmp_path / "scan.nii.gz"])
     nib.save(nib.MGHImage(np.ones(SHAPE, np.float32), AFFINE), tmp_path / "scan.mgz")
     with pytest.raises(InputError, match=r"scan.mgz is a MGHImage, not NIfTI in one file"):
-        read_image(tmp_path / "scan.mgz")
+        read_channels([tmp_path / "scan.mgz"])
 
 
 def test_the_hippocampus_is_read(hippocampus):

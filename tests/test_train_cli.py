@@ -300,3 +300,23 @@ def test_sigterm_saves_and_resuming_ends_as_if_never_stopped(
     assert run("fit", *PHANTOM, "--out", stopped, "--resume") == 0
     for name in ("log.csv", "validation.csv"):
         assert logged(whole, name) == logged(stopped, name)
+
+
+def test_sigterm_during_a_validation_stops_after_the_next_step_with_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import train.fit as fit_module
+
+    evaluate = fit_module.evaluate
+
+    def terminated(*arguments: object) -> object:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*arguments)
+
+    out = tmp_path / "stopped"
+    with monkeypatch.context() as patch:
+        patch.setattr(fit_module, "evaluate", terminated)
+        options = ["--validate-every", "1", "--checkpoint-every", "4"]
+        assert run("fit", *PHANTOM, *options, "--out", out) == 143
+    assert [row["step"] for row in rows(out / "log.csv")] == ["0", "1"]
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["2"]

@@ -102,7 +102,9 @@ def _loop(
             state, metrics = train_step(state, put_batch(batch, mesh))
             log.pend({"step": step, **metrics}, [task.dataset.case_names[i] for i in batch["index"]])
             done, last = step + 1, step + 1 == training.steps
-            checkpoint_due = done % checkpoint_every == 0 or last or stop.requested
+            # Looked at once: a signal that comes later in the step, as during a validation, is the next one's.
+            stopping = stop.requested
+            checkpoint_due = done % checkpoint_every == 0 or last or stopping
             if done % _FLUSH_EVERY == 0 or checkpoint_due:
                 bar.set_postfix(loss=f"{log.flush():.4f}")
             # Before the checkpoint, so that a run resumed from it lacks no validation.
@@ -113,7 +115,7 @@ def _loop(
                 log.validation(done, mean_metrics(result), result)
             if checkpoint_due:
                 checkpoints.save(state, batches.get_state())
-            if stop.requested and not last:
+            if stopping and not last:
                 raise Stopped(f"Stopped after step {done} of {training.steps}; --resume goes on from there.")
     return state
 

@@ -7,7 +7,6 @@ Data flows down this list: `open_dataset` -> a `Dataset` of `Case`s (`phantom`, 
 from train.data.augment import NO_AUGMENTATION, AugmentConfig, augment
 from train.data.case import Case, Dataset
 from train.data.layouts import LAYOUTS
-from train.data.nifti import read_image
 from train.data.phantom import PhantomDataset
 from train.data.pipeline import CachedCases, train_batches
 from train.data.splits import Splits, read_splits, split_cases, write_splits
@@ -30,7 +29,6 @@ __all__ = [
     "fit_to_patch",
     "open_dataset",
     "pad_to_hold",
-    "read_image",
     "read_splits",
     "split_cases",
     "train_batches",

@@ -65,7 +65,7 @@ class Dataset(Protocol):
 
     @property
     def window(self) -> tuple[float, float] | None:
-        """Range that intensities are cut off to, see `train.data.nifti.read_image`."""
+        """Range that intensities are cut off to, see `train.data.nifti.read_channels`."""
         ...
 
     @property

@@ -81,13 +81,6 @@ class Grid:
         return np.ascontiguousarray(apply_orientation(voxels, ornt_transform(ras, self.orientation)))
 
 
-def read_image(
-    path: Path, window: tuple[float, float] | None = None
-) -> tuple[Float32[np.ndarray, "*spatial channels"], Grid]:
-    """Reads a scan as the model sees it, in training and in prediction: `read_channels` of a single file."""
-    return read_channels((path,), window)
-
-
 def read_channels(
     paths: Sequence[Path], window: tuple[float, float] | None = None
 ) -> tuple[Float32[np.ndarray, "*spatial channels"], Grid]:
