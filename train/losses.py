@@ -1,4 +1,4 @@
-"""Losses by name: `dice`, `dice+ace`, `dice+ce+0.5*ace`."""
+"""Losses by name: `dice`, `dice+ace`, `dice+ce+0.5*softace`."""
 
 import re
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ TERMS = {
     "dice": "dice",
     "ce": "cross_entropy",
     "ace": "ace",
+    "softace": "ace",  # with soft bins
     "focal": "focal",
     "ls": "label_smoothing",
     "svls": "svls",
@@ -35,29 +36,37 @@ class Loss:
         self, logits: Float[Array, "batch *spatial classes"], labels: Int[Array, "batch *spatial"]
     ) -> dict[str, Array]:
         """Each term by name, unweighted."""
-        parts = calib_jax.segmentation_loss_parts(logits, labels, [TERMS[name] for name, _ in self.weights])
-        return {name: parts[TERMS[name]] for name, _ in self.weights}
+        names = [name for name, _ in self.weights]
+        binning = "soft" if "softace" in names else "hard"
+        parts = calib_jax.segmentation_loss_parts(
+            logits, labels, [TERMS[name] for name in names], binning=binning
+        )
+        return {name: parts[TERMS[name]] for name in names}
 
     def total(self, parts: dict[str, Array], ace_scale: float | Array = 1.0) -> Array:
         """The sum that is minimised; `ace_scale` lets the calibration term set in gradually."""
         scale = {"ace": ace_scale}
-        return jnp.stack([weight * scale.get(name, 1.0) * parts[name] for name, weight in self.weights]).sum()
+        weighted = [weight * scale.get(TERMS[name], 1.0) * parts[name] for name, weight in self.weights]
+        return jnp.stack(weighted).sum()
 
 
 def parse_loss(name: str) -> Loss:
     """The loss called `name`: terms joined by `+`, each with an optional weight, as in `dice+0.5*ace`.
 
     Raises:
-        InputError: if a term is unknown, stands twice or has no positive weight.
+        InputError: if a term is unknown, stands twice (`softace` is `ace` with soft bins) or has no positive
+            weight.
 
     Example:
         >>> parse_loss("dice+0.5*ace").weights
         (('dice', 1.0), ('ace', 0.5))
     """
     weights = [_parse_term(name, term.strip()) for term in name.split("+")]
-    terms = [term for term, _ in weights]
-    if len(set(terms)) < len(terms):
-        raise InputError(f"Loss {name!r} names a term twice; give each of them once.")
+    parts = [TERMS[term] for term, _ in weights]
+    if len(set(parts)) < len(parts):
+        raise InputError(
+            f"Loss {name!r} names a term twice (softace is ace with soft bins); give each of them once."
+        )
     return Loss(name.replace(" ", ""), tuple(weights))
 
 
