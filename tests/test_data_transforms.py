@@ -11,7 +11,8 @@ from train.data import (
     AugmentConfig,
     augment,
     crop_back,
-    fit_to_patch,
+    cut_patch,
+    draw_crop,
     pad_to_hold,
     z_score_nonzero,
 )
@@ -41,6 +42,11 @@ def test_z_score_of_a_constant_channel_is_zero(value):
     assert not z_score_nonzero(np.full((3, 3, 1), value, np.float32)).any()
 
 
+def _fit(image, label, patch, rng, **options):
+    crop = draw_crop(label, patch, rng, **options)
+    return cut_patch(image, crop, patch), cut_patch(label, crop, patch)
+
+
 def _marked(shape):
     """An image whose only channel equals its label, so that a joint move can be seen."""
     label = np.random.default_rng(1).integers(1, 200, shape).astype(np.uint8)
@@ -48,22 +54,48 @@ def _marked(shape):
 
 
 @pytest.mark.parametrize("shape", [(10, 10), (3, 20), (5, 4), (7, 11, 5)])
-def test_fit_to_patch_moves_image_and_label_together(shape):
+def test_a_patch_moves_image_and_label_together(shape):
     image, label = _marked(shape)
     patch = (7, 8, 6)[: len(shape)]
-    fitted_image, fitted_label = fit_to_patch(image, label, patch, np.random.default_rng(0))
+    fitted_image, fitted_label = _fit(image, label, patch, np.random.default_rng(0))
     assert fitted_label.shape == patch
     assert fitted_label.dtype == np.uint8
     np.testing.assert_array_equal(fitted_image[..., 0], fitted_label)
     assert np.count_nonzero(fitted_label) == np.prod(np.minimum(shape, patch))
 
 
-def test_fit_to_patch_pads_in_the_centre_and_crops_everywhere():
+def test_a_patch_pads_in_the_centre_and_crops_everywhere():
     image, label = _marked((3, 6))
-    fitted = [fit_to_patch(image, label, (5, 4), np.random.default_rng(i))[1] for i in range(40)]
+    fitted = [_fit(image, label, (5, 4), np.random.default_rng(i))[1] for i in range(40)]
     assert all(not f[0].any() and not f[4].any() for f in fitted)
     corners = {f[1].tobytes() for f in fitted}
     assert corners == {label[0, start : start + 4].tobytes() for start in range(3)}
+
+
+def test_foreground_crops_hold_each_class_alike_and_stay_inside():
+    label = np.zeros((30, 20), np.uint8)
+    label[3:20, 4:18] = 1
+    label[29, 19] = 2
+    crops = [draw_crop(label, (5, 4), np.random.default_rng(i), foreground_share=1.0) for i in range(200)]
+    held = [label[crop] for crop in crops]
+    assert all(part.shape == (5, 4) and part.any() for part in held)
+    assert 0.4 < np.mean([(part == 2).any() for part in held]) < 0.6
+    middles = [part[2, 2] for part in held if not (part == 2).any()]
+    assert set(middles) == {1}, "but at the rim, the voxel drawn is in the middle"
+
+
+def test_a_share_of_the_crops_is_foreground_and_none_without_foreground():
+    label = np.zeros((400,), np.uint8)
+    label[200] = 1
+    held = [
+        label[draw_crop(label, (3,), np.random.default_rng(i), foreground_share=0.33)].any()
+        for i in range(400)
+    ]
+    assert 0.25 < np.mean(held) < 0.42
+    corners = {
+        draw_crop(0 * label, (3,), np.random.default_rng(i), foreground_share=1.0)[0].start for i in range(9)
+    }
+    assert len(corners) > 4
 
 
 @pytest.mark.parametrize("patch", [(8, 20, 9), (10, 8, 8)])

@@ -18,15 +18,27 @@ class DataConfig:
     data: str = "phantom"
     """phantom (embedded, 3-D), phantom2d, or LAYOUT:PATH, a folder of volumes: msd (Medical Segmentation
     Decathlon), nnunet, brats, acdc, amos or kits."""
-    num_test: int = 40
-    """Cases held back as test."""
-    num_val: int = 20
-    """Cases held back for validation."""
+    num_test: int | float = 40
+    """Cases held back as test, or their share if below 1. A subject's cases stay together."""
+    num_val: int | float = 20
+    """Cases held back for validation, or their share."""
     split_seed: int = 0
     """Which cases; the same seed gives the same split."""
+    splits: str = ""
+    """File that names the cases instead: splits.json of another run, or nnU-Net's splits_final.json or a MONAI
+    datalist with --fold, whose held-out cases are then the test cases."""
+    fold: int | None = None
+    """Which fold of --splits, counted from 0."""
     patch: tuple[int, ...] = ()
     """Voxels along each axis that the network sees at once; left out, the largest case rounded up to the
     network's strides, 128 at most."""
+    foreground_crops: float = 0.0
+    """Share of the training patches that are centred on a random voxel of a random foreground class (0.33 in
+    nnU-Net); the others lie anywhere."""
+    loader_threads: int = 1
+    """Threads that read and cut batches ahead of the training."""
+    prefetch: int = 2
+    """Batches that each of them has ready or in work, at most."""
 
 
 @dataclass(frozen=True)

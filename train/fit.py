@@ -12,8 +12,16 @@ from tqdm import tqdm
 
 from calib_jax.report import ModelResult
 from train.checkpoint import Checkpoints
-from train.config import DataInfo, RunConfig, read_config, resolve_patch, to_json
-from train.data import Dataset, Splits, open_dataset, split_cases, train_batches, write_splits
+from train.config import DataConfig, DataInfo, RunConfig, read_config, resolve_patch, to_json
+from train.data import (
+    Dataset,
+    Splits,
+    chosen_splits,
+    open_dataset,
+    split_cases,
+    train_batches,
+    write_splits,
+)
 from train.errors import InputError, Stopped
 from train.evaluate import evaluate
 from train.inference import Network, VolumePredictor
@@ -40,14 +48,26 @@ def open_task(config: RunConfig) -> Task:
     """Opens the data of a run and checks everything that can be checked before it starts."""
     data = config.data
     dataset = open_dataset(data.data)
-    splits = split_cases(
-        dataset.case_names, num_test=data.num_test, num_val=data.num_val, seed=data.split_seed
-    )
+    splits = _splits(data, dataset)
     patch = resolve_patch(data.patch, dataset.largest_shape, config.model.divisor)
     check_batch_size(config.training.batch_size, device_mesh())
     # The patch is kept with the run, so that predicting needs no data set to find it.
     config = dataclasses.replace(config, data=dataclasses.replace(data, patch=patch))
     return Task(config, dataset, splits, patch)
+
+
+def _splits(data: DataConfig, dataset: Dataset) -> Splits:
+    names, who = dataset.case_names, dataset.subjects
+    if data.splits:
+        file = Path(data.splits).expanduser()
+        return chosen_splits(
+            file, names, fold=data.fold, num_val=data.num_val, seed=data.split_seed, subjects=who
+        )
+    if data.fold is not None:
+        raise InputError(f"fold is {data.fold}: give the file with the folds as --splits.")
+    return split_cases(
+        names, num_test=data.num_test, num_val=data.num_val, seed=data.split_seed, subjects=who
+    )
 
 
 def fit(task: Task, folder: Path, *, resume: bool = False) -> VolumePredictor:
@@ -72,6 +92,9 @@ def fit(task: Task, folder: Path, *, resume: bool = False) -> VolumePredictor:
         batch_size=config.training.batch_size // jax.process_count(),
         seed=config.training.seed,
         shard=(jax.process_index(), jax.process_count()),
+        foreground_crops=config.data.foreground_crops,
+        num_threads=config.data.loader_threads,
+        prefetch=config.data.prefetch,
     )
     with Checkpoints(folder / "checkpoints") as checkpoints:
         if resume and checkpoints.latest_step is not None:

@@ -9,8 +9,8 @@ from train.data.case import Case, Dataset
 from train.data.layouts import LAYOUTS
 from train.data.phantom import PhantomDataset
 from train.data.pipeline import CachedCases, train_batches
-from train.data.splits import Splits, read_splits, split_cases, write_splits
-from train.data.transforms import crop_back, fit_to_patch, pad_to_hold, z_score_nonzero
+from train.data.splits import Splits, chosen_splits, read_splits, split_cases, write_splits
+from train.data.transforms import crop_back, cut_patch, draw_crop, pad_to_hold, z_score_nonzero
 from train.data.volumes import VolumeDataset
 from train.errors import InputError
 
@@ -25,8 +25,10 @@ __all__ = [
     "Splits",
     "VolumeDataset",
     "augment",
+    "chosen_splits",
     "crop_back",
-    "fit_to_patch",
+    "cut_patch",
+    "draw_crop",
     "open_dataset",
     "pad_to_hold",
     "read_splits",

@@ -73,6 +73,11 @@ class Dataset(Protocol):
         """Unique names, in the order of `load`'s index."""
         ...
 
+    @property
+    def subjects(self) -> tuple[str, ...]:
+        """Whose each case is; cases of one subject belong in one split."""
+        ...
+
     def __len__(self) -> int: ...
 
     def load(self, index: int) -> Case:

@@ -95,7 +95,10 @@ def acdc(path: str | Path) -> Layout:
         )
     entries = tuple(
         Entry(
-            label.name.removesuffix("_gt.nii.gz"), (Path(str(label).replace("_gt.nii.gz", ".nii.gz")),), label
+            name=label.name.removesuffix("_gt.nii.gz"),
+            images=(label.with_name(label.name.replace("_gt.nii.gz", ".nii.gz")),),
+            label=label,
+            subject=label.parent.name,
         )
         for label in labels
     )
@@ -148,7 +151,8 @@ def _subfolder(root: Path, name: str) -> Path:
 def _brats_entry(label: Path, separator: str, modalities: tuple[str, ...]) -> Entry:
     case = label.name.removesuffix(f"{separator}seg.nii.gz")
     files = tuple(label.with_name(f"{case}{separator}{modality}.nii.gz") for modality in modalities)
-    return Entry(case, files, label)
+    # From 2023 on a name ends in the number of the visit.
+    return Entry(case, files, label, case.rpartition("-")[0])
 
 
 # dataset.json.

@@ -81,6 +81,10 @@ class PhantomDataset:
     def case_names(self) -> tuple[str, ...]:
         return tuple(f"phantom_{index:04d}" for index in range(self.num_cases))
 
+    @property
+    def subjects(self) -> tuple[str, ...]:
+        return self.case_names
+
     def __len__(self) -> int:
         return self.num_cases
 

@@ -21,6 +21,8 @@ class Entry:
     name: str
     images: tuple[Path, ...]
     label: Path
+    subject: str = ""
+    """Whose scan it is, where a subject has several; else the case's own name."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class VolumeDataset:
         self.regions = layout.regions
         self.window = layout.window
         self.case_names = tuple(entry.name for entry in layout.entries)
+        self.subjects = tuple(entry.subject or entry.name for entry in layout.entries)
         if not layout.entries:
             raise InputError(f"{layout.source} holds no case.")
         _check_unique(layout)
