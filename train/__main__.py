@@ -46,6 +46,10 @@ class Compare(_Options):
     """Losses to compare, the baseline first: terms joined by + and weighted as in dice+0.5*ace. Terms: dice, ce
     (cross-entropy), ace (mL1-ACE), focal, ls (label smoothing), svls (spatially varying), mbls (margin-based),
     nacl (neighbour-aware), dscpp (DSC++)."""
+    seeds: tuple[int, ...] = ()
+    """Seeds to train every loss with, for means and spreads over them; left out, the one of --seed."""
+    temperature: bool = False
+    """Show each network with temperature scaling as well, fitted on its validation cases, in a row `LOSS+T`."""
 
     def run(self) -> None:
         from train.compare import compare
@@ -55,6 +59,8 @@ class Compare(_Options):
             self.config(self.losses[0]),
             self.losses,
             self.out or default_folder("compare"),
+            seeds=self.seeds,
+            temperature=self.temperature,
             resume=self.resume,
         )
         print(f"\nPage with figures: {page}")

@@ -1,15 +1,17 @@
 """The folder of a run: what is in it, and who may write to it."""
 
+import contextlib
 import json
 import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from train.config import to_json
+from train.config import from_json, to_json
 from train.errors import InputError
 
 PACKAGES = ("calib_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -29,7 +31,7 @@ def open_run(folder: Path, config: Any, *, resume: bool, **more: Any) -> None:
     """
     file = folder / "config.json"
     if resume and file.exists():
-        _check_same(file, to_json(config))
+        _check_same(file, config)
         return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         found = "another run" if file.exists() else "something else"
@@ -78,18 +80,27 @@ def versions() -> dict[str, str]:
 
 
 def write_json(file: Path, values: Any) -> None:
-    """Writes JSON beside its final name first, so that a reader never sees half a file."""
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(values, indent=2) + "\n")
+    """Writes JSON as a whole."""
+    with written_whole(file) as partial:
+        partial.write_text(json.dumps(values, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def written_whole(file: Path) -> Iterator[Path]:
+    """A path beside `file` to write to, which then takes its place: a reader never sees half a file."""
+    partial = file.with_name(f"{file.name}.partial")
+    yield partial
     partial.replace(file)
 
 
-def _check_same(file: Path, wanted: dict[str, Any]) -> None:
+def _check_same(file: Path, wanted: Any) -> None:
     try:
         kept = json.loads(file.read_text())["config"]
-    except (OSError, ValueError, KeyError) as error:
+        # An option that is newer than the run had its default.
+        kept = to_json(from_json(type(wanted), kept))
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{file} cannot be read ({error}): it is not a run's configuration.") from error
-    for name, (old, new) in _differences(kept, wanted).items():
+    for name, (old, new) in _differences(kept, to_json(wanted)).items():
         raise InputError(f"{file} has {name} = {old}, this command {new}: resume with the same options.")
 
 
