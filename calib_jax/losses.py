@@ -9,8 +9,8 @@ from jaxtyping import Array, Bool, Float
 
 from calib_jax._checks import AnyArray, Labels, Mask, Probs, as_inputs, check_choice
 from calib_jax._devices import AxisName, check_not_split, whole_sum
-from calib_jax._softmax import softmax, voxel_sums
-from calib_jax._voxels import voxel_cross_entropy, voxel_inputs, voxel_mean
+from calib_jax._softmax import softmax, softmax_and_cross_entropy, voxel_sums
+from calib_jax._voxels import Inputs, voxel_inputs, voxel_mean
 from calib_jax.alternatives import (
     dsc_plus_plus_loss,
     focal_loss,
@@ -315,7 +315,7 @@ def segmentation_loss_parts(
 ) -> dict[str, Float[Array, ""]]:
     """The parts of `segmentation_loss`, unweighted: to log them, or to weigh them by traced numbers.
 
-    Dice and mL1-ACE read one softmax, which is computed once, forward and backward.
+    Dice, cross-entropy and mL1-ACE share one softmax, which is computed once, forward and backward.
 
     Args:
         logits, labels, where, dice_smooth, dice_include_background, axis_name, **ace_options: as for
@@ -341,12 +341,12 @@ def segmentation_loss_parts(
     inputs = voxel_inputs(logits, labels, where, axis_name)
     logits, labels = jnp.asarray(logits), jnp.asarray(labels)
     where = None if where is None else jnp.asarray(where)
-    probs: Any = _softmax(logits, where) if {"dice", "ace"} & set(parts) else None
+    probs, entropy = _shared(logits, where, inputs, parts)
     voxels: Any = {"where": where, "axis_name": axis_name}
     background: Any = {"include_background": dice_include_background}
     losses: dict[str, Callable[[], Any]] = {
         "dice": lambda: _soft_dice(probs, labels, where, dice_smooth, dice_include_background, axis_name),
-        "cross_entropy": lambda: voxel_mean(voxel_cross_entropy(inputs), inputs),
+        "cross_entropy": lambda: voxel_mean(entropy, inputs),
         "ace": lambda: mL1_ace(probs, labels, **voxels, **ace_options),
         "focal": lambda: focal_loss(logits, labels, **voxels),
         "label_smoothing": lambda: label_smoothing_loss(logits, labels, **voxels),
@@ -360,9 +360,17 @@ def segmentation_loss_parts(
     return {name: losses[name]() for name in parts}
 
 
-def _softmax(logits: Array, where: Array | None) -> Array:
-    """Probabilities in float32; a masked NaN must be gone before them, or their gradient brings it back."""
-    return softmax(logits if where is None else jnp.where(where[..., None], logits, 0))
+def _shared(logits: Array, where: Array | None, inputs: Inputs, parts: Sequence[str]) -> tuple[Any, Any]:
+    """Float32 probabilities for Dice and mL1-ACE, and the cross-entropy of each voxel: what of them is asked for.
+
+    A masked NaN must be gone before them, or their gradient brings it back.
+    """
+    alone = not {"dice", "ace"} & set(parts)
+    if not alone:
+        logits = logits if where is None else jnp.where(where[..., None], logits, 0)
+    if "cross_entropy" in parts:
+        return softmax_and_cross_entropy(inputs.logits if alone else logits, inputs.labels)
+    return None if alone else softmax(logits), None
 
 
 def _soft_dice(
