@@ -32,7 +32,9 @@ class Loss:
     weights: tuple[tuple[str, float], ...]
 
     def parts(
-        self, logits: Float[Array, "batch *spatial classes"], labels: Int[Array, "batch *spatial"]
+        self,
+        logits: Float[Array, "batch *spatial classes"],
+        labels: Int[Array, "batch *spatial"] | Float[Array, "batch *spatial classes"],
     ) -> dict[str, Array]:
         """Each term by name, unweighted."""
         parts = calib_jax.segmentation_loss_parts(logits, labels, [TERMS[name] for name, _ in self.weights])
