@@ -128,7 +128,11 @@ def evaluate_run(run: Path, data: str | None, split: str, out: Path | None) -> P
         InputError: if the run, the data set, the split or the folder do not fit.
     """
     config, info, predict = load_run(run)
-    dataset = open_dataset(data or config.data.data)
+    dataset = open_dataset(
+        data or config.data.data,
+        geometry=info.geometry,
+        all_annotators=config.data.annotators != "first",
+    )
     if (found := DataInfo.of(dataset)) != dataclasses.replace(info, name=found.name):
         raise InputError(
             f"{data} has {found.num_channels} channels and the classes {', '.join(found.class_names)}; {run} was "

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from train.data import AugmentConfig, Dataset
+from train.data import AugmentConfig, Dataset, Geometry
 from train.errors import InputError
 
 
@@ -32,6 +32,17 @@ class DataConfig:
     patch: tuple[int, ...] = ()
     """Voxels along each axis that the network sees at once; left out, the largest case rounded up to the
     network's strides, 128 at most."""
+    spacing: tuple[float, ...] | Literal["median"] = ()
+    """Millimetres between voxels (right, anterior, superior) that scans are resampled to, or median for that of
+    the data set; left out, each keeps its own. Evaluated and predicted are the scans' own grids all the same."""
+    interpolation: Literal["linear", "cubic"] = "linear"
+    """Of intensities, when resampling."""
+    crop_margin: int | None = None
+    """Crops scans to the box of their foreground (non-zero voxels; in CT those above the lowest intensity) and
+    this many voxels around it; left out, nothing is cropped."""
+    annotators: Literal["first", "average", "random"] = "first"
+    """Where a case has several labels: train on the first, on the share of each class among them, or on their
+    average with random weights drawn anew for each patch. But for first, evaluation is by the plain shares."""
     foreground_crops: float = 0.0
     """Share of the training patches that are centred on a random voxel of a random foreground class (0.33 in
     nnU-Net); the others lie anywhere."""
@@ -39,6 +50,11 @@ class DataConfig:
     """Threads that read and cut batches ahead of the training."""
     prefetch: int = 2
     """Batches that each of them has ready or in work, at most."""
+
+    @property
+    def geometry(self) -> Geometry:
+        """What is done to the grids of the scans."""
+        return Geometry(self.spacing, self.interpolation, self.crop_margin)
 
 
 @dataclass(frozen=True)
@@ -125,12 +141,18 @@ class DataInfo:
     num_channels: int
     spatial_dims: int
     window: tuple[float, float] | None = None
+    geometry: Geometry = field(default_factory=Geometry)
 
     @classmethod
     def of(cls, dataset: Dataset) -> "DataInfo":
         """What is to be kept of `dataset`."""
         return cls(
-            dataset.name, dataset.class_names, dataset.num_channels, dataset.spatial_dims, dataset.window
+            dataset.name,
+            dataset.class_names,
+            dataset.num_channels,
+            dataset.spatial_dims,
+            dataset.window,
+            dataset.geometry,
         )
 
 

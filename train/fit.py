@@ -47,7 +47,7 @@ class Task:
 def open_task(config: RunConfig) -> Task:
     """Opens the data of a run and checks everything that can be checked before it starts."""
     data = config.data
-    dataset = open_dataset(data.data)
+    dataset = open_dataset(data.data, geometry=data.geometry, all_annotators=data.annotators != "first")
     splits = _splits(data, dataset)
     patch = resolve_patch(data.patch, dataset.largest_shape, config.model.divisor)
     check_batch_size(config.training.batch_size, device_mesh())
@@ -93,6 +93,7 @@ def fit(task: Task, folder: Path, *, resume: bool = False) -> VolumePredictor:
         seed=config.training.seed,
         shard=(jax.process_index(), jax.process_count()),
         foreground_crops=config.data.foreground_crops,
+        random_annotators=config.data.annotators == "random",
         num_threads=config.data.loader_threads,
         prefetch=config.data.prefetch,
     )

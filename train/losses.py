@@ -33,7 +33,9 @@ class Loss:
     weights: tuple[tuple[str, float], ...]
 
     def parts(
-        self, logits: Float[Array, "batch *spatial classes"], labels: Int[Array, "batch *spatial"]
+        self,
+        logits: Float[Array, "batch *spatial classes"],
+        labels: Int[Array, "batch *spatial"] | Float[Array, "batch *spatial classes"],
     ) -> dict[str, Array]:
         """Each term by name, unweighted."""
         names = [name for name, _ in self.weights]

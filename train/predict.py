@@ -40,7 +40,8 @@ def predict_folder(run: Path, images: Path, out: Path) -> list[Path]:
     written = []
     for name, files in tqdm(cases.items(), "predicting", unit="case"):
         image, grid = read_channels(files, info.window)
-        probs = predict(image)
+        placement = info.geometry.place(image, grid.affine, windowed=info.window is not None)
+        probs = placement.back(predict(placement.image(image, info.geometry.interpolation)))
         written += [
             _write(out / f"{name}_label.nii.gz", probs.argmax(-1).astype(np.uint8), grid),
             _write(out / f"{name}_probs.nii.gz", probs.astype(np.float32), grid),

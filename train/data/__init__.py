@@ -6,6 +6,7 @@ Data flows down this list: `open_dataset` -> a `Dataset` of `Case`s (`phantom`, 
 
 from train.data.augment import NO_AUGMENTATION, AugmentConfig, augment
 from train.data.case import Case, Dataset
+from train.data.geometry import Geometry
 from train.data.layouts import LAYOUTS
 from train.data.phantom import PhantomDataset
 from train.data.pipeline import CachedCases, train_batches
@@ -21,6 +22,7 @@ __all__ = [
     "CachedCases",
     "Case",
     "Dataset",
+    "Geometry",
     "PhantomDataset",
     "Splits",
     "VolumeDataset",
@@ -39,24 +41,32 @@ __all__ = [
 ]
 
 
-def open_dataset(spec: str, *, seed: int = 0) -> Dataset:
+def open_dataset(
+    spec: str, *, seed: int = 0, geometry: Geometry | None = None, all_annotators: bool = False
+) -> Dataset:
     """Opens a data set by its name on the command line.
 
     Args:
         spec: "phantom" (3-D), "phantom2d", or "LAYOUT:PATH", a folder in one of the `LAYOUTS`: msd (Medical
             Segmentation Decathlon), nnunet, brats, acdc, amos, kits.
         seed: which phantoms; data on disk does not depend on it.
+        geometry: what is done to the grids of volumes on disk.
+        all_annotators: keep what each annotator says, see `VolumeDataset`.
 
     Raises:
         InputError: another name, or anything wrong with the files.
     """
     kind, _, path = spec.partition(":")
+    if spec.startswith("phantom") and (geometry or all_annotators):
+        raise InputError(
+            f"data is {spec}: spacing, crop_margin and annotators are for volumes on disk, leave them out."
+        )
     if spec == "phantom":
         return PhantomDataset(seed=seed)
     if spec == "phantom2d":
         return PhantomDataset(spatial_shape=(64, 64), num_cases=200, seed=seed)
     if kind in LAYOUTS and path:
-        return VolumeDataset(LAYOUTS[kind](path))
+        return VolumeDataset(LAYOUTS[kind](path), geometry=geometry, all_annotators=all_annotators)
     raise InputError(
         f'data is "{spec}": give "phantom", "phantom2d", or LAYOUT:PATH with one of {", ".join(LAYOUTS)}.'
     )

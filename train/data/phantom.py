@@ -22,6 +22,7 @@ from jaxtyping import Float, Float32, UInt8
 from scipy.special import ndtr
 
 from train.data.case import Case
+from train.data.geometry import Geometry
 from train.data.transforms import z_score_nonzero
 
 CLASS_NAMES = ("background", "organ", "ring", "core")
@@ -64,6 +65,10 @@ class PhantomDataset:
     @property
     def window(self) -> None:
         return None
+
+    @property
+    def geometry(self) -> Geometry:
+        return Geometry()
 
     @property
     def num_channels(self) -> int:

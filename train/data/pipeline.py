@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import grain
 import numpy as np
 
+from train.data.annotators import soft_label
 from train.data.case import Case, Dataset
 from train.data.transforms import cut_patch, draw_crop
 from train.errors import InputError
@@ -51,6 +52,7 @@ def train_batches(
     batch_size: int,
     seed: int,
     foreground_crops: float = 0.0,
+    random_annotators: bool = False,
     shard: tuple[int, int] = (0, 1),
     num_threads: int = 1,
     prefetch: int = 2,
@@ -66,6 +68,8 @@ def train_batches(
         batch_size: examples per batch, of this process.
         seed: of order and crops.
         foreground_crops: share of the patches that are centred on foreground, see `draw_crop`.
+        random_annotators: weigh several annotators at random in each example, uniformly among all weights that
+            sum to 1, instead of all alike.
         shard: (index, count) of this process, `(jax.process_index(), jax.process_count())`. Process i takes
             every count-th example from the i-th on: their batches together are the one batch, count times
             as large, that a single process would draw.
@@ -74,7 +78,8 @@ def train_batches(
 
     Returns:
         Yields `{"image": float32 [batch, *patch, channels], "label": int32 [batch, *patch], "index": int32
-        [batch]}`, the index being the case's in the data set. `get_state()` is a small dictionary that
+        [batch]}`, the index being the case's in the data set; where annotators are kept apart the label is
+        float32 [batch, *patch, classes]. `get_state()` is a small dictionary that
         JSON can hold; `set_state()` resumes exactly there.
 
     Raises:
@@ -95,12 +100,19 @@ def train_batches(
     if not 0 <= foreground_crops <= 1:
         raise InputError(f"foreground_crops is {foreground_crops}: give a share from 0 to 1.")
 
+    def target(case: Case, crop: tuple[slice, ...], rng: np.random.Generator) -> np.ndarray:
+        if case.annotations is None:
+            return cut_patch(case.label, crop, patch).astype(np.int32)
+        annotations = cut_patch(case.annotations, crop, patch)
+        weights = rng.dirichlet(np.ones(annotations.shape[-1])) if random_annotators else None
+        return soft_label(annotations, len(dataset.class_names), weights)
+
     def to_example(element: tuple[int, Case], rng: np.random.Generator) -> dict[str, np.ndarray]:
         index, case = element
         crop = draw_crop(case.label, patch, rng, foreground_share=foreground_crops)
         return {
             "image": cut_patch(case.image, crop, patch),
-            "label": cut_patch(case.label, crop, patch).astype(np.int32),
+            "label": target(case, crop, rng),
             "index": np.asarray(index, np.int32),
         }
 
