@@ -16,6 +16,7 @@ from calib_jax.report import (
     format_table,
     write_report,
 )
+from train.checkpoint import Which
 from train.config import DataInfo, RunConfig, to_json
 from train.data import Dataset, open_dataset, read_splits, write_splits
 from train.errors import InputError
@@ -24,7 +25,7 @@ from train.fit import Task, fit, load_run, open_task
 from train.inference import VolumePredictor
 from train.logs import read_log
 from train.losses import parse_loss
-from train.runs import command, open_run, versions, write_json, written_whole
+from train.runs import claimed, command, open_run, versions, write_json, writing, written_whole
 from train.temperature import fit_temperature, temper
 
 TEMPERED = "+T"  # ends the name of a network whose logits are over its temperature
@@ -37,6 +38,7 @@ def compare(
     *,
     seeds: Sequence[int] = (),
     temperature: bool = False,
+    which: Which = "last",
     resume: bool = False,
 ) -> Path:
     """Trains one network per loss and seed, evaluates all on the test cases, writes tables, figures and a page.
@@ -51,6 +53,7 @@ def compare(
             `figures/`.
         seeds: to train every loss with; none for the configuration's alone.
         temperature: show each network with its logits over a temperature as well, fitted on the validation cases.
+        which: of each network's weights to evaluate, the last or the best by `keep_best`.
         resume: go on with what is in `folder`.
 
     Returns:
@@ -64,18 +67,22 @@ def compare(
     task = open_task(config)
     if temperature and not task.splits.val:
         raise InputError("--temperature is fitted on validation cases, and num_val is 0: hold some back.")
-    plan = Plan(tuple(names), task.config, tuple(seeds), temperature)
+    if which == "best" and (config.training.keep_best == "none" or not task.splits.val):
+        raise InputError("--checkpoint best needs --keep-best and validation cases (--num-val): give both.")
+    plan = Plan(tuple(names), task.config, tuple(seeds), temperature, which)
     open_run(folder, plan, resume=resume)
-    write_splits(folder / "splits.json", task.splits)
-    results: list[Result] = []
-    histories: dict[str, Mapping[str, Sequence[float]]] = {}
-    for name in names:
-        runs = plan.runs(folder, name)
-        evaluated = [_evaluated(task, run, temperature, resume) for run in runs.values()]
-        for ending, repeats in zip(("", TEMPERED), zip(*evaluated, strict=True), strict=False):
-            results.append(_one_row(name + ending, dict(zip(runs, repeats, strict=True))))
-        histories[name] = _mean_history([_history(run.folder, task) for run in runs.values()])
-    return _report(task.dataset, task.splits.test, folder, results, histories, _temperatures(folder))
+    with claimed(folder):
+        write_splits(folder / "splits.json", task.splits)
+        results: list[Result] = []
+        histories: dict[str, Mapping[str, Sequence[float]]] = {}
+        for name in names:
+            runs = plan.runs(folder, name)
+            evaluated = [_evaluated(task, plan, run, resume) for run in runs.values()]
+            for ending, repeats in zip(("", TEMPERED), zip(*evaluated, strict=True), strict=False):
+                results.append(_one_row(name + ending, dict(zip(runs, repeats, strict=True))))
+            histories[name] = _mean_history([_history(run.folder, task) for run in runs.values()])
+        more = {**_weights(which, config), **_temperatures(folder)}
+        return _report(task.dataset, task.splits.test, folder, results, histories, more)
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,7 @@ class Plan:
     run: RunConfig
     seeds: tuple[int, ...] = ()
     temperature: bool = False
+    which: Which = "last"
 
     def runs(self, folder: Path, loss: str) -> dict[str, "PlannedRun"]:
         """The runs of a loss by what tells them apart: one, or one for each seed."""
@@ -115,7 +123,7 @@ class PlannedRun:
         return f"{self.config.loss}{ending}{self.suffix}"
 
 
-def evaluate_run(run: Path, data: str | None, split: str, out: Path | None) -> Path:
+def evaluate_run(run: Path, data: str | None, split: str, out: Path | None, which: Which = "last") -> Path:
     """Evaluates a trained run and writes its table, figures and page into `out`.
 
     Args:
@@ -123,11 +131,12 @@ def evaluate_run(run: Path, data: str | None, split: str, out: Path | None) -> P
         data: another data set than the run's, of which all cases are evaluated; None for the run's own.
         split: `train`, `val` or `test`, of the run's own data set.
         out: a new folder; None for `evaluate-<split>` in the run's.
+        which: of its weights, the last or the best.
 
     Raises:
         InputError: if the run, the data set, the split or the folder do not fit.
     """
-    config, info, predict = load_run(run)
+    config, info, predict = load_run(run, which)
     dataset = open_dataset(
         data or config.data.data,
         geometry=info.geometry,
@@ -144,10 +153,10 @@ def evaluate_run(run: Path, data: str | None, split: str, out: Path | None) -> P
     cases = getattr(read_splits(run / "splits.json"), split) if own else dataset.case_names
     if not cases:
         raise InputError(f"The {split} split of {run} holds no case: choose another --split.")
-    folder = out or run / f"evaluate-{split if own else found.name}"
+    folder = out or run / f"evaluate-{split if own else found.name}{'' if which == 'last' else f'-{which}'}"
     open_run(folder, config, resume=False, data=to_json(found))
     result = evaluate(config.loss, predict, dataset, cases)
-    return _report(dataset, cases, folder, [result], {}, {})
+    return _report(dataset, cases, folder, [result], {}, _weights(which, config))
 
 
 def slug(loss: str) -> str:
@@ -155,16 +164,18 @@ def slug(loss: str) -> str:
     return loss.replace("*", "x")
 
 
-def _evaluated(task: Task, run: PlannedRun, temperature: bool, resume: bool) -> list[ModelResult]:
+def _evaluated(task: Task, plan: Plan, run: PlannedRun, resume: bool) -> list[ModelResult]:
     """One network trained and evaluated on the test cases, then at its temperature if that is wanted.
 
     What was evaluated before the run was resumed is read.
     """
-    files = [run.folder / "test.npz", *([run.folder / "test-temperature.npz"] if temperature else [])]
+    files = [run.folder / "test.npz", *([run.folder / "test-temperature.npz"] if plan.temperature else [])]
     if not (resume and all(file.exists() for file in files)):
         predict = fit(dataclasses.replace(task, config=run.config), run.folder, resume=resume)
+        if plan.which == "best":
+            _, _, predict = load_run(run.folder, plan.which)
         _evaluate_into(files[0], run.name(""), predict, task)
-        if temperature:
+        if plan.temperature:
             found = fit_temperature(predict, task.dataset, task.splits.val)
             write_json(run.folder / "temperature.json", {"temperature": float(found)})
             _evaluate_into(files[1], run.name(TEMPERED), temper(predict, found), task)
@@ -172,11 +183,18 @@ def _evaluated(task: Task, run: PlannedRun, temperature: bool, resume: bool) -> 
 
 
 def _evaluate_into(file: Path, name: str, predict: VolumePredictor, task: Task) -> None:
-    """Evaluates a network on the test cases, unless the file is there already."""
+    """Evaluates a network on the test cases, unless the file is there already.
+
+    What is measured is told even where it cannot be kept.
+    """
     if not file.exists():
         result = evaluate(name, predict, task.dataset, task.splits.test)
-        with written_whole(file) as partial:
-            result.save(partial)
+        try:
+            with writing(file), written_whole(file) as partial:
+                result.save(partial)
+        except InputError:
+            print(format_table(compare_models([result])))
+            raise
 
 
 def _one_row(name: str, results: Mapping[str, ModelResult]) -> Result:
@@ -192,23 +210,23 @@ def _report(
     histories: Mapping[str, Mapping[str, Sequence[float]]],
     provenance: Mapping[str, str],
 ) -> Path:
-    """Prints the table and writes it with the figures and the page."""
+    """Prints the table and writes it with the figures and the page: a full disk does not lose what was measured."""
     reference = evaluate_posterior(dataset, cases)
-    page = write_report(
-        folder,
-        results,
-        title=f"Calibration on {dataset.name}: {len(cases)} held-out cases",
-        histories=histories,
-        provenance={
-            "command": command(),
-            "data": f"{dataset.name}, {len(cases)} cases held out of {len(dataset)}",
-            **provenance,
-            **versions(),
-        },
-        reference=reference,
-    )
     print(format_table(compare_models(results, reference=reference), per_class=True))
-    return page
+    with writing(folder):
+        return write_report(
+            folder,
+            results,
+            title=f"Calibration on {dataset.name}: {len(cases)} held-out cases",
+            histories=histories,
+            provenance={
+                "command": command(),
+                "data": f"{dataset.name}, {len(cases)} cases held out of {len(dataset)}",
+                **provenance,
+                **versions(),
+            },
+            reference=reference,
+        )
 
 
 def _history(run: Path, task: Task) -> dict[str, list[float]]:
@@ -236,6 +254,12 @@ def _mean_history(histories: Sequence[Mapping[str, Sequence[float]]]) -> dict[st
         column: np.mean([history[column] for history in histories], axis=0).tolist()
         for column in histories[0]
     }
+
+
+def _weights(which: Which, config: RunConfig) -> dict[str, str]:
+    """Which weights were evaluated, in a line for the page, if not the last."""
+    best = f"best by {config.training.keep_best} on the validation cases"
+    return {"checkpoint": best} if which == "best" else {}
 
 
 def _temperatures(folder: Path) -> dict[str, str]:

@@ -2,7 +2,8 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -107,6 +108,21 @@ class TrainingConfig:
     """Steps between validations; 0 for four in a run."""
     checkpoint_every: int = 0
     """Steps between checkpoints; 0 for one with each validation."""
+    keep_best: Literal["none", "dice", "ace", "ece", "mce", "dice-ace"] = "none"
+    """Besides the newest checkpoints keep the best by this metric of the validation cases (dice-ace: Dice minus
+    ACE); every validation then makes a checkpoint."""
+
+    def score(self, metrics: Mapping[str, float]) -> float:
+        """How good a network is by `keep_best`, more being better; -inf where that was not measured.
+
+        Example:
+            >>> round(TrainingConfig(keep_best="dice-ace").score({"Dice": 0.8, "ACE": 0.1}), 3)
+            0.7
+        """
+        signed = {"dice": 1, "ace": -1, "ece": -1, "mce": -1}
+        known = {name.lower(): value for name, value in metrics.items()}
+        score = sum(signed[name] * known.get(name, math.nan) for name in self.keep_best.split("-"))
+        return -math.inf if math.isnan(score) else score
 
 
 @dataclass(frozen=True)

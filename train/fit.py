@@ -1,17 +1,19 @@
 """Train one network with one loss: read `fit` from the top down."""
 
 import dataclasses
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
 from calib_jax.report import ModelResult
-from train.checkpoint import Checkpoints
+from train.checkpoint import Checkpoints, Which
 from train.config import DataConfig, DataInfo, RunConfig, read_config, resolve_patch, to_json
 from train.data import (
     Dataset,
@@ -22,12 +24,12 @@ from train.data import (
     train_batches,
     write_splits,
 )
-from train.errors import InputError, Stopped
+from train.errors import InputError, NotFinite, Stopped
 from train.evaluate import evaluate
 from train.inference import Network, VolumePredictor
 from train.logs import RunLog
 from train.models import UNet
-from train.runs import open_run, stop_on_sigterm
+from train.runs import claimed, open_run, stop_on_signal
 from train.sharding import check_batch_size, device_mesh, put_batch, replicated
 from train.step import TrainState, init_state, make_optimizer, make_train_step
 
@@ -81,7 +83,6 @@ def fit(task: Task, folder: Path, *, resume: bool = False) -> VolumePredictor:
     mesh = device_mesh()
     info = DataInfo.of(task.dataset)
     open_run(folder, config, resume=resume, data=to_json(info))
-    write_splits(folder / "splits.json", task.splits)
     optimizer = make_optimizer(config.training)
     graphdef, state = init_state(make_model(config, info), optimizer)
     state = jax.device_put(state, replicated(mesh))
@@ -97,11 +98,19 @@ def fit(task: Task, folder: Path, *, resume: bool = False) -> VolumePredictor:
         num_threads=config.data.loader_threads,
         prefetch=config.data.prefetch,
     )
-    with Checkpoints(folder / "checkpoints") as checkpoints:
+    with claimed(folder), Checkpoints(folder / "checkpoints", config.training) as checkpoints:
+        write_splits(folder / "splits.json", task.splits)
         if resume and checkpoints.latest_step is not None:
             state, data_state = checkpoints.restore(state)
             batches.set_state(data_state)
-        state = _loop(task, folder, graphdef, state, batches, checkpoints)
+        try:
+            state = _loop(task, folder, graphdef, state, batches, checkpoints)
+        except NotFinite as found:
+            checkpoints.wait()
+            raise InputError(
+                f"{found}: mend these cases and --resume, which goes on {checkpoints.resume_point()}; or start "
+                "again with a lower --learning-rate or with --clip-norm."
+            ) from found
     return volume_predictor(graphdef, state, task.patch)
 
 
@@ -120,28 +129,48 @@ def _loop(
     validate_every = training.validate_every or -(-training.steps // 4)
     checkpoint_every = training.checkpoint_every or validate_every
     bar = tqdm(range(start, training.steps), task.config.loss, training.steps, initial=start, unit="step")
-    with RunLog(folder, start) as log, stop_on_sigterm() as stop:
+    with RunLog(folder, start, training.batch_size) as log, stop_on_signal() as stop:
         for step in bar:
+            asked = time.perf_counter()
             batch = next(batches)
+            # The device may still be at steps before, so this is the most that this step can have waited.
+            data_wait = time.perf_counter() - asked
             state, metrics = train_step(state, put_batch(batch, mesh))
-            log.pend({"step": step, **metrics}, [task.dataset.case_names[i] for i in batch["index"]])
+            cases = [task.dataset.case_names[i] for i in batch["index"]]
+            log.pend({"step": step, "data_wait": data_wait, **metrics}, cases)
             done, last = step + 1, step + 1 == training.steps
             # Looked at once: a signal that comes later in the step, as during a validation, is the next one's.
             stopping = stop.requested
-            checkpoint_due = done % checkpoint_every == 0 or last or stopping
+            validation_due = bool(task.splits.val) and (done % validate_every == 0 or last)
+            worth_keeping = validation_due and training.keep_best != "none"
+            checkpoint_due = done % checkpoint_every == 0 or last or bool(stopping) or worth_keeping
+            validated: dict[str, float] = {}
             if done % _FLUSH_EVERY == 0 or checkpoint_due:
                 bar.set_postfix(loss=f"{log.flush():.4f}")
+                checkpoints.check()
             # Before the checkpoint, so that a run resumed from it lacks no validation.
-            if task.splits.val and (done % validate_every == 0 or last):
+            if validation_due:
                 result = evaluate(
                     "validation", volume_predictor(graphdef, state, task.patch), task.dataset, task.splits.val
                 )
-                log.validation(done, mean_metrics(result), result)
+                validated = mean_metrics(result)
+                log.validation(done, validated, result)
             if checkpoint_due:
-                checkpoints.save(state, batches.get_state())
+                if not _all_finite(state.params):
+                    raise NotFinite(f"The weights are not finite after step {step}", cases)
+                checkpoints.save(state, batches.get_state(), validated)
             if stopping and not last:
-                raise Stopped(f"Stopped after step {done} of {training.steps}; --resume goes on from there.")
+                checkpoints.wait()
+                raise Stopped(
+                    f"Stopped after step {done} of {training.steps}; --resume goes on from there.",
+                    128 + stopping,
+                )
     return state
+
+
+@jax.jit
+def _all_finite(weights: Any) -> jax.Array:
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(weights)]).all()
 
 
 def make_model(config: RunConfig, data: DataInfo) -> UNet:
@@ -173,16 +202,16 @@ def mean_metrics(result: ModelResult) -> dict[str, float]:
     return {name: float(values.mean()) if values.size else float("nan") for name, values in defined.items()}
 
 
-def load_run(folder: Path) -> tuple[RunConfig, DataInfo, VolumePredictor]:
-    """A run's configuration, what it knows of its data, and prediction of volumes under its newest weights.
+def load_run(folder: Path, which: Which = "last") -> tuple[RunConfig, DataInfo, VolumePredictor]:
+    """A run's configuration, what it knows of its data, and prediction of volumes under its last or best weights.
 
     Raises:
-        InputError: if the folder holds no run or no checkpoint.
+        InputError: if the folder holds no run or no such checkpoint.
     """
     config, info = read_config(folder)
     graphdef, state = init_state(make_model(config, info), make_optimizer(config.training))
     if not (folder / "checkpoints").is_dir():
         raise InputError(f"{folder} holds no checkpoint: train it first, or --resume its training.")
-    with Checkpoints(folder / "checkpoints") as checkpoints:
-        state, _ = checkpoints.restore(state)
+    with Checkpoints(folder / "checkpoints", config.training, read_only=True) as checkpoints:
+        state, _ = checkpoints.restore(state, which)
     return config, info, volume_predictor(graphdef, state, config.data.patch)
