@@ -141,6 +141,7 @@ def evaluate_run(run: Path, data: str | None, split: str, out: Path | None, whic
         data or config.data.data,
         geometry=info.geometry,
         all_annotators=config.data.annotators != "first",
+        cache_dir=config.data.cache_dir,
     )
     if (found := DataInfo.of(dataset)) != dataclasses.replace(info, name=found.name):
         raise InputError(

@@ -47,6 +47,9 @@ class DataConfig:
     foreground_crops: float = 0.0
     """Share of the training patches that are centred on a random voxel of a random foreground class (0.33 in
     nnU-Net); the others lie anywhere."""
+    cache_dir: str = ""
+    """Folder in which decoded and preprocessed volumes are kept, for this and other runs. It takes as much as they
+    do uncompressed, and may be deleted at any time; left out, nothing is kept beyond the run."""
     loader_threads: int = 1
     """Threads that read and cut batches ahead of the training."""
     prefetch: int = 2

@@ -49,7 +49,9 @@ class Task:
 def open_task(config: RunConfig) -> Task:
     """Opens the data of a run and checks everything that can be checked before it starts."""
     data = config.data
-    dataset = open_dataset(data.data, geometry=data.geometry, all_annotators=data.annotators != "first")
+    dataset = open_dataset(
+        data.data, geometry=data.geometry, all_annotators=data.annotators != "first", cache_dir=data.cache_dir
+    )
     splits = _splits(data, dataset)
     patch = resolve_patch(data.patch, dataset.largest_shape, config.model.divisor)
     check_batch_size(config.training.batch_size, device_mesh())

@@ -4,7 +4,10 @@ Data flows down this list: `open_dataset` -> a `Dataset` of `Case`s (`phantom`, 
 `split_cases` -> `train_batches` (host: cache, shuffle, crop) -> `augment` (device, inside the step).
 """
 
+from pathlib import Path
+
 from train.data.augment import NO_AUGMENTATION, AugmentConfig, augment
+from train.data.cache import CaseStore
 from train.data.case import Case, Dataset
 from train.data.geometry import Geometry
 from train.data.layouts import LAYOUTS
@@ -21,6 +24,7 @@ __all__ = [
     "AugmentConfig",
     "CachedCases",
     "Case",
+    "CaseStore",
     "Dataset",
     "Geometry",
     "PhantomDataset",
@@ -42,7 +46,12 @@ __all__ = [
 
 
 def open_dataset(
-    spec: str, *, seed: int = 0, geometry: Geometry | None = None, all_annotators: bool = False
+    spec: str,
+    *,
+    seed: int = 0,
+    geometry: Geometry | None = None,
+    all_annotators: bool = False,
+    cache_dir: str = "",
 ) -> Dataset:
     """Opens a data set by its name on the command line.
 
@@ -52,21 +61,25 @@ def open_dataset(
         seed: which phantoms; data on disk does not depend on it.
         geometry: what is done to the grids of volumes on disk.
         all_annotators: keep what each annotator says, see `VolumeDataset`.
+        cache_dir: folder in which decoded and preprocessed volumes are kept; empty for none.
 
     Raises:
         InputError: another name, or anything wrong with the files.
     """
     kind, _, path = spec.partition(":")
-    if spec.startswith("phantom") and (geometry or all_annotators):
+    if spec.startswith("phantom") and (geometry or all_annotators or cache_dir):
         raise InputError(
-            f"data is {spec}: spacing, crop_margin and annotators are for volumes on disk, leave them out."
+            f"data is {spec}: spacing, crop_margin, annotators and cache_dir are for volumes on disk."
         )
     if spec == "phantom":
         return PhantomDataset(seed=seed)
     if spec == "phantom2d":
         return PhantomDataset(spatial_shape=(64, 64), num_cases=200, seed=seed)
     if kind in LAYOUTS and path:
-        return VolumeDataset(LAYOUTS[kind](path), geometry=geometry, all_annotators=all_annotators)
+        store = CaseStore(Path(cache_dir).expanduser()) if cache_dir else None
+        return VolumeDataset(
+            LAYOUTS[kind](path), geometry=geometry, all_annotators=all_annotators, store=store
+        )
     raise InputError(
         f'data is "{spec}": give "phantom", "phantom2d", or LAYOUT:PATH with one of {", ".join(LAYOUTS)}.'
     )

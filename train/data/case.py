@@ -50,11 +50,11 @@ class Case:
 
     @property
     def num_bytes(self) -> int:
-        """Memory that the arrays take, in bytes."""
+        """Memory that the arrays take, in bytes; those mapped from files take none."""
         arrays = [self.image, self.label, self.posterior, self.annotations]
         if self.source is not None:
             arrays += [self.source.label, self.source.annotations]
-        return sum(array.nbytes for array in arrays if array is not None)
+        return sum(0 if array is None or isinstance(array, np.memmap) else array.nbytes for array in arrays)
 
     def truth(
         self, num_classes: int

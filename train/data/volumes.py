@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from train.data.annotators import majority
+from train.data.cache import CaseStore
 from train.data.case import Case, Source
 from train.data.geometry import Geometry
 from train.data.nifti import Grid, affine_of, open_nifti, read_channels, read_label, spatial_and_channels
@@ -68,6 +69,7 @@ class VolumeDataset:
         layout: the files.
         geometry: what is done to their grids.
         all_annotators: keep what each annotator says; else the first one's label is the truth.
+        store: where cases are kept once they are loaded.
 
     Raises:
         InputError: whatever is wrong, with the file it is wrong in.
@@ -75,7 +77,14 @@ class VolumeDataset:
 
     spatial_dims = 3
 
-    def __init__(self, layout: Layout, *, geometry: Geometry | None = None, all_annotators: bool = False):
+    def __init__(
+        self,
+        layout: Layout,
+        *,
+        geometry: Geometry | None = None,
+        all_annotators: bool = False,
+        store: CaseStore | None = None,
+    ):
         self.layout = layout
         self.name = layout.name
         self.class_names = layout.class_names
@@ -96,6 +105,7 @@ class VolumeDataset:
         ]
         self.largest_shape = tuple(max(sides) for sides in zip(*shapes, strict=True))
         self.all_annotators = all_annotators
+        self._store = store
         if all_annotators and all(len(entry.labels) == 1 for entry in layout.entries):
             raise InputError(f"{layout.source} has one label for each case: leave out --annotators.")
 
@@ -103,11 +113,34 @@ class VolumeDataset:
         return len(self.layout.entries)
 
     def load(self, index: int) -> Case:
-        """Reads case `index`."""
-        entry, layout = self.layout.entries[index], self.layout
+        """Reads case `index`, from the store if it is there."""
+        entry = self.layout.entries[index]
+        if self._store is None:
+            return self._read(entry)
+        key = self._key(entry)
+        case = self._store.read(key, entry.name)
+        if case is None:
+            case = self._read(entry)
+            self._store.write(key, case)
+        return case
+
+    def _label_files(self, entry: Entry) -> tuple[Path, ...]:
+        return entry.labels if self.all_annotators else entry.labels[:1]
+
+    def _key(self, entry: Entry) -> str:
+        """Changes with the case's files and with whatever is done to them."""
+        files = [file.resolve() for file in (*entry.images, *self._label_files(entry))]
+        stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        layout = self.layout
+        done = (layout.label_values, layout.class_names, layout.window, self.geometry, self.all_annotators)
+        return repr((stats, done))
+
+    def _read(self, entry: Entry) -> Case:
+        layout = self.layout
         image, grid = read_channels(entry.images, layout.window)
-        files = entry.labels if self.all_annotators else entry.labels[:1]
-        labels = [grid.to_ras(self._read_label(file).reshape(grid.file_shape)) for file in files]
+        labels = [
+            grid.to_ras(self._read_label(file).reshape(grid.file_shape)) for file in self._label_files(entry)
+        ]
         own = self._combined(labels)
         if not self.geometry:
             return Case(entry.name, image, own[0], grid.affine, annotations=own[1])
