@@ -2,7 +2,8 @@
 
     python tests/make_golden.py
 
-`edges.npz` holds `torch.linspace` bin edges; `monai.npz` holds inputs (channel last), MONAI's bin means and
+`networks.npz` holds the logits of MONAI's networks under fixed weights, and their gradient for the image
+(UNETR needs einops). `edges.npz` holds `torch.linspace` bin edges; `monai.npz` holds inputs (channel last), MONAI's bin means and
 counts, and the mL1-ACE loss and gradient that follow from them. MONAI's `right=False`, its default, is what
 calib_jax calls `closed="right"`: bins (l, r]; its docstring says the opposite.
 """
@@ -61,8 +62,32 @@ def monai_loss(probs, labels, num_bins, right):
     }
 
 
+def networks():
+    """Of each network in `networks.STORED`: logits (finest first) and the gradient for the image, channel last."""
+    import torch
+    from monai.networks import nets
+    from networks import STORED, channel_last, pattern, patterned_state
+
+    arrays = {}
+    for name, (theirs, options, make, sizes) in STORED.items():
+        network = getattr(nets, theirs)(in_channels=1, out_channels=3, **options)
+        state = {key: torch.tensor(value) for key, value in patterned_state(make()).items()}
+        network.load_state_dict(state, strict=False)  # what it stores and does not use is not there
+        network = network.double()
+        image = torch.tensor(np.moveaxis(pattern((2, *sizes, 1), 5.0, 1.0), -1, 1), dtype=torch.float64)
+        image.requires_grad_()
+        logits = network(image)
+        logits = logits if isinstance(logits, list) else [logits]
+        for i, level in enumerate(logits):
+            g = torch.tensor(np.moveaxis(pattern(channel_last(level).shape, 3.0, 1.0), -1, 1).copy())
+            level.backward(g.double(), retain_graph=True)
+            arrays[f"{name}/logits{i}"] = channel_last(level).astype(np.float32)
+        arrays[f"{name}/gradient"] = channel_last(image.grad).astype(np.float32)
+    return arrays
+
+
 def main():
-    """Writes the two files."""
+    """Writes the three files."""
     import torch
 
     end = 1.0 + torch.finfo(torch.float32).eps
@@ -75,6 +100,7 @@ def main():
         case |= monai_loss(probs, labels, num_bins, right)
         arrays |= {f"{name}/{key}": value for key, value in case.items()}
     np.savez_compressed(FOLDER / "monai.npz", **arrays)
+    np.savez_compressed(FOLDER / "networks.npz", **networks())
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
-"""Networks."""
+"""Networks: `unet`, `segresnet` and `unetr` of `blocks` and `layers`; MONAI's weights in them, through `monai`."""
 
-from train.models.unet import UNet, load_monai_weights
+from train.models.monai import load_monai_weights
+from train.models.segresnet import SegResNet
+from train.models.unet import UNet
+from train.models.unetr import UNETR
 
-__all__ = ["UNet", "load_monai_weights"]
+__all__ = ["UNETR", "SegResNet", "UNet", "load_monai_weights"]

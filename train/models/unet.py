@@ -1,19 +1,15 @@
 """The paper's network: MONAI's residual `UNet`, channel last, in Flax NNX."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from math import prod
-from typing import Any, cast
+from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from train.models.layers import convolve, convolve_transpose, normalise
-
-Option = str | tuple[str, Mapping[str, Any]] | None
-"""A layer by name, alone or with its arguments: `"relu"`, `("group", {"num_groups": 4})`; None for no layer."""
+from train.models.blocks import Convolution, Option, check_image, make_activation, make_norm
+from train.models.layers import convolve
 
 
 class UNet(nnx.Module):
@@ -30,7 +26,7 @@ class UNet(nnx.Module):
         num_res_units: convolutions in a residual unit; 0 for plain convolutions instead of residual units.
         act: activation; `prelu`, `relu`, `leakyrelu`, `elu`, `selu`, `celu`, `gelu`, `relu6`, `sigmoid`,
             `tanh`, `swish`, `mish` or None, with PyTorch's arguments.
-        norm: `instance`, `group` or None, with PyTorch's arguments.
+        norm: `instance`, `group`, `batch` (stored statistics only) or None, with PyTorch's arguments.
         dropout: dropout rate, between norm and activation.
         bias: whether convolutions add a bias.
         rngs: seeds of the parameters and, where `dropout` is positive, of dropout.
@@ -109,7 +105,7 @@ class UNet(nnx.Module):
         Raises:
             ValueError: if rank or channels of `x` are not the model's, or strides do not divide a size.
         """
-        self._check(x.shape)
+        check_image(x.shape, self.spatial_dims, self.in_channels, self.divisor)
         skips = []
         for down in self.down:
             x = down(x)
@@ -118,19 +114,6 @@ class UNet(nnx.Module):
         for skip, up in zip(reversed(skips), reversed(self.up), strict=True):
             x = up(jnp.concatenate([skip, x], -1))
         return x
-
-    def _check(self, shape: tuple[int, ...]) -> None:
-        if len(shape) != self.spatial_dims + 2 or shape[-1] != self.in_channels:
-            raise ValueError(
-                f"The image has shape {shape}; expected [batch, {self.spatial_dims} spatial axes, "
-                f"{self.in_channels} channels]."
-            )
-        for axis, size in enumerate(shape[1:-1], 1):
-            if size % self.divisor:
-                raise ValueError(
-                    f"Size {size} of axis {axis} of the image {shape} is not divisible by {self.divisor}, the "
-                    f"product of the strides: pad or crop it to a multiple of {self.divisor}."
-                )
 
 
 class ConvolutionUnit(nnx.Module):
@@ -221,184 +204,6 @@ class ResidualUnit(nnx.Module):
         both = convolve(x, jnp.concatenate([conv.kernel[...], shortcut.kernel[...]], -1), conv.strides)
         y, z = jnp.split(both, 2, -1)
         return conv.add_bias(y), shortcut.add_bias(z)
-
-
-class Convolution(nnx.Module):
-    """Convolution or transposed convolution with PyTorch's padding, initial values and optional bias."""
-
-    def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        window: tuple[int, ...],
-        stride: int,
-        *,
-        bias: bool,
-        rngs: nnx.Rngs,
-        transposed: bool = False,
-    ):
-        self.strides = (stride,) * len(window)
-        self.transposed = transposed
-        # PyTorch takes a transposed kernel's fan-in from its second axis, which holds the outputs.
-        bound = (prod(window) * (outputs if transposed else inputs)) ** -0.5
-        self.kernel = nnx.Param(_uniform(rngs, (*window, inputs, outputs), bound))
-        self.bias = nnx.Param(_uniform(rngs, (outputs,), bound)) if bias else None
-
-    def __call__(self, x: Float[Array, "batch *spatial in"]) -> Float[Array, "batch *resampled out"]:
-        apply = convolve_transpose if self.transposed else convolve
-        return self.add_bias(apply(x, self.kernel[...], self.strides))
-
-    def add_bias(self, y: Float[Array, "batch *spatial out"]) -> Float[Array, "batch *spatial out"]:
-        """The convolution's result with its bias."""
-        return y if self.bias is None else y + _as_channels(self.bias[...], y.ndim)
-
-
-class PReLU(nnx.Module):
-    """x where positive, else x times a learnt slope (one for all channels, or one for each)."""
-
-    def __init__(self, num_parameters: int = 1, init: float = 0.25):
-        self.slope = nnx.Param(jnp.full((num_parameters,), init, jnp.float32))
-
-    def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-        return jnp.where(x > 0, x, _as_channels(self.slope[...], x.ndim) * x)
-
-
-class Norm(nnx.Module):
-    """Normalisation per image and group of channels, with an optional scale and offset per channel."""
-
-    def __init__(self, channels: int, groups: int, *, affine: bool, eps: float = 1e-5):
-        if channels % groups:
-            raise ValueError(
-                f"{channels} channels do not fall into {groups} groups: give a divisor of {channels}."
-            )
-        self.groups, self.eps = groups, eps
-        self.scale = nnx.Param(jnp.ones(channels, jnp.float32)) if affine else None
-        self.offset = nnx.Param(jnp.zeros(channels, jnp.float32)) if affine else None
-
-    def __call__(self, x: Float[Array, "batch *spatial channels"]) -> Float[Array, "batch *spatial channels"]:
-        y = normalise(x, self.groups, self.eps)
-        if self.scale is None or self.offset is None:
-            return y
-        return y * _as_channels(self.scale[...], y.ndim) + _as_channels(self.offset[...], y.ndim)
-
-
-ACTIVATIONS: dict[str, Callable[..., Array]] = {
-    "relu": jax.nn.relu,
-    "leakyrelu": jax.nn.leaky_relu,
-    "elu": jax.nn.elu,
-    "selu": jax.nn.selu,
-    "celu": jax.nn.celu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "relu6": jax.nn.relu6,
-    "sigmoid": jax.nn.sigmoid,
-    "tanh": jnp.tanh,
-    "swish": jax.nn.swish,
-    "mish": jax.nn.mish,
-}
-
-
-def make_activation(option: Option) -> Callable[[Array], Array] | None:
-    """The activation called `option`."""
-    name, arguments = _split_option(option)
-    if not name:
-        return None
-    if name == "prelu":
-        return PReLU(**arguments)
-    if name not in ACTIVATIONS:
-        raise ValueError(f"act is {option!r}; expected one of prelu, {', '.join(ACTIVATIONS)} or None.")
-    function = ACTIVATIONS[name]
-    return lambda x: function(x, **arguments)
-
-
-def make_norm(option: Option, channels: int) -> Norm | None:
-    """The norm called `option`, for that many channels."""
-    name, arguments = _split_option(option)
-    if not name:
-        return None
-    if name == "instance":
-        return Norm(channels, channels, **{"affine": False, **arguments})
-    if name == "group":
-        arguments = {"affine": True, **arguments}
-        return Norm(channels, arguments.pop("num_groups"), **arguments)
-    raise ValueError(f"norm is {option!r}; expected instance, group or None.")
-
-
-def load_monai_weights(model: UNet, state: Mapping[str, np.ndarray]) -> None:
-    """Copies the parameters of a MONAI `UNet` of the same options into `model`.
-
-    Args:
-        model: the network that receives them.
-        state: MONAI's `state_dict()`, its tensors as NumPy arrays.
-
-    Raises:
-        ValueError: if a parameter is missing, left over or of another shape.
-    """
-    names = dict(_monai_names(model))
-    if names.keys() != state.keys():
-        raise ValueError(
-            f"The two networks differ: missing {sorted(names.keys() - state.keys())}, "
-            f"left over {sorted(state.keys() - names.keys())}."
-        )
-    for name, (parameter, axes) in names.items():
-        value = np.asarray(state[name])
-        value = value.transpose(axes) if axes else value
-        if value.shape != parameter.shape:
-            raise ValueError(f"{name} has shape {value.shape}; expected {parameter.shape}.")
-        parameter[...] = jnp.asarray(value, parameter.dtype)
-
-
-Named = Iterator[tuple[str, tuple[nnx.Param, tuple[int, ...]]]]
-
-
-def _monai_names(model: UNet) -> Named:
-    """MONAI's name of each parameter, with the order of its axes here."""
-    level = "model"
-    for down, up in zip(model.down, model.up, strict=True):
-        yield from _block_names(f"{level}.0", down)
-        blocks = cast(nnx.Sequential, up).layers
-        if len(blocks) == 1:
-            yield from _block_names(f"{level}.2", blocks[0])
-        else:
-            for i, block in enumerate(blocks):
-                yield from _block_names(f"{level}.2.{i}", block)
-        level += ".1.submodule"
-    yield from _block_names(level, model.bottom)
-
-
-def _block_names(prefix: str, block: Any) -> Named:
-    if isinstance(block, ResidualUnit):
-        for i, unit in enumerate(block.units):
-            yield from _block_names(f"{prefix}.conv.unit{i}", unit)
-        if block.residual is not None:
-            yield from _convolution_names(f"{prefix}.residual", block.residual)
-    elif isinstance(block, ConvolutionUnit):
-        yield from _convolution_names(f"{prefix}.conv", block.conv)
-        if isinstance(block.act, PReLU):
-            yield f"{prefix}.adn.A.weight", (block.act.slope, ())
-        if block.norm is not None and block.norm.scale is not None and block.norm.offset is not None:
-            yield f"{prefix}.adn.N.weight", (block.norm.scale, ())
-            yield f"{prefix}.adn.N.bias", (block.norm.offset, ())
-
-
-def _convolution_names(prefix: str, conv: Convolution) -> Named:
-    # PyTorch's kernels are [out, in, *window], transposed ones [in, out, *window].
-    window = tuple(range(2, 2 + len(conv.strides)))
-    yield f"{prefix}.weight", (conv.kernel, (*window, 0, 1) if conv.transposed else (*window, 1, 0))
-    if conv.bias is not None:
-        yield f"{prefix}.bias", (conv.bias, ())
-
-
-def _as_channels(values: Array, ndim: int) -> Array:
-    return values.reshape((1,) * (ndim - 1) + values.shape)
-
-
-def _uniform(rngs: nnx.Rngs, shape: tuple[int, ...], bound: float) -> Array:
-    return jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound)
-
-
-def _split_option(option: Option) -> tuple[str, dict[str, Any]]:
-    name, arguments = (option, {}) if isinstance(option, str | None) else option
-    return (name or "").lower(), dict(arguments)
 
 
 def _window(size: int | Sequence[int], spatial_dims: int, name: str) -> tuple[int, ...]:

@@ -1,0 +1,115 @@
+"""SegResNet, plain and deeply supervised, against MONAI's, and what it says to wrong input."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from networks import assert_equals_monai, assert_equals_stored, num_parameters
+
+from train.models import SegResNet
+
+SMALL = {"spatial_dims": 2, "blocks_down": (1, 1, 1)}
+CASES = {
+    "plain, 3-D": ("SegResNet", {"spatial_dims": 3, "blocks_down": (1, 2), "blocks_up": (2,)}, {}, (4, 6, 8)),
+    "plain, 2-D": ("SegResNet", {"spatial_dims": 2}, {}, (16, 8)),
+    "supervised, 3-D": (
+        "SegResNetDS",
+        {"spatial_dims": 3, "init_filters": 4, "blocks_down": (1, 1, 1), "norm": "instance", "dsdepth": 2},
+        {"norm": ("instance", {"affine": True})},
+        (8, 4, 12),
+    ),
+    "one head, 2-D": (
+        "SegResNetDS",
+        {**SMALL, "init_filters": 8, "norm": ("group", {"num_groups": 4}), "dsdepth": 1},
+        {},
+        (8, 12),
+    ),
+}
+
+
+def options_here(name, options):
+    """MONAI's options as ours."""
+    options = dict(options)
+    depth = options.pop("dsdepth", 1)
+    return {**options, "deep_supervision": depth} if name == "SegResNetDS" else options
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_monai(case):
+    torch = pytest.importorskip("torch")
+    nets = pytest.importorskip("monai.networks.nets")
+    name, options, differing, sizes = CASES[case]
+    torch.manual_seed(0)
+    theirs = getattr(nets, name)(in_channels=2, out_channels=3, **options)
+    ours = {**options_here(name, options), **differing}
+    assert_equals_monai(theirs, lambda: SegResNet(in_channels=2, out_channels=3, **ours), (2, *sizes, 2))
+
+
+def test_stored_statistics_equal_monais_batch_norm_in_evaluation():
+    torch = pytest.importorskip("torch")
+    nets = pytest.importorskip("monai.networks.nets")
+    torch.manual_seed(0)
+    theirs = nets.SegResNetDS(2, 4, 2, 3, blocks_down=(1, 1, 1)).eval()
+    for module in theirs.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2.0)
+    options = {**SMALL, "init_filters": 4, "norm": "batch", "deep_supervision": 1}
+    assert_equals_monai(theirs, lambda: SegResNet(in_channels=2, out_channels=3, **options), (2, 8, 12, 2))
+
+
+@pytest.mark.parametrize("name", ["segresnet", "segresnet_ds"])
+def test_equals_what_monai_gave(name):
+    assert_equals_stored(name)
+
+
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        ({}, 1_176_186),
+        ({"init_filters": 32, "deep_supervision": 4, "blocks_down": (1, 2, 2, 4, 4)}, 87_157_388),
+    ],
+)
+def test_number_of_parameters(options, count):
+    """As counted in MONAI's."""
+    model = jax.eval_shape(lambda: SegResNet(in_channels=1, out_channels=3, **options))
+    assert num_parameters(model) == count
+
+
+def test_several_logits_only_in_training():
+    model = SegResNet(in_channels=1, out_channels=3, deep_supervision=2, **SMALL)
+    x = jax.random.normal(jax.random.key(0), (1, 8, 12, 1))
+    finest, coarser = model(x)
+    assert finest.shape == (1, 8, 12, 3)
+    assert coarser.shape == (1, 4, 6, 3)
+    model.eval()
+    np.testing.assert_array_equal(model(x), finest)
+
+
+def test_dropout_after_the_first_convolution():
+    model = SegResNet(in_channels=1, out_channels=3, dropout=0.5, **SMALL)
+    x = jnp.ones((1, 8, 8, 1))
+    assert bool((model(x) != model(x)).any())
+    model.eval()
+    np.testing.assert_array_equal(model(x), model(x))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"spatial_dims": 1}, "spatial_dims is 1"),
+        ({"blocks_down": (1,)}, "blocks_down are"),
+        ({"blocks_up": (1,)}, "blocks_up"),
+        ({"deep_supervision": 3}, "deep_supervision is 3; expected 0 to 2"),
+        ({"init_filters": 4}, "divisor of 4"),
+    ],
+)
+def test_options_that_make_no_network(options, message):
+    with pytest.raises(ValueError, match=message):
+        SegResNet(in_channels=1, out_channels=3, **SMALL | options)
+
+
+def test_size_that_cannot_be_halved():
+    model = SegResNet(in_channels=1, out_channels=3, **SMALL)
+    with pytest.raises(ValueError, match="multiple of 4"):
+        jax.eval_shape(model, jnp.zeros((1, 8, 10, 1)))

@@ -1,0 +1,200 @@
+"""The layers that networks are made of: convolutions, norms and activations, with PyTorch's initial values."""
+
+from collections.abc import Callable, Mapping
+from math import prod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from train.models.layers import convolve, convolve_transpose, normalise
+from train.models.patches import from_patches, to_patches
+
+Option = str | tuple[str, Mapping[str, Any]] | None
+"""A layer by name, alone or with its arguments: `"relu"`, `("group", {"num_groups": 4})`; None for no layer."""
+
+
+class Convolution(nnx.Module):
+    """Convolution or transposed convolution with PyTorch's padding, initial values and optional bias."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        window: tuple[int, ...],
+        stride: int,
+        *,
+        bias: bool,
+        rngs: nnx.Rngs,
+        transposed: bool = False,
+    ):
+        self.strides = (stride,) * len(window)
+        self.transposed = transposed
+        # PyTorch takes a transposed kernel's fan-in from its second axis, which holds the outputs.
+        bound = (prod(window) * (outputs if transposed else inputs)) ** -0.5
+        self.kernel = nnx.Param(uniform(rngs, (*window, inputs, outputs), bound))
+        self.bias = nnx.Param(uniform(rngs, (outputs,), bound)) if bias else None
+
+    def __call__(self, x: Float[Array, "batch *spatial in"]) -> Float[Array, "batch *resampled out"]:
+        apply = convolve_transpose if self.transposed else convolve
+        return self.add_bias(apply(x, self.kernel[...], self.strides))
+
+    def add_bias(self, y: Float[Array, "batch *spatial out"]) -> Float[Array, "batch *spatial out"]:
+        """The convolution's result with its bias."""
+        return y if self.bias is None else y + as_channels(self.bias[...], y.ndim)
+
+
+class PatchConvolution(Convolution):
+    """A convolution, or its transpose, whose window is its stride: one matrix product over patches."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        window: tuple[int, ...],
+        *,
+        bias: bool,
+        rngs: nnx.Rngs,
+        transposed: bool = False,
+    ):
+        super().__init__(inputs, outputs, window, 1, bias=bias, rngs=rngs, transposed=transposed)
+        self.strides = window
+
+    def __call__(self, x: Float[Array, "batch *spatial in"]) -> Float[Array, "batch *resampled out"]:
+        kernel = self.kernel[...]
+        inputs, outputs = kernel.shape[-2:]
+        if self.transposed:
+            y = from_patches(x @ jnp.moveaxis(kernel, -2, 0).reshape(inputs, -1), self.strides)
+        else:
+            y = to_patches(x, self.strides) @ kernel.reshape(-1, outputs)
+        return self.add_bias(y)
+
+
+class PReLU(nnx.Module):
+    """x where positive, else x times a learnt slope (one for all channels, or one for each)."""
+
+    def __init__(self, num_parameters: int = 1, init: float = 0.25):
+        self.slope = nnx.Param(jnp.full((num_parameters,), init, jnp.float32))
+
+    def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        return jnp.where(x > 0, x, as_channels(self.slope[...], x.ndim) * x)
+
+
+class Norm(nnx.Module):
+    """Normalisation per image and group of channels, with an optional scale and offset per channel."""
+
+    def __init__(self, channels: int, groups: int, *, affine: bool, eps: float = 1e-5):
+        if channels % groups:
+            raise ValueError(
+                f"{channels} channels do not fall into {groups} groups: give a divisor of {channels}."
+            )
+        self.groups, self.eps = groups, eps
+        self.scale = nnx.Param(jnp.ones(channels, jnp.float32)) if affine else None
+        self.offset = nnx.Param(jnp.zeros(channels, jnp.float32)) if affine else None
+
+    def __call__(self, x: Float[Array, "batch *spatial channels"]) -> Float[Array, "batch *spatial channels"]:
+        return _scaled(normalise(x, self.groups, self.eps), self.scale, self.offset)
+
+
+class BatchNorm(nnx.Module):
+    """Normalisation by stored means and variances per channel, in training as well.
+
+    It stands for the batch norm of an imported network. A batch of a few volumes has no statistics to go by,
+    so these stay as they were learnt, and what is trained is what is evaluated.
+    """
+
+    def __init__(self, channels: int, *, affine: bool = True, eps: float = 1e-5):
+        self.eps = eps
+        self.mean = nnx.BatchStat(jnp.zeros(channels, jnp.float32))
+        self.variance = nnx.BatchStat(jnp.ones(channels, jnp.float32))
+        self.scale = nnx.Param(jnp.ones(channels, jnp.float32)) if affine else None
+        self.offset = nnx.Param(jnp.zeros(channels, jnp.float32)) if affine else None
+
+    def __call__(self, x: Float[Array, "batch *spatial channels"]) -> Float[Array, "batch *spatial channels"]:
+        centred = x - as_channels(self.mean[...], x.ndim)
+        inverse = jax.lax.rsqrt(self.variance[...] + self.eps)
+        return _scaled(centred * as_channels(inverse, x.ndim), self.scale, self.offset)
+
+
+ACTIVATIONS: dict[str, Callable[..., Array]] = {
+    "relu": jax.nn.relu,
+    "leakyrelu": jax.nn.leaky_relu,
+    "elu": jax.nn.elu,
+    "selu": jax.nn.selu,
+    "celu": jax.nn.celu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "relu6": jax.nn.relu6,
+    "sigmoid": jax.nn.sigmoid,
+    "tanh": jnp.tanh,
+    "swish": jax.nn.swish,
+    "mish": jax.nn.mish,
+}
+
+
+def make_activation(option: Option) -> Callable[[Array], Array] | None:
+    """The activation called `option`."""
+    name, arguments = _split_option(option)
+    if not name:
+        return None
+    if name == "prelu":
+        return PReLU(**arguments)
+    if name not in ACTIVATIONS:
+        raise ValueError(f"act is {option!r}; expected one of prelu, {', '.join(ACTIVATIONS)} or None.")
+    function = ACTIVATIONS[name]
+    return lambda x: function(x, **arguments)
+
+
+def make_norm(option: Option, channels: int) -> Norm | BatchNorm | None:
+    """The norm called `option`, for that many channels."""
+    name, arguments = _split_option(option)
+    if not name:
+        return None
+    if name == "instance":
+        return Norm(channels, channels, **{"affine": False, **arguments})
+    if name == "group":
+        arguments = {"affine": True, **arguments}
+        return Norm(channels, arguments.pop("num_groups"), **arguments)
+    if name == "batch":
+        return BatchNorm(channels, **arguments)
+    raise ValueError(f"norm is {option!r}; expected instance, group, batch or None.")
+
+
+def check_image(shape: tuple[int, ...], spatial_dims: int, channels: int, divisor: int) -> None:
+    """Whether a network takes images of that shape, `[batch, *spatial, channels]`.
+
+    Raises:
+        ValueError: if rank or channels are not the network's, or `divisor` does not divide a size.
+    """
+    if len(shape) != spatial_dims + 2 or shape[-1] != channels:
+        raise ValueError(
+            f"The image has shape {shape}; expected [batch, {spatial_dims} spatial axes, {channels} channels]."
+        )
+    for axis, size in enumerate(shape[1:-1], 1):
+        if size % divisor:
+            raise ValueError(
+                f"Size {size} of axis {axis} of the image {shape} is not divisible by {divisor}, by which the "
+                f"network reduces it: pad or crop it to a multiple of {divisor}."
+            )
+
+
+def as_channels(values: Float[Array, " channels"], ndim: int) -> Float[Array, "*ones channels"]:
+    """One value per channel, shaped to go with an array of `ndim` axes."""
+    return values.reshape((1,) * (ndim - 1) + values.shape)
+
+
+def uniform(rngs: nnx.Rngs, shape: tuple[int, ...], bound: float) -> Float[Array, "..."]:
+    """Initial values between `-bound` and `bound`."""
+    return jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound)
+
+
+def _scaled(y: Array, scale: nnx.Param | None, offset: nnx.Param | None) -> Array:
+    if scale is None or offset is None:
+        return y
+    return y * as_channels(scale[...], y.ndim) + as_channels(offset[...], y.ndim)
+
+
+def _split_option(option: Option) -> tuple[str, dict[str, Any]]:
+    name, arguments = (option, {}) if isinstance(option, str | None) else option
+    return (name or "").lower(), dict(arguments)

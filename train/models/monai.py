@@ -1,0 +1,199 @@
+"""MONAI's names of our parameters, and its weights in our networks."""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from train.models.blocks import BatchNorm, Convolution, Norm, PReLU
+from train.models.segresnet import PreActivationBlock, SegResNet
+from train.models.unet import ConvolutionUnit, ResidualUnit, UNet
+from train.models.unetr import UNETR, ResidualBlock, TransformerBlock
+
+Named = Iterator[tuple[str, tuple[nnx.Variable, tuple[int, ...]]]]
+
+# What MONAI stores and does not use: a counter, and layers of the transformer that UNETR leaves out.
+_UNUSED = re.compile(r"\.(num_batches_tracked$|norm_cross_attn\.|cross_attn\.)")
+
+
+def load_monai_weights(model: nnx.Module, state: Mapping[str, np.ndarray]) -> None:
+    """Copies the parameters of a MONAI network of the same options into `model`.
+
+    Args:
+        model: a `UNet`, `SegResNet` or `UNETR`, which receives them.
+        state: the `state_dict()` of MONAI's `UNet`, `SegResNet`, `SegResNetDS` or `UNETR`, its tensors as
+            NumPy arrays.
+
+    Raises:
+        ValueError: if a parameter is missing, left over or of another shape; it names the first.
+    """
+    names = dict(monai_names(model))
+    missing = [name for name in names if name not in state]
+    left = [name for name in state if name not in names and not _UNUSED.search(name)]
+    if missing or left:
+        found = [
+            f"{first} is {what}"
+            for what, first in (("missing", _first(missing)), ("left over", _first(left)))
+            if first
+        ]
+        raise ValueError(f"The two networks differ: {' and '.join(found)}.")
+    for name, (parameter, axes) in names.items():
+        value = np.asarray(state[name])
+        expected = tuple(np.array(parameter.shape)[np.argsort(axes)]) if axes else parameter.shape
+        if value.shape != expected:
+            raise ValueError(f"The two networks differ: {name} has shape {value.shape}, expected {expected}.")
+        parameter[...] = jnp.asarray(value.transpose(axes) if axes else value, parameter.dtype)
+
+
+def _first(names: list[str]) -> str:
+    return names[0] + (f" (and {len(names) - 1} more)" if len(names) > 1 else "") if names else ""
+
+
+def monai_names(model: nnx.Module) -> Named:
+    """MONAI's name of each parameter, with the order of its axes here."""
+    if isinstance(model, UNet):
+        yield from _unet(model)
+    elif isinstance(model, SegResNet):
+        yield from _segresnet_ds(model) if model.deep_supervision else _segresnet(model)
+    elif isinstance(model, UNETR):
+        yield from _unetr(model)
+    else:
+        raise ValueError(f"MONAI has no network like {type(model).__name__}.")
+
+
+# UNet: levels within levels.
+
+
+def _unet(model: UNet) -> Named:
+    level = "model"
+    for down, up in zip(model.down, model.up, strict=True):
+        yield from _unet_block(f"{level}.0", down)
+        blocks = cast(nnx.Sequential, up).layers
+        if len(blocks) == 1:
+            yield from _unet_block(f"{level}.2", blocks[0])
+        else:
+            for i, block in enumerate(blocks):
+                yield from _unet_block(f"{level}.2.{i}", block)
+        level += ".1.submodule"
+    yield from _unet_block(level, model.bottom)
+
+
+def _unet_block(prefix: str, block: Any) -> Named:
+    if isinstance(block, ResidualUnit):
+        for i, unit in enumerate(block.units):
+            yield from _unet_block(f"{prefix}.conv.unit{i}", unit)
+        if block.residual is not None:
+            yield from _layer(f"{prefix}.residual", block.residual)
+    elif isinstance(block, ConvolutionUnit):
+        yield from _layer(f"{prefix}.conv", block.conv)
+        yield from _layer(f"{prefix}.adn.A", block.act)
+        yield from _layer(f"{prefix}.adn.N", block.norm)
+
+
+# SegResNet: the same blocks under two sets of names.
+
+
+def _segresnet(model: SegResNet) -> Named:
+    for i, (conv, blocks) in enumerate(zip(model.convs, model.down, strict=True)):
+        yield from _layer(f"down_layers.{i}.0.conv" if i else "convInit.conv", conv)
+        for j, block in enumerate(_layers(blocks), 1):
+            yield from _pre_activation(f"down_layers.{i}.{j}", block, ".conv")
+    for i, (upsample, blocks) in enumerate(zip(model.upsample, model.up, strict=True)):
+        yield from _layer(f"up_samples.{i}.0.conv", _layers(upsample)[0])
+        for j, block in enumerate(_layers(blocks)):
+            yield from _pre_activation(f"up_layers.{i}.{j}", block, ".conv")
+    norm, _, conv = _layers(model.heads[0])
+    yield from _layer("conv_final.0", norm)
+    yield from _layer("conv_final.2.conv", conv)
+
+
+def _segresnet_ds(model: SegResNet) -> Named:
+    for i, (conv, blocks) in enumerate(zip(model.convs, model.down, strict=True)):
+        yield from _layer(f"encoder.layers.{i - 1}.downsample" if i else "encoder.conv_init", conv)
+        for j, block in enumerate(_layers(blocks)):
+            yield from _pre_activation(f"encoder.layers.{i}.blocks.{j}", block)
+    for i, (upsample, blocks) in enumerate(zip(model.upsample, model.up, strict=True)):
+        yield from _layer(f"up_layers.{i}.upsample.deconv", upsample)
+        for j, block in enumerate(_layers(blocks)):
+            yield from _pre_activation(f"up_layers.{i}.blocks.{j}", block)
+    for i, head in enumerate(model.heads, len(model.up) - len(model.heads)):
+        yield from _layer(f"up_layers.{i}.head", head)
+
+
+def _pre_activation(prefix: str, block: PreActivationBlock, wrapper: str = "") -> Named:
+    for i, (norm, conv) in enumerate(zip(block.norms, block.convs, strict=True), 1):
+        yield from _layer(f"{prefix}.norm{i}", norm)
+        yield from _layer(f"{prefix}.conv{i}{wrapper}", conv)
+
+
+# UNETR.
+
+
+def _unetr(model: UNETR) -> Named:
+    yield from _layer("vit.patch_embedding.patch_embeddings", model.vit.embedding)
+    yield "vit.patch_embedding.position_embeddings", (model.vit.positions, ())
+    for i, block in enumerate(model.vit.blocks):
+        yield from _transformer_block(f"vit.blocks.{i}", block)
+    yield from _layer("vit.norm", model.vit.norm)
+    yield from _residual_block("encoder1.layer", model.image_encoder)
+    for i, encoder in enumerate(model.encoders, 2):
+        yield from _layer(f"encoder{i}.transp_conv_init.conv", encoder.first)
+        for j, (up, block) in enumerate(zip(encoder.ups, encoder.blocks, strict=True)):
+            yield from _layer(f"encoder{i}.blocks.{j}.0.conv", up)
+            yield from _residual_block(f"encoder{i}.blocks.{j}.1", block)
+    for i, decoder in enumerate(model.decoders, 2):
+        yield from _layer(f"decoder{i}.transp_conv.conv", decoder.up)
+        yield from _residual_block(f"decoder{i}.conv_block", decoder.block)
+    yield from _layer("out.conv.conv", model.head)
+
+
+def _transformer_block(prefix: str, block: TransformerBlock) -> Named:
+    yield from _layer(f"{prefix}.norm1", block.norm1)
+    yield from _layer(f"{prefix}.attn.qkv", block.qkv)
+    yield from _layer(f"{prefix}.attn.out_proj", block.out)
+    yield from _layer(f"{prefix}.norm2", block.norm2)
+    yield from _layer(f"{prefix}.mlp.linear1", block.linear1)
+    yield from _layer(f"{prefix}.mlp.linear2", block.linear2)
+
+
+def _residual_block(prefix: str, block: ResidualBlock) -> Named:
+    for i, (conv, norm) in enumerate(zip(block.convs, block.norms, strict=True), 1):
+        yield from _layer(f"{prefix}.conv{i}.conv", conv)
+        yield from _layer(f"{prefix}.norm{i}", norm)
+
+
+# Layers.
+
+
+def _layer(prefix: str, layer: Any) -> Named:
+    """A layer's own parameters; none of what has none."""
+    if isinstance(layer, Convolution):
+        # PyTorch's kernels are [out, in, *window], transposed ones [in, out, *window].
+        window = tuple(range(2, layer.kernel.ndim))
+        yield f"{prefix}.weight", (layer.kernel, (*window, 0, 1) if layer.transposed else (*window, 1, 0))
+        yield from _vectors(prefix, bias=layer.bias)
+    elif isinstance(layer, nnx.Linear):
+        yield f"{prefix}.weight", (layer.kernel, (1, 0))
+        yield from _vectors(prefix, bias=layer.bias)
+    elif isinstance(layer, nnx.LayerNorm):
+        yield from _vectors(prefix, weight=layer.scale, bias=layer.bias)
+    elif isinstance(layer, PReLU):
+        yield from _vectors(prefix, weight=layer.slope)
+    elif isinstance(layer, Norm):
+        yield from _vectors(prefix, weight=layer.scale, bias=layer.offset)
+    elif isinstance(layer, BatchNorm):
+        yield from _vectors(prefix, weight=layer.scale, bias=layer.offset)
+        yield from _vectors(prefix, running_mean=layer.mean, running_var=layer.variance)
+
+
+def _vectors(prefix: str, **parameters: Any) -> Named:
+    for name, parameter in parameters.items():
+        if parameter is not None:
+            yield f"{prefix}.{name}", (parameter, ())
+
+
+def _layers(sequence: Any) -> list[Any]:
+    return list(cast(nnx.Sequential, sequence).layers)
