@@ -53,7 +53,7 @@ def patterned_state(model):
     """Weights for `model` under MONAI's names, in PyTorch's order of axes."""
     state = {}
     for i, (name, (parameter, axes)) in enumerate(monai_names(model)):
-        shape = tuple(np.array(parameter.shape)[np.argsort(axes)]) if axes else parameter.shape
+        shape = tuple(parameter.shape[axes.index(i)] for i in range(len(axes))) or parameter.shape
         state[name] = pattern(shape, i) + np.float32(name.endswith(("norm1.weight", "norm2.weight")))
     return state
 
@@ -93,7 +93,9 @@ def assert_equals_monai(theirs, make, shape):
     logits = theirs(x_torch)
     logits = logits if isinstance(logits, list) else [logits]
     gs = tuple(rng.normal(size=channel_last(level).shape).astype(np.float32) for level in logits)
-    sum((y * torch.tensor(np.moveaxis(g, -1, 1).copy())).sum() for y, g in zip(logits, gs, strict=True)).backward()
+    sum(
+        (y * torch.tensor(np.moveaxis(g, -1, 1).copy())).sum() for y, g in zip(logits, gs, strict=True)
+    ).backward()
     buffers = {k: v.numpy() for k, v in theirs.named_buffers()}
     grads = {k: p.grad.numpy() for k, p in theirs.named_parameters() if p.grad is not None}
     load_monai_weights(expected, buffers | grads)

@@ -12,13 +12,21 @@ from tqdm import tqdm
 
 from calib_jax.report import ModelResult
 from train.checkpoint import Checkpoints
-from train.config import DataInfo, RunConfig, read_config, resolve_patch, to_json
+from train.config import (
+    DataInfo,
+    ModelConfig,
+    RunConfig,
+    check_same_data,
+    read_config,
+    resolve_patch,
+    to_json,
+)
 from train.data import Dataset, Splits, open_dataset, split_cases, train_batches, write_splits
 from train.errors import InputError, Stopped
 from train.evaluate import evaluate
 from train.inference import Network, VolumePredictor
 from train.logs import RunLog
-from train.models import UNet
+from train.models import make_network
 from train.runs import open_run, stop_on_sigterm
 from train.sharding import check_batch_size, device_mesh, put_batch, replicated
 from train.step import TrainState, init_state, make_optimizer, make_train_step
@@ -38,8 +46,10 @@ class Task:
 
 def open_task(config: RunConfig) -> Task:
     """Opens the data of a run and checks everything that can be checked before it starts."""
+    dataset = open_dataset(config.data.data)
+    info = DataInfo.of(dataset)
+    config = _as_initial(config, info) if config.init else config
     data = config.data
-    dataset = open_dataset(data.data)
     splits = split_cases(
         dataset.case_names, num_test=data.num_test, num_val=data.num_val, seed=data.split_seed
     )
@@ -47,7 +57,23 @@ def open_task(config: RunConfig) -> Task:
     check_batch_size(config.training.batch_size, device_mesh())
     # The patch is kept with the run, so that predicting needs no data set to find it.
     config = dataclasses.replace(config, data=dataclasses.replace(data, patch=patch))
+    if config.model.norm == "batch" and not config.init:
+        raise InputError(
+            "norm is batch, whose statistics come from imported weights: give --init, or another norm."
+        )
+    nnx.eval_shape(lambda: make_model(config, info))
     return Task(config, dataset, splits, patch)
+
+
+def _as_initial(config: RunConfig, info: DataInfo) -> RunConfig:
+    """`config` with the network, and where it leaves it open the patch, of the run that it starts from."""
+    run = Path(config.init)
+    initial, trained = read_config(run)
+    if config.model not in (ModelConfig(), initial.model):
+        raise InputError(f"The network's options come from --init {run}: leave out those of this command.")
+    check_same_data(config.data.data, info, run, trained)
+    data = dataclasses.replace(config.data, patch=config.data.patch or initial.data.patch)
+    return dataclasses.replace(config, model=initial.model, data=data)
 
 
 def fit(task: Task, folder: Path, *, resume: bool = False) -> VolumePredictor:
@@ -64,6 +90,9 @@ def fit(task: Task, folder: Path, *, resume: bool = False) -> VolumePredictor:
     write_splits(folder / "splits.json", task.splits)
     optimizer = make_optimizer(config.training)
     graphdef, state = init_state(make_model(config, info), optimizer)
+    if config.init:
+        _, initial = _load_state(Path(config.init))
+        state = state._replace(params=initial.params, rest=initial.rest)
     state = jax.device_put(state, replicated(mesh))
     batches = train_batches(
         task.dataset,
@@ -120,16 +149,14 @@ def _loop(
     return state
 
 
-def make_model(config: RunConfig, data: DataInfo) -> UNet:
+def make_model(config: RunConfig, data: DataInfo) -> nnx.Module:
     """The network of a run, freshly initialised from its seed."""
-    return UNet(
+    return make_network(
+        config.model,
+        config.data.patch,
         spatial_dims=data.spatial_dims,
         in_channels=data.num_channels,
         out_channels=len(data.class_names),
-        channels=config.model.channels,
-        strides=config.model.strides,
-        num_res_units=config.model.num_res_units,
-        dropout=config.model.dropout,
         rngs=nnx.Rngs(config.training.seed),
     )
 
@@ -156,9 +183,16 @@ def load_run(folder: Path) -> tuple[RunConfig, DataInfo, VolumePredictor]:
         InputError: if the folder holds no run or no checkpoint.
     """
     config, info = read_config(folder)
+    graphdef, state = _load_state(folder)
+    return config, info, volume_predictor(graphdef, state, config.data.patch)
+
+
+def _load_state(folder: Path) -> tuple[nnx.GraphDef, TrainState]:
+    """The network of the run in `folder` and its newest checkpoint."""
+    config, info = read_config(folder)
     graphdef, state = init_state(make_model(config, info), make_optimizer(config.training))
     if not (folder / "checkpoints").is_dir():
         raise InputError(f"{folder} holds no checkpoint: train it first, or --resume its training.")
     with Checkpoints(folder / "checkpoints") as checkpoints:
         state, _ = checkpoints.restore(state)
-    return config, info, volume_predictor(graphdef, state, config.data.patch)
+    return graphdef, state

@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from train.config import to_json
+from train.config import from_json, to_json
 from train.errors import InputError
 
 PACKAGES = ("calib_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -29,7 +29,7 @@ def open_run(folder: Path, config: Any, *, resume: bool, **more: Any) -> None:
     """
     file = folder / "config.json"
     if resume and file.exists():
-        _check_same(file, to_json(config))
+        _check_same(file, config)
         return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         found = "another run" if file.exists() else "something else"
@@ -84,12 +84,13 @@ def write_json(file: Path, values: Any) -> None:
     partial.replace(file)
 
 
-def _check_same(file: Path, wanted: dict[str, Any]) -> None:
+def _check_same(file: Path, config: Any) -> None:
     try:
-        kept = json.loads(file.read_text())["config"]
-    except (OSError, ValueError, KeyError) as error:
+        # By way of the configuration, so that a run older than an option has that option's default.
+        kept = to_json(from_json(type(config), json.loads(file.read_text())["config"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{file} cannot be read ({error}): it is not a run's configuration.") from error
-    for name, (old, new) in _differences(kept, wanted).items():
+    for name, (old, new) in _differences(kept, to_json(config)).items():
         raise InputError(f"{file} has {name} = {old}, this command {new}: resume with the same options.")
 
 
