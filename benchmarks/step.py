@@ -15,7 +15,7 @@ from train.config import DataInfo, RunConfig, TrainingConfig
 from train.data import NO_AUGMENTATION
 from train.fit import make_model
 from train.losses import parse_loss
-from train.models import UNet, load_monai_weights
+from train.models import load_monai_weights
 from train.sharding import device_mesh, put_batch, replicated
 from train.step import init_state, make_optimizer, make_train_step
 
@@ -90,7 +90,7 @@ class Step:
         )
         return RunConfig(loss, training=training, augment=NO_AUGMENTATION)
 
-    def _our_step(self, loss: str, model: UNet, batch: dict[str, np.ndarray]) -> Callable[[], Any]:
+    def _our_step(self, loss: str, model: nnx.Module, batch: dict[str, np.ndarray]) -> Callable[[], Any]:
         """The trainer's own step, on a batch that is already on the device, as the reference's is."""
         config, mesh = self._config(loss), device_mesh()
         optimizer = make_optimizer(config.training)
@@ -129,7 +129,7 @@ def _reference_step(
 
 
 def _check_agreement(
-    name: str, model: UNet, network: Any, torch_step: Callable[[], float], batch: dict[str, np.ndarray]
+    name: str, model: nnx.Module, network: Any, torch_step: Callable[[], float], batch: dict[str, np.ndarray]
 ) -> float:
     """Asserts that both give the same loss and gradients; returns the largest difference of a gradient."""
     from benchmarks import reference

@@ -2,10 +2,10 @@
 
     python tests/make_golden.py
 
-`networks.npz` holds the logits of MONAI's networks under fixed weights, and their gradient for the image
-(UNETR needs einops). `edges.npz` holds `torch.linspace` bin edges; `monai.npz` holds inputs (channel last), MONAI's
-bin means and counts, and the mL1-ACE loss and gradient that follow from them. MONAI's `right=False`, its default,
-is what calib_jax calls `closed="right"`: bins (l, r]; its docstring says the opposite.
+`edges.npz` holds `torch.linspace` bin edges; `monai.npz` holds inputs (channel last), MONAI's bin means and
+counts, and the mL1-ACE loss and gradient that follow from them. MONAI's `right=False`, its default, is what
+calib_jax calls `closed="right"`: bins (l, r]; its docstring says the opposite. `networks.npz` holds the logits of
+MONAI's networks under fixed weights, and their gradient for the image (UNETR needs einops).
 """
 
 from pathlib import Path

@@ -53,7 +53,7 @@ def patterned_state(model):
     """Weights for `model` under MONAI's names, in PyTorch's order of axes."""
     state = {}
     for i, (name, (parameter, axes)) in enumerate(monai_names(model)):
-        shape = tuple(np.array(parameter.shape)[np.argsort(axes)]) if axes else parameter.shape
+        shape = tuple(parameter.shape[axes.index(i)] for i in range(len(axes))) or parameter.shape
         state[name] = pattern(shape, i) + np.float32(name.endswith(("norm1.weight", "norm2.weight")))
     return state
 

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from train.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
+from train.config import DataConfig, DataInfo, ModelConfig, RunConfig, TrainingConfig
 from train.data import AugmentConfig
 from train.errors import InputError, Stopped
 
@@ -24,13 +24,16 @@ class _Options:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    init: Path | None = None
+    """Run to start from, such as an imported one: its network, its newest weights and, unless given, its patch."""
     out: Path | None = None
     """Output folder, new or empty. Default: one under runs/ named after the command and the time."""
     resume: bool = False
     """Go on with the run in --out, from its last checkpoint."""
 
     def config(self, loss: str) -> RunConfig:
-        return RunConfig(loss, self.data, self.model, self.training, self.augment)
+        init = str(self.init) if self.init else ""
+        return RunConfig(loss, self.data, self.model, self.training, self.augment, init)
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,50 @@ class Predict:
 
 
 @dataclass(frozen=True)
+class ImportMonai:
+    """Make a run of a network that was trained with MONAI: UNet, SegResNet, SegResNetDS or UNETR.
+
+    The run can be evaluated, can predict, and can be trained on under another loss (fit --init):
+
+        python -m train import-monai model.pt --architecture segresnet --init-filters 16 --data msd:PATH --out RUN
+
+    Without --data, say what the network was trained on with --class-names, --num-channels and --patch. Volumes
+    are turned to RAS order and normalised as the trainer does it, channels come in the data set's order, and
+    class probabilities are a softmax over all classes, background first.
+    """
+
+    weights: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="WEIGHTS")]
+    """A .safetensors file, or, with PyTorch installed, a .pt, .pth or .ckpt one that holds a state_dict."""
+    out: Path
+    """Folder of the run, new or empty."""
+    data: DataConfig = field(default_factory=lambda: DataConfig(data=""))
+    model: ModelConfig = field(default_factory=ModelConfig)
+    class_names: tuple[str, ...] = ()
+    """Without --data: its classes, background first, as a data set names them."""
+    num_channels: int = 1
+    """Without --data: channels of its images."""
+    spatial_dims: int = 3
+    """Without --data: 2 or 3."""
+    window: tuple[float, float] | None = None
+    """Without --data: intensities are cut off to this range, as -200 300 for CT."""
+
+    def run(self) -> None:
+        from train.import_monai import import_monai
+
+        if bool(self.data.data) == bool(self.class_names):
+            raise InputError(
+                "Give either --data or --class-names: one of them says what the network tells apart."
+            )
+        info = (
+            DataInfo(self.weights.stem, self.class_names, self.num_channels, self.spatial_dims, self.window)
+            if self.class_names
+            else None
+        )
+        import_monai(self.weights, self.model, self.data, self.out, info)
+        print(f"\nRun: {self.out}\nNext: python -m train evaluate {self.out}")
+
+
+@dataclass(frozen=True)
 class Status:
     """How far a run, or each run of a comparison, has come, and whether it still goes on: steps, time left, last
     validation, checkpoints.
@@ -154,7 +201,14 @@ class Status:
         print(status(self.run_folder))
 
 
-COMMANDS = {"compare": Compare, "fit": Fit, "evaluate": Evaluate, "predict": Predict, "status": Status}
+COMMANDS = {
+    "compare": Compare,
+    "fit": Fit,
+    "import-monai": ImportMonai,
+    "evaluate": Evaluate,
+    "predict": Predict,
+    "status": Status,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -17,7 +17,7 @@ from calib_jax.report import (
     write_report,
 )
 from train.checkpoint import Which
-from train.config import DataInfo, RunConfig, to_json
+from train.config import DataInfo, RunConfig, check_same_data, to_json
 from train.data import Dataset, open_dataset, read_splits, write_splits
 from train.errors import InputError
 from train.evaluate import evaluate, evaluate_posterior
@@ -143,11 +143,8 @@ def evaluate_run(run: Path, data: str | None, split: str, out: Path | None, whic
         all_annotators=config.data.annotators != "first",
         cache_dir=config.data.cache_dir,
     )
-    if (found := DataInfo.of(dataset)) != dataclasses.replace(info, name=found.name):
-        raise InputError(
-            f"{data} has {found.num_channels} channels and the classes {', '.join(found.class_names)}; {run} was "
-            f"trained on {info.num_channels} and {', '.join(info.class_names)}: they must be the same."
-        )
+    found = DataInfo.of(dataset)
+    check_same_data(data or config.data.data, found, run, info)
     if split not in ("train", "val", "test"):
         raise InputError(f"split is {split!r}: give train, val or test.")
     own = data in (None, config.data.data)

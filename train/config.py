@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,24 +64,69 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The U-Net. Defaults are the paper's."""
+    """The network. Defaults of the U-Net are the paper's, those of the others MONAI's."""
 
-    channels: tuple[int, ...] = (8, 16, 32, 64)
-    """Channels of each level."""
-    strides: tuple[int, ...] = (2, 2, 2)
-    """Stride between levels."""
-    num_res_units: int = 2
-    """Convolutions in a residual unit; 0 for plain ones."""
+    architecture: Literal["unet", "segresnet", "unetr"] = "unet"
+    """unet, segresnet (with --deep-supervision MONAI's SegResNetDS), or unetr, a transformer, which sees
+    patches of one size only: it is evaluated through windows of the --patch that it was trained on."""
     dropout: float = 0.0
     """Dropout rate."""
+    norm: Literal["", "instance", "affine-instance", "group", "batch"] = ""
+    """Normalisation; left out, instance, and for segresnet groups of channels (8 of them). batch is for imported
+    weights: their means and variances, which training leaves as they are."""
+    channels: tuple[int, ...] = (8, 16, 32, 64)
+    """unet: channels of each level."""
+    strides: tuple[int, ...] = (2, 2, 2)
+    """unet: stride between levels."""
+    num_res_units: int = 2
+    """unet: convolutions in a residual unit; 0 for plain ones."""
+    init_filters: int = 8
+    """segresnet: channels of the finest level, doubled at each further one."""
+    blocks_down: tuple[int, ...] = (1, 2, 2, 4)
+    """segresnet: residual blocks of each level on the way down."""
+    blocks_up: tuple[int, ...] = ()
+    """segresnet: the same on the way up, the coarsest first; left out, one at each level."""
+    deep_supervision: int = 0
+    """segresnet: levels whose logits are trained, weighted 1, 1/2, 1/4, ...; 1 or more make it MONAI's
+    SegResNetDS."""
+    feature_size: int = 16
+    """unetr: channels of the finest level."""
+    hidden_size: int = 768
+    """unetr: channels of a token."""
+    mlp_dim: int = 3072
+    """unetr: channels inside a transformer block's perceptron."""
+    num_heads: int = 12
+    """unetr: heads of attention."""
 
     @property
     def divisor(self) -> int:
         """What every side of a patch must be a multiple of."""
-        product = 1
-        for stride in self.strides:
-            product *= stride
-        return product
+        if self.architecture == "segresnet":
+            return 2 ** (len(self.blocks_down) - 1)
+        return 16 if self.architecture == "unetr" else prod(self.strides)
+
+    def check(self) -> None:
+        """Raises `InputError` on an option of another architecture, and on strides that are none."""
+        for owner, options in _OPTIONS.items():
+            for option in options if owner != self.architecture else ():
+                if getattr(self, option) != getattr(ModelConfig, option):
+                    raise InputError(
+                        f"{option} is an option of {owner}, but the architecture is {self.architecture}: leave it "
+                        f"out or choose --architecture {owner}."
+                    )
+        if len(self.strides) != len(self.channels) - 1 or min(self.strides) < 1:
+            raise InputError(
+                f"strides {self.strides} do not fit channels {self.channels}: "
+                "give one stride, 1 or more, between each two levels."
+            )
+
+
+# Options that only one architecture has.
+_OPTIONS = {
+    "unet": ("channels", "strides", "num_res_units"),
+    "segresnet": ("init_filters", "blocks_down", "blocks_up", "deep_supervision"),
+    "unetr": ("feature_size", "hidden_size", "mlp_dim", "num_heads"),
+}
 
 
 @dataclass(frozen=True)
@@ -137,6 +183,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    init: str = ""  # folder of the run whose weights it starts from
 
     def __post_init__(self) -> None:
         for option in ("steps", "batch_size"):
@@ -144,11 +191,7 @@ class RunConfig:
                 raise InputError(f"{option} is {getattr(self.training, option)}: give 1 or more.")
         if not self.training.learning_rate > 0:
             raise InputError(f"learning_rate is {self.training.learning_rate}: give a positive number.")
-        if len(self.model.strides) != len(self.model.channels) - 1 or min(self.model.strides) < 1:
-            raise InputError(
-                f"strides {self.model.strides} do not fit channels {self.model.channels}: "
-                "give one stride, 1 or more, between each two levels."
-            )
+        self.model.check()
 
 
 @dataclass(frozen=True)
@@ -173,6 +216,21 @@ class DataInfo:
             dataset.window,
             dataset.geometry,
         )
+
+
+def check_same_data(data: str, found: DataInfo, run: Path, trained: DataInfo) -> None:
+    """Raises `InputError` unless `data` has the channels, classes and intensities that `run` was trained on."""
+    if found != dataclasses.replace(trained, name=found.name):
+        raise InputError(
+            f"{data} has {_in_words(found)}; {run} was trained on {_in_words(trained)}: they must be the same."
+        )
+
+
+def _in_words(info: DataInfo) -> str:
+    return (
+        f"{info.num_channels} channels, the classes {', '.join(info.class_names)}, the "
+        f"window {info.window} and the geometry {info.geometry}"
+    )
 
 
 def resolve_patch(patch: Sequence[int], largest_shape: Sequence[int], divisor: int) -> tuple[int, ...]:

@@ -14,7 +14,16 @@ from tqdm import tqdm
 
 from calib_jax.report import ModelResult
 from train.checkpoint import Checkpoints, Which
-from train.config import DataConfig, DataInfo, RunConfig, read_config, resolve_patch, to_json
+from train.config import (
+    DataConfig,
+    DataInfo,
+    ModelConfig,
+    RunConfig,
+    check_same_data,
+    read_config,
+    resolve_patch,
+    to_json,
+)
 from train.data import (
     Dataset,
     Splits,
@@ -28,7 +37,7 @@ from train.errors import InputError, NotFinite, Stopped
 from train.evaluate import evaluate
 from train.inference import Network, VolumePredictor
 from train.logs import RunLog
-from train.models import UNet
+from train.models import make_network
 from train.runs import claimed, open_run, stop_on_signal
 from train.sharding import check_batch_size, device_mesh, put_batch, replicated
 from train.step import TrainState, init_state, make_optimizer, make_train_step
@@ -48,16 +57,28 @@ class Task:
 
 def open_task(config: RunConfig) -> Task:
     """Opens the data of a run and checks everything that can be checked before it starts."""
+    dataset, splits = open_data(config.data)
+    info = DataInfo.of(dataset)
+    config = _as_initial(config, info) if config.init else config
     data = config.data
-    dataset = open_dataset(
-        data.data, geometry=data.geometry, all_annotators=data.annotators != "first", cache_dir=data.cache_dir
-    )
-    splits = _splits(data, dataset)
     patch = resolve_patch(data.patch, dataset.largest_shape, config.model.divisor)
     check_batch_size(config.training.batch_size, device_mesh())
     # The patch is kept with the run, so that predicting needs no data set to find it.
     config = dataclasses.replace(config, data=dataclasses.replace(data, patch=patch))
+    if config.model.norm == "batch" and not config.init:
+        raise InputError(
+            "norm is batch, whose statistics come from imported weights: give --init, or another norm."
+        )
+    nnx.eval_shape(lambda: make_model(config, info))
     return Task(config, dataset, splits, patch)
+
+
+def open_data(data: DataConfig) -> tuple[Dataset, Splits]:
+    """The data set that a configuration names, and who trains, validates and tests."""
+    dataset = open_dataset(
+        data.data, geometry=data.geometry, all_annotators=data.annotators != "first", cache_dir=data.cache_dir
+    )
+    return dataset, _splits(data, dataset)
 
 
 def _splits(data: DataConfig, dataset: Dataset) -> Splits:
@@ -74,6 +95,17 @@ def _splits(data: DataConfig, dataset: Dataset) -> Splits:
     )
 
 
+def _as_initial(config: RunConfig, info: DataInfo) -> RunConfig:
+    """`config` with the network, and where it leaves it open the patch, of the run that it starts from."""
+    run = Path(config.init)
+    initial, trained = read_config(run)
+    if config.model not in (ModelConfig(), initial.model):
+        raise InputError(f"The network's options come from --init {run}: leave out those of this command.")
+    check_same_data(config.data.data, info, run, trained)
+    data = dataclasses.replace(config.data, patch=config.data.patch or initial.data.patch)
+    return dataclasses.replace(config, model=initial.model, data=data)
+
+
 def fit(task: Task, folder: Path, *, resume: bool = False) -> VolumePredictor:
     """Trains, validates and checkpoints into `folder`; returns the trained network, ready for whole volumes.
 
@@ -87,6 +119,9 @@ def fit(task: Task, folder: Path, *, resume: bool = False) -> VolumePredictor:
     open_run(folder, config, resume=resume, data=to_json(info))
     optimizer = make_optimizer(config.training)
     graphdef, state = init_state(make_model(config, info), optimizer)
+    if config.init:
+        _, initial = _load_state(Path(config.init))
+        state = state._replace(params=initial.params, rest=initial.rest)
     state = jax.device_put(state, replicated(mesh))
     batches = train_batches(
         task.dataset,
@@ -175,16 +210,14 @@ def _all_finite(weights: Any) -> jax.Array:
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(weights)]).all()
 
 
-def make_model(config: RunConfig, data: DataInfo) -> UNet:
+def make_model(config: RunConfig, data: DataInfo) -> nnx.Module:
     """The network of a run, freshly initialised from its seed."""
-    return UNet(
+    return make_network(
+        config.model,
+        config.data.patch,
         spatial_dims=data.spatial_dims,
         in_channels=data.num_channels,
         out_channels=len(data.class_names),
-        channels=config.model.channels,
-        strides=config.model.strides,
-        num_res_units=config.model.num_res_units,
-        dropout=config.model.dropout,
         rngs=nnx.Rngs(config.training.seed),
     )
 
@@ -211,9 +244,16 @@ def load_run(folder: Path, which: Which = "last") -> tuple[RunConfig, DataInfo, 
         InputError: if the folder holds no run or no such checkpoint.
     """
     config, info = read_config(folder)
+    graphdef, state = _load_state(folder, which)
+    return config, info, volume_predictor(graphdef, state, config.data.patch)
+
+
+def _load_state(folder: Path, which: Which = "last") -> tuple[nnx.GraphDef, TrainState]:
+    """The network of the run in `folder` and its last or best checkpoint."""
+    config, info = read_config(folder)
     graphdef, state = init_state(make_model(config, info), make_optimizer(config.training))
     if not (folder / "checkpoints").is_dir():
         raise InputError(f"{folder} holds no checkpoint: train it first, or --resume its training.")
     with Checkpoints(folder / "checkpoints", config.training, read_only=True) as checkpoints:
         state, _ = checkpoints.restore(state, which)
-    return config, info, volume_predictor(graphdef, state, config.data.patch)
+    return graphdef, state

@@ -1,10 +1,12 @@
 """Losses by name: `dice`, `dice+ace`, `dice+ce+0.5*softace`."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 import calib_jax
 from train.errors import InputError
@@ -34,10 +36,22 @@ class Loss:
 
     def parts(
         self,
-        logits: Float[Array, "batch *spatial classes"],
+        logits: Float[Array, "batch *spatial classes"] | tuple[Float[Array, "batch *_ classes"], ...],
         labels: Int[Array, "batch *spatial"] | Float[Array, "batch *spatial classes"],
     ) -> dict[str, Array]:
-        """Each term by name, unweighted."""
+        """Each term by name, unweighted; of several logits (deep supervision) the mean weighted by `level_weights`.
+
+        Args:
+            logits: of one level, or of several, the finest first.
+            labels: class ids or soft labels on the finest level's grid; coarser ones take the nearest voxels.
+        """
+        if not isinstance(logits, tuple):
+            return self._parts_of_level(logits, labels)
+        levels = [self._parts_of_level(level, nearest(labels, level.shape[1:-1])) for level in logits]
+        weights = jnp.array(level_weights(len(levels)))
+        return jax.tree.map(lambda *terms: jnp.dot(weights, jnp.stack(terms)), *levels)
+
+    def _parts_of_level(self, logits: Array, labels: Array) -> dict[str, Array]:
         names = [name for name, _ in self.weights]
         binning = "soft" if "softace" in names else "hard"
         parts = calib_jax.segmentation_loss_parts(
@@ -50,6 +64,32 @@ class Loss:
         scale = {"ace": ace_scale}
         weighted = [weight * scale.get(TERMS[name], 1.0) * parts[name] for name, weight in self.weights]
         return jnp.stack(weighted).sum()
+
+
+def level_weights(levels: int) -> list[float]:
+    """Of the loss at each level, the finest first: 1, 1/2, 1/4, ..., scaled to sum to 1.
+
+    Example:
+        >>> level_weights(2)
+        [0.6666666666666666, 0.3333333333333333]
+    """
+    weights = [0.5**level for level in range(levels)]
+    return [weight / sum(weights) for weight in weights]
+
+
+def nearest(labels: Shaped[Array, "batch *fine"], sizes: Sequence[int]) -> Shaped[Array, "batch *coarse"]:
+    """Labels on a coarser grid: in each block the voxel nearest to its centre, as PyTorch's `nearest-exact`.
+
+    Args:
+        labels: class ids, or soft labels, whose classes follow the grid's axes.
+        sizes: of the coarser grid; they divide the finer one's.
+
+    Example:
+        >>> nearest(jnp.arange(8)[None], (4,)).tolist()
+        [[1, 3, 5, 7]]
+    """
+    steps = [fine // coarse for fine, coarse in zip(labels.shape[1:], sizes, strict=False)]
+    return labels[:, *(slice(step // 2, None, step) for step in steps)]
 
 
 def parse_loss(name: str) -> Loss:

@@ -222,7 +222,7 @@ def _check_same(file: Path, wanted: Any) -> None:
         kept = json.loads(file.read_text())["config"]
         # An option that is newer than the run had its default.
         kept = to_json(from_json(type(wanted), kept))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{file} cannot be read ({error}): it is not a run's configuration.") from error
     for name, (old, new) in _differences(kept, to_json(wanted)).items():
         raise InputError(f"{file} has {name} = {old}, this command {new}: resume with the same options.")

@@ -42,7 +42,7 @@ def load_monai_weights(model: nnx.Module, state: Mapping[str, np.ndarray]) -> No
         raise ValueError(f"The two networks differ: {' and '.join(found)}.")
     for name, (parameter, axes) in names.items():
         value = np.asarray(state[name])
-        expected = tuple(np.array(parameter.shape)[np.argsort(axes)]) if axes else parameter.shape
+        expected = tuple(parameter.shape[axes.index(i)] for i in range(len(axes))) or parameter.shape
         if value.shape != expected:
             raise ValueError(f"The two networks differ: {name} has shape {value.shape}, expected {expected}.")
         parameter[...] = jnp.asarray(value.transpose(axes) if axes else value, parameter.dtype)

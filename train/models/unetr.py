@@ -14,7 +14,6 @@ from train.models.blocks import (
     Option,
     PatchConvolution,
     check_image,
-    make_activation,
     make_norm,
 )
 
@@ -227,15 +226,14 @@ class ResidualBlock(nnx.Module):
             [Convolution(n, outputs, (side,) * spatial_dims, 1, bias=False, rngs=rngs) for n, side in sizes]
         )
         self.norms = nnx.List([make_norm(norm, outputs) for _ in sizes])
-        self.act = make_activation(("leakyrelu", {"negative_slope": 0.01}))
 
     def __call__(self, x: Float[Array, "batch *spatial in"]) -> Float[Array, "batch *spatial out"]:
         first, second, *shortcut = (
             lambda x, conv=conv, norm=norm: conv(x) if norm is None else norm(conv(x))
             for conv, norm in zip(self.convs, self.norms, strict=True)
         )
-        y = second(self.act(first(x)))
-        return self.act(y + (shortcut[0](x) if shortcut else x))
+        y = second(jax.nn.leaky_relu(first(x)))
+        return jax.nn.leaky_relu(y + (shortcut[0](x) if shortcut else x))
 
 
 def _doubling(inputs: int, outputs: int, spatial_dims: int, rngs: nnx.Rngs) -> PatchConvolution:

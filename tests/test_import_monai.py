@@ -1,0 +1,350 @@
+"""Weights of MONAI's networks as runs: imported, evaluated, predicted with, trained on; and what is refused."""
+
+import json
+import pickle
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import nibabel as nib
+import numpy as np
+import pytest
+from networks import TINY_UNETR, patterned_state
+
+from train.__main__ import main
+from train.config import read_config
+from train.errors import InputError
+from train.fit import load_run
+from train.models import UNETR, SegResNet, UNet, load_monai_weights
+from train.models.identify import find_network, fitting_options
+from train.safetensors import read_safetensors
+from train.weights import read_weights
+
+DTYPES = {"float32": "F32", "float64": "F64", "float16": "F16", "bfloat16": "BF16", "int64": "I64"}
+SEGRESNET = ["--architecture", "segresnet", "--blocks-down", 1, 1]
+SIZES = {"in_channels": 1, "out_channels": 2}
+
+
+def run(*arguments: object) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def refuses(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """Runs a command that must fail; returns its one line on stderr."""
+    assert run(*arguments) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    return line
+
+
+def safetensors(arrays: dict[str, np.ndarray], **changes: object) -> bytes:
+    """A file's content; `changes` replace entries of the header."""
+    header, data = {}, b""
+    for name, array in arrays.items():
+        start, data = len(data), data + array.tobytes()
+        entry = {"dtype": DTYPES[array.dtype.name], "shape": array.shape, "data_offsets": [start, len(data)]}
+        header[name] = entry
+    text = json.dumps(header | changes).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+def write(file: Path, arrays: dict[str, np.ndarray]) -> Path:
+    file.write_bytes(safetensors(arrays))
+    return file
+
+
+@pytest.fixture(scope="module")
+def segresnet() -> dict[str, np.ndarray]:
+    """Weights of a SegResNet of 1 channel and 2 classes."""
+    return patterned_state(SegResNet(**SIZES, blocks_down=(1, 1)))
+
+
+@pytest.fixture(scope="module")
+def msd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four small cases of one channel and two classes in the Decathlon's layout."""
+    folder = tmp_path_factory.mktemp("msd")
+    rng = np.random.default_rng(0)
+    names = [f"case_{i}" for i in range(4)]
+    for name in names:
+        label = np.zeros((8, 9, 7), np.uint8)
+        label[2:6, 3:7, 2:5] = 1
+        image = rng.normal(100 + 50 * label, 10).astype(np.float32)
+        for part, voxels in (("imagesTr", image), ("labelsTr", label)):
+            (folder / part).mkdir(exist_ok=True)
+            nib.save(nib.Nifti1Image(voxels, np.eye(4)), folder / part / f"{name}.nii.gz")
+    description = {
+        "name": "Tiny",
+        "modality": {"0": "MRI"},
+        "labels": {"0": "background", "1": "box"},
+        "training": [{"image": f"imagesTr/{n}.nii.gz", "label": f"labelsTr/{n}.nii.gz"} for n in names],
+    }
+    (folder / "dataset.json").write_text(json.dumps(description))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def imported(msd: Path, segresnet: dict[str, np.ndarray], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of a SegResNet imported for `msd`."""
+    folder = tmp_path_factory.mktemp("imported")
+    file = write(folder / "model.safetensors", {f"module.{k}": v for k, v in segresnet.items()})
+    data = ["--data", f"msd:{msd}", "--num-test", 2, "--num-val", 0]
+    assert run("import-monai", file, *SEGRESNET, *data, "--out", folder / "run") == 0
+    return folder / "run"
+
+
+def test_imported_weights_are_the_runs(imported: Path, segresnet: dict[str, np.ndarray]) -> None:
+    model = SegResNet(**SIZES, blocks_down=(1, 1))
+    load_monai_weights(model, segresnet)
+    config, info, predict = load_run(imported)
+    image = np.random.default_rng(0).normal(size=(*config.data.patch, 1)).astype(np.float32)
+    np.testing.assert_allclose(predict(image), jax.nn.softmax(model(image[None])[0]), atol=1e-5)
+    assert info.class_names == ("background", "box")
+
+
+def test_evaluate_and_predict(imported: Path, msd: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("evaluate", imported) == 0
+    assert "imported" in capsys.readouterr().out
+    assert (imported / "evaluate-test" / "index.html").exists()
+    out = imported / "predictions"
+    assert run("predict", imported, "--images", msd / "imagesTr", "--out", out) == 0
+    assert nib.load(out / "case_0_probs.nii.gz").shape == (8, 9, 7, 2)
+
+
+def test_training_goes_on_from_imported_weights(imported: Path, msd: Path, tmp_path: Path) -> None:
+    options = [
+        "--data",
+        f"msd:{msd}",
+        "--num-test",
+        2,
+        "--num-val",
+        0,
+        "--batch-size",
+        8,
+        "--warmup-steps",
+        1,
+    ]
+    out = tmp_path / "tuned"
+    tiny_steps = ["--steps", 2, "--learning-rate", 1e-6, "--ace-delay", 0, "--ace-ramp", 0]
+    assert run("fit", "--init", imported, *options, *tiny_steps, "--loss", "dice+ace", "--out", out) == 0
+    config, _ = read_config(out)
+    assert config.model.architecture == "segresnet"
+    image = np.random.default_rng(0).normal(size=(*config.data.patch, 1)).astype(np.float32)
+    before, after = (load_run(folder)[2](image) for folder in (imported, out))
+    assert 0 < np.abs(before - after).max() < 1e-3
+
+
+def test_init_of_another_network_or_data(
+    imported: Path, msd: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--init", imported, "--out", tmp_path / "out"]
+    data = ["--data", f"msd:{msd}", "--num-test", 2, "--num-val", 0]
+    assert "come from --init" in refuses(capsys, "fit", *options, *data, "--channels", 4, 8, "--strides", 2)
+    assert "they must be the same" in refuses(capsys, "fit", *options, "--data", "phantom")
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_a_data_set(
+    segresnet: dict[str, np.ndarray], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path / "model.safetensors", segresnet)
+    options = [file, *SEGRESNET, "--out", tmp_path / "run"]
+    assert "either --data or --class-names" in refuses(capsys, "import-monai", *options)
+    classes = ["--class-names", "background", "box"]
+    assert "give its --patch" in refuses(capsys, "import-monai", *options, *classes)
+    assert not (tmp_path / "run").exists()
+    assert run("import-monai", *options, *classes, "--patch", 8, 8, 8, "--window", -200, 300) == 0
+    config, info = read_config(tmp_path / "run")
+    assert (config.data.patch, info.class_names, info.window) == (
+        (8, 8, 8),
+        ("background", "box"),
+        (-200, 300),
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            ["--architecture", "unet"],
+            ["holds a segresnet", "--init-filters 8 --blocks-down 1 1 --blocks-up 1"],
+        ),
+        ([*SEGRESNET[:-1], 2], ["down_layers.1.2.norm1.weight (and 5 more) is missing", "--blocks-down 1 1"]),
+        ([*SEGRESNET, "--init-filters", 16], ["convInit.conv.weight has shape (8, 1, 3, 3, 3)", "(16,"]),
+        ([*SEGRESNET, "--deep-supervision", 1], ["is missing", "left over", "--init-filters 8"]),
+        ([*SEGRESNET, "--num-channels", 2], ["convInit.conv.weight has shape", "2 channels and 2 classes"]),
+        ([*SEGRESNET, "--hidden-size", 8], ["hidden_size is an option of unetr"]),
+        ([*SEGRESNET, "--patch", 9, 8, 8], ["patch (9, 8, 8)", "(8, 8, 8)"]),
+    ],
+)
+def test_options_that_do_not_fit(
+    options: list[object],
+    words: list[str],
+    segresnet: dict[str, np.ndarray],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = write(tmp_path / "model.safetensors", segresnet)
+    patch = [] if "--patch" in options else ["--patch", 8, 8, 8]
+    data = ["--class-names", "background", "box", *patch]
+    message = refuses(capsys, "import-monai", file, *options, *data, "--out", tmp_path / "run")
+    for word in words:
+        assert word in message
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (
+            lambda: UNet(**SIZES, channels=(4, 6, 8), strides=(2, 2)),
+            "--architecture unet --channels 4 6 8 --num-res-units 2",
+        ),
+        (
+            lambda: UNet(**SIZES, channels=(4, 6), strides=(2,), num_res_units=0, norm="batch"),
+            "--architecture unet --norm batch --channels 4 6 --num-res-units 0",
+        ),
+        (
+            lambda: SegResNet(**SIZES, blocks_down=(1, 2, 1), blocks_up=(1, 2), deep_supervision=2),
+            "--architecture segresnet --init-filters 8 --blocks-down 1 2 1 --blocks-up 1 2 --deep-supervision 2",
+        ),
+        (
+            lambda: UNETR(**SIZES, image_size=(16, 16), **TINY_UNETR),
+            "--architecture unetr --feature-size 2 --hidden-size 8 --mlp-dim 12",
+        ),
+    ],
+)
+def test_options_told_from_weights(make: object, options: str) -> None:
+    state = {f"net.{name}": array for name, array in patterned_state(make()).items()}
+    architecture, prefix = find_network(state)
+    assert prefix == "net."
+    assert fitting_options(architecture, {k.removeprefix(prefix): v for k, v in state.items()}) == options
+
+
+def test_two_networks_in_one_file(segresnet: dict[str, np.ndarray]) -> None:
+    assert find_network({"x": np.zeros(1)}) is None
+    both = {f"{role}.{name}": array for role in ("student", "teacher") for name, array in segresnet.items()}
+    with pytest.raises(ValueError, match=r"several networks, under student\., teacher\."):
+        find_network(both)
+
+
+# Files.
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", jnp.bfloat16])
+def test_dtypes_become_float32(dtype: object, tmp_path: Path) -> None:
+    values = np.array([[0.5, -1.25, 3.0]])
+    read = read_weights(write(tmp_path / "w.safetensors", {"a": values.astype(dtype), "n": np.array(7)}))
+    assert read["a"].dtype == np.float32
+    np.testing.assert_array_equal(read["a"], values)
+    assert read["n"] == 7
+
+
+ARRAYS = {"a": np.ones((2, 3), np.float32), "b": np.zeros(4, np.float32)}
+
+
+def entry(**changes: object) -> dict[str, object]:
+    return {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]} | changes
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "0 bytes"),
+        (b"\xff" * 20, "its header is said to have"),
+        (safetensors(ARRAYS)[:40], "cut off"),
+        (safetensors(ARRAYS)[:-1], "its tensors take 40 bytes, 39 are there"),
+        (safetensors(ARRAYS) + b"\0", "its tensors take 40 bytes, 41 are there"),
+        (b"\x02" + b"\0" * 7 + b"{]", "not valid JSON"),
+        (b"\x02" + b"\0" * 7 + b"[]", "no JSON object"),
+        (b"\x0d" + b"\0" * 7 + b'{"a":1,"a":2}', "a name stands twice"),
+        (safetensors(ARRAYS, a=entry(dtype="F8_E4M3")), "a as F8_E4M3"),
+        (safetensors(ARRAYS, a=entry(shape=[2, -3])), "the shape [2, -3]"),
+        (safetensors(ARRAYS, a=entry(shape=[2, True])), "the shape [2, True]"),
+        (safetensors(ARRAYS, a=entry(shape=[0], data_offsets=[0, 0])), "the shape [0]"),
+        (safetensors(ARRAYS, a=entry(data_offsets=[24, 0])), "needs 24 bytes, -24"),
+        (safetensors(ARRAYS, a=entry(data_offsets=[0, 2**70])), "needs 24 bytes"),
+        (safetensors(ARRAYS, a=entry(data_offsets=[8, 32])), "gap of 8 bytes"),
+        (safetensors(ARRAYS, c=entry(data_offsets=[4, 28])), "overlaps"),
+        (safetensors(ARRAYS, a={"dtype": "F32"}), "exactly a dtype, a shape and data_offsets"),
+        (safetensors(ARRAYS, __metadata__=[1]), "__metadata__"),
+    ],
+)
+def test_damaged_safetensors(content: bytes, words: str, tmp_path: Path) -> None:
+    file = tmp_path / "w.safetensors"
+    file.write_bytes(content)
+    with pytest.raises(InputError) as refused:
+        read_safetensors(file)
+    assert words in str(refused.value)
+    assert str(file) in str(refused.value)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite(value: float, tmp_path: Path) -> None:
+    file = write(tmp_path / "w.safetensors", {**ARRAYS, "c": np.array([1.0, value])})
+    with pytest.raises(InputError, match="has c with values that are not finite"):
+        read_weights(file)
+
+
+def test_no_file(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is not a file"):
+        read_weights(tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize("wrapped", [(), ("state_dict",), ("model",), ("network", "state_dict")])
+def test_torch_checkpoints(wrapped: tuple[str, ...], tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    kept: object = {name: torch.tensor(array) for name, array in ARRAYS.items()} | {
+        "half": torch.ones(2, dtype=torch.bfloat16)
+    }
+    for name in reversed(wrapped):
+        kept = {"epoch": 3, "optimizer": {"lr": 0.1}, name: kept}
+    torch.save(kept, tmp_path / "w.ckpt")
+    read = read_weights(tmp_path / "w.ckpt")
+    for name, array in ARRAYS.items():
+        np.testing.assert_array_equal(read[name], array)
+    assert read["half"].dtype == np.float32
+
+
+class Malicious:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.file,)
+
+
+def test_no_code_is_run(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    witness = tmp_path / "witness"
+    torch.save({"state_dict": {"a": torch.ones(1)}, "more": Malicious(witness)}, tmp_path / "zip.pt")
+    (tmp_path / "bare.pt").write_bytes(pickle.dumps(Malicious(witness)))
+    for name in ("zip.pt", "bare.pt"):
+        with pytest.raises(InputError, match=r"holds more than weights|cannot be read as weights"):
+            read_weights(tmp_path / name)
+    assert not witness.exists()
+    pickle.loads(pickle.dumps(Malicious(witness)))
+    assert witness.exists()  # so it would have been
+
+
+def test_torch_files_that_are_none(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    torch.save({"a": torch.ones(1000)}, tmp_path / "whole.pt")
+    content = (tmp_path / "whole.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(content[: len(content) // 2])
+    (tmp_path / "text.pt").write_text("not a checkpoint")
+    for name in ("cut.pt", "text.pt"):
+        with pytest.raises(InputError, match=f"{name} (cannot be read|holds more)"):
+            read_weights(tmp_path / name)
+    torch.save([torch.ones(1)], tmp_path / "list.pt")
+    with pytest.raises(InputError, match="holds no weights by name"):
+        read_weights(tmp_path / "list.pt")
+
+
+def test_torch_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    (tmp_path / "w.pt").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(InputError, match=r"takes PyTorch: install the extra `reference`, or convert it"):
+        read_weights(tmp_path / "w.pt")
