@@ -58,6 +58,12 @@ def patterned_state(model):
     return state
 
 
+def empty(make):
+    """The network with zeros for weights, which is quicker than drawing them."""
+    graphdef, state = nnx.split(jax.eval_shape(make))
+    return nnx.merge(graphdef, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state))
+
+
 def outputs_and_gradients(model, x, gs):
     """Logits (a tuple of them), and gradients of the sum of <logits, g> by parameter and for x."""
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
@@ -82,7 +88,7 @@ def assert_equals_monai(theirs, make, shape):
     """
     import torch
 
-    ours, expected = make(), make()
+    ours, expected = empty(make), empty(make)
     load_monai_weights(ours, {k: v.numpy() for k, v in theirs.state_dict().items()})
     if not theirs.training:
         ours.eval()
@@ -114,7 +120,7 @@ def assert_equals_monai(theirs, make, shape):
 def assert_equals_stored(name):
     """Logits and the gradient for the image that MONAI gave for `patterned_state`."""
     _, _, make, sizes = STORED[name]
-    model = make()
+    model = empty(make)
     load_monai_weights(model, patterned_state(model))
     golden = np.load(GOLDEN)
     count = sum(key.startswith(f"{name}/logits") for key in golden)

@@ -213,7 +213,7 @@ def test_options_that_do_not_fit(
     ],
 )
 def test_options_told_from_weights(make: object, options: str) -> None:
-    state = {f"net.{name}": array for name, array in patterned_state(make()).items()}
+    state = {f"net.{name}": array for name, array in patterned_state(jax.eval_shape(make)).items()}
     architecture, prefix = find_network(state)
     assert prefix == "net."
     assert fitting_options(architecture, {k.removeprefix(prefix): v for k, v in state.items()}) == options

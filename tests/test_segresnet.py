@@ -10,8 +10,13 @@ from train.models import SegResNet
 
 SMALL = {"spatial_dims": 2, "blocks_down": (1, 1, 1)}
 CASES = {
-    "plain, 3-D": ("SegResNet", {"spatial_dims": 3, "blocks_down": (1, 2), "blocks_up": (2,)}, {}, (4, 6, 8)),
-    "plain, 2-D": ("SegResNet", {"spatial_dims": 2}, {}, (16, 8)),
+    "plain, 3-D": ("SegResNet", {"spatial_dims": 3, "blocks_down": (1, 1), "blocks_up": (1,)}, {}, (4, 6, 8)),
+    "plain, 2-D": (
+        "SegResNet",
+        {"spatial_dims": 2, "blocks_down": (1, 2, 1), "blocks_up": (2, 1)},
+        {},
+        (8, 12),
+    ),
     "supervised, 3-D": (
         "SegResNetDS",
         {"spatial_dims": 3, "init_filters": 4, "blocks_down": (1, 1, 1), "norm": "instance", "dsdepth": 2},
