@@ -4,10 +4,12 @@ import re
 from dataclasses import dataclass
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 import calib_jax
 from train.errors import InputError
+from train.sharding import SPACE
 
 # Each term as the part of `calib_jax.segmentation_loss_parts`.
 TERMS = {
@@ -36,12 +38,13 @@ class Loss:
         self,
         logits: Float[Array, "batch *spatial classes"],
         labels: Int[Array, "batch *spatial"] | Float[Array, "batch *spatial classes"],
+        axis_name: str | None = None,
     ) -> dict[str, Array]:
-        """Each term by name, unweighted."""
+        """Each term by name, unweighted; inside `shard_map`, images may be split over the mesh axis `axis_name`."""
         names = [name for name, _ in self.weights]
         binning = "soft" if "softace" in names else "hard"
         parts = calib_jax.segmentation_loss_parts(
-            logits, labels, [TERMS[name] for name in names], binning=binning
+            logits, labels, [TERMS[name] for name in names], binning=binning, axis_name=axis_name
         )
         return {name: parts[TERMS[name]] for name in names}
 
@@ -50,6 +53,16 @@ class Loss:
         scale = {"ace": ace_scale}
         weighted = [weight * scale.get(TERMS[name], 1.0) * parts[name] for name, weight in self.weights]
         return jnp.stack(weighted).sum()
+
+
+def check_splittable(loss: Loss, mesh: Mesh) -> None:
+    """Raises `InputError` for terms that look at neighbours where the mesh splits volumes between them."""
+    looking = [name for name, _ in loss.weights if name in ("svls", "nacl")]
+    if looking and mesh.shape[SPACE] > 1:
+        raise InputError(
+            f"Loss term {looking[0]} looks at neighbouring voxels, which lie on other devices with "
+            f"space={mesh.shape[SPACE]}: split the batch (data, fsdp) instead, or choose another term."
+        )
 
 
 def parse_loss(name: str) -> Loss:

@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from train.models.layers import convolve, convolve_transpose, normalise
+from train.models.remat import recomputable
 
 Option = str | tuple[str, Mapping[str, Any]] | None
 """A layer by name, alone or with its arguments: `"relu"`, `("group", {"num_groups": 4})`; None for no layer."""
@@ -156,6 +157,7 @@ class ConvolutionUnit(nnx.Module):
         self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout and not conv_only else None
         self.act = None if conv_only else make_activation(act)
 
+    @recomputable
     def __call__(self, x: Float[Array, "batch *spatial in"]) -> Float[Array, "batch *resampled out"]:
         return self.finish(self.conv(x))
 
@@ -203,6 +205,7 @@ class ResidualUnit(nnx.Module):
             Convolution(inputs, outputs, shortcut, stride, bias=bias, rngs=rngs) if changes else None
         )
 
+    @recomputable
     def __call__(self, x: Float[Array, "batch *spatial in"]) -> Float[Array, "batch *strided out"]:
         first, *others = self.units
         y, shortcut = self._first_convolutions(x)
