@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from train.config import DataConfig, DataInfo, ModelConfig, RunConfig, TrainingConfig
+from train.config import DataConfig, DataInfo, DeviceConfig, ModelConfig, RunConfig, TrainingConfig
 from train.data import AugmentConfig
 from train.errors import InputError, Stopped
 
@@ -26,6 +26,7 @@ class _Options:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     init: Path | None = None
     """Run to start from, such as an imported one: its network, its newest weights and, unless given, its patch."""
+    devices: DeviceConfig = field(default_factory=DeviceConfig)
     out: Path | None = None
     """Output folder, new or empty. Default: one under runs/ named after the command and the time."""
     resume: bool = False
@@ -34,6 +35,13 @@ class _Options:
     def config(self, loss: str) -> RunConfig:
         init = str(self.init) if self.init else ""
         return RunConfig(loss, self.data, self.model, self.training, self.augment, init)
+
+    def folder(self, command: str) -> Path:
+        from train.runs import default_folder
+
+        if self.out is None and self.devices.coordinator:
+            raise InputError("Several processes need the same output folder: give --out.")
+        return self.out or default_folder(command)
 
 
 @dataclass(frozen=True)
@@ -58,18 +66,22 @@ class Compare(_Options):
 
     def run(self) -> None:
         from train.compare import compare
-        from train.runs import default_folder
+        from train.processes import is_first, join_processes
 
+        folder = self.folder("compare")
+        join_processes(self.devices)
         page = compare(
             self.config(self.losses[0]),
             self.losses,
-            self.out or default_folder("compare"),
+            folder,
             seeds=self.seeds,
             temperature=self.temperature,
             which=self.checkpoint,
+            devices=self.devices,
             resume=self.resume,
         )
-        print(f"\nPage with figures: {page}")
+        if is_first():
+            print(f"\nPage with figures: {page}")
 
 
 @dataclass(frozen=True)
@@ -85,11 +97,13 @@ class Fit(_Options):
 
     def run(self) -> None:
         from train.fit import fit, open_task
-        from train.runs import default_folder
+        from train.processes import is_first, join_processes
 
-        folder = self.out or default_folder("fit")
-        fit(open_task(self.config(self.loss)), folder, resume=self.resume)
-        print(f"\nRun: {folder}\nNext: python -m train evaluate {folder}")
+        folder = self.folder("fit")
+        join_processes(self.devices)
+        fit(open_task(self.config(self.loss), self.devices), folder, resume=self.resume)
+        if is_first():
+            print(f"\nRun: {folder}\nNext: python -m train evaluate {folder}")
 
 
 @dataclass(frozen=True)

@@ -17,14 +17,15 @@ from calib_jax.report import (
     write_report,
 )
 from train.checkpoint import Which
-from train.config import DataInfo, RunConfig, check_same_data, to_json
+from train.config import DataInfo, DeviceConfig, RunConfig, check_same_data, to_json
 from train.data import Dataset, open_dataset, read_splits, write_splits
 from train.errors import InputError
 from train.evaluate import evaluate, evaluate_posterior
 from train.fit import Task, fit, load_run, open_task
 from train.inference import VolumePredictor
 from train.logs import read_log
-from train.losses import parse_loss
+from train.losses import check_splittable, parse_loss
+from train.processes import is_first, on_first
 from train.runs import claimed, command, open_run, versions, write_json, writing, written_whole
 from train.temperature import fit_temperature, temper
 
@@ -39,6 +40,7 @@ def compare(
     seeds: Sequence[int] = (),
     temperature: bool = False,
     which: Which = "last",
+    devices: DeviceConfig = DeviceConfig(),  # noqa: B008, it is frozen
     resume: bool = False,
 ) -> Path:
     """Trains one network per loss and seed, evaluates all on the test cases, writes tables, figures and a page.
@@ -54,17 +56,21 @@ def compare(
         seeds: to train every loss with; none for the configuration's alone.
         temperature: show each network with its logits over a temperature as well, fitted on the validation cases.
         which: of each network's weights to evaluate, the last or the best by `keep_best`.
+        devices: what the networks are trained on.
         resume: go on with what is in `folder`.
 
     Returns:
         The page.
     """
-    names = [parse_loss(name).name for name in losses]
+    parsed = [parse_loss(name) for name in losses]
+    names = [loss.name for loss in parsed]
     if len(set(names)) < len(names):
         raise InputError(f"--losses {' '.join(names)} names a loss twice: give each of them once.")
     if len(set(seeds)) < len(seeds):
         raise InputError(f"--seeds {' '.join(map(str, seeds))} names a seed twice: give each of them once.")
-    task = open_task(config)
+    task = open_task(config, devices)
+    for loss in parsed:
+        check_splittable(loss, task.mesh)
     if temperature and not task.splits.val:
         raise InputError("--temperature is fitted on validation cases, and num_val is 0: hold some back.")
     if which == "best" and (config.training.keep_best == "none" or not task.splits.val):
@@ -72,7 +78,7 @@ def compare(
     plan = Plan(tuple(names), task.config, tuple(seeds), temperature, which)
     open_run(folder, plan, resume=resume)
     with claimed(folder):
-        write_splits(folder / "splits.json", task.splits)
+        on_first(lambda: write_splits(folder / "splits.json", task.splits))
         results: list[Result] = []
         histories: dict[str, Mapping[str, Sequence[float]]] = {}
         for name in names:
@@ -175,7 +181,8 @@ def _evaluated(task: Task, plan: Plan, run: PlannedRun, resume: bool) -> list[Mo
         _evaluate_into(files[0], run.name(""), predict, task)
         if plan.temperature:
             found = fit_temperature(predict, task.dataset, task.splits.val)
-            write_json(run.folder / "temperature.json", {"temperature": float(found)})
+            kept = {"temperature": float(found)}
+            on_first(lambda: write_json(run.folder / "temperature.json", kept))
             _evaluate_into(files[1], run.name(TEMPERED), temper(predict, found), task)
     return [ModelResult.load(file) for file in files]
 
@@ -187,12 +194,16 @@ def _evaluate_into(file: Path, name: str, predict: VolumePredictor, task: Task) 
     """
     if not file.exists():
         result = evaluate(name, predict, task.dataset, task.splits.test)
-        try:
-            with writing(file), written_whole(file) as partial:
-                result.save(partial)
-        except InputError:
-            print(format_table(compare_models([result])))
-            raise
+        on_first(lambda: _save(result, file))
+
+
+def _save(result: ModelResult, file: Path) -> None:
+    try:
+        with writing(file), written_whole(file) as partial:
+            result.save(partial)
+    except InputError:
+        print(format_table(compare_models([result])))
+        raise
 
 
 def _one_row(name: str, results: Mapping[str, ModelResult]) -> Result:
@@ -210,6 +221,8 @@ def _report(
 ) -> Path:
     """Prints the table and writes it with the figures and the page: a full disk does not lose what was measured."""
     reference = evaluate_posterior(dataset, cases)
+    if not is_first():
+        return folder / "index.html"
     print(format_table(compare_models(results, reference=reference), per_class=True))
     with writing(folder):
         return write_report(

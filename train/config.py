@@ -151,6 +151,8 @@ class TrainingConfig:
     """Share of the steps before mL1-ACE sets in."""
     ace_ramp: float = 0.1
     """Share of the steps over which its weight then rises to its full value."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of convolutions and activations; parameters, optimiser, statistics of norms and the loss stay float32."""
     seed: int = 0
     """Seed of weights, order of cases, crops and augmentation."""
     validate_every: int = 0
@@ -172,6 +174,28 @@ class TrainingConfig:
         known = {name.lower(): value for name, value in metrics.items()}
         score = sum(signed[name] * known.get(name, math.nan) for name in self.keep_best.split("-"))
         return -math.inf if math.isnan(score) else score
+
+
+@dataclass(frozen=True)
+class DeviceConfig:
+    """What a run is computed on, and how it fits there. None of this changes its numbers beyond their rounding, so
+    it is not kept with the run: one that is resumed may choose anew."""
+
+    mesh: str = ""
+    """How all devices share the work, as in data=2,space=2,fsdp=2: data splits the batch, space each volume along
+    its first axis, fsdp the batch and also parameters and optimiser. An axis without a size takes the devices that
+    are left; default: data does."""
+    accumulate: int = 1
+    """Parts in which a batch is taken one after the other, to save memory."""
+    remat: bool = False
+    """Compute activations again in the backward pass instead of keeping them, to save memory."""
+    coordinator: str = ""
+    """HOST:PORT of process 0 where several processes train as one, each started with this same command but for its
+    --process-id; or auto, where SLURM, Open MPI or a TPU pod tells JAX all three."""
+    num_processes: int | None = None
+    """How many processes train as one."""
+    process_id: int | None = None
+    """Which of them this one is, from 0 on; only 0 writes logs and pages."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from calib_jax import BinStatistics, metrics
 from calib_jax.report import ModelResult
 from train.data import Case, Dataset
 from train.inference import VolumePredictor
+from train.processes import is_first, join_shares, own_share
 
 NUM_BINS = 20
 # Voxels are padded to a multiple of this, so that cases of many sizes share a few compiled programs.
@@ -158,7 +159,8 @@ def _collect(
 ) -> ModelResult:
     index_of = {case: index for index, case in enumerate(dataset.case_names)}
     rows: list[tuple[BinStatistics, Array]] = []
-    for case_name in tqdm(case_names, f"evaluating {name}", unit="case", leave=False):
+    progress = {"desc": f"evaluating {name}", "unit": "case", "leave": False, "disable": not is_first()}
+    for case_name in tqdm(own_share(case_names), **progress):
         case = dataset.load(index_of[case_name])
         # Waits for the case before only now that this one is read; and no more than two are held at a time.
         rows[-1:] = jax.device_get(rows[-1:])
@@ -166,6 +168,7 @@ def _collect(
     rows = jax.device_get(rows)
     stats = jax.tree.map(lambda *parts: np.stack(parts), *[stats for stats, _ in rows])
     dice = np.stack([dice for _, dice in rows])
+    stats, dice = join_shares((stats, dice), len(case_names))
     return ModelResult(name, tuple(case_names), tuple(region_names), stats, dice)
 
 

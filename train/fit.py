@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from calib_jax.report import ModelResult
@@ -17,6 +18,7 @@ from train.checkpoint import Checkpoints, Which
 from train.config import (
     DataConfig,
     DataInfo,
+    DeviceConfig,
     ModelConfig,
     RunConfig,
     check_same_data,
@@ -37,9 +39,18 @@ from train.errors import InputError, NotFinite, Stopped
 from train.evaluate import evaluate
 from train.inference import Network, VolumePredictor
 from train.logs import RunLog
+from train.losses import check_splittable, parse_loss
 from train.models import make_network
+from train.processes import is_first, on_first
 from train.runs import claimed, open_run, stop_on_signal
-from train.sharding import check_batch_size, device_mesh, put_batch, replicated
+from train.sharding import (
+    check_split,
+    device_mesh,
+    on_first_device,
+    place_weights,
+    process_share,
+    put_batch,
+)
 from train.step import TrainState, init_state, make_optimizer, make_train_step
 
 _FLUSH_EVERY = 20  # steps between reads of the metrics, so that the loop does not wait for each step
@@ -47,22 +58,27 @@ _FLUSH_EVERY = 20  # steps between reads of the metrics, so that the loop does n
 
 @dataclass(frozen=True)
 class Task:
-    """A configuration with what it refers to: the data set, the split and the patch."""
+    """A configuration with what it refers to: the data set, the split, the patch and the devices."""
 
     config: RunConfig
     dataset: Dataset
     splits: Splits
     patch: tuple[int, ...]
+    devices: DeviceConfig
+    mesh: Mesh
 
 
-def open_task(config: RunConfig) -> Task:
+def open_task(config: RunConfig, devices: DeviceConfig = DeviceConfig()) -> Task:  # noqa: B008, it is frozen
     """Opens the data of a run and checks everything that can be checked before it starts."""
     dataset, splits = open_data(config.data)
     info = DataInfo.of(dataset)
     config = _as_initial(config, info) if config.init else config
     data = config.data
     patch = resolve_patch(data.patch, dataset.largest_shape, config.model.divisor)
-    check_batch_size(config.training.batch_size, device_mesh())
+    mesh = device_mesh(devices.mesh)
+    divisor = config.model.divisor
+    check_split(config.training.batch_size, patch, divisor, devices.accumulate, mesh)
+    check_splittable(parse_loss(config.loss), mesh)
     # The patch is kept with the run, so that predicting needs no data set to find it.
     config = dataclasses.replace(config, data=dataclasses.replace(data, patch=patch))
     if config.model.norm == "batch" and not config.init:
@@ -70,7 +86,7 @@ def open_task(config: RunConfig) -> Task:
             "norm is batch, whose statistics come from imported weights: give --init, or another norm."
         )
     nnx.eval_shape(lambda: make_model(config, info))
-    return Task(config, dataset, splits, patch)
+    return Task(config, dataset, splits, patch, devices, mesh)
 
 
 def open_data(data: DataConfig) -> tuple[Dataset, Splits]:
@@ -114,7 +130,6 @@ def fit(task: Task, folder: Path, *, resume: bool = False) -> VolumePredictor:
             number, with what is already on disk kept.
     """
     config = task.config
-    mesh = device_mesh()
     info = DataInfo.of(task.dataset)
     open_run(folder, config, resume=resume, data=to_json(info))
     optimizer = make_optimizer(config.training)
@@ -122,21 +137,22 @@ def fit(task: Task, folder: Path, *, resume: bool = False) -> VolumePredictor:
     if config.init:
         _, initial = _load_state(Path(config.init))
         state = state._replace(params=initial.params, rest=initial.rest)
-    state = jax.device_put(state, replicated(mesh))
+    state = place_weights(state, task.mesh)
+    share = process_share(task.mesh, jax.process_index())
     batches = train_batches(
         task.dataset,
         task.splits.train,
         patch=task.patch,
-        batch_size=config.training.batch_size // jax.process_count(),
+        batch_size=config.training.batch_size // share[1],
         seed=config.training.seed,
-        shard=(jax.process_index(), jax.process_count()),
+        shard=share,
         foreground_crops=config.data.foreground_crops,
         random_annotators=config.data.annotators == "random",
         num_threads=config.data.loader_threads,
         prefetch=config.data.prefetch,
     )
     with claimed(folder), Checkpoints(folder / "checkpoints", config.training) as checkpoints:
-        write_splits(folder / "splits.json", task.splits)
+        on_first(lambda: write_splits(folder / "splits.json", task.splits))
         if resume and checkpoints.latest_step is not None:
             state, data_state = checkpoints.restore(state)
             batches.set_state(data_state)
@@ -160,24 +176,37 @@ def _loop(
     checkpoints: Checkpoints,
 ) -> TrainState:
     training = task.config.training
-    mesh = device_mesh()
-    train_step = make_train_step(graphdef, make_optimizer(training), task.config, mesh)
+    train_step = make_train_step(
+        graphdef,
+        make_optimizer(training),
+        task.config,
+        task.mesh,
+        accumulate=task.devices.accumulate,
+        remat=task.devices.remat,
+    )
     start = int(state.step)
     validate_every = training.validate_every or -(-training.steps // 4)
     checkpoint_every = training.checkpoint_every or validate_every
-    bar = tqdm(range(start, training.steps), task.config.loss, training.steps, initial=start, unit="step")
+    bar = tqdm(
+        range(start, training.steps),
+        task.config.loss,
+        training.steps,
+        initial=start,
+        unit="step",
+        disable=not is_first(),
+    )
     with RunLog(folder, start, training.batch_size) as log, stop_on_signal() as stop:
         for step in bar:
             asked = time.perf_counter()
             batch = next(batches)
             # The device may still be at steps before, so this is the most that this step can have waited.
             data_wait = time.perf_counter() - asked
-            state, metrics = train_step(state, put_batch(batch, mesh))
+            state, metrics = train_step(state, put_batch(batch, task.mesh))
             cases = [task.dataset.case_names[i] for i in batch["index"]]
             log.pend({"step": step, "data_wait": data_wait, **metrics}, cases)
             done, last = step + 1, step + 1 == training.steps
             # Looked at once: a signal that comes later in the step, as during a validation, is the next one's.
-            stopping = stop.requested
+            stopping = stop.after(done)
             validation_due = bool(task.splits.val) and (done % validate_every == 0 or last)
             worth_keeping = validation_due and training.keep_best != "none"
             checkpoint_due = done % checkpoint_every == 0 or last or bool(stopping) or worth_keeping
@@ -225,10 +254,9 @@ def make_model(config: RunConfig, data: DataInfo) -> nnx.Module:
 def volume_predictor(graphdef: nnx.GraphDef, state: TrainState, patch: tuple[int, ...]) -> VolumePredictor:
     """Prediction of whole volumes under the weights of `state`.
 
-    A volume is one device's work, so the copy of the weights on this process's first one is taken.
+    A volume is one device's work, so a copy of the weights on this process's first one is taken.
     """
-    weights = jax.tree.map(lambda leaf: leaf.addressable_data(0), (state.params, state.rest))
-    return VolumePredictor(Network(graphdef), weights, patch)
+    return VolumePredictor(Network(graphdef), on_first_device((state.params, state.rest)), patch)
 
 
 def mean_metrics(result: ModelResult) -> dict[str, float]:

@@ -19,6 +19,7 @@ from tensorboardX.proto import event_pb2
 from calib_jax import plots
 from calib_jax.report import ModelResult
 from train.errors import NotFinite
+from train.processes import is_first
 from train.runs import writing, written_whole
 
 _EVENTS: Any = event_pb2  # its classes are made at run time
@@ -26,6 +27,8 @@ _EVENTS: Any = event_pb2  # its classes are made at run time
 
 class RunLog:
     """What a run writes down as it goes on: `log.csv` (every step), `validation.csv`, and both for TensorBoard.
+
+    Of several processes that train as one, the first does.
 
     Args:
         folder: of the run.
@@ -35,10 +38,12 @@ class RunLog:
 
     def __init__(self, folder: Path, start: int, batch_size: int):
         self._folder, self._batch_size = folder, batch_size
-        with writing(folder):
-            self._steps = CsvLog(folder / "log.csv", before_step=start)
-            self._validation = CsvLog(folder / "validation.csv", before_step=start + 1)
-            self._board = TensorBoardLog(folder / "tensorboard", from_step=start)
+        self._writes = is_first()
+        if self._writes:
+            with writing(folder):
+                self._steps = CsvLog(folder / "log.csv", before_step=start)
+                self._validation = CsvLog(folder / "validation.csv", before_step=start + 1)
+                self._board = TensorBoardLog(folder / "tensorboard", from_step=start)
         self._pending: list[dict[str, Any]] = []
         self._cases: list[list[str]] = []
         self._since = time.perf_counter()
@@ -47,7 +52,8 @@ class RunLog:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._board.close()
+        if self._writes:
+            self._board.close()
 
     def pend(self, row: dict[str, Any], cases: list[str]) -> None:
         """Takes a step's metrics, which the device may not have computed yet, and the names of its cases."""
@@ -68,9 +74,10 @@ class RunLog:
         self._since = now
         speeds = {"steps_per_second": speed, "patches_per_second": speed * self._batch_size}
         rows = [row | speeds for row in rows]
-        with writing(self._folder):
-            self._steps.add(rows)
-            self._board.add("train", rows)
+        if self._writes:
+            with writing(self._folder):
+                self._steps.add(rows)
+                self._board.add("train", rows)
         for row, names in zip(rows, cases, strict=True):
             _check_finite(row, names)
         return float(rows[-1]["loss"])
@@ -81,6 +88,8 @@ class RunLog:
         Raises:
             InputError: if the logs cannot be written.
         """
+        if not self._writes:
+            return
         rows = [{"step": step, **metrics}]
         figure = Figure(figsize=(4, 4), layout="constrained")
         plots.reliability_diagram(result.stats, band=None, ax=figure.add_subplot())

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Shaped
 
 import calib_jax
 from train.errors import InputError
+from train.sharding import SPACE
 
 # Each term as the part of `calib_jax.segmentation_loss_parts`.
 TERMS = {
@@ -38,24 +40,28 @@ class Loss:
         self,
         logits: Float[Array, "batch *spatial classes"] | tuple[Float[Array, "batch *_ classes"], ...],
         labels: Int[Array, "batch *spatial"] | Float[Array, "batch *spatial classes"],
+        axis_name: str | None = None,
     ) -> dict[str, Array]:
         """Each term by name, unweighted; of several logits (deep supervision) the mean weighted by `level_weights`.
 
         Args:
             logits: of one level, or of several, the finest first.
             labels: class ids or soft labels on the finest level's grid; coarser ones take the nearest voxels.
+            axis_name: inside `shard_map`, the mesh axis over which images are split.
         """
         if not isinstance(logits, tuple):
-            return self._parts_of_level(logits, labels)
-        levels = [self._parts_of_level(level, nearest(labels, level.shape[1:-1])) for level in logits]
+            return self._parts_of_level(logits, labels, axis_name)
+        levels = [
+            self._parts_of_level(level, nearest(labels, level.shape[1:-1]), axis_name) for level in logits
+        ]
         weights = jnp.array(level_weights(len(levels)))
         return jax.tree.map(lambda *terms: jnp.dot(weights, jnp.stack(terms)), *levels)
 
-    def _parts_of_level(self, logits: Array, labels: Array) -> dict[str, Array]:
+    def _parts_of_level(self, logits: Array, labels: Array, axis_name: str | None) -> dict[str, Array]:
         names = [name for name, _ in self.weights]
         binning = "soft" if "softace" in names else "hard"
         parts = calib_jax.segmentation_loss_parts(
-            logits, labels, [TERMS[name] for name in names], binning=binning
+            logits, labels, [TERMS[name] for name in names], binning=binning, axis_name=axis_name
         )
         return {name: parts[TERMS[name]] for name in names}
 
@@ -90,6 +96,16 @@ def nearest(labels: Shaped[Array, "batch *fine"], sizes: Sequence[int]) -> Shape
     """
     steps = [fine // coarse for fine, coarse in zip(labels.shape[1:], sizes, strict=False)]
     return labels[:, *(slice(step // 2, None, step) for step in steps)]
+
+
+def check_splittable(loss: Loss, mesh: Mesh) -> None:
+    """Raises `InputError` for terms that look at neighbours where the mesh splits volumes between them."""
+    looking = [name for name, _ in loss.weights if name in ("svls", "nacl")]
+    if looking and mesh.shape[SPACE] > 1:
+        raise InputError(
+            f"Loss term {looking[0]} looks at neighbouring voxels, which lie on other devices with "
+            f"space={mesh.shape[SPACE]}: split the batch (data, fsdp) instead, or choose another term."
+        )
 
 
 def parse_loss(name: str) -> Loss:

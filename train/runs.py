@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import jax
+from jax.experimental import multihost_utils
 
 from train.config import from_json, to_json
 from train.errors import InputError, Stopped
+from train.processes import is_first, on_first
 
 _PROCESS = "process.json"
 _PARTIAL = ".partial"
@@ -38,6 +40,10 @@ def open_run(folder: Path, config: Any, *, resume: bool, **more: Any) -> None:
         InputError: if the folder holds something and `resume` is False, or holds a run of another
             configuration, or cannot be written to.
     """
+    on_first(lambda: _open_run(folder, config, resume, more))
+
+
+def _open_run(folder: Path, config: Any, resume: bool, more: dict[str, Any]) -> None:
     file = folder / "config.json"
     if resume and file.exists():
         _check_same(file, config)
@@ -65,7 +71,7 @@ def claimed(folder: Path) -> Iterator[None]:
     Raises:
         InputError: if another process has it.
     """
-    if jax.process_index():  # the first process of several writes for all
+    if not is_first():  # which writes for all
         yield
         return
     with writing(folder):
@@ -161,24 +167,32 @@ class stop_on_signal:
     """While in this context, SIGTERM (as a scheduler sends before it takes the machine) only sets `requested`.
 
     So does Ctrl-C the first time; a second one interrupts at once. Outside the main thread, where Python lets no
-    one handle signals, it changes nothing.
+    one handle signals, it changes nothing. Where several processes train as one, JAX listens for SIGTERM in all of
+    them from the start, and Ctrl-C interrupts at once.
 
     Attributes:
-        requested: the signal that asked to stop, or None.
+        requested: the signal that asked this process to stop, or None.
     """
 
     requested: signal.Signals | None = None
 
     def __enter__(self) -> "stop_on_signal":
-        self._main = threading.current_thread() is threading.main_thread()
-        if self._main:
+        in_main = threading.current_thread() is threading.main_thread()
+        self._listens = in_main and not jax.distributed.is_initialized()
+        if self._listens:
             self._before = {number: signal.signal(number, self._request) for number in _STOPPING}
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._main:
+        if self._listens:
             for number, handler in self._before.items():
                 signal.signal(number, handler)
+
+    def after(self, step: int) -> signal.Signals | None:
+        """The signal for which to stop after `step`: asked after each, it tells all processes the same."""
+        if multihost_utils.reached_preemption_sync_point(step):
+            return signal.SIGTERM
+        return self.requested
 
     def _request(self, number: int, _: object) -> None:
         if number == signal.SIGINT:

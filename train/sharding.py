@@ -1,19 +1,109 @@
-"""Which device holds what: batches are split over all devices, everything else is on each of them."""
+"""Which device holds what: pure functions from shapes to partition specs.
 
-from collections.abc import Mapping
+A mesh has three axes. The batch is split over `data` and over `fsdp`, each volume along its first spatial axis
+over `space`, and parameters and the optimiser's state over `fsdp` again. An axis of size 1 splits nothing, so
+that one device, many devices and many processes are one program.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from train.errors import InputError
 
-AXIS = "data"
+DATA, FSDP, SPACE = "data", "fsdp", "space"
+BATCH = (DATA, FSDP)
+# The last axis is that of neighbouring devices, which speak to one another fastest: halos travel most often.
+AXES = (*BATCH, SPACE)
 
 
-def device_mesh() -> Mesh:
-    """One axis, `data`, over every device of every process."""
-    return jax.make_mesh((jax.device_count(),), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
+def device_mesh(option: str = "", devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh that `option` asks for (see `mesh_shape`), over every device of every process unless given."""
+    devices = jax.devices() if devices is None else devices
+    shape = mesh_shape(option, len(devices))
+    return jax.make_mesh(shape, AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def mesh_shape(option: str, num_devices: int) -> tuple[int, ...]:
+    """Sizes of `AXES`.
+
+    Args:
+        option: axes with their sizes, as in `data=2,space=4`. An axis without a size takes all devices that are
+            left, which `data` does too if it is not named; other axes that are not named have size 1.
+        num_devices: how many devices there are; all of them must be used.
+
+    Raises:
+        InputError: if it cannot be read, or its sizes do not multiply to `num_devices`.
+
+    Example:
+        >>> mesh_shape("", 8), mesh_shape("space=2", 8), mesh_shape("data=2,fsdp", 8)
+        ((8, 1, 1), (4, 1, 2), (2, 4, 1))
+    """
+    sizes = {DATA: 0} | {axis: _size(option, size) for axis, size in _named(option).items()}
+    rest = [axis for axis, size in sizes.items() if size == 0]
+    used = math.prod(size for size in sizes.values() if size)
+    if len(rest) > 1:
+        raise InputError(
+            f"mesh {option!r} leaves {' and '.join(rest)} without a size: give all but one of them."
+        )
+    if num_devices % used or (not rest and used != num_devices):
+        raise InputError(
+            f"mesh {option!r} asks for {used} devices, there are {num_devices}: use all of them."
+        )
+    sizes |= dict.fromkeys(rest, num_devices // used)
+    return tuple(sizes.get(axis, 1) for axis in AXES)
+
+
+def _named(option: str) -> dict[str, str]:
+    named: dict[str, str] = {}
+    for part in filter(None, option.replace(" ", "").split(",")):
+        axis, _, size = part.partition("=")
+        if axis not in AXES or axis in named:
+            raise InputError(
+                f"mesh {option!r} has the axis {axis!r}: give each of {', '.join(AXES)} once at most."
+            )
+        named[axis] = size
+    return named
+
+
+def _size(option: str, size: str) -> int:
+    """A size as a number; 0 where it is left out."""
+    if size and not (size.isdecimal() and int(size)):
+        raise InputError(f"mesh {option!r} has the size {size!r}: give whole numbers, as in data=2,space=4.")
+    return int(size or 0)
+
+
+def batch_spec(ndim: int) -> PartitionSpec:
+    """Of arrays `[batch, *spatial, ...]`: examples over `data` and `fsdp`, the first spatial axis over `space`."""
+    return PartitionSpec(BATCH, SPACE) if ndim > 1 else PartitionSpec(BATCH)
+
+
+def weight_spec(shape: Sequence[int], fsdp: int) -> PartitionSpec:
+    """Of parameters and moments: split over `fsdp` along the largest axis that it divides, if there is one.
+
+    Example:
+        >>> weight_spec((3, 3, 16, 32), 4), weight_spec((3,), 2)
+        (PartitionSpec(None, None, None, 'fsdp'), PartitionSpec())
+    """
+    fitting = [axis for axis, size in enumerate(shape) if size % fsdp == 0] if fsdp > 1 else []
+    if not fitting:
+        return PartitionSpec()
+    largest = max(fitting, key=lambda axis: (shape[axis], axis))
+    return PartitionSpec(*[None] * largest, FSDP)
+
+
+def weight_shardings(tree: Any, mesh: Mesh) -> Any:
+    """The sharding of each array of a pytree of parameters or of a whole training state."""
+    return jax.tree.map(lambda leaf: NamedSharding(mesh, weight_spec(leaf.shape, mesh.shape[FSDP])), tree)
+
+
+def place_weights(tree: Any, mesh: Mesh) -> Any:
+    """A pytree of parameters or a training state, which every process has alike, where it is to be on the mesh."""
+    return jax.jit(lambda tree: tree, out_shardings=weight_shardings(tree, mesh))(tree)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -21,18 +111,78 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def split_batch(mesh: Mesh) -> NamedSharding:
-    """The leading axis over the devices."""
-    return NamedSharding(mesh, PartitionSpec(AXIS))
+def batch_parts(mesh: Mesh) -> int:
+    """Into how many parts a batch is split."""
+    return math.prod(mesh.shape[axis] for axis in BATCH)
 
 
-def check_batch_size(batch_size: int, mesh: Mesh) -> None:
-    """Raises `InputError` unless each device gets the same number of examples."""
-    if batch_size % mesh.size:
-        raise InputError(f"batch_size is {batch_size}: give a multiple of the {mesh.size} devices.")
+def check_split(batch_size: int, patch: Sequence[int], divisor: int, accumulate: int, mesh: Mesh) -> None:
+    """Raises `InputError` unless each device gets as much as any other, on every level of a network too.
+
+    Args:
+        batch_size: examples per step.
+        patch: their voxels along each axis.
+        divisor: by how much the network reduces the patch.
+        accumulate: parts in which a batch is taken one after the other.
+        mesh: how the devices share them.
+    """
+    if accumulate < 1:
+        raise InputError(f"accumulate is {accumulate}: give 1 or more.")
+    parts = batch_parts(mesh)
+    if batch_size % (parts * accumulate):
+        times = f" times accumulate = {accumulate}" if accumulate > 1 else ""
+        raise InputError(
+            f"batch_size is {batch_size}: give a multiple of the {parts} devices that it is split over{times}."
+        )
+    space = mesh.shape[SPACE]
+    # The compiler pads what does not divide, but gets gradients of strided convolutions wrong that way.
+    if space > 1 and patch[0] % (space * divisor):
+        raise InputError(
+            f"patch {tuple(patch)} cannot be split over space={space} devices evenly on all levels of the network: "
+            f"let its first side be a multiple of {space * divisor}, or split less."
+        )
+
+
+def process_share(mesh: Mesh, process: int) -> tuple[int, int]:
+    """(i, n) for a process that needs the i-th of n equal parts of every batch.
+
+    Processes that hold pieces of the same volumes need the same part.
+
+    Raises:
+        InputError: if the processes' parts would be of different sizes or overlap.
+    """
+    owners = np.vectorize(lambda device: device.process_index)(mesh.devices).reshape(batch_parts(mesh), -1)
+    rows = {p: tuple(np.flatnonzero((owners == p).any(1))) for p in np.unique(owners)}
+    shares = sorted(set(rows.values()))
+    if (
+        sorted(row for share in shares for row in share) != list(range(len(owners)))
+        or len(set(map(len, shares))) > 1
+    ):
+        raise InputError(
+            f"mesh {dict(mesh.shape)} does not fall into equal parts for its {len(rows)} processes: let space be a "
+            "divisor or a multiple of the devices of one."
+        )
+    return shares.index(rows[process]), len(shares)
+
+
+def on_first_device(tree: Any) -> Any:
+    """Arrays of a mesh, whole, on the first device of this process."""
+
+    def whole(leaf: jax.Array) -> jax.Array:
+        if isinstance(leaf.sharding, NamedSharding):
+            leaf = jax.device_put(leaf, NamedSharding(leaf.sharding.mesh, PartitionSpec()))
+        return leaf.addressable_data(0)
+
+    return jax.tree.map(whole, tree)
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's part of a batch, as arrays over the whole mesh."""
-    sharding = split_batch(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, part) for name, part in batch.items()}
+    """This process's share of a batch (see `process_share`), as arrays over the whole mesh."""
+    _, count = process_share(mesh, jax.process_index())
+
+    def put(part: np.ndarray) -> jax.Array:
+        sharding = NamedSharding(mesh, batch_spec(part.ndim))
+        shape = (len(part) * count, *part.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, part, shape)
+
+    return {name: put(part) for name, part in batch.items()}

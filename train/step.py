@@ -7,13 +7,15 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, PartitionSpec
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from train.config import RunConfig, TrainingConfig
 from train.data import augment
 from train.losses import Loss, parse_loss
-from train.sharding import AXIS, replicated, split_batch
+from train.models.remat import rematerialised
+from train.sharding import BATCH, SPACE, batch_parts, batch_spec, replicated, weight_shardings
 
 
 class TrainState(NamedTuple):
@@ -35,6 +37,8 @@ class TrainState(NamedTuple):
 
 
 Batch = Mapping[str, Array]
+Examples = tuple[Array, Array, Array]  # keys, images, labels
+Gradients = Callable[[Any, Any, Examples, Array], tuple[Any, Any, Any]]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
 
 
@@ -59,21 +63,33 @@ def init_state(model: nnx.Module, optimizer: optax.GradientTransformation) -> tu
 
 
 def make_train_step(
-    graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, config: RunConfig, mesh: Mesh
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    config: RunConfig,
+    mesh: Mesh,
+    *,
+    accumulate: int = 1,
+    remat: bool = False,
 ) -> TrainStep:
-    """The compiled step, data-parallel over `mesh`: (state, batch) -> (state, metrics).
+    """The compiled step over `mesh`: (state, batch) -> (state, metrics).
 
-    The state is donated: its memory is used again for the new one. Metrics are scalars: `loss`, each of its
-    parts, `grad_norm` and `learning_rate`; means over the whole batch, whatever the number of devices.
+    State and batch are to be placed as `train.sharding` says, and so is the new state. The state is donated: its
+    memory is used again for the new one. Metrics are scalars: `loss`, each of its parts, `grad_norm` and
+    `learning_rate`; means over the whole batch, whatever the mesh. With `accumulate` above 1 the batch is taken
+    in so many parts, one after the other, which need so much less memory; with `remat` the model's units are
+    computed again in the backward pass, and only what goes in and out of them is kept.
     """
     schedule = learning_rate(config.training)
-    gradients = _make_gradients(graphdef, parse_loss(config.loss), mesh)
+    gradients = _in_turn(_make_gradients(graphdef, config, mesh, remat), accumulate, mesh)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.key(config.training.seed), state.step)
-        images, labels = _augmented(key, batch, config)
+        keys = jax.random.split(key, batch["image"].shape[0])
         ace_scale = _ace_scale(config.training, state.step)
-        grads, values, rest = gradients(state.params, state.rest, images, labels, ace_scale)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            grads, values, rest = gradients(
+                state.params, state.rest, (keys, batch["image"], batch["label"]), ace_scale
+            )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         metrics = {
             **values,
@@ -81,39 +97,103 @@ def make_train_step(
             "learning_rate": jnp.asarray(schedule(state.step)),
         }
         params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, rest, opt_state), metrics
+        after = TrainState(state.step + 1, params, rest, opt_state)
+        return lax.with_sharding_constraint(after, weight_shardings(after, mesh)), metrics
 
-    whole, split = replicated(mesh), split_batch(mesh)
-    return jax.jit(step, donate_argnums=0, in_shardings=(whole, split), out_shardings=whole)
-
-
-def _make_gradients(graphdef: nnx.GraphDef, loss: Loss, mesh: Mesh) -> Callable[..., tuple[Any, Any, Any]]:
-    """(params, rest, images, labels, ace_scale) -> gradients, loss with its parts, and the rest afterwards.
-
-    Each device computes those of its own examples, and only their means travel: every part of the loss is
-    a mean over images, so the mean over devices is that over the batch. Said in a `shard_map`, this does
-    not hang on the compiler seeing that loops over images and scatters into bins need no other's voxels.
-    """
-
-    def local(params: Any, rest: Any, images: Array, labels: Array, ace_scale: Array) -> tuple[Any, Any, Any]:
-        def objective(params: Any) -> tuple[Array, Any]:
-            # Flax lets only variables made under this very trace change, as dropout's counters do: a copy is.
-            model = nnx.merge(graphdef, params, jax.tree.map(lambda leaf: leaf, rest))
-            parts = loss.parts(model(images), labels)
-            return loss.total(parts, ace_scale), (parts, nnx.split(model, nnx.Param, ...)[2])
-
-        (total, (parts, after)), grads = jax.value_and_grad(objective, has_aux=True)(params)
-        return *jax.lax.pmean((grads, {"loss": total, **parts}), AXIS), after
-
-    whole, split = PartitionSpec(), PartitionSpec(AXIS)
-    return jax.shard_map(
-        local, mesh=mesh, in_specs=(whole, whole, split, split, whole), out_specs=whole, check_vma=False
+    return jax.jit(
+        step, donate_argnums=0, compiler_options=_KEEP_BARRIERS if remat and _on_cpu(mesh) else None
     )
 
 
-def _augmented(key: Array, batch: Batch, config: RunConfig) -> tuple[Array, Array]:
-    keys = jax.random.split(key, batch["image"].shape[0])
-    return jax.vmap(augment, in_axes=(0, 0, 0, None))(keys, batch["image"], batch["label"], config.augment)
+# XLA's CPU compiler drops the barriers that part what is computed again from what was computed before, finds both
+# to be the same, and keeps it after all.
+_KEEP_BARRIERS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
+
+
+def _on_cpu(mesh: Mesh) -> bool:
+    return mesh.devices.flat[0].platform == "cpu"
+
+
+def _make_gradients(graphdef: nnx.GraphDef, config: RunConfig, mesh: Mesh, remat: bool) -> Gradients:
+    """(params, rest, examples, ace_scale) -> gradients, loss with its parts, and the rest afterwards.
+
+    The compiler splits the model as its inputs are split: it moves the rims of split volumes and, since the
+    parameters are asked for whole, gathers these. The loss is no such plain arithmetic; it is split by hand.
+    """
+    loss = _make_loss(parse_loss(config.loss), mesh)
+    dtype = jnp.dtype(config.training.precision)
+
+    def gradients(params: Any, rest: Any, examples: Examples, ace_scale: Array) -> tuple[Any, Any, Any]:
+        keys, images, labels = examples
+        images, labels = jax.vmap(augment, in_axes=(0, 0, 0, None))(keys, images, labels, config.augment)
+
+        def scores(weights: Any) -> tuple[Array, Any]:
+            # Flax lets only variables made under this very trace change, as dropout's counters do: a copy is.
+            model = nnx.merge(graphdef, weights, jax.tree.map(lambda leaf: leaf, rest))
+            with rematerialised(remat):
+                logits = model(images.astype(dtype))
+            return logits, nnx.split(model, nnx.Param, ...)[2]
+
+        weights = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+        weights = lax.with_sharding_constraint(weights, replicated(mesh))
+        logits, pull_back, after = jax.vjp(scores, weights, has_aux=True)
+        values, d_logits = loss(logits, labels, ace_scale)
+        (grads,) = pull_back(d_logits)
+        grads = jax.tree.map(lambda grad, leaf: grad.astype(leaf.dtype), grads, params)
+        return lax.with_sharding_constraint(grads, weight_shardings(grads, mesh)), values, after
+
+    return gradients
+
+
+def _make_loss(loss: Loss, mesh: Mesh) -> Callable[[Array, Array, Array], tuple[dict[str, Array], Array]]:
+    """(logits, labels, ace_scale) -> loss with its parts, and its gradient with respect to the logits.
+
+    Every part of the loss is a mean over images of what sums over an image's voxels say. So each device
+    computes that of its own examples, sharing sums with those that hold other voxels of the same ones; then
+    only means travel. Said in a `shard_map`, this does not hang on the compiler seeing that loops over images
+    and scatters into bins need no other's voxels.
+    """
+
+    def local(logits: Array, labels: Array, ace_scale: Array) -> tuple[dict[str, Array], Array]:
+        def objective(logits: Array) -> tuple[Array, dict[str, Array]]:
+            parts = loss.parts(logits, labels, SPACE if mesh.shape[SPACE] > 1 else None)
+            return loss.total(parts, ace_scale), parts
+
+        (total, parts), d_logits = jax.value_and_grad(objective, has_aux=True)(logits)
+        d_logits = jax.tree.map(lambda level: level / batch_parts(mesh), d_logits)
+        return lax.pmean({"loss": total, **parts}, BATCH), d_logits
+
+    voxels, whole = batch_spec(2), PartitionSpec()
+    return jax.shard_map(
+        local, mesh=mesh, in_specs=(voxels, voxels, whole), out_specs=(whole, voxels), check_vma=False
+    )
+
+
+def _in_turn(gradients: Gradients, parts: int, mesh: Mesh) -> Gradients:
+    """The same gradients, of the examples in so many parts one after the other: means of the parts' means."""
+    if parts == 1:
+        return gradients
+
+    def split(examples: Array) -> Array:
+        """[batch, ...] -> [parts, batch / parts, ...], each device's own examples in every part."""
+        split = examples.reshape(-1, parts, *examples.shape[1:]).swapaxes(0, 1)
+        spec = PartitionSpec(None, *batch_spec(examples.ndim))
+        return lax.with_sharding_constraint(split, NamedSharding(mesh, spec))
+
+    def all_parts(params: Any, rest: Any, examples: Examples, ace_scale: Array) -> tuple[Any, Any, Any]:
+        def add(carry: tuple[Any, Any], part: Examples) -> tuple[tuple[Any, Any], None]:
+            rest, total = carry
+            grads, values, rest = gradients(params, rest, part, ace_scale)
+            return (rest, jax.tree.map(jnp.add, total, (grads, values))), None
+
+        examples = jax.tree.map(split, examples)
+        first = jax.tree.map(lambda x: x[0], examples)
+        shapes = jax.eval_shape(gradients, params, rest, first, ace_scale)[:2]
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        (rest, total), _ = lax.scan(add, (rest, zeros), examples)
+        return *jax.tree.map(lambda leaf: leaf / parts, total), rest
+
+    return all_parts
 
 
 def _ace_scale(config: TrainingConfig, step: Array) -> Array:

@@ -70,9 +70,8 @@ def train_batches(
         foreground_crops: share of the patches that are centred on foreground, see `draw_crop`.
         random_annotators: weigh several annotators at random in each example, uniformly among all weights that
             sum to 1, instead of all alike.
-        shard: (index, count) of this process, `(jax.process_index(), jax.process_count())`. Process i takes
-            every count-th example from the i-th on: their batches together are the one batch, count times
-            as large, that a single process would draw.
+        shard: (i, n) for the i-th of n equal parts of every batch: one after the other they are the batch, n
+            times as large, of (0, 1).
         num_threads: threads that load and cut batches ahead; the batches do not depend on it.
         prefetch: batches that each thread has ready or in work, at most.
 
@@ -117,9 +116,11 @@ def train_batches(
         }
 
     stream = grain.MapDataset.source(CachedCases(dataset, names)).seed(seed).shuffle().repeat()
-    shard_index, shard_count = shard
-    examples = stream.random_map(to_example)[shard_index::shard_count]
-    batches = examples.batch(batch_size, drop_remainder=True)
+    # Example r of this part of batch i is example shard[0] * batch_size + r of the whole batch i.
+    examples = stream.random_map(to_example)
+    first, size = shard[0] * batch_size, shard[1] * batch_size
+    rows = [examples[first + row :: size] for row in range(batch_size)]
+    batches = grain.MapDataset.mix(rows).batch(batch_size, drop_remainder=True)
     ahead = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch * num_threads)
     return iter(batches.to_iter_dataset(ahead))
 

@@ -77,6 +77,8 @@ def convolve_transpose(
 
 def _by_platform(fast: Convolution, plain: Convolution) -> Convolution:
     """`plain`, computed and differentiated by way of the equal `fast` on CPU."""
+    if _is_partitioned():
+        return plain
 
     @jax.custom_vjp
     def convolution(x: Array, kernel: Array) -> Array:
@@ -91,6 +93,12 @@ def _by_platform(fast: Convolution, plain: Convolution) -> Convolution:
 
     convolution.defvjp(forward, backward)
     return convolution
+
+
+def _is_partitioned() -> bool:
+    """Whether the compiler splits what is traced over devices, which it knows to do with the plain operator."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.size > 1 and set(mesh.manual_axes) != set(mesh.axis_names)
 
 
 def _gradients(convolution: Convolution) -> Callable[[Array, Array, Array], tuple[Array, Array]]:
@@ -273,18 +281,26 @@ def _normalise(x: Array, groups: int, epsilon: float) -> Array:
 
 
 def _normalise_fwd(x: Array, groups: int, epsilon: float) -> tuple[Array, tuple[Array, Array]]:
-    centred = x - _group_mean(x, groups)
+    wide = _at_least_float32(x)
+    centred = wide - _group_mean(wide, groups)
     scale = lax.rsqrt(_group_mean(centred * centred, groups) + epsilon)
-    y = centred * scale
+    y = (centred * scale).astype(x.dtype)
     return y, (y, scale)
 
 
 def _normalise_bwd(groups: int, epsilon: float, saved: tuple[Array, Array], g: Array) -> tuple[Array]:
     y, scale = saved
-    return (scale * (g - _group_mean(g, groups) - y * _group_mean(g * y, groups)),)
+    wide_g, wide_y = _at_least_float32(g), _at_least_float32(y)
+    d_x = scale * (wide_g - _group_mean(wide_g, groups) - wide_y * _group_mean(wide_g * wide_y, groups))
+    return (d_x.astype(g.dtype),)
 
 
 _normalise.defvjp(_normalise_fwd, _normalise_bwd)
+
+
+def _at_least_float32(x: Array) -> Array:
+    """Half precision holds an activation, not a sum of many."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _group_mean(x: Array, groups: int) -> Array:

@@ -7,6 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from train.models.blocks import Convolution, Option, check_image, make_activation, make_norm
+from train.models.remat import recomputable
 
 Logits = Float[Array, "batch *spatial classes"]
 
@@ -143,6 +144,7 @@ class PreActivationBlock(nnx.Module):
         )
         self.act = make_activation(act) or _same
 
+    @recomputable
     def __call__(self, x: Float[Array, "batch *spatial channels"]) -> Float[Array, "batch *spatial channels"]:
         y = x
         for norm, conv in zip(self.norms, self.convs, strict=True):

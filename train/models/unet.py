@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from train.models.blocks import Convolution, Option, check_image, make_activation, make_norm
 from train.models.layers import convolve
+from train.models.remat import recomputable
 
 
 class UNet(nnx.Module):
@@ -139,6 +140,7 @@ class ConvolutionUnit(nnx.Module):
         self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout and not conv_only else None
         self.act = None if conv_only else make_activation(act)
 
+    @recomputable
     def __call__(self, x: Float[Array, "batch *spatial in"]) -> Float[Array, "batch *resampled out"]:
         return self.finish(self.conv(x))
 
@@ -186,6 +188,7 @@ class ResidualUnit(nnx.Module):
             Convolution(inputs, outputs, shortcut, stride, bias=bias, rngs=rngs) if changes else None
         )
 
+    @recomputable
     def __call__(self, x: Float[Array, "batch *spatial in"]) -> Float[Array, "batch *strided out"]:
         first, *others = self.units
         y, shortcut = self._first_convolutions(x)

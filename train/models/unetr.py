@@ -16,6 +16,7 @@ from train.models.blocks import (
     check_image,
     make_norm,
 )
+from train.models.remat import recomputable
 
 PATCH_SIZE = 16
 """Side of the patches that become tokens."""
@@ -174,6 +175,7 @@ class TransformerBlock(nnx.Module):
         self.linear2 = _linear(mlp_dim, hidden_size, rngs)
         self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout else None
 
+    @recomputable
     def __call__(self, x: Float[Array, "batch tokens hidden"]) -> Float[Array, "batch tokens hidden"]:
         x = x + _dropped(self.dropout, self.out(self._attention(self.norm1(x))))
         inner = jax.nn.gelu(self.linear1(self.norm2(x)), approximate=False)

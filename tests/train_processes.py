@@ -1,0 +1,25 @@
+"""What test_multiprocess.py runs: `train.__main__` on four fake devices, with a SIGTERM to itself if asked.
+
+python tests/train_processes.py SIGTERM_AFTER ARGUMENTS..., 0 for never.
+"""
+
+import os
+import signal
+import sys
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+
+from train.__main__ import main
+from train.logs import RunLog
+
+if __name__ == "__main__":
+    last = int(sys.argv[1])
+    pend = RunLog.pend
+
+    def pend_and_terminate(log: RunLog, row: dict, cases: list[str]) -> None:
+        pend(log, row, cases)
+        if row["step"] == last - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    RunLog.pend = pend_and_terminate
+    raise SystemExit(main(sys.argv[2:]))

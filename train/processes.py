@@ -1,0 +1,81 @@
+"""Several processes, on one machine or many, that train as one: the same program, each on its own devices."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from train.config import DeviceConfig
+from train.errors import InputError
+
+
+def join_processes(devices: DeviceConfig) -> None:
+    """Waits for the other processes of `devices`, if it names any; to be called before JAX is used.
+
+    Raises:
+        InputError: if the options do not fit together, or the others cannot be reached.
+    """
+    numbers = (devices.num_processes, devices.process_id)
+    if devices.coordinator in ("", "auto"):
+        if numbers != (None, None):
+            raise InputError("num_processes and process_id go with --coordinator HOST:PORT: give that too.")
+    elif None in numbers:
+        raise InputError(
+            f"coordinator {devices.coordinator} needs --num-processes and --process-id, or use --coordinator auto."
+        )
+    if not devices.coordinator:
+        return
+    address = None if devices.coordinator == "auto" else devices.coordinator
+    try:
+        jax.distributed.initialize(address, *numbers)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"coordinator {devices.coordinator} could not be joined ({reason}): check that all processes run and "
+            "reach it."
+        ) from error
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes files and prints."""
+    return jax.process_index() == 0
+
+
+def on_first(action: Callable[[], None]) -> None:
+    """Runs `action` in the first process while the others wait.
+
+    Raises:
+        InputError: in every process, if it did in the first.
+    """
+    failure: InputError | None = None
+    if is_first():
+        try:
+            action()
+        except InputError as error:
+            failure = error
+    if jax.process_count() > 1:
+        failed = multihost_utils.process_allgather(np.asarray(failure is not None)).any()
+        if failed and failure is None:
+            failure = InputError("Process 0 could not go on: see its message.")
+    if failure is not None:
+        raise failure
+
+
+def own_share(items: Any) -> Any:
+    """Every n-th item of a sequence, for this of n processes; no fewer than the first one has.
+
+    What fills up is the last item again: `join_shares` drops it.
+    """
+    count = jax.process_count()
+    filled = [*items, *[items[-1]] * (-len(items) % count)]
+    return filled[jax.process_index() :: count]
+
+
+def join_shares(tree: Any, size: int) -> Any:
+    """What all processes computed of their shares of `size` items, in order; leading axes count items."""
+    if jax.process_count() == 1:
+        return tree
+    gathered = multihost_utils.process_allgather(tree)  # [processes, items of each, ...]
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:])[:size], gathered)
