@@ -9,7 +9,7 @@ on CPU everything is brought to that one kind, exactly:
 
 - a stride of s turns s neighbours along an axis into s times the channels (`_to_phases`), after which the
   window is dense; a transposed convolution likewise yields all phases of its output at once;
-- very few channels are widened in the same way, by a block of neighbours along the last axis (`_in_blocks`);
+- very few channels are widened by a block of neighbours along the last axis (`_in_blocks`);
 - the first axis of a 3-D window becomes output channels, shifted and summed afterwards (`_in_planes`);
 - the kernel's gradient is a sum of matrix products over chunks that stay in cache (`_kernel_gradient`).
 
@@ -155,21 +155,26 @@ def _adjoint(kernel: Array, padding: Padding) -> tuple[Array, Padding]:
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _dense(x: Array, kernel: Array, padding: Padding) -> Array:
     """Convolution of stride 1, the way that suits CPUs."""
-    in_slices = _in_planes if len(padding) == 3 else partial(_plain, strides=(1, 1))
     *_, window, channels, out = kernel.shape
     width = x.shape[-2] + sum(padding[-1]) - window + 1
     most = max(1, 8 // max(channels, out))
     block = max(b for b in range(1, most + 1) if width % b == 0)
-    if block == 1:
-        return in_slices(x, kernel, padding=padding)
-    y = in_slices(
-        _patches(x, block, window, padding[-1]), _block_kernel(kernel, block), padding=(*padding[:-1], (0, 0))
-    )
-    return y.reshape(*y.shape[:-2], width, out)
+    return _in_blocks(x, kernel, padding, block) if block > 1 else _in_slices(x, kernel, padding)
+
+
+def _in_blocks(x: Array, kernel: Array, padding: Padding, block: int) -> Array:
+    """Few channels, widened by treating a block of outputs along the last axis as the channels of one voxel.
+
+    Its inputs are a patch, the block and what the window sees beyond it. That costs (block + window - 1) / window
+    times the arithmetic, but fills the vectors that a handful of channels would leave mostly empty.
+    """
+    patches = _patches(x, block, kernel.shape[-3], padding[-1])
+    y = _in_slices(patches, _patch_kernel(kernel, block), (*padding[:-1], (0, 0)))
+    return y.reshape(*y.shape[:-2], -1, kernel.shape[-1])
 
 
 def _patches(x: Array, block: int, window: int, padding: tuple[int, int]) -> Array:
-    """Blocks of neighbours along the last axis as channels, each with what the window sees beyond the block."""
+    """[batch, *spatial, width, c] -> [batch, *spatial, width / block, (block + window - 1) * c], overlapping."""
     *outer, width, channels = x.shape
     side, count = block + window - 1, (width + sum(padding) - window + 1) // block
     more = -(-side // block)
@@ -180,7 +185,7 @@ def _patches(x: Array, block: int, window: int, padding: tuple[int, int]) -> Arr
     return jnp.concatenate(parts, -1)[..., : side * channels]
 
 
-def _block_kernel(kernel: Array, block: int) -> Array:
+def _patch_kernel(kernel: Array, block: int) -> Array:
     """The kernel from a patch to its block: `[*window, in, out]` -> `[..., 1, patch * in, block * out]`."""
     *outer, window, channels, out = kernel.shape
     widths = [(0, 0)] * len(outer)
@@ -199,6 +204,10 @@ def _dense_backward(padding: Padding, operands: tuple[Array, Array], g: Array) -
 
 
 _dense.defvjp(_dense_forward, _dense_backward)
+
+
+def _in_slices(x: Array, kernel: Array, padding: Padding) -> Array:
+    return _in_planes(x, kernel, padding) if len(padding) == 3 else _plain(x, kernel, (1, 1), padding)
 
 
 def _in_planes(x: Array, kernel: Array, padding: Padding) -> Array:
