@@ -9,7 +9,7 @@ on CPU everything is brought to that one kind, exactly:
 
 - a stride of s turns s neighbours along an axis into s times the channels (`_to_phases`), after which the
   window is dense; a transposed convolution likewise yields all phases of its output at once;
-- very few channels are widened in the same way, by a block of neighbours along the last axis (`_in_blocks`);
+- very few channels are widened by a block of neighbours along the last axis (`_in_blocks`);
 - the first axis of a 3-D window becomes output channels, shifted and summed afterwards (`_in_planes`);
 - the kernel's gradient is a sum of matrix products over chunks that stay in cache (`_kernel_gradient`).
 
@@ -46,7 +46,7 @@ def convolve(
     """
     strides = tuple(strides)
     padding = tuple((k // 2, k // 2) for k in kernel.shape[:-2])
-    fast = _in_blocks if prod(strides) == 1 else partial(_in_phases, strides=strides)
+    fast = partial(_dense, padding=padding) if prod(strides) == 1 else partial(_in_phases, strides=strides)
     return _by_platform(fast, partial(_plain, strides=strides, padding=padding))(x, kernel)
 
 
@@ -116,20 +116,6 @@ def _in_phases(x: Array, kernel: Array, strides: tuple[int, ...]) -> Array:
     return _dense(_to_phases(x, strides), *_phase_kernel(kernel, strides))
 
 
-def _in_blocks(x: Array, kernel: Array) -> Array:
-    """A convolution of stride 1; few channels are widened by treating a block of neighbours as one voxel.
-
-    That multiplies the arithmetic, but fills the vectors that a handful of channels would leave mostly empty.
-    """
-    *outer, width, channels = x.shape
-    most = max(1, 12 // max(kernel.shape[-2:]))
-    block = max(b for b in range(1, most + 1) if width % b == 0)
-    blocks = (*(1,) * (x.ndim - 3), block)
-    wide, padding = _phase_kernel(kernel, blocks, blocks)
-    y: Array = _dense(x.reshape(*outer, width // block, block * channels), wide, padding)
-    return y.reshape(*outer, width, kernel.shape[-1])
-
-
 def _to_phases(x: Array, strides: tuple[int, ...]) -> Array:
     """[batch, *spatial, c] -> [batch, *(spatial / strides), prod(strides) * c], with zeros up to a multiple."""
     missing = [(0, -n % s) for n, s in zip(x.shape[1:-1], strides, strict=True)]
@@ -151,34 +137,20 @@ def _from_phases(x: Array, strides: tuple[int, ...]) -> Array:
     return split.transpose(0, *pairs, split.ndim - 1).reshape(x.shape[0], *fine, -1)
 
 
-def _phase_kernel(
-    kernel: Array, strides: tuple[int, ...], outputs: tuple[int, ...] | None = None
-) -> tuple[Array, Padding]:
-    """Kernel and padding of the same convolution between phases.
+def _phase_kernel(kernel: Array, strides: tuple[int, ...]) -> tuple[Array, Padding]:
+    """Kernel and padding of the convolution of these strides as a dense one over phases.
 
-    Args:
-        kernel: `[*window, in, out]`.
-        strides: how many phases of the input along each axis become channels.
-        outputs: how many phases of the output do: 1 for a convolution of these strides, the strides
-            themselves for one of stride 1.
-
-    Returns:
-        `[*coarse window, prod(strides) * in, prod(outputs) * out]`, with zeros where the dense window
-        reaches beyond the given one.
+    `[*window, in, out]` becomes `[*coarse window, prod(strides) * in, out]`, with zeros where the dense window
+    reaches beyond the given one.
     """
-    window, outputs = kernel.shape[:-2], outputs or (1,) * len(strides)
-    axes = list(zip(window, strides, outputs, strict=True))
-    padding = tuple((-(-(k // 2) // s), ((k - 1) // 2 + o - 1) // s) for k, s, o in axes)
-
-    def placed(offset: tuple[int, ...]) -> Array:
-        before = [s * lo - k // 2 + r for (k, s, _), (lo, _), r in zip(axes, padding, offset, strict=True)]
-        sides = [s * (lo + 1 + hi) for (_, s, _), (lo, hi) in zip(axes, padding, strict=True)]
-        widths = [(b, side - b - k) for b, side, k in zip(before, sides, window, strict=True)]
-        return jnp.pad(kernel, (*widths, (0, 0), (0, 0)))
-
-    wide = jnp.concatenate([placed(offset) for offset in product(*map(range, outputs))], -1)
-    phases = _to_phases(wide.reshape(1, *wide.shape[:-2], -1), strides)
-    return phases.reshape(*phases.shape[1:-1], -1, wide.shape[-1]), padding
+    axes = list(zip(kernel.shape[:-2], strides, strict=True))
+    padding = tuple((-(-(k // 2) // s), (k - 1) // 2 // s) for k, s in axes)
+    before = [s * lo - k // 2 for (k, s), (lo, _) in zip(axes, padding, strict=True)]
+    sides = [s * (lo + 1 + hi) for (_, s), (lo, hi) in zip(axes, padding, strict=True)]
+    widths = [(b, side - b - k) for b, side, (k, _) in zip(before, sides, axes, strict=True)]
+    dense = jnp.pad(kernel, (*widths, (0, 0), (0, 0)))
+    phases = _to_phases(dense.reshape(1, *sides, -1), strides)
+    return phases.reshape(*phases.shape[1:-1], -1, kernel.shape[-1]), padding
 
 
 def _adjoint(kernel: Array, padding: Padding) -> tuple[Array, Padding]:
@@ -191,9 +163,43 @@ def _adjoint(kernel: Array, padding: Padding) -> tuple[Array, Padding]:
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _dense(x: Array, kernel: Array, padding: Padding) -> Array:
     """Convolution of stride 1, the way that suits CPUs."""
-    if len(padding) == 3:
-        return _in_planes(x, kernel, padding)
-    return _plain(x, kernel, (1, 1), padding)
+    *_, window, channels, out = kernel.shape
+    width = x.shape[-2] + sum(padding[-1]) - window + 1
+    most = max(1, 8 // max(channels, out))
+    block = max(b for b in range(1, most + 1) if width % b == 0)
+    return _in_blocks(x, kernel, padding, block) if block > 1 else _in_slices(x, kernel, padding)
+
+
+def _in_blocks(x: Array, kernel: Array, padding: Padding, block: int) -> Array:
+    """Few channels, widened by treating a block of outputs along the last axis as the channels of one voxel.
+
+    Its inputs are a patch, the block and what the window sees beyond it. That costs (block + window - 1) / window
+    times the arithmetic, but fills the vectors that a handful of channels would leave mostly empty.
+    """
+    patches = _patches(x, block, kernel.shape[-3], padding[-1])
+    y = _in_slices(patches, _patch_kernel(kernel, block), (*padding[:-1], (0, 0)))
+    return y.reshape(*y.shape[:-2], -1, kernel.shape[-1])
+
+
+def _patches(x: Array, block: int, window: int, padding: tuple[int, int]) -> Array:
+    """[batch, *spatial, width, c] -> [batch, *spatial, width / block, (block + window - 1) * c], overlapping."""
+    *outer, width, channels = x.shape
+    side, count = block + window - 1, (width + sum(padding) - window + 1) // block
+    more = -(-side // block)
+    after = (count + more - 1) * block - width - padding[0]
+    x = lax.pad(x, jnp.zeros((), x.dtype), [*[(0, 0, 0)] * len(outer), (padding[0], after, 0), (0, 0, 0)])
+    blocks = x.reshape(*outer, -1, block * channels)
+    parts = [blocks[..., j : j + count, :] for j in range(more)]
+    return jnp.concatenate(parts, -1)[..., : side * channels]
+
+
+def _patch_kernel(kernel: Array, block: int) -> Array:
+    """The kernel from a patch to its block: `[*window, in, out]` -> `[..., 1, patch * in, block * out]`."""
+    *outer, window, channels, out = kernel.shape
+    widths = [(0, 0)] * len(outer)
+    shifted = [jnp.pad(kernel, (*widths, (j, block - 1 - j), (0, 0), (0, 0))) for j in range(block)]
+    wide = jnp.concatenate(shifted, -1)
+    return wide.reshape(*outer, 1, (block + window - 1) * channels, block * out)
 
 
 def _dense_forward(x: Array, kernel: Array, padding: Padding) -> tuple[Array, tuple[Array, Array]]:
@@ -206,6 +212,10 @@ def _dense_backward(padding: Padding, operands: tuple[Array, Array], g: Array) -
 
 
 _dense.defvjp(_dense_forward, _dense_backward)
+
+
+def _in_slices(x: Array, kernel: Array, padding: Padding) -> Array:
+    return _in_planes(x, kernel, padding) if len(padding) == 3 else _plain(x, kernel, (1, 1), padding)
 
 
 def _in_planes(x: Array, kernel: Array, padding: Padding) -> Array:
