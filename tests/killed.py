@@ -127,7 +127,7 @@ def weights(folder: Path, which: str = "last") -> list[np.ndarray]:
     _, state = init_state(make_model(config, info), make_optimizer(config.training))
     with Checkpoints(folder / "checkpoints", config.training, read_only=True) as checkpoints:
         state, _ = checkpoints.restore(state, which)
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
+    return [np.asarray(leaf) for leaf in jax.tree.leaves((state.params, state.opt_state))]
 
 
 def assert_same_runs(first: Path, second: Path, *, steps: int) -> None:

@@ -1,8 +1,11 @@
 """The command line: every command on a tiny run, resuming, and one clear sentence after bad input."""
 
 import csv
+import errno
 import json
 import os
+import re
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +16,7 @@ import pytest
 
 from train.__main__ import main
 from train.logs import RunLog
+from train.runs import claimed
 
 TINY = ["--steps", "4", "--batch-size", "8", "--channels", "4", "8", "--strides", "2", "--warmup-steps", "1"]
 PHANTOM = [*TINY, "--data", "phantom2d", "--num-test", "3", "--num-val", "2"]
@@ -155,6 +159,31 @@ def test_evaluate_writes_the_test_cases(trained: Path, capsys: pytest.CaptureFix
     assert "dice+0.5*ace" in capsys.readouterr().out
 
 
+def test_a_full_disk_after_an_evaluation_loses_no_number(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("train.compare.write_report", full)
+    assert run("evaluate", trained, "--out", tmp_path / "out") == 2
+    told = capsys.readouterr()
+    assert "dice+0.5*ace" in told.out
+    assert "ACE" in told.out
+    (line,) = [line for line in told.err.splitlines() if line.startswith("error: ")]
+    assert f"{tmp_path / 'out'} could not be written (No space left on device)" in line
+
+
+def test_best_weights_of_a_run_that_kept_none(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    best = ["--checkpoint", "best", "--out", tmp_path / "out"]
+    assert "--keep-best" in refuses(capsys, "evaluate", trained, *best)
+    assert "--keep-best" in refuses(capsys, "predict", trained, "--images", tmp_path, *best)
+    assert "--keep-best" in refuses(capsys, "compare", *PHANTOM, *best)
+    assert not (tmp_path / "out").exists()
+
+
 def test_evaluate_another_data_set(trained: Path, msd: Path, tmp_path: Path) -> None:
     moved = tmp_path / "elsewhere"
     moved.symlink_to(msd)
@@ -294,8 +323,13 @@ def test_loss_that_is_not_a_number_stops_the_run(tmp_path: Path, capsys: pytest.
     )
     assert "not finite from step" in message
     assert "phantom_0" in message  # whose batch it was
-    assert "checkpoints" in message
+    found = re.search(r"goes on from step (\d+), whose checkpoint is (\S+);", message)
+    assert found is not None
+    assert found[2] == str(tmp_path / "nan" / "checkpoints" / found[1])
+    assert all(np.isfinite(leaf).all() for leaf in weights(tmp_path / "nan"))  # of that checkpoint
     assert (tmp_path / "nan" / "log.csv").exists()
+    assert run("status", tmp_path / "nan") == 0
+    assert "failed: The loss is not finite" in capsys.readouterr().out
 
 
 def test_status_of_a_run_and_of_a_comparison(
@@ -306,6 +340,7 @@ def test_status_of_a_run_and_of_a_comparison(
     for words in (
         "dice+0.5*ace on msd:",
         "step 4 of 4",
+        "finished",
         "training loss",
         "validation at step 4: Dice",
         "steps 3, 4",
@@ -323,6 +358,21 @@ def test_status_of_a_run_and_of_a_comparison(
     assert "step 2 of 4, " in told  # the third line, which a kill cut short, is no row
     assert "min left" in told
     assert "checkpoints at steps none" in told
+    assert "no process known" in told
+    (tmp_path / "both").mkdir()
+    (tmp_path / "both" / "config.json").write_text(json.dumps({"config": {"losses": ["dice"]}}))
+    assert run("status", tmp_path / "both") == 0
+    assert "nothing trained yet" in capsys.readouterr().out
+    shutil.copytree(trained, tmp_path / "both" / "dice", ignore=shutil.ignore_patterns("checkpoints"))
+    gone = {"name": "process 1 on host", "state": "running"}
+    (tmp_path / "both" / "dice" / "process.json").write_text(json.dumps(gone))
+    with claimed(tmp_path / "both"):
+        assert run("status", tmp_path / "both") == 0
+    told = capsys.readouterr().out
+    assert "comparison, running: process" in told
+    assert "killed: process 1 on host is gone without a word; --resume goes on" in told
+    (tmp_path / "both" / "dice" / "config.json").write_text("{")
+    assert "config.json is not a run's configuration" in refuses(capsys, "status", tmp_path / "both")
     assert "holds no run" in refuses(capsys, "status", tmp_path)
 
 
@@ -330,7 +380,14 @@ def test_tensorboard_has_the_scalars_of_the_csv(trained: Path) -> None:
     events = list((trained / "tensorboard").glob("events.*"))
     assert events
     content = b"".join(file.read_bytes() for file in events)
-    for name in (b"train/loss", b"train/learning_rate", b"validation/ACE", b"validation/reliability"):
+    for name in (
+        b"train/loss",
+        b"train/learning_rate",
+        b"train/data_wait",
+        b"train/patches_per_second",
+        b"validation/ACE",
+        b"validation/reliability",
+    ):
         assert name in content
 
 

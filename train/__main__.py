@@ -4,6 +4,7 @@ Without a command: `compare`, Dice against Dice + mL1-ACE on an embedded phantom
 explains the options of a command.
 """
 
+import logging
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -228,6 +229,8 @@ COMMANDS = {
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command; 0 if it succeeded, 2 after bad input, which ends in one sentence on stderr."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    # Orbax tells of a failure in the traceback of each of its threads; what fails is raised as well.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     first = arguments[0] if arguments else ""
     # Options without a command are those of the main job.
     if not first or (first.startswith("-") and first not in ("-h", "--help")):

@@ -97,11 +97,13 @@ class Checkpoints:
             raise self._not_written(error) from error
 
     def check(self) -> None:
-        """Raises InputError if the checkpoint that is being written has failed; waits for nothing."""
-        try:
-            self._manager.check_for_errors()
-        except _FILE_ERRORS as error:
-            raise self._not_written(error) from error
+        """Raises InputError if the last checkpoint has failed; waits for nothing.
+
+        Not by Orbax's `check_for_errors`: told of the failure before its own thread is, that would take the
+        checkpoint for written and remove those that it was to replace.
+        """
+        if not self._manager.is_saving_in_progress():
+            self.wait()
 
     def wait(self) -> None:
         """Waits until what is being written is complete.

@@ -1,10 +1,11 @@
 """Numbers over the course of a run: CSV files that grow, and the same for TensorBoard."""
 
+import contextlib
 import csv
 import io
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,12 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, start: int, batch_size: int):
-        self._folder, self._batch_size = folder, batch_size
+        self._batch_size = batch_size
         self._writes = is_first()
         if self._writes:
-            with writing(folder):
-                self._steps = CsvLog(folder / "log.csv", before_step=start)
-                self._validation = CsvLog(folder / "validation.csv", before_step=start + 1)
-                self._board = TensorBoardLog(folder / "tensorboard", from_step=start)
+            self._steps = CsvLog(folder / "log.csv", before_step=start)
+            self._validation = CsvLog(folder / "validation.csv", before_step=start + 1)
+            self._board = TensorBoardLog(folder / "tensorboard", from_step=start)
         self._pending: list[dict[str, Any]] = []
         self._cases: list[list[str]] = []
         self._since = time.perf_counter()
@@ -75,9 +75,8 @@ class RunLog:
         speeds = {"steps_per_second": speed, "patches_per_second": speed * self._batch_size}
         rows = [row | speeds for row in rows]
         if self._writes:
-            with writing(self._folder):
-                self._steps.add(rows)
-                self._board.add("train", rows)
+            self._steps.add(rows)
+            self._board.add("train", rows)
         for row, names in zip(rows, cases, strict=True):
             _check_finite(row, names)
         return float(rows[-1]["loss"])
@@ -93,10 +92,9 @@ class RunLog:
         rows = [{"step": step, **metrics}]
         figure = Figure(figsize=(4, 4), layout="constrained")
         plots.reliability_diagram(result.stats, band=None, ax=figure.add_subplot())
-        with writing(self._folder):
-            self._validation.add(rows)
-            self._board.add("validation", rows)
-            self._board.add_figure("validation/reliability", figure, step)
+        self._validation.add(rows)
+        self._board.add("validation", rows)
+        self._board.add_figure("validation/reliability", figure, step)
         self._since = time.perf_counter()  # the time that it took is not the steps'
 
 
@@ -126,7 +124,7 @@ class CsvLog:
         known = bool(self.rows) and all(row.keys() <= self.rows[0].keys() for row in new)
         self.rows += new
         if known:
-            with self._file.open("a", newline="") as file:
+            with writing(self._file), self._file.open("a", newline="") as file:
                 file.write(self._text(new))
         else:  # the first rows, or those of a version that logs more
             self._write_whole()
@@ -137,7 +135,7 @@ class CsvLog:
             return
         columns = list(dict.fromkeys(name for row in self.rows for name in row))
         self.rows = [{name: row.get(name, np.nan) for name in columns} for row in self.rows]
-        with written_whole(self._file) as partial:
+        with writing(self._file), written_whole(self._file) as partial:
             partial.write_text(self._text([dict(zip(columns, columns, strict=True)), *self.rows]), newline="")
 
     def _text(self, rows: Sequence[Mapping[str, float | str]]) -> str:
@@ -160,8 +158,10 @@ class TensorBoardLog:
     """
 
     def __init__(self, folder: Path, *, from_step: int = 0):
-        folder.mkdir(exist_ok=True)
-        self._writer = EventsWriter(str(folder / "events"), f".{os.getpid()}")
+        self._folder = folder
+        with writing(folder):
+            folder.mkdir(exist_ok=True)
+            self._writer = EventsWriter(str(folder / "events"), f".{os.getpid()}")
         if from_step:
             restart = _EVENTS.SessionLog(status=_EVENTS.SessionLog.START)
             self._writer.write_event(
@@ -169,27 +169,31 @@ class TensorBoardLog:
             )
 
     def close(self) -> None:
-        """Closes the file; all that was added is in it already."""
-        self._writer.close()
+        """Closes the file; all that was added is in it already, or could not be."""
+        with contextlib.suppress(OSError):
+            self._writer.close()
 
     def add(self, group: str, rows: Sequence[Mapping[str, float]]) -> None:
         """Scalars `group/name` of rows that have a `step`."""
-        for row in rows:
-            for name, value in row.items():
-                if name != "step":
-                    self._write(summary.scalar(f"{group}/{name}", float(value)), int(row["step"]))
-        self._writer.flush()
+        self._write(
+            (int(row["step"]), summary.scalar(f"{group}/{name}", float(value)))
+            for row in rows
+            for name, value in row.items()
+            if name != "step"
+        )
 
     def add_figure(self, name: str, figure: Figure, step: int) -> None:
         """A matplotlib figure."""
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         pixels = np.asarray(canvas.buffer_rgba())[..., :3]
-        self._write(summary.image(name, pixels, dataformats="HWC"), step)
-        self._writer.flush()
+        self._write([(step, summary.image(name, pixels, dataformats="HWC"))])
 
-    def _write(self, content: Any, step: int) -> None:
-        self._writer.write_event(_EVENTS.Event(wall_time=time.time(), step=step, summary=content))
+    def _write(self, contents: Iterable[tuple[int, Any]]) -> None:
+        with writing(self._folder):
+            for step, content in contents:
+                self._writer.write_event(_EVENTS.Event(wall_time=time.time(), step=step, summary=content))
+            self._writer.flush()
 
 
 def read_log(file: Path) -> list[dict[str, float]]:
