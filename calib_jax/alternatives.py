@@ -15,6 +15,7 @@ import optax
 from jaxtyping import Array, Bool, Float
 
 from calib_jax._checks import AnyArray, Labels, check_choice
+from calib_jax._devices import AxisName, whole_sum
 from calib_jax._voxels import one_hot_labels, voxel_cross_entropy, voxel_inputs, voxel_mean
 
 Logits = Float[AnyArray, "batch *spatial classes"]
@@ -22,7 +23,12 @@ VoxelMask = Bool[AnyArray, "batch *spatial"]
 
 
 def focal_loss(
-    logits: Logits, labels: Labels, *, gamma: float = 2.0, where: VoxelMask | None = None
+    logits: Logits,
+    labels: Labels,
+    *,
+    gamma: float = 2.0,
+    where: VoxelMask | None = None,
+    axis_name: AxisName | None = None,
 ) -> Float[Array, ""]:
     r"""Multi-class focal loss: cross-entropy that lets go of voxels which are right already.
 
@@ -34,6 +40,7 @@ def focal_loss(
         labels: class ids `[batch, *spatial]`, or one-hot or soft labels of the shape of `logits`.
         gamma: how fast the weight of a voxel falls with its probability, at least 0.
         where: voxels to count, boolean, `[batch, *spatial]`; None counts all.
+        axis_name: the mesh axis over which each image's voxels are split, see `calib_jax.segmentation_loss`.
 
     Returns:
         The scalar loss. MONAI's `FocalLoss(use_softmax=True)` averages over classes too, and is this divided
@@ -53,7 +60,7 @@ def focal_loss(
         "Calibrating Deep Neural Networks using Focal Loss", NeurIPS 2020.
     """
     _check_range("gamma", gamma, 0.0)
-    inputs = voxel_inputs(logits, labels, where)
+    inputs = voxel_inputs(logits, labels, where, axis_name)
     if inputs.labels.ndim == inputs.logits.ndim:
         surprise = -jax.nn.log_softmax(inputs.logits)
         return voxel_mean((inputs.labels * _focal(surprise, gamma)).sum(-1), inputs)
@@ -61,7 +68,12 @@ def focal_loss(
 
 
 def label_smoothing_loss(
-    logits: Logits, labels: Labels, *, alpha: float = 0.1, where: VoxelMask | None = None
+    logits: Logits,
+    labels: Labels,
+    *,
+    alpha: float = 0.1,
+    where: VoxelMask | None = None,
+    axis_name: AxisName | None = None,
 ) -> Float[Array, ""]:
     r"""Cross-entropy with labels mixed with the uniform distribution.
 
@@ -73,6 +85,7 @@ def label_smoothing_loss(
         labels: class ids `[batch, *spatial]`, or one-hot or soft labels of the shape of `logits`.
         alpha: share of the uniform distribution, in [0, 1]; 0 is cross-entropy.
         where: voxels to count, boolean, `[batch, *spatial]`; None counts all.
+        axis_name: the mesh axis over which each image's voxels are split, see `calib_jax.segmentation_loss`.
 
     Returns:
         The scalar loss.
@@ -91,7 +104,7 @@ def label_smoothing_loss(
         Mueller et al., "When Does Label Smoothing Help?", NeurIPS 2019.
     """
     _check_range("alpha", alpha, 0.0, 1.0)
-    inputs = voxel_inputs(logits, labels, where)
+    inputs = voxel_inputs(logits, labels, where, axis_name)
     targets = optax.losses.smooth_labels(one_hot_labels(inputs), alpha)
     return voxel_mean(optax.losses.softmax_cross_entropy(inputs.logits, targets), inputs)
 
@@ -150,6 +163,7 @@ def margin_label_smoothing_loss(
     margin: float = 10.0,
     weight: float = 0.1,
     where: VoxelMask | None = None,
+    axis_name: AxisName | None = None,
 ) -> Float[Array, ""]:
     r"""MbLS: cross-entropy, and a price for logits that lie more than a margin below the largest.
 
@@ -163,6 +177,7 @@ def margin_label_smoothing_loss(
         weight: weight lambda of the penalty. The paper sums it over classes, the authors' code averages it;
             here it is averaged, so that their 0.1 means the same.
         where: voxels to count, boolean, `[batch, *spatial]`; None counts all.
+        axis_name: the mesh axis over which each image's voxels are split, see `calib_jax.segmentation_loss`.
 
     Returns:
         The scalar loss.
@@ -181,7 +196,7 @@ def margin_label_smoothing_loss(
         2022, arXiv 2111.15430; for medical images, Murugesan et al., arXiv 2209.09641.
     """
     _check_range("margin", margin, 0.0)
-    inputs = voxel_inputs(logits, labels, where)
+    inputs = voxel_inputs(logits, labels, where, axis_name)
     distances = inputs.logits.max(-1, keepdims=True) - inputs.logits
     penalty = jax.nn.relu(distances - margin).mean(-1)
     return voxel_mean(voxel_cross_entropy(inputs) + weight * penalty, inputs)
@@ -249,6 +264,7 @@ def dsc_plus_plus_loss(
     smooth: float = 5e-6,
     include_background: bool = True,
     where: VoxelMask | None = None,
+    axis_name: AxisName | None = None,
 ) -> Float[Array, ""]:
     r"""DSC++: soft Dice whose small errors weigh less than its confident ones.
 
@@ -265,6 +281,7 @@ def dsc_plus_plus_loss(
         smooth: added to TP, and to TP + (FP + FN) / 2, as in `optax.losses.dice_loss`.
         include_background: False leaves class 0 out of the mean.
         where: voxels to count, boolean, `[batch, *spatial]`; None counts all.
+        axis_name: the mesh axis over which each image's voxels are split, see `calib_jax.segmentation_loss`.
 
     Returns:
         The scalar loss. An image in which no voxel is counted is left out of the mean.
@@ -284,17 +301,17 @@ def dsc_plus_plus_loss(
     """
     _check_range("gamma", gamma, 0.0)
     _check_range("smooth", smooth, 0.0)
-    inputs = voxel_inputs(logits, labels, where)
+    inputs = voxel_inputs(logits, labels, where, axis_name)
     first = 0 if include_background else 1
     probs = jax.nn.softmax(inputs.logits)[..., first:]
     targets = one_hot_labels(inputs)[..., first:]
     wrong = _power(probs * (1 - targets), gamma) + _power((1 - probs) * targets, gamma)
     wrong = jnp.where(inputs.has_class[..., None], wrong, 0)
     axes = _spatial_axes(probs)
-    hits, errors = (probs * targets).sum(axes), wrong.sum(axes)
+    hits, errors = whole_sum(((probs * targets).sum(axes), wrong.sum(axes)), axis_name)
     total = hits + errors / 2 + smooth
     losses = (errors / 2 / jnp.where(total == 0, 1, total)).mean(-1)  # 1 - (hits + smooth) / total
-    images = inputs.has_class.any(axes)
+    images = whole_sum(inputs.has_class.sum(axes, dtype=jnp.int32), axis_name) > 0
     return losses.sum() / jnp.maximum(images.sum(), 1).astype(losses.dtype)
 
 

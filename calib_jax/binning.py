@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, Num
 
 from calib_jax import _segment_reduce
 from calib_jax._checks import AnyArray, Labels, Mask, Probs, as_inputs, check_choice, check_size
+from calib_jax._devices import AxisName, check_not_split, whole_sum
 
 Closed = Literal["right", "left"]
 Binning = Literal["hard", "soft", "adaptive"]
@@ -167,6 +168,7 @@ def bin_statistics(
     binning: Binning = "hard",
     closed: Closed = "right",
     where: Mask | None = None,
+    axis_name: AxisName | None = None,
 ) -> BinStatistics:
     r"""Count, probability sum and label sum of every bin, per image and class.
 
@@ -187,6 +189,9 @@ def bin_statistics(
         closed: the side on which a hard bin holds its edge, see `bin_index`.
         where: voxels to count, boolean, `[batch, *spatial]` or of the shape of `probs`; None counts all.
             Elsewhere neither values nor gradients are touched, not even by NaN.
+        axis_name: inside `jax.shard_map`, the mesh axis (or axes) over which each image's voxels are split; the
+            statistics are then those of the whole images, on every device. Not for adaptive bins, whose edges
+            are no sums.
 
     Returns:
         `BinStatistics` of shape `[batch, classes, num_bins]`. A NaN probability makes `prob_sum` NaN in the
@@ -218,6 +223,8 @@ def bin_statistics(
     check_choice("closed", closed, ("right", "left"))
     if binning != "hard" and closed != "right":
         raise ValueError(f'closed="left" applies to binning="hard" only; got binning={binning!r}.')
+    if binning == "adaptive":
+        check_not_split('binning="adaptive"', axis_name)
     probs, labels, where = as_inputs(probs, labels, where)
     batch, classes = probs.shape[0], probs.shape[-1]
     flat_probs = probs.reshape(batch, -1, classes)
@@ -228,7 +235,7 @@ def bin_statistics(
     else:
         edges = adaptive_edges(flat_probs, flat_where, num_bins) if binning == "adaptive" else None
         sums = _hard_sums(flat_probs, flat_labels, flat_where, edges, num_bins, closed)
-    return BinStatistics(*sums)
+    return BinStatistics(*whole_sum(sums, axis_name))
 
 
 # Hard and adaptive bins: a voxel belongs to one bin.

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from calib_jax._checks import AnyArray, Labels, Mask, Probs, as_inputs, check_choice
-from calib_jax._softmax import softmax, voxel_sums
-from calib_jax._voxels import voxel_cross_entropy, voxel_inputs, voxel_mean
+from calib_jax._devices import AxisName, check_not_split, whole_sum
+from calib_jax._softmax import softmax, softmax_and_cross_entropy, voxel_sums
+from calib_jax._voxels import Inputs, voxel_inputs, voxel_mean
 from calib_jax.alternatives import (
     dsc_plus_plus_loss,
     focal_loss,
@@ -41,6 +42,7 @@ def mL1_ace(
     ignore_empty_classes: bool = False,
     pool_images: bool = False,
     reduction: Reduction = "mean",
+    axis_name: AxisName | None = None,
 ) -> Float[Array, "*reduced"]:
     r"""Marginal L1 average calibration error: the mean over images and classes of their ACE.
 
@@ -62,6 +64,8 @@ def mL1_ace(
             in the mean), as the follow-up trains.
         pool_images: True fills one set of bins from the whole batch, instead of one for each image.
         reduction: `"mean"` over images and classes, `"sum"`, or `"none"` for `[batch, classes]`.
+        axis_name: inside `jax.shard_map`, the mesh axis (or axes) over which each image's voxels are split, see
+            `segmentation_loss`. Not for adaptive bins.
 
     Returns:
         The loss, a scalar or `[batch, classes]` (`[1, classes]` of pooled images). An image and class of which
@@ -91,6 +95,7 @@ def mL1_ace(
         class_weights=class_weights,
         ignore_empty_classes=ignore_empty_classes,
         reduction=reduction,
+        axis_name=axis_name,
     )
 
 
@@ -107,6 +112,7 @@ def mL1_ece(
     ignore_empty_classes: bool = False,
     pool_images: bool = False,
     reduction: Reduction = "mean",
+    axis_name: AxisName | None = None,
 ) -> Float[Array, "*reduced"]:
     """Marginal L1 expected calibration error: the mean over images and classes of their ECE.
 
@@ -130,6 +136,7 @@ def mL1_ece(
         class_weights=class_weights,
         ignore_empty_classes=ignore_empty_classes,
         reduction=reduction,
+        axis_name=axis_name,
     )
 
 
@@ -146,6 +153,7 @@ def mL1_mce(
     ignore_empty_classes: bool = False,
     pool_images: bool = False,
     reduction: Reduction = "mean",
+    axis_name: AxisName | None = None,
 ) -> Float[Array, "*reduced"]:
     """Marginal L1 maximum calibration error: the mean over images and classes of their MCE.
 
@@ -169,6 +177,7 @@ def mL1_mce(
         class_weights=class_weights,
         ignore_empty_classes=ignore_empty_classes,
         reduction=reduction,
+        axis_name=axis_name,
     )
 
 
@@ -203,6 +212,7 @@ def segmentation_loss(
     where: Bool[AnyArray, "batch *spatial"] | None = None,
     dice_smooth: float = 5e-6,
     dice_include_background: bool = True,
+    axis_name: AxisName | None = None,
     **ace_options: Any,
 ) -> Float[Array, ""]:
     """Weighted sum of soft Dice, cross-entropy, mL1-ACE and the field's other losses, straight from logits.
@@ -227,6 +237,11 @@ def segmentation_loss(
             touches nothing.
         dice_smooth: added to numerator and denominator of Dice; MONAI's `smooth_nr = smooth_dr` is twice it.
         dice_include_background: False leaves class 0 out of Dice and DSC++.
+        axis_name: inside `jax.shard_map`, the mesh axis (or axes) over which each image's voxels are split. Every
+            device passes its part and gets the loss of the whole images; its gradient is its part of theirs.
+            Under `check_vma=False` this holds of a gradient taken inside the `shard_map`, as by a trainer; one
+            taken outside must be multiplied by the size of the axis. Not for svls and nacl, which look at
+            neighbouring voxels.
         **ace_options: keyword arguments of `mL1_ace` (`num_bins`, `binning`, `include_background`, ...).
 
     Returns:
@@ -242,6 +257,16 @@ def segmentation_loss(
         1.0986
         >>> round(float(segmentation_loss(logits, labels, dice=0.0, cross_entropy=0.0, ace=0.0, nacl=1.0)), 4)
         1.1266
+
+        Volumes split over all devices along their depth:
+
+        >>> mesh = jax.make_mesh((len(jax.devices()),), ("space",), axis_types=(jax.sharding.AxisType.Auto,))
+        >>> depth = jax.sharding.PartitionSpec(None, "space")
+        >>> def part(logits, labels):
+        ...     return segmentation_loss(logits, labels, axis_name="space")
+        >>> whole = jax.shard_map(part, mesh=mesh, in_specs=depth, out_specs=jax.sharding.PartitionSpec())
+        >>> round(float(jax.jit(whole)(logits, labels)), 4) == round(float(segmentation_loss(logits, labels)), 4)
+        True
 
     References:
         Milletari et al., "V-Net", 2016 (Dice); Barfoot et al., arXiv 2403.06759 (mL1-ACE); of the others, see
@@ -270,6 +295,7 @@ def segmentation_loss(
         where=where,
         dice_smooth=dice_smooth,
         dice_include_background=dice_include_background,
+        axis_name=axis_name,
         **ace_options,
     )
     weighted = [weights[name] * parts[name] for name in names]
@@ -284,14 +310,16 @@ def segmentation_loss_parts(
     where: Bool[AnyArray, "batch *spatial"] | None = None,
     dice_smooth: float = 5e-6,
     dice_include_background: bool = True,
+    axis_name: AxisName | None = None,
     **ace_options: Any,
 ) -> dict[str, Float[Array, ""]]:
     """The parts of `segmentation_loss`, unweighted: to log them, or to weigh them by traced numbers.
 
-    Dice and mL1-ACE read one softmax, which is computed once, forward and backward.
+    Dice, cross-entropy and mL1-ACE share one softmax, which is computed once, forward and backward.
 
     Args:
-        logits, labels, where, dice_smooth, dice_include_background, **ace_options: as for `segmentation_loss`.
+        logits, labels, where, dice_smooth, dice_include_background, axis_name, **ace_options: as for
+            `segmentation_loss`.
         parts: names of parts, as the weights of `segmentation_loss` are called.
 
     Returns:
@@ -308,34 +336,50 @@ def segmentation_loss_parts(
     References:
         See `segmentation_loss`.
     """
-    inputs = voxel_inputs(logits, labels, where)
+    for name in {"svls", "nacl"} & set(parts):
+        check_not_split(name, axis_name)
+    inputs = voxel_inputs(logits, labels, where, axis_name)
     logits, labels = jnp.asarray(logits), jnp.asarray(labels)
     where = None if where is None else jnp.asarray(where)
-    probs: Any = _softmax(logits, where) if {"dice", "ace"} & set(parts) else None
-    background = {"include_background": dice_include_background}
+    probs, entropy = _shared(logits, where, inputs, parts)
+    voxels: Any = {"where": where, "axis_name": axis_name}
+    background: Any = {"include_background": dice_include_background}
     losses: dict[str, Callable[[], Any]] = {
-        "dice": lambda: _soft_dice(probs, labels, where, dice_smooth, dice_include_background),
-        "cross_entropy": lambda: voxel_mean(voxel_cross_entropy(inputs), inputs),
-        "ace": lambda: mL1_ace(probs, labels, where=where, **ace_options),
-        "focal": lambda: focal_loss(logits, labels, where=where),
-        "label_smoothing": lambda: label_smoothing_loss(logits, labels, where=where),
+        "dice": lambda: _soft_dice(probs, labels, where, dice_smooth, dice_include_background, axis_name),
+        "cross_entropy": lambda: voxel_mean(entropy, inputs),
+        "ace": lambda: mL1_ace(probs, labels, **voxels, **ace_options),
+        "focal": lambda: focal_loss(logits, labels, **voxels),
+        "label_smoothing": lambda: label_smoothing_loss(logits, labels, **voxels),
         "svls": lambda: spatially_varying_label_smoothing_loss(logits, labels, where=where),
-        "mbls": lambda: margin_label_smoothing_loss(logits, labels, where=where),
+        "mbls": lambda: margin_label_smoothing_loss(logits, labels, **voxels),
         "nacl": lambda: neighbor_aware_loss(logits, labels, where=where),
-        "dsc_plus_plus": lambda: dsc_plus_plus_loss(logits, labels, where=where, **background),
+        "dsc_plus_plus": lambda: dsc_plus_plus_loss(logits, labels, **voxels, **background),
     }
     for name in parts:
         check_choice("parts", name, losses)
     return {name: losses[name]() for name in parts}
 
 
-def _softmax(logits: Array, where: Array | None) -> Array:
-    """Probabilities in float32; a masked NaN must be gone before them, or their gradient brings it back."""
-    return softmax(logits if where is None else jnp.where(where[..., None], logits, 0))
+def _shared(logits: Array, where: Array | None, inputs: Inputs, parts: Sequence[str]) -> tuple[Any, Any]:
+    """Float32 probabilities for Dice and mL1-ACE, and the cross-entropy of each voxel: what of them is asked for.
+
+    A masked NaN must be gone before them, or their gradient brings it back.
+    """
+    alone = not {"dice", "ace"} & set(parts)
+    if not alone:
+        logits = logits if where is None else jnp.where(where[..., None], logits, 0)
+    if "cross_entropy" in parts:
+        return softmax_and_cross_entropy(inputs.logits if alone else logits, inputs.labels)
+    return None if alone else softmax(logits), None
 
 
 def _soft_dice(
-    probs: Any, labels: Array, where: Array | None, smooth: float, include_background: bool
+    probs: Any,
+    labels: Array,
+    where: Array | None,
+    smooth: float,
+    include_background: bool,
+    axis_name: AxisName | None,
 ) -> Array:
     """`optax.losses.dice_loss` of probabilities that are there already, which it refuses under jit."""
     classes = probs.shape[-1]
@@ -343,8 +387,9 @@ def _soft_dice(
     if where is not None:
         probs, targets = (jnp.where(where[..., None], x, 0) for x in (probs, targets))
     probs, targets = (x.reshape(x.shape[0], -1, classes) for x in (probs, targets))
-    overlap = voxel_sums(probs * targets)
-    size = (voxel_sums(probs) + voxel_sums(targets)) / 2
+    sums = voxel_sums(probs * targets), voxel_sums(probs) + voxel_sums(targets)
+    overlap, sizes = whole_sum(sums, axis_name)
+    size = sizes / 2
     losses = 1 - (overlap + smooth) / (size + smooth)
     return losses[:, 0 if include_background else 1 :].mean()
 

@@ -116,6 +116,17 @@ def test_every_layout_is_read(name, tmp_path):
         np.testing.assert_allclose(case.image.std((0, 1, 2)), 1, atol=1e-5)
 
 
+def test_scans_of_one_subject_are_known_as_such(tmp_path):
+    write_acdc(tmp_path / "acdc")
+    assert open_dataset(f"acdc:{tmp_path / 'acdc'}").subjects == ("patient001",) * 2 + ("patient002",) * 2
+    visits = ("BraTS-GLI-00000-000", "BraTS-GLI-00000-001")
+    write_brats(tmp_path / "b", ("t2f", "t1n", "t1c", "t2w"), "-", (0, 1, 2, 3), visits)
+    assert open_dataset(f"brats:{tmp_path / 'b'}").subjects == ("BraTS-GLI-00000",) * 2
+    write_brats_2021(tmp_path / "c")
+    dataset = open_dataset(f"brats:{tmp_path / 'c'}")
+    assert dataset.subjects == dataset.case_names
+
+
 def test_the_four_of_brats_2021_is_enhancing_tumour(tmp_path):
     write_brats_2021(tmp_path)
     dataset = VolumeDataset(LAYOUTS["brats"](tmp_path))

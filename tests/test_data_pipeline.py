@@ -64,6 +64,12 @@ def test_crops_differ_between_epochs():
     assert len({image.tobytes() for image in images}) > 1
 
 
+def test_foreground_crops_hold_foreground():
+    chosen = {"patch": (4, 3), "batch_size": 20, "foreground_crops": 1.0}
+    assert next(_batches(**chosen))["label"].any((1, 2)).all()
+    assert not next(_batches(**chosen | {"foreground_crops": 0.0}))["label"].any((1, 2)).all()
+
+
 def test_the_stream_is_a_function_of_the_seed():
     for one, other in islice(zip(_batches(), _batches(num_threads=3), strict=False), 5):
         _assert_equal(one, other)
@@ -71,13 +77,14 @@ def test_the_stream_is_a_function_of_the_seed():
 
 
 @pytest.mark.parametrize("stop_after", [0, 1, 3])
-def test_a_restored_stream_goes_on_bit_for_bit(stop_after):
-    stream = _batches()
+@pytest.mark.parametrize("options", [{}, {"num_threads": 3, "prefetch": 1, "foreground_crops": 0.5}])
+def test_a_restored_stream_goes_on_bit_for_bit(stop_after, options):
+    stream = _batches(**options)
     for _ in range(stop_after):
         next(stream)
     state = json.loads(json.dumps(stream.get_state()))
     expected = list(islice(stream, 4))
-    resumed = _batches()
+    resumed = _batches(**options)
     next(resumed)
     resumed.set_state(state)
     for one, other in zip(expected, islice(resumed, 4), strict=True):
@@ -123,6 +130,9 @@ def test_a_full_cache_loads_again_instead_of_growing():
         ({"patch": (8, 8, 8)}, r"patch is \(8, 8, 8\): phantom2d needs 2"),
         ({"patch": (8, 0)}, r"patch is \(8, 0\)"),
         ({"batch_size": 0}, "batch_size is 0"),
+        ({"foreground_crops": 1.5}, "foreground_crops is 1.5"),
+        ({"num_threads": 0}, "loader_threads is 0"),
+        ({"prefetch": 0}, "prefetch is 0"),
     ],
 )
 def test_bad_options_are_told(options, message):

@@ -669,6 +669,21 @@ WRONG_CALLS = {
         ValueError,
         ["dice", "cross_entropy", "ace", "other than 0"],
     ),
+    "adaptive_bins_of_split_images": (
+        lambda: mL1_ace(P, Y, binning="adaptive", axis_name="space"),
+        ValueError,
+        ["adaptive", "axis_name", "'space'"],
+    ),
+    "neighbours_in_split_images": (
+        lambda: segmentation_loss(P, Y, svls=1.0, axis_name="space"),
+        ValueError,
+        ["svls", "axis_name", "'space'"],
+    ),
+    "the_other_neighbours_in_split_images": (
+        lambda: segmentation_loss(P, Y, nacl=1.0, axis_name=("row", "column")),
+        ValueError,
+        ["nacl", "axis_name", "'row'"],
+    ),
     "misspelt_option": (
         lambda: segmentation_loss(P, Y, dice=0, cross_entropy=0, num_bin=5),
         TypeError,

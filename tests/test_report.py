@@ -19,6 +19,7 @@ import pytest
 from calib_jax import BinStatistics
 from calib_jax.report import (
     ModelResult,
+    RepeatedResult,
     compare_models,
     format_table,
     headline,
@@ -194,6 +195,60 @@ class TestCompareModels:
     def test_says_what_cannot_be_compared(self, results, options, message):
         with pytest.raises(ValueError, match=message):
             compare_models(results, **options)
+
+
+class TestRepeatedResult:
+    def both(self, name="both"):
+        return RepeatedResult(
+            name,
+            {
+                "seed 0": result("a", [[0.4, 0.2], [0.2, np.nan]], 0.5, classes=("a", "b")),
+                "seed 1": result("b", [[0.2, 0.2], [0.4, 0.1]], 0.7, classes=("a", "b")),
+            },
+        )
+
+    def test_a_case_is_the_mean_over_its_repeats(self):
+        base = result("base", [[0.5, 0.5], [0.5, 0.5]], classes=("a", "b"))
+        rows = compare_models([base, self.both()])
+        alone, ace = (row.metrics["ACE"] for row in rows)
+        assert ace.mean == pytest.approx((0.25 + 0.2) / 2)  # cases: 0.3 and 0.2; 0.3 and 0.1
+        assert dict(ace.per_repeat) == {"seed 0": pytest.approx(0.25), "seed 1": pytest.approx(0.225)}
+        assert ace.spread == pytest.approx(0.025 / math.sqrt(2))
+        assert (ace.cases, ace.change.pairs) == (2, 2)
+        assert rows[1].metrics["Dice"].mean == pytest.approx(0.6)
+        assert dict(alone.per_repeat) == {}
+        assert math.isnan(alone.spread)
+
+    def test_equal_repeats_are_as_one(self):
+        one = random_result("one", 0.4)
+        summary, repeated = (
+            compare_models([model])[0].metrics["MCE"]
+            for model in (one, RepeatedResult("three", {str(i): one for i in range(3)}))
+        )
+        assert repeated.mean == pytest.approx(summary.mean)
+        assert (repeated.low, repeated.high) == pytest.approx((summary.low, summary.high))
+        assert repeated.spread == pytest.approx(0, abs=1e-12)
+
+    def test_must_share_cases_and_classes(self):
+        with pytest.raises(ValueError, match="has no repeat"):
+            RepeatedResult("m", {})
+        with pytest.raises(ValueError, match="repeat 'y' of 'm' has other cases or classes than 'x'"):
+            RepeatedResult("m", {"x": result("a", [0.1]), "y": result("b", [0.1, 0.2])})
+
+    def test_page_and_back(self, tmp_path, capsys):
+        repeats = {"seed 0": result("a", [0.4, 0.2]), "seed 1": result("b", [0.2, 0.3])}
+        page = write_report(tmp_path, [RepeatedResult("Dice", repeats)], title="seeds")
+        before = page.read_text(encoding="utf-8")
+        assert "±0.035, 2 repeats" in before
+        with open(tmp_path / "cases" / "00-dice.csv", newline="", encoding="utf-8") as file:
+            lines = list(csv.DictReader(file))
+        assert [line["repeat"] for line in lines] == ["seed 0"] * 2 + ["seed 1"] * 2
+        with open(tmp_path / "table.csv", newline="", encoding="utf-8") as file:
+            means = [x for x in csv.DictReader(file) if (x["model"], x["metric"]) == ("Dice", "ACE")]
+        assert [line["repeat"] for line in means] == ["", "seed 0", "seed 1", ""]
+        assert main([str(tmp_path)]) == 0
+        assert page.read_text(encoding="utf-8") == before
+        assert "±0.035, 2 repeats" in capsys.readouterr().out
 
 
 class TestText:

@@ -1,12 +1,13 @@
-"""Softmax class by class, and sums over voxels, beside JAX's own and NumPy's."""
+"""Softmax and cross-entropy class by class, and sums over voxels, beside JAX's own, optax's and NumPy's."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax import export
 
-from calib_jax._softmax import softmax, voxel_sums
+from calib_jax._softmax import softmax, softmax_and_cross_entropy, voxel_sums
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 
@@ -59,6 +60,95 @@ def test_vmap_equals_the_whole():
 def test_lowers_for_every_platform(platform):
     grad = jax.jit(jax.grad(lambda x: (softmax(x) ** 2).sum()))
     assert export.export(grad, platforms=[platform])(scores(3)).platforms == (platform,)
+
+
+def labels_like(logits, form):
+    rng = np.random.default_rng(3)
+    ids = jnp.asarray(rng.integers(0, logits.shape[-1], logits.shape[:-1]), jnp.int32)
+    if form == "ids":
+        return ids
+    soft = jnp.asarray(rng.random(logits.shape), jnp.float32)
+    return jnp.where(
+        (ids == 0)[..., None], 0, soft / soft.sum(-1, keepdims=True)
+    )  # some voxels without a class
+
+
+def both_by_optax(logits, labels):
+    """The definition."""
+    entropy = optax.losses.softmax_cross_entropy
+    if labels.ndim < logits.ndim:
+        entropy = optax.losses.softmax_cross_entropy_with_integer_labels
+    return jax.nn.softmax(logits), entropy(logits, labels)
+
+
+def value_and_grad_of_both(function, logits, labels):
+    """Of a weighted sum of both results, with the gradient in soft labels too."""
+    weights = jnp.asarray(np.random.default_rng(0).normal(size=logits.shape), jnp.float32)
+
+    def total(logits, labels):
+        probs, losses = function(logits, labels)
+        return (weights * probs**2).sum() + (weights[..., 0] * losses).sum()
+
+    arguments = (0, 1) if labels.ndim == logits.ndim else 0
+    return jax.jit(jax.value_and_grad(total, argnums=arguments))(logits, labels)
+
+
+@pytest.mark.parametrize("form", ["ids", "soft"])
+@pytest.mark.parametrize("classes", [2, 3, 17])
+def test_cross_entropy_is_that_of_optax(classes, form):
+    logits = scores(classes)
+    labels = labels_like(logits, form)
+    for ours, theirs in zip(
+        jax.jit(softmax_and_cross_entropy)(logits, labels), both_by_optax(logits, labels), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=2e-6, atol=1e-6)
+    ours, theirs = (
+        value_and_grad_of_both(function, logits, labels)
+        for function in (softmax_and_cross_entropy, both_by_optax)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6), ours, theirs)
+
+
+@pytest.mark.parametrize("form", ["ids", "soft"])
+def test_cross_entropy_of_extreme_scores(form):
+    logits = jnp.array([[1e4, -1e4, 0.0], [-1e4, -1e4, 1e4], [1e4, 1e4 - 1, 1e4 - 2], [-3e4, 3e4, 0.0]])
+    labels = jnp.array([1, 2, 1, 0])
+    labels = (
+        labels if form == "ids" else 0.75 * jax.nn.one_hot(labels, 3) + 0.25 * jax.nn.one_hot(labels - 1, 3)
+    )
+    ours, theirs = (
+        value_and_grad_of_both(function, logits, labels)
+        for function in (softmax_and_cross_entropy, both_by_optax)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), ours, theirs)
+    assert np.isfinite(ours[0])
+
+
+def test_an_id_that_is_no_class_costs_nothing():
+    logits = scores(3)
+    ids = labels_like(logits, "ids").at[:, 0].set(-1).at[:, 1].set(3)
+    (_, losses), pull_back = jax.vjp(lambda x: softmax_and_cross_entropy(x, ids), logits)
+    gradient = pull_back((jnp.zeros_like(logits), jnp.ones_like(losses)))[0]
+    np.testing.assert_array_equal(losses[:, :2], 0)
+    np.testing.assert_array_equal(gradient[:, :2], 0)
+    assert (losses[:, 2:] > 0).all()
+
+
+def test_a_class_of_probability_zero_costs_only_those_who_have_it():
+    logits = jnp.array([[-jnp.inf, 0.0, 0.0], [-jnp.inf, 0.0, 0.0]])
+    losses = softmax_and_cross_entropy(logits, jnp.array([1, 0]))[1]
+    np.testing.assert_allclose(losses, [np.log(2), np.inf], rtol=1e-6)
+    soft = softmax_and_cross_entropy(logits, jnp.array([[0, 0.5, 0.5], [0, 1.0, 0]]))[1]
+    np.testing.assert_allclose(soft, [np.log(2), np.log(2)], rtol=1e-6)
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("classes", [3, 17])
+def test_cross_entropy_lowers_for_every_platform(platform, classes):
+    logits = scores(classes)
+    labels = labels_like(logits, "ids")
+    grad = jax.jit(jax.grad(lambda x: sum(part.sum() for part in softmax_and_cross_entropy(x, labels))))
+    assert export.export(grad, platforms=[platform])(logits).platforms == (platform,)
 
 
 @pytest.mark.parametrize("voxels", [1, 4096, 8191, 8192, 12288, 30001])

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import nibabel as nib
@@ -27,7 +28,8 @@ def rows(file: Path) -> list[dict[str, str]]:
 
 def logged(folder: Path, name: str) -> list[dict[str, str]]:
     """A run's log without its speed, which no two runs share."""
-    return [{k: v for k, v in row.items() if k != "steps_per_second"} for row in rows(folder / name)]
+    speeds = ("steps_per_second", "patches_per_second", "data_wait")
+    return [{k: v for k, v in row.items() if k not in speeds} for row in rows(folder / name)]
 
 
 def refuses(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -92,6 +94,55 @@ def test_compare_leaves_a_page_and_tables(tmp_path: Path, capsys: pytest.Capture
     # Same weights, same batches: the first step's Dice is the same under both losses.
     assert logs[0][0]["dice"] == logs[1][0]["dice"]
     assert [row["step"] for row in logs[0]] == ["0", "1", "2", "3"]
+
+
+def test_compare_with_seeds_and_temperature_goes_on_at_each_network(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import train.compare as compare_module
+
+    out = tmp_path / "compare"
+    command = ["compare", *PHANTOM, "--losses", "dice", "--seeds", 0, 3, "--temperature", "--out", out]
+    assert run(*command) == 0
+    table = json.loads((out / "table.json").read_text())
+    assert [row["name"] for row in table["models"]] == ["dice", "dice+T", "true posterior"]
+    for row in table["models"][:2]:
+        ace = row["metrics"]["ACE"]
+        assert list(ace["per_repeat"]) == ["seed 0", "seed 3"]
+        assert ace["cases"] == 3
+        assert ace["mean"] == pytest.approx(np.mean(list(ace["per_repeat"].values())))
+        assert ace["spread"] == pytest.approx(np.std(list(ace["per_repeat"].values()), ddof=1))
+    plain, tempered = (row["metrics"] for row in table["models"][:2])
+    assert plain["Dice"]["per_repeat"] == pytest.approx(tempered["Dice"]["per_repeat"])  # no label changes
+    assert plain["ACE"]["mean"] != tempered["ACE"]["mean"]
+    kept = {
+        name: json.loads((out / name / "config.json").read_text()) for name in ("dice-seed0", "dice-seed3")
+    }
+    assert [run["config"]["training"]["seed"] for run in kept.values()] == [0, 3]
+    page = (out / "index.html").read_text()
+    assert "dice+T" in page
+    assert "2 repeats" in page
+    assert "temperatures (+T)" in page
+    assert "±" in capsys.readouterr().out
+
+    trained, evaluated = [], []
+    monkeypatch.setattr(compare_module, "fit", counted(trained, compare_module.fit))
+    monkeypatch.setattr(compare_module, "evaluate", counted(evaluated, compare_module.evaluate))
+    (out / "dice-seed3" / "test-temperature.npz").unlink()
+    assert run(*command, "--resume") == 0
+    assert json.loads((out / "table.json").read_text()) == table
+    assert [arguments[1].name for arguments in trained] == ["dice-seed3"]
+    assert [arguments[0] for arguments in evaluated] == ["dice+T seed 3"]
+
+
+def counted(calls: list[tuple], function: Callable) -> Callable:
+    """`function`, whose calls are kept."""
+
+    def call(*arguments: object, **options: object) -> object:
+        calls.append(arguments)
+        return function(*arguments, **options)
+
+    return call
 
 
 def test_options_alone_are_those_of_compare(capsys: pytest.CaptureFixture[str]) -> None:
@@ -161,7 +212,7 @@ def weights(run_folder: Path) -> list[np.ndarray]:
 
     config, info = read_config(run_folder)
     _, state = init_state(make_model(config, info), make_optimizer(config.training))
-    with Checkpoints(run_folder / "checkpoints") as checkpoints:
+    with Checkpoints(run_folder / "checkpoints", config.training, read_only=True) as checkpoints:
         state, _ = checkpoints.restore(state)
     return [np.asarray(leaf) for leaf in jax.tree.leaves((state.params, state.opt_state))]
 
@@ -179,6 +230,8 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--losses", "dice", "dise"], ["dise", "dice, ce, ace"]),
         (["--losses", "dice", "dice"], ["twice"]),
+        (["--seeds", "1", "1"], ["--seeds 1 1", "twice"]),
+        (["--temperature", "--num-val", "0", "--batch-size", "8"], ["--temperature", "num_val"]),
         (["--losses", "dice", "dice+-1*ace"], ["Weight", "positive"]),
         (["--data", "brain"], ["brain", "phantom", "LAYOUT:PATH", "msd"]),
         (["--data", "msd:/nowhere"], ["/nowhere", "not a folder"]),
@@ -263,11 +316,12 @@ def test_status_of_a_run_and_of_a_comparison(
     for name in ("config.json", "log.csv"):
         text = (trained / name).read_text()
         (tmp_path / "half" / name).write_text(
-            text if name == "config.json" else "\n".join(text.split("\n")[:3])
+            text if name == "config.json" else "".join(text.splitlines(keepends=True)[:4])[:-9]
         )
     assert run("status", tmp_path / "half") == 0
     told = capsys.readouterr().out
-    assert "step 2 of 4, 0:" in told
+    assert "step 2 of 4, " in told  # the third line, which a kill cut short, is no row
+    assert "min left" in told
     assert "checkpoints at steps none" in told
     assert "holds no run" in refuses(capsys, "status", tmp_path)
 

@@ -14,7 +14,14 @@ import twin
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from calib_jax import bin_statistics, mL1_ace, mL1_ece, mL1_mce, segmentation_loss
+from calib_jax import (
+    bin_statistics,
+    mL1_ace,
+    mL1_ece,
+    mL1_mce,
+    segmentation_loss,
+    segmentation_loss_parts,
+)
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 
@@ -164,6 +171,81 @@ def test_shard_map_over_space_with_psum_equals_the_whole(mesh):
         return jax.tree.map(lambda x: jax.lax.psum(x, "batch"), bin_statistics(probs, ids))
 
     assert_close(jax.jit(statistics)(probs, ids), jax.jit(bin_statistics)(probs, ids), atol=1e-6)
+
+
+WHERE = np.random.default_rng(23).random(SHAPE[:-1]) < 0.7
+EVERY_PART = ("dice", "cross_entropy", "ace", "focal", "label_smoothing", "mbls", "dsc_plus_plus")
+
+
+def many_losses(logits, ids, where, axis_name=None):
+    """Every loss that takes `axis_name`, weighted apart, of images with their voxels along axis 1."""
+    split = {"where": where, "axis_name": axis_name}
+    probs = jax.nn.softmax(logits)
+    parts = segmentation_loss_parts(logits, ids, EVERY_PART, **split)
+    siblings = [
+        mL1_ace(probs, ids, binning="soft", **split),
+        mL1_ece(probs, ids, pool_images=True, **split),
+        mL1_mce(probs, ids, num_bins=7, ignore_empty_classes=True, **split),
+    ]
+    losses = jnp.stack([*parts.values(), *siblings])
+    return (losses * jnp.arange(1, len(losses) + 1, dtype=jnp.float32)).sum()
+
+
+@pytest.fixture(scope="module")
+def split_image():
+    """Inputs with 8 voxels along axis 1, and the value and gradient of their losses on one device."""
+    inputs = tuple(np.moveaxis(x, 0, 1) for x in (LOGITS, IDS, WHERE))
+    return inputs, jax.device_get(jax.jit(jax.value_and_grad(many_losses))(*inputs))
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["inside", "outside"])
+@pytest.mark.parametrize("check_vma", [True, False], ids=["vma", "no_vma"])
+def test_losses_of_split_images_are_those_of_the_whole(check_vma, inside, mesh, split_image):
+    inputs, (value, gradient) = split_image
+    axes = ("row", "column")
+    mesh, voxels = Mesh(mesh.devices.reshape(2, 4), axes), P(None, axes)
+    loss = functools.partial(many_losses, axis_name=axes)
+    split = functools.partial(jax.shard_map, mesh=mesh, in_specs=voxels, check_vma=check_vma)
+    if inside:
+        run = split(jax.value_and_grad(loss), out_specs=(P(), voxels))
+    else:
+        run = jax.value_and_grad(split(loss, out_specs=P()))
+    got, got_gradient = jax.jit(run)(*inputs)
+    # From outside a shard_map that does not track what varies, each device gets its share of the cotangent.
+    share = 1 if check_vma or inside else 1 / 8
+    np.testing.assert_allclose(got, value, rtol=1e-5)
+    np.testing.assert_allclose(got_gradient, share * gradient, atol=1e-5 * np.abs(gradient).max())
+
+
+def test_a_trainer_splits_batch_and_voxels(mesh):
+    """The mean over devices of the batch, the sum over those of an image: the gradient in shared parameters."""
+    mesh = Mesh(mesh.devices.reshape(4, 2), ("batch", "space"))
+
+    def loss(scale, logits, ids, axis_name=None):
+        return segmentation_loss(scale * logits, ids, axis_name=axis_name)
+
+    def step(scale, logits, ids):
+        value, gradient = jax.value_and_grad(loss)(scale, logits, ids, "space")
+        return jax.lax.pmean((value, jax.lax.psum(gradient, "space")), "batch")
+
+    data = P("batch", "space")
+    split = jax.shard_map(step, mesh=mesh, in_specs=(P(), data, data), out_specs=P(), check_vma=False)
+    arguments = jnp.float32(1.1), LOGITS, IDS
+    assert_close(jax.jit(split)(*arguments), jax.jit(jax.value_and_grad(loss))(*arguments), atol=1e-6)
+
+
+def test_statistics_of_split_images_are_counted_exactly(mesh):
+    inputs = tuple(np.moveaxis(x, 0, 1) for x in (PROBS, IDS))
+    run = jax.shard_map(
+        functools.partial(bin_statistics, axis_name="batch"),
+        mesh=mesh,
+        in_specs=P(None, "batch"),
+        out_specs=P(),
+    )
+    got, expected = jax.jit(run)(*inputs), jax.jit(bin_statistics)(*inputs)
+    assert got.count.dtype == jnp.int32
+    np.testing.assert_array_equal(got.count, expected.count)
+    assert_close(got, expected, atol=1e-6)
 
 
 def sizes_of_collectives(text):

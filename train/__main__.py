@@ -7,7 +7,7 @@ explains the options of a command.
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -49,6 +49,12 @@ class Compare(_Options):
     """Losses to compare, the baseline first: terms joined by + and weighted as in dice+0.5*ace. Terms: dice, ce
     (cross-entropy), ace (mL1-ACE), focal, ls (label smoothing), svls (spatially varying), mbls (margin-based),
     nacl (neighbour-aware), dscpp (DSC++)."""
+    seeds: tuple[int, ...] = ()
+    """Seeds to train every loss with, for means and spreads over them; left out, the one of --seed."""
+    temperature: bool = False
+    """Show each network with temperature scaling as well, fitted on its validation cases, in a row `LOSS+T`."""
+    checkpoint: Literal["last", "best"] = "last"
+    """Evaluate each network's newest weights, or the best ones by --keep-best on the validation cases."""
 
     def run(self) -> None:
         from train.compare import compare
@@ -58,6 +64,9 @@ class Compare(_Options):
             self.config(self.losses[0]),
             self.losses,
             self.out or default_folder("compare"),
+            seeds=self.seeds,
+            temperature=self.temperature,
+            which=self.checkpoint,
             resume=self.resume,
         )
         print(f"\nPage with figures: {page}")
@@ -98,11 +107,14 @@ class Evaluate:
     """train, val or test cases of the run's own data set."""
     out: Path | None = None
     """Output folder, new or empty. Default: evaluate-SPLIT in the run's folder."""
+    checkpoint: Literal["last", "best"] = "last"
+    """Weights of the newest checkpoint, or the best one's of a run with --keep-best."""
 
     def run(self) -> None:
         from train.compare import evaluate_run
 
-        print(f"\nPage with figures: {evaluate_run(self.run_folder, self.data, self.split, self.out)}")
+        page = evaluate_run(self.run_folder, self.data, self.split, self.out, self.checkpoint)
+        print(f"\nPage with figures: {page}")
 
 
 @dataclass(frozen=True)
@@ -118,11 +130,13 @@ class Predict:
     """Folder of .nii or .nii.gz volumes."""
     out: Path
     """Output folder, new or empty."""
+    checkpoint: Literal["last", "best"] = "last"
+    """Weights of the newest checkpoint, or the best one's of a run with --keep-best."""
 
     def run(self) -> None:
         from train.predict import predict_folder
 
-        written = predict_folder(self.run_folder, self.images, self.out)
+        written = predict_folder(self.run_folder, self.images, self.out, self.checkpoint)
         print(f"\n{len(written)} files in {self.out}")
 
 
@@ -161,18 +175,22 @@ class ImportMonai:
             raise InputError(
                 "Give either --data or --class-names: one of them says what the network tells apart."
             )
-        info = (
-            DataInfo(self.weights.stem, self.class_names, self.num_channels, self.spatial_dims, self.window)
-            if self.class_names
-            else None
+        import_monai(
+            self.weights, self.model, self.data, self.out, self._info() if self.class_names else None
         )
-        import_monai(self.weights, self.model, self.data, self.out, info)
         print(f"\nRun: {self.out}\nNext: python -m train evaluate {self.out}")
+
+    def _info(self) -> DataInfo:
+        if self.data.spacing == "median":
+            raise InputError("Without --data there is no median spacing: give --spacing in millimetres.")
+        sizes = self.class_names, self.num_channels, self.spatial_dims
+        return DataInfo(self.weights.stem, *sizes, self.window, self.data.geometry)
 
 
 @dataclass(frozen=True)
 class Status:
-    """How far a run, or each run of a comparison, has come: steps, time left, last validation, checkpoints.
+    """How far a run, or each run of a comparison, has come, and whether it still goes on: steps, time left, last
+    validation, checkpoints.
 
     python -m train status runs/ace
     """
@@ -217,7 +235,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except Stopped as stopped:
         print(f"\n{stopped}", file=sys.stderr)
-        return 143
+        return stopped.exit_status
     except KeyboardInterrupt:
         print("\ninterrupted; add --resume to the same command with --out to go on", file=sys.stderr)
         return 130

@@ -1,33 +1,59 @@
 """The main job: the same network from the same weights under several losses, side by side on held-out cases."""
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from calib_jax.report import ModelResult, compare_models, format_table, write_report
+from calib_jax.report import (
+    ModelResult,
+    RepeatedResult,
+    Result,
+    compare_models,
+    format_table,
+    write_report,
+)
+from train.checkpoint import Which
 from train.config import DataInfo, RunConfig, check_same_data, to_json
 from train.data import Dataset, open_dataset, read_splits, write_splits
 from train.errors import InputError
 from train.evaluate import evaluate, evaluate_posterior
 from train.fit import Task, fit, load_run, open_task
+from train.inference import VolumePredictor
 from train.logs import read_log
 from train.losses import parse_loss
-from train.runs import command, open_run, versions
+from train.runs import claimed, command, open_run, versions, write_json, writing, written_whole
+from train.temperature import fit_temperature, temper
+
+TEMPERED = "+T"  # ends the name of a network whose logits are over its temperature
 
 
-def compare(config: RunConfig, losses: Sequence[str], folder: Path, *, resume: bool = False) -> Path:
-    """Trains one network per loss, evaluates all on the test cases and writes tables, figures and a page.
+def compare(
+    config: RunConfig,
+    losses: Sequence[str],
+    folder: Path,
+    *,
+    seeds: Sequence[int] = (),
+    temperature: bool = False,
+    which: Which = "last",
+    resume: bool = False,
+) -> Path:
+    """Trains one network per loss and seed, evaluates all on the test cases, writes tables, figures and a page.
 
-    The first loss is the baseline. Every network starts from the same weights and sees the same batches in
-    the same order with the same augmentation: only the loss differs.
+    The first loss is the baseline. Every network of a seed starts from the same weights and sees the same batches
+    in the same order with the same augmentation: only the loss differs.
 
     Args:
         config: of every run, but for its loss.
         losses: names such as `dice` and `dice+ace`.
-        folder: `<loss>/` for each run, `results/`, `cases/`, `table.csv`, `index.html`, `figures/`.
+        folder: `<loss>/` (or `<loss>-seed<n>/`) for each run, `results/`, `cases/`, `table.csv`, `index.html`,
+            `figures/`.
+        seeds: to train every loss with; none for the configuration's alone.
+        temperature: show each network with its logits over a temperature as well, fitted on the validation cases.
+        which: of each network's weights to evaluate, the last or the best by `keep_best`.
         resume: go on with what is in `folder`.
 
     Returns:
@@ -36,12 +62,27 @@ def compare(config: RunConfig, losses: Sequence[str], folder: Path, *, resume: b
     names = [parse_loss(name).name for name in losses]
     if len(set(names)) < len(names):
         raise InputError(f"--losses {' '.join(names)} names a loss twice: give each of them once.")
+    if len(set(seeds)) < len(seeds):
+        raise InputError(f"--seeds {' '.join(map(str, seeds))} names a seed twice: give each of them once.")
     task = open_task(config)
-    open_run(folder, Plan(tuple(names), task.config), resume=resume)
-    write_splits(folder / "splits.json", task.splits)
-    results = [_result(task, name, folder, resume) for name in names]
-    histories = {name: _history(folder / slug(name), task) for name in names}
-    return _report(task.dataset, task.splits.test, folder, results, histories)
+    if temperature and not task.splits.val:
+        raise InputError("--temperature is fitted on validation cases, and num_val is 0: hold some back.")
+    if which == "best" and (config.training.keep_best == "none" or not task.splits.val):
+        raise InputError("--checkpoint best needs --keep-best and validation cases (--num-val): give both.")
+    plan = Plan(tuple(names), task.config, tuple(seeds), temperature, which)
+    open_run(folder, plan, resume=resume)
+    with claimed(folder):
+        write_splits(folder / "splits.json", task.splits)
+        results: list[Result] = []
+        histories: dict[str, Mapping[str, Sequence[float]]] = {}
+        for name in names:
+            runs = plan.runs(folder, name)
+            evaluated = [_evaluated(task, plan, run, resume) for run in runs.values()]
+            for ending, repeats in zip(("", TEMPERED), zip(*evaluated, strict=True), strict=False):
+                results.append(_one_row(name + ending, dict(zip(runs, repeats, strict=True))))
+            histories[name] = _mean_history([_history(run.folder, task) for run in runs.values()])
+        more = {**_weights(which, config), **_temperatures(folder)}
+        return _report(task.dataset, task.splits.test, folder, results, histories, more)
 
 
 @dataclass(frozen=True)
@@ -50,9 +91,39 @@ class Plan:
 
     losses: tuple[str, ...]
     run: RunConfig
+    seeds: tuple[int, ...] = ()
+    temperature: bool = False
+    which: Which = "last"
+
+    def runs(self, folder: Path, loss: str) -> dict[str, "PlannedRun"]:
+        """The runs of a loss by what tells them apart: one, or one for each seed."""
+        config = dataclasses.replace(self.run, loss=loss)
+        if not self.seeds:
+            return {"": PlannedRun(config, folder / slug(loss))}
+        return {
+            f"seed {seed}": PlannedRun(
+                dataclasses.replace(config, training=dataclasses.replace(config.training, seed=seed)),
+                folder / f"{slug(loss)}-seed{seed}",
+                f" seed {seed}",
+            )
+            for seed in self.seeds
+        }
 
 
-def evaluate_run(run: Path, data: str | None, split: str, out: Path | None) -> Path:
+@dataclass(frozen=True)
+class PlannedRun:
+    """One network of a comparison."""
+
+    config: RunConfig
+    folder: Path
+    suffix: str = ""
+
+    def name(self, ending: str) -> str:
+        """What it is called among all networks; `ending` follows the loss."""
+        return f"{self.config.loss}{ending}{self.suffix}"
+
+
+def evaluate_run(run: Path, data: str | None, split: str, out: Path | None, which: Which = "last") -> Path:
     """Evaluates a trained run and writes its table, figures and page into `out`.
 
     Args:
@@ -60,12 +131,18 @@ def evaluate_run(run: Path, data: str | None, split: str, out: Path | None) -> P
         data: another data set than the run's, of which all cases are evaluated; None for the run's own.
         split: `train`, `val` or `test`, of the run's own data set.
         out: a new folder; None for `evaluate-<split>` in the run's.
+        which: of its weights, the last or the best.
 
     Raises:
         InputError: if the run, the data set, the split or the folder do not fit.
     """
-    config, info, predict = load_run(run)
-    dataset = open_dataset(data or config.data.data)
+    config, info, predict = load_run(run, which)
+    dataset = open_dataset(
+        data or config.data.data,
+        geometry=info.geometry,
+        all_annotators=config.data.annotators != "first",
+        cache_dir=config.data.cache_dir,
+    )
     found = DataInfo.of(dataset)
     check_same_data(data or config.data.data, found, run, info)
     if split not in ("train", "val", "test"):
@@ -74,10 +151,10 @@ def evaluate_run(run: Path, data: str | None, split: str, out: Path | None) -> P
     cases = getattr(read_splits(run / "splits.json"), split) if own else dataset.case_names
     if not cases:
         raise InputError(f"The {split} split of {run} holds no case: choose another --split.")
-    folder = out or run / f"evaluate-{split if own else found.name}"
+    folder = out or run / f"evaluate-{split if own else found.name}{'' if which == 'last' else f'-{which}'}"
     open_run(folder, config, resume=False, data=to_json(found))
     result = evaluate(config.loss, predict, dataset, cases)
-    return _report(dataset, cases, folder, [result], {})
+    return _report(dataset, cases, folder, [result], {}, _weights(which, config))
 
 
 def slug(loss: str) -> str:
@@ -85,42 +162,69 @@ def slug(loss: str) -> str:
     return loss.replace("*", "x")
 
 
-def _result(task: Task, loss: str, folder: Path, resume: bool) -> ModelResult:
-    """One loss trained and evaluated on the test cases, or read if it already was."""
-    run = folder / slug(loss)
-    done = run / "test.npz"
-    if resume and done.exists():
-        return ModelResult.load(done)
-    config = dataclasses.replace(task.config, loss=loss)
-    predict = fit(dataclasses.replace(task, config=config), run, resume=resume)
-    result = evaluate(loss, predict, task.dataset, task.splits.test)
-    result.save(done)
-    return result
+def _evaluated(task: Task, plan: Plan, run: PlannedRun, resume: bool) -> list[ModelResult]:
+    """One network trained and evaluated on the test cases, then at its temperature if that is wanted.
+
+    What was evaluated before the run was resumed is read.
+    """
+    files = [run.folder / "test.npz", *([run.folder / "test-temperature.npz"] if plan.temperature else [])]
+    if not (resume and all(file.exists() for file in files)):
+        predict = fit(dataclasses.replace(task, config=run.config), run.folder, resume=resume)
+        if plan.which == "best":
+            _, _, predict = load_run(run.folder, plan.which)
+        _evaluate_into(files[0], run.name(""), predict, task)
+        if plan.temperature:
+            found = fit_temperature(predict, task.dataset, task.splits.val)
+            write_json(run.folder / "temperature.json", {"temperature": float(found)})
+            _evaluate_into(files[1], run.name(TEMPERED), temper(predict, found), task)
+    return [ModelResult.load(file) for file in files]
+
+
+def _evaluate_into(file: Path, name: str, predict: VolumePredictor, task: Task) -> None:
+    """Evaluates a network on the test cases, unless the file is there already.
+
+    What is measured is told even where it cannot be kept.
+    """
+    if not file.exists():
+        result = evaluate(name, predict, task.dataset, task.splits.test)
+        try:
+            with writing(file), written_whole(file) as partial:
+                result.save(partial)
+        except InputError:
+            print(format_table(compare_models([result])))
+            raise
+
+
+def _one_row(name: str, results: Mapping[str, ModelResult]) -> Result:
+    """The trainings of one loss as one model."""
+    return results[""] if "" in results else RepeatedResult(name, results)
 
 
 def _report(
     dataset: Dataset,
     cases: Sequence[str],
     folder: Path,
-    results: Sequence[ModelResult],
+    results: Sequence[Result],
     histories: Mapping[str, Mapping[str, Sequence[float]]],
+    provenance: Mapping[str, str],
 ) -> Path:
-    """Prints the table and writes it with the figures and the page."""
+    """Prints the table and writes it with the figures and the page: a full disk does not lose what was measured."""
     reference = evaluate_posterior(dataset, cases)
-    page = write_report(
-        folder,
-        results,
-        title=f"Calibration on {dataset.name}: {len(cases)} held-out cases",
-        histories=histories,
-        provenance={
-            "command": command(),
-            "data": f"{dataset.name}, {len(cases)} cases held out of {len(dataset)}",
-            **versions(),
-        },
-        reference=reference,
-    )
     print(format_table(compare_models(results, reference=reference), per_class=True))
-    return page
+    with writing(folder):
+        return write_report(
+            folder,
+            results,
+            title=f"Calibration on {dataset.name}: {len(cases)} held-out cases",
+            histories=histories,
+            provenance={
+                "command": command(),
+                "data": f"{dataset.name}, {len(cases)} cases held out of {len(dataset)}",
+                **provenance,
+                **versions(),
+            },
+            reference=reference,
+        )
 
 
 def _history(run: Path, task: Task) -> dict[str, list[float]]:
@@ -140,6 +244,27 @@ def _history(run: Path, task: Task) -> dict[str, list[float]]:
     columns = dict.fromkeys(name for row in rows for name in row)
     rows.sort(key=lambda row: row["epoch"])
     return {name: [row.get(name, np.nan) for row in rows] for name in columns}
+
+
+def _mean_history(histories: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, list[float]]:
+    """Curves of the same steps, averaged."""
+    return {
+        column: np.mean([history[column] for history in histories], axis=0).tolist()
+        for column in histories[0]
+    }
+
+
+def _weights(which: Which, config: RunConfig) -> dict[str, str]:
+    """Which weights were evaluated, in a line for the page, if not the last."""
+    best = f"best by {config.training.keep_best} on the validation cases"
+    return {"checkpoint": best} if which == "best" else {}
+
+
+def _temperatures(folder: Path) -> dict[str, str]:
+    """The temperatures of a comparison's networks in a line for the page, if there are any."""
+    files = sorted(folder.glob("*/temperature.json"))
+    found = [f"{file.parent.name} {json.loads(file.read_text())['temperature']:.3f}" for file in files]
+    return {"temperatures (+T), fitted on validation cases": ", ".join(found)} if found else {}
 
 
 def _chunks(rows: Sequence[dict[str, float]], size: int) -> list[Sequence[dict[str, float]]]:

@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
-from train.data import AugmentConfig, Dataset
+from train.data import AugmentConfig, Dataset, Geometry
 from train.errors import InputError
 
 
@@ -19,15 +20,46 @@ class DataConfig:
     data: str = "phantom"
     """phantom (embedded, 3-D), phantom2d, or LAYOUT:PATH, a folder of volumes: msd (Medical Segmentation
     Decathlon), nnunet, brats, acdc, amos or kits."""
-    num_test: int = 40
-    """Cases held back as test."""
-    num_val: int = 20
-    """Cases held back for validation."""
+    num_test: int | float = 40
+    """Cases held back as test, or their share if below 1. A subject's cases stay together."""
+    num_val: int | float = 20
+    """Cases held back for validation, or their share."""
     split_seed: int = 0
     """Which cases; the same seed gives the same split."""
+    splits: str = ""
+    """File that names the cases instead: splits.json of another run, or nnU-Net's splits_final.json or a MONAI
+    datalist with --fold, whose held-out cases are then the test cases."""
+    fold: int | None = None
+    """Which fold of --splits, counted from 0."""
     patch: tuple[int, ...] = ()
     """Voxels along each axis that the network sees at once; left out, the largest case rounded up to the
     network's strides, 128 at most."""
+    spacing: tuple[float, ...] | Literal["median"] = ()
+    """Millimetres between voxels (right, anterior, superior) that scans are resampled to, or median for that of
+    the data set; left out, each keeps its own. Evaluated and predicted are the scans' own grids all the same."""
+    interpolation: Literal["linear", "cubic"] = "linear"
+    """Of intensities, when resampling."""
+    crop_margin: int | None = None
+    """Crops scans to the box of their foreground (non-zero voxels; in CT those above the lowest intensity) and
+    this many voxels around it; left out, nothing is cropped."""
+    annotators: Literal["first", "average", "random"] = "first"
+    """Where a case has several labels: train on the first, on the share of each class among them, or on their
+    average with random weights drawn anew for each patch. But for first, evaluation is by the plain shares."""
+    foreground_crops: float = 0.0
+    """Share of the training patches that are centred on a random voxel of a random foreground class (0.33 in
+    nnU-Net); the others lie anywhere."""
+    cache_dir: str = ""
+    """Folder in which decoded and preprocessed volumes are kept, for this and other runs. It takes as much as they
+    do uncompressed, and may be deleted at any time; left out, nothing is kept beyond the run."""
+    loader_threads: int = 1
+    """Threads that read and cut batches ahead of the training."""
+    prefetch: int = 2
+    """Batches that each of them has ready or in work, at most."""
+
+    @property
+    def geometry(self) -> Geometry:
+        """What is done to the grids of the scans."""
+        return Geometry(self.spacing, self.interpolation, self.crop_margin)
 
 
 @dataclass(frozen=True)
@@ -125,6 +157,21 @@ class TrainingConfig:
     """Steps between validations; 0 for four in a run."""
     checkpoint_every: int = 0
     """Steps between checkpoints; 0 for one with each validation."""
+    keep_best: Literal["none", "dice", "ace", "ece", "mce", "dice-ace"] = "none"
+    """Besides the newest checkpoints keep the best by this metric of the validation cases (dice-ace: Dice minus
+    ACE); every validation then makes a checkpoint."""
+
+    def score(self, metrics: Mapping[str, float]) -> float:
+        """How good a network is by `keep_best`, more being better; -inf where that was not measured.
+
+        Example:
+            >>> round(TrainingConfig(keep_best="dice-ace").score({"Dice": 0.8, "ACE": 0.1}), 3)
+            0.7
+        """
+        signed = {"dice": 1, "ace": -1, "ece": -1, "mce": -1}
+        known = {name.lower(): value for name, value in metrics.items()}
+        score = sum(signed[name] * known.get(name, math.nan) for name in self.keep_best.split("-"))
+        return -math.inf if math.isnan(score) else score
 
 
 @dataclass(frozen=True)
@@ -156,23 +203,28 @@ class DataInfo:
     num_channels: int
     spatial_dims: int
     window: tuple[float, float] | None = None
+    geometry: Geometry = field(default_factory=Geometry)
 
     @classmethod
     def of(cls, dataset: Dataset) -> "DataInfo":
         """What is to be kept of `dataset`."""
         return cls(
-            dataset.name, dataset.class_names, dataset.num_channels, dataset.spatial_dims, dataset.window
+            dataset.name,
+            dataset.class_names,
+            dataset.num_channels,
+            dataset.spatial_dims,
+            dataset.window,
+            dataset.geometry,
         )
 
 
 def check_same_data(data: str, found: DataInfo, run: Path, trained: DataInfo) -> None:
-    """Raises `InputError` unless `data` has the channels, classes and intensities that `run` was trained on."""
-    if found != dataclasses.replace(trained, name=found.name):
-        raise InputError(
-            f"{data} has {found.num_channels} channels, the classes {', '.join(found.class_names)} and the window "
-            f"{found.window}; {run} was trained on {trained.num_channels}, "
-            f"{', '.join(trained.class_names)} and {trained.window}: they must be the same."
-        )
+    """Raises `InputError` unless `data` has what the network of `run` was trained on, whatever its name."""
+    for name, before in dataclasses.asdict(dataclasses.replace(trained, name=found.name)).items():
+        if (now := dataclasses.asdict(found)[name]) != before:
+            raise InputError(
+                f"{data} has {name} = {now}, {run} was trained on {before}: they must be the same."
+            )
 
 
 def resolve_patch(patch: Sequence[int], largest_shape: Sequence[int], divisor: int) -> tuple[int, ...]:

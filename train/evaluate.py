@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, Num, UInt8
 from tqdm import tqdm
 
 import calib_jax
@@ -19,17 +19,19 @@ NUM_BINS = 20
 # Voxels are padded to a multiple of this, so that cases of many sizes share a few compiled programs.
 _VOXELS = 2**16
 
-# What is reported in place of the classes: (probs [..., classes], ids [...]) -> (probs [..., regions], labels,
+# Class ids, or their shares among several annotators.
+Label = Int[Array, "*voxels"] | Float[Array, "*voxels classes"]
+# What is reported in place of the classes: (probs [..., classes], labels) -> (probs [..., regions], labels,
 # either ids of regions [...] or an array like those probs). Linear in probs: a region's probability is a sum
 # of class probabilities.
 Regions = Callable[[Array, Array], tuple[Array, Array]]
 
 
 def foreground(
-    probs: Float[Array, "*voxels classes"], label: Int[Array, "*voxels"]
-) -> tuple[Float[Array, "*voxels foreground"], Int[Array, "*voxels"]]:
+    probs: Float[Array, "*voxels classes"], label: Label
+) -> tuple[Float[Array, "*voxels foreground"], Label]:
     """Every class but background, whose voxels get id -1: they are of no class."""
-    return probs[..., 1:], label - 1
+    return probs[..., 1:], label[..., 1:] if label.ndim == probs.ndim else label - 1
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,15 @@ class SumsOfClasses:
     groups: tuple[tuple[int, ...], ...]
 
     def __call__(
-        self, probs: Float[Array, "*voxels classes"], label: Int[Array, "*voxels"]
-    ) -> tuple[Float[Array, "*voxels regions"], UInt8[Array, "*voxels regions"]]:
-        sums = [probs[..., list(ids)].sum(-1) for ids in self.groups]
+        self, probs: Float[Array, "*voxels classes"], label: Label
+    ) -> tuple[Float[Array, "*voxels regions"], Num[Array, "*voxels regions"]]:
+        if label.ndim == probs.ndim:
+            return self._sums(probs), self._sums(label)
         members = [jnp.isin(label, jnp.array(ids, label.dtype)) for ids in self.groups]
-        return jnp.stack(sums, -1), jnp.stack(members, -1).astype(jnp.uint8)
+        return self._sums(probs), jnp.stack(members, -1).astype(jnp.uint8)
+
+    def _sums(self, shares: Float[Array, "*voxels classes"]) -> Float[Array, "*voxels regions"]:
+        return jnp.stack([shares[..., list(ids)].sum(-1) for ids in self.groups], -1)
 
 
 def regions_of(dataset: Dataset) -> tuple[Regions, tuple[str, ...]]:
@@ -70,18 +76,22 @@ class CaseStatistics:
     def __call__(
         self,
         probs: Float[Array, "*spatial classes"],
-        label: UInt8[Array, "*spatial"],
+        label: UInt8[Array, "*spatial"] | Float[Array, "*spatial classes"],
         where: Bool[Array, "*spatial"],
     ) -> tuple[BinStatistics, Float[Array, "regions"]]:
+        """Bins are filled with the shares of a soft label; Dice is that of its most frequent class."""
+        shares = label.reshape(1, -1, probs.shape[-1]) if label.ndim == probs.ndim else None
+        ids = label if shares is None else label.argmax(-1)
         probs = probs.reshape(1, -1, probs.shape[-1])
-        label, where = label.reshape(1, -1).astype(jnp.int32), where.reshape(1, -1)
-        region_probs, region_label = self.regions(probs, label)
+        ids, where = ids.reshape(1, -1).astype(jnp.int32), where.reshape(1, -1)
+        region_probs, region_label = self.regions(probs, ids if shares is None else shares)
         stats = calib_jax.bin_statistics(region_probs, region_label, num_bins=NUM_BINS, where=where)
         # As certain probabilities, the predicted label map falls into regions in the same way.
         certain = jax.nn.one_hot(probs.argmax(-1), probs.shape[-1])
-        predicted = self.regions(certain, label)[0] > 0.5
+        certain_regions, region_ids = self.regions(certain, ids)
+        members = _members(region_ids, region_probs)
         dice = metrics.dice_of_counts(
-            *metrics.overlap_counts(predicted, _members(region_label, region_probs), where[..., None])
+            *metrics.overlap_counts(certain_regions > 0.5, members, where[..., None])
         )
         return jax.tree.map(lambda a: a[0], (stats, dice))
 
@@ -99,6 +109,9 @@ _statistics = jax.jit(
 def evaluate(name: str, predict: VolumePredictor, dataset: Dataset, case_names: Sequence[str]) -> ModelResult:
     """Statistics and Dice of whole volumes, 20 bins, per case and foreground class, or region where there are any.
 
+    They are those of the file's own grid, to which probabilities are interpolated where the network sees another
+    one: figures then mean the same whatever the spacing. Several annotators count by their shares of each class.
+
     Args:
         name: how the model is called in tables.
         predict: the model.
@@ -107,9 +120,15 @@ def evaluate(name: str, predict: VolumePredictor, dataset: Dataset, case_names: 
     """
     regions, names = regions_of(dataset)
     summary = CaseStatistics(regions)
-    return _collect(
-        name, lambda case: predict.summary(summary, case.image, case.label), dataset, case_names, names
-    )
+
+    def statistics(case: Case) -> tuple[BinStatistics, Array]:
+        if case.source is None and case.annotations is None:
+            return predict.summary(summary, case.image, case.label)
+        probs = predict(case.image)
+        on_own_grid = probs if case.source is None else case.source.placement.back(probs)
+        return case_statistics(on_own_grid, case.truth(probs.shape[-1]), regions=regions)
+
+    return _collect(name, statistics, dataset, case_names, names)
 
 
 def evaluate_posterior(dataset: Dataset, case_names: Sequence[str]) -> ModelResult | None:
@@ -152,13 +171,14 @@ def _collect(
 
 def case_statistics(
     probs: Float[np.ndarray, "*spatial classes"],
-    label: UInt8[np.ndarray, "*spatial"],
+    label: UInt8[np.ndarray, "*spatial"] | Float[np.ndarray, "*spatial classes"],
     *,
     regions: Regions = foreground,
 ) -> tuple[BinStatistics, Float[Array, "regions"]]:
     """Bin statistics and Dice of a case whose probabilities are at hand."""
-    flat_probs, flat_label = probs.reshape(-1, probs.shape[-1]), label.reshape(-1)
-    padding = -len(flat_label) % _VOXELS
-    where = np.arange(len(flat_label) + padding) < len(flat_label)
-    padded = np.pad(flat_probs, ((0, padding), (0, 0))), np.pad(flat_label, (0, padding))
+    voxels = np.prod(probs.shape[:-1], dtype=int)
+    padding = -voxels % _VOXELS
+    where = np.arange(voxels + padding) < voxels
+    flat = [array.reshape(voxels, *array.shape[probs.ndim - 1 :]) for array in (probs, label)]
+    padded = [np.pad(array, [(0, padding), *[(0, 0)] * (array.ndim - 1)]) for array in flat]
     return _statistics(CaseStatistics(regions), *padded, where)

@@ -7,9 +7,9 @@ from flax import nnx
 
 from train.checkpoint import Checkpoints
 from train.config import DataConfig, DataInfo, ModelConfig, RunConfig, resolve_patch, to_json
-from train.data import open_dataset, split_cases, write_splits
+from train.data import write_splits
 from train.errors import InputError
-from train.fit import make_model
+from train.fit import make_model, open_data
 from train.models import load_monai_weights
 from train.models.identify import find_network, fitting_options
 from train.runs import open_run
@@ -37,11 +37,8 @@ def import_monai(
         InputError: if file, options, data or folder do not fit; nothing has been written then.
     """
     if info is None:
-        dataset = open_dataset(data.data)
+        dataset, splits = open_data(data)
         info = DataInfo.of(dataset)
-        splits = split_cases(
-            dataset.case_names, num_test=data.num_test, num_val=data.num_val, seed=data.split_seed
-        )
         patch = resolve_patch(data.patch, dataset.largest_shape, model.divisor)
     else:
         splits = None
@@ -53,8 +50,8 @@ def import_monai(
     if splits is not None:
         write_splits(folder / "splits.json", splits)
     _, state = init_state(network, make_optimizer(config.training))
-    with Checkpoints(folder / "checkpoints") as checkpoints:
-        checkpoints.save(state, {})
+    with Checkpoints(folder / "checkpoints", config.training) as checkpoints:
+        checkpoints.save(state, {}, {})
 
 
 def _given(patch: tuple[int, ...]) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Bool, Float, Float32, Int, Int32, UInt8
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Shaped, UInt8
 
 from train.data import crop_back, pad_to_hold
 
@@ -30,7 +30,7 @@ Summary = Callable[[Array, Array, Array], Any]
 
 @dataclass(frozen=True)
 class Network:
-    """The `Forward` of a Flax model: softmax of its scores, dropout off; its weights are (params, rest).
+    """The `Forward` of a Flax model: softmax of its logits, dropout off; its weights are (params, rest).
 
     Equal to another of the same model, so that compiled programs are found again.
     """
@@ -40,9 +40,15 @@ class Network:
     def __call__(
         self, weights: Any, images: Float[Array, "batch *patch channels"]
     ) -> Float[Array, "batch *patch classes"]:
+        return jax.nn.softmax(self.logits(weights, images))
+
+    def logits(
+        self, weights: Any, images: Float[Array, "batch *patch channels"]
+    ) -> Float32[Array, "batch *patch classes"]:
+        """What the model gives before the softmax."""
         model = nnx.merge(self.graphdef, *weights)
         model.eval()
-        return jax.nn.softmax(model(images).astype(jnp.float32))
+        return model(images).astype(jnp.float32)
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ class VolumePredictor:
         self, image: Float32[np.ndarray, "*spatial channels"]
     ) -> Float32[np.ndarray, "*spatial classes"]:
         """Class probabilities on the grid of `image`, on the host; they sum to 1 over classes."""
-        plan = self._plan(image)
+        plan = self.plan(image.shape[:-1])
         padded = pad_to_hold(image, plan.canvas)
         probs = volume_probabilities(
             self.weights, padded, plan.corners, plan.counted, forward=self.forward, patch=self.patch
@@ -91,7 +97,7 @@ class VolumePredictor:
             image: a volume, as the network was trained on.
             label: class ids on the same grid.
         """
-        plan = self._plan(image)
+        plan = self.plan(image.shape[:-1])
         return volume_summary(
             self.weights,
             pad_to_hold(image, plan.canvas),
@@ -104,8 +110,9 @@ class VolumePredictor:
             summary=summary,
         )
 
-    def _plan(self, image: np.ndarray) -> "Plan":
-        return plan_windows(image.shape[:-1], self.patch, self.overlap, self.windows_per_batch)
+    def plan(self, shape: Sequence[int]) -> "Plan":
+        """Where the windows of a volume of this shape lie."""
+        return plan_windows(shape, self.patch, self.overlap, self.windows_per_batch)
 
 
 @functools.partial(jax.jit, static_argnames=("forward", "patch"))
@@ -137,7 +144,7 @@ def volume_summary(
 ) -> Any:
     """`summary` of a padded volume's probabilities; `shape` is the volume's without the padding."""
     probs = _sliding_window(functools.partial(forward, weights), image, corners, counted, patch)
-    return summary(probs, label, _inside(shape, label.shape))
+    return summary(probs, label, inside(shape, label.shape))
 
 
 class Plan(NamedTuple):
@@ -204,14 +211,10 @@ def _sliding_window(
         return forward(image[None])[0]
     weight = _gaussian_window(patch)
 
-    def cut(array: Array, corner: Array) -> Array:
-        return lax.dynamic_slice(array, (*corner, 0), (*patch, array.shape[-1]))
-
-    # Slices one by one: a batch of them would be a gather, and a scatter on the way back.
     def add_group(total: Array, group: tuple[Array, Array]) -> tuple[Array, None]:
-        probs = forward(jnp.stack([cut(image, corner) for corner in group[0]]))
+        probs = forward(cut_windows(image, group[0], patch))
         for window, corner, counts in zip(probs, *group, strict=True):
-            added = cut(total, corner) + jnp.where(counts, weight, 0) * window
+            added = _cut(total, corner, patch) + jnp.where(counts, weight, 0) * window
             total = lax.dynamic_update_slice(total, added, (*corner, 0))
         return total, None
 
@@ -221,6 +224,17 @@ def _sliding_window(
     # Each window's probabilities sum to 1, so their weighted sum over classes is the sum of weights.
     norm = total.sum(-1, keepdims=True)
     return total / jnp.where(norm == 0, 1, norm)
+
+
+def cut_windows(
+    array: Shaped[Array, "*canvas channels"], corners: Int[Array, "windows axes"], patch: tuple[int, ...]
+) -> Shaped[Array, "windows *patch channels"]:
+    """The windows at `corners`; one by one, since a batch of slices would be a gather."""
+    return jnp.stack([_cut(array, corner, patch) for corner in corners])
+
+
+def _cut(array: Array, corner: Array, patch: tuple[int, ...]) -> Array:
+    return lax.dynamic_slice(array, (*corner, 0), (*patch, array.shape[-1]))
 
 
 def _gaussian_window(patch: Sequence[int]) -> Float[Array, "*patch one"]:
@@ -233,7 +247,7 @@ def _gaussian_window(patch: Sequence[int]) -> Float[Array, "*patch one"]:
     return jnp.maximum(weight, 1e-3)
 
 
-def _inside(shape: Int[Array, "axes"], canvas: tuple[int, ...]) -> Bool[Array, "*canvas"]:
+def inside(shape: Int[Array, "axes"], canvas: tuple[int, ...]) -> Bool[Array, "*canvas"]:
     """Where on the canvas the volume lies that was centred on it."""
     inside = jnp.ones(canvas, bool)
     for axis, (size, padded) in enumerate(zip(shape, canvas, strict=True)):

@@ -1,6 +1,8 @@
 """Numbers over the course of a run: CSV files that grow, and the same for TensorBoard."""
 
 import csv
+import io
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,11 +12,16 @@ import jax
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2
 
 from calib_jax import plots
 from calib_jax.report import ModelResult
-from train.errors import InputError
+from train.errors import NotFinite
+from train.runs import writing, written_whole
+
+_EVENTS: Any = event_pb2  # its classes are made at run time
 
 
 class RunLog:
@@ -23,13 +30,15 @@ class RunLog:
     Args:
         folder: of the run.
         start: step that it starts at.
+        batch_size: patches per step.
     """
 
-    def __init__(self, folder: Path, start: int):
-        self._folder = folder
-        self._steps = CsvLog(folder / "log.csv", before_step=start)
-        self._validation = CsvLog(folder / "validation.csv", before_step=start + 1)
-        self._board = TensorBoardLog(folder / "tensorboard", from_step=start)
+    def __init__(self, folder: Path, start: int, batch_size: int):
+        self._folder, self._batch_size = folder, batch_size
+        with writing(folder):
+            self._steps = CsvLog(folder / "log.csv", before_step=start)
+            self._validation = CsvLog(folder / "validation.csv", before_step=start + 1)
+            self._board = TensorBoardLog(folder / "tensorboard", from_step=start)
         self._pending: list[dict[str, Any]] = []
         self._cases: list[list[str]] = []
         self._since = time.perf_counter()
@@ -49,37 +58,43 @@ class RunLog:
         """Waits for the pending steps and logs them; the last step's loss.
 
         Raises:
-            InputError: if the loss is no longer a number.
+            NotFinite: if the loss or its gradient is no longer a number.
+            InputError: if the logs cannot be written.
         """
         rows, cases = jax.device_get(self._pending), self._cases
         self._pending, self._cases = [], []
         now = time.perf_counter()
         speed = len(rows) / (now - self._since)
         self._since = now
-        rows = [row | {"steps_per_second": speed} for row in rows]
-        self._steps.add(rows)
-        self._board.add("train", rows)
+        speeds = {"steps_per_second": speed, "patches_per_second": speed * self._batch_size}
+        rows = [row | speeds for row in rows]
+        with writing(self._folder):
+            self._steps.add(rows)
+            self._board.add("train", rows)
         for row, names in zip(rows, cases, strict=True):
-            self._check(row, names)
+            _check_finite(row, names)
         return float(rows[-1]["loss"])
 
-    def _check(self, row: Mapping[str, float], cases: list[str]) -> None:
-        if not np.isfinite(row["loss"]):
-            raise InputError(
-                f"The loss is not finite from step {row['step']} on, whose batch held {', '.join(cases)}: lower "
-                "--learning-rate or set --clip-norm, and start again or --resume from the last checkpoint in "
-                f"{self._folder / 'checkpoints'}."
-            )
-
     def validation(self, step: int, metrics: Mapping[str, float], result: ModelResult) -> None:
-        """Logs a validation, with its reliability diagram."""
+        """Logs a validation, with its reliability diagram.
+
+        Raises:
+            InputError: if the logs cannot be written.
+        """
         rows = [{"step": step, **metrics}]
-        self._validation.add(rows)
-        self._board.add("validation", rows)
         figure = Figure(figsize=(4, 4), layout="constrained")
         plots.reliability_diagram(result.stats, band=None, ax=figure.add_subplot())
-        self._board.add_figure("validation/reliability", figure, step)
+        with writing(self._folder):
+            self._validation.add(rows)
+            self._board.add("validation", rows)
+            self._board.add_figure("validation/reliability", figure, step)
         self._since = time.perf_counter()  # the time that it took is not the steps'
+
+
+def _check_finite(row: Mapping[str, float], cases: list[str]) -> None:
+    for name, what in (("loss", "loss"), ("grad_norm", "gradient")):
+        if not np.isfinite(row[name]):
+            raise NotFinite(f"The {what} is not finite from step {row['step']} on", cases)
 
 
 class CsvLog:
@@ -94,27 +109,41 @@ class CsvLog:
         self._file = file
         self.rows = [row for row in read_log(file) if row["step"] < before_step]
         if file.exists():
-            self._write("w", self.rows)
+            self._write_whole()
 
     def add(self, rows: Sequence[Mapping[str, float]]) -> None:
         """Appends rows, to the file as well."""
         new = [{name: float(value) for name, value in row.items()} for row in rows]
-        self._write("a" if self.rows else "w", new, header=not self.rows)
+        known = bool(self.rows) and all(row.keys() <= self.rows[0].keys() for row in new)
         self.rows += new
+        if known:
+            with self._file.open("a", newline="") as file:
+                file.write(self._text(new))
+        else:  # the first rows, or those of a version that logs more
+            self._write_whole()
 
-    def _write(self, mode: str, rows: list[dict[str, float]], *, header: bool = True) -> None:
-        if not rows and not self.rows:
+    def _write_whole(self) -> None:
+        if not self.rows:
             self._file.unlink(missing_ok=True)
             return
-        with self._file.open(mode, newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list((self.rows or rows)[0]))
-            if header:
-                writer.writeheader()
-            writer.writerows({name: f"{value:.7g}" for name, value in row.items()} for row in rows)
+        columns = list(dict.fromkeys(name for row in self.rows for name in row))
+        self.rows = [{name: row.get(name, np.nan) for name in columns} for row in self.rows]
+        with written_whole(self._file) as partial:
+            partial.write_text(self._text([dict(zip(columns, columns, strict=True)), *self.rows]), newline="")
+
+    def _text(self, rows: Sequence[Mapping[str, float | str]]) -> str:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=list(self.rows[0]), restval="nan")
+        for row in rows:
+            writer.writerow({n: v if isinstance(v, str) else f"{v:.7g}" for n, v in row.items()})
+        return text.getvalue()
 
 
 class TensorBoardLog:
     """Scalars and figures of one run, for `tensorboard --logdir runs`.
+
+    Written by the caller's own thread, so that a full disk is an error here and now: a writer of its own thread
+    would die there, and the run wait for it for ever.
 
     Args:
         folder: of its event files.
@@ -122,10 +151,16 @@ class TensorBoardLog:
     """
 
     def __init__(self, folder: Path, *, from_step: int = 0):
-        self._writer = SummaryWriter(str(folder), purge_step=from_step or None)
+        folder.mkdir(exist_ok=True)
+        self._writer = EventsWriter(str(folder / "events"), f".{os.getpid()}")
+        if from_step:
+            restart = _EVENTS.SessionLog(status=_EVENTS.SessionLog.START)
+            self._writer.write_event(
+                _EVENTS.Event(wall_time=time.time(), step=from_step, session_log=restart)
+            )
 
     def close(self) -> None:
-        """Writes what is left."""
+        """Closes the file; all that was added is in it already."""
         self._writer.close()
 
     def add(self, group: str, rows: Sequence[Mapping[str, float]]) -> None:
@@ -133,19 +168,28 @@ class TensorBoardLog:
         for row in rows:
             for name, value in row.items():
                 if name != "step":
-                    self._writer.add_scalar(f"{group}/{name}", float(value), int(row["step"]))
+                    self._write(summary.scalar(f"{group}/{name}", float(value)), int(row["step"]))
+        self._writer.flush()
 
     def add_figure(self, name: str, figure: Figure, step: int) -> None:
         """A matplotlib figure."""
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         pixels = np.asarray(canvas.buffer_rgba())[..., :3]
-        self._writer.add_image(name, pixels, step, dataformats="HWC")
+        self._write(summary.image(name, pixels, dataformats="HWC"), step)
+        self._writer.flush()
+
+    def _write(self, content: Any, step: int) -> None:
+        self._writer.write_event(_EVENTS.Event(wall_time=time.time(), step=step, summary=content))
 
 
 def read_log(file: Path) -> list[dict[str, float]]:
-    """The rows of a log; none if there is no such file."""
+    """The rows of a log; none if there is no such file.
+
+    A last line that a killed run, or a full disk, left without its end is no row.
+    """
     if not file.exists():
         return []
-    with file.open(newline="") as lines:
-        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(lines)]
+    text = file.read_text()
+    lines = text[: text.rfind("\n") + 1].splitlines()
+    return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(lines)]

@@ -1,4 +1,4 @@
-"""Losses by name: `dice`, `dice+ace`, `dice+ce+0.5*ace`."""
+"""Losses by name: `dice`, `dice+ace`, `dice+ce+0.5*softace`."""
 
 import re
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 import calib_jax
 from train.errors import InputError
@@ -16,6 +16,7 @@ TERMS = {
     "dice": "dice",
     "ce": "cross_entropy",
     "ace": "ace",
+    "softace": "ace",  # with soft bins
     "focal": "focal",
     "ls": "label_smoothing",
     "svls": "svls",
@@ -36,13 +37,13 @@ class Loss:
     def parts(
         self,
         logits: Float[Array, "batch *spatial classes"] | tuple[Float[Array, "batch *_ classes"], ...],
-        labels: Int[Array, "batch *spatial"],
+        labels: Int[Array, "batch *spatial"] | Float[Array, "batch *spatial classes"],
     ) -> dict[str, Array]:
         """Each term by name, unweighted; of several logits (deep supervision) the mean weighted by `level_weights`.
 
         Args:
             logits: of one level, or of several, the finest first.
-            labels: class ids on the finest level's grid; coarser ones take the nearest voxels.
+            labels: class ids or their shares on the finest level's grid; coarser ones take the nearest voxels.
         """
         if not isinstance(logits, tuple):
             return self._parts_of_level(logits, labels)
@@ -51,13 +52,18 @@ class Loss:
         return jax.tree.map(lambda *terms: jnp.dot(weights, jnp.stack(terms)), *levels)
 
     def _parts_of_level(self, logits: Array, labels: Array) -> dict[str, Array]:
-        parts = calib_jax.segmentation_loss_parts(logits, labels, [TERMS[name] for name, _ in self.weights])
-        return {name: parts[TERMS[name]] for name, _ in self.weights}
+        names = [name for name, _ in self.weights]
+        binning = "soft" if "softace" in names else "hard"
+        parts = calib_jax.segmentation_loss_parts(
+            logits, labels, [TERMS[name] for name in names], binning=binning
+        )
+        return {name: parts[TERMS[name]] for name in names}
 
     def total(self, parts: dict[str, Array], ace_scale: float | Array = 1.0) -> Array:
         """The sum that is minimised; `ace_scale` lets the calibration term set in gradually."""
         scale = {"ace": ace_scale}
-        return jnp.stack([weight * scale.get(name, 1.0) * parts[name] for name, weight in self.weights]).sum()
+        weighted = [weight * scale.get(TERMS[name], 1.0) * parts[name] for name, weight in self.weights]
+        return jnp.stack(weighted).sum()
 
 
 def level_weights(levels: int) -> list[float]:
@@ -71,18 +77,18 @@ def level_weights(levels: int) -> list[float]:
     return [weight / sum(weights) for weight in weights]
 
 
-def nearest(labels: Int[Array, "batch *fine"], sizes: Sequence[int]) -> Int[Array, "batch *coarse"]:
+def nearest(labels: Shaped[Array, "batch *fine"], sizes: Sequence[int]) -> Shaped[Array, "batch *coarse"]:
     """Labels on a coarser grid: in each block the voxel nearest to its centre, as PyTorch's `nearest-exact`.
 
     Args:
-        labels: class ids.
+        labels: class ids, or an array with classes behind the spatial axes.
         sizes: of the coarser grid; they divide the finer one's.
 
     Example:
         >>> nearest(jnp.arange(8)[None], (4,)).tolist()
         [[1, 3, 5, 7]]
     """
-    steps = [fine // coarse for fine, coarse in zip(labels.shape[1:], sizes, strict=True)]
+    steps = [fine // coarse for fine, coarse in zip(labels.shape[1:], sizes, strict=False)]
     return labels[:, *(slice(step // 2, None, step) for step in steps)]
 
 
@@ -90,16 +96,19 @@ def parse_loss(name: str) -> Loss:
     """The loss called `name`: terms joined by `+`, each with an optional weight, as in `dice+0.5*ace`.
 
     Raises:
-        InputError: if a term is unknown, stands twice or has no positive weight.
+        InputError: if a term is unknown, stands twice (`softace` is `ace` with soft bins) or has no positive
+            weight.
 
     Example:
         >>> parse_loss("dice+0.5*ace").weights
         (('dice', 1.0), ('ace', 0.5))
     """
     weights = [_parse_term(name, term.strip()) for term in name.split("+")]
-    terms = [term for term, _ in weights]
-    if len(set(terms)) < len(terms):
-        raise InputError(f"Loss {name!r} names a term twice; give each of them once.")
+    parts = [TERMS[term] for term, _ in weights]
+    if len(set(parts)) < len(parts):
+        raise InputError(
+            f"Loss {name!r} names a term twice (softace is ace with soft bins); give each of them once."
+        )
     return Loss(name.replace(" ", ""), tuple(weights))
 
 

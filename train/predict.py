@@ -7,6 +7,7 @@ import nibabel as nib
 import numpy as np
 from tqdm import tqdm
 
+from train.checkpoint import Which
 from train.config import DataInfo
 from train.data.nifti import Grid, open_nifti, read_channels, spatial_and_channels
 from train.errors import InputError
@@ -15,7 +16,7 @@ from train.fit import load_run
 _CHANNEL = re.compile(r"_\d{4}$")  # how nnU-Net ends the names of a case's files
 
 
-def predict_folder(run: Path, images: Path, out: Path) -> list[Path]:
+def predict_folder(run: Path, images: Path, out: Path, which: Which = "last") -> list[Path]:
     """Predicts every case in `images` and writes two files for each into `out`.
 
     A case is a NIfTI volume, with its channels along the fourth axis if there are several, or as nnU-Net has it
@@ -32,7 +33,7 @@ def predict_folder(run: Path, images: Path, out: Path) -> list[Path]:
         InputError: if there is no image, or one does not fit the network; all are checked before the first
             is predicted.
     """
-    _, info, predict = load_run(run)
+    _, info, predict = load_run(run, which)
     if info.spatial_dims != 3:
         raise InputError(f"{run} was trained on {info.spatial_dims}-D images: NIfTI volumes need a 3-D run.")
     cases = list_cases(images, info)
@@ -40,7 +41,8 @@ def predict_folder(run: Path, images: Path, out: Path) -> list[Path]:
     written = []
     for name, files in tqdm(cases.items(), "predicting", unit="case"):
         image, grid = read_channels(files, info.window)
-        probs = predict(image)
+        placement = info.geometry.place(image, grid.affine, windowed=info.window is not None)
+        probs = placement.back(predict(placement.image(image, info.geometry.interpolation)))
         written += [
             _write(out / f"{name}_label.nii.gz", probs.argmax(-1).astype(np.uint8), grid),
             _write(out / f"{name}_probs.nii.gz", probs.astype(np.float32), grid),

@@ -1,17 +1,28 @@
 """The folder of a run: what is in it, and who may write to it."""
 
+import contextlib
+import fcntl
 import json
+import os
 import signal
+import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+
+import jax
 
 from train.config import from_json, to_json
-from train.errors import InputError
+from train.errors import InputError, Stopped
 
+_PROCESS = "process.json"
+_PARTIAL = ".partial"
+_STOPPING = (signal.SIGTERM, signal.SIGINT)
 PACKAGES = ("calib_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -31,7 +42,7 @@ def open_run(folder: Path, config: Any, *, resume: bool, **more: Any) -> None:
     if resume and file.exists():
         _check_same(file, config)
         return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or _holds_something(folder)):
         found = "another run" if file.exists() else "something else"
         hint = " or add --resume to go on with it" if file.exists() else ""
         raise InputError(f"Output folder {folder} already holds {found}: choose another --out{hint}.")
@@ -45,26 +56,136 @@ def open_run(folder: Path, config: Any, *, resume: bool, **more: Any) -> None:
         ) from error
 
 
-class stop_on_sigterm:
-    """While in this context, SIGTERM (as a scheduler sends before it takes the machine) only sets `requested`.
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """While in this context, no other process trains in `folder`, and `process_of` tells of this one.
 
-    Outside the main thread, where Python lets no one handle signals, it changes nothing.
+    The claim is a lock on an open file, which the system drops with the process, however that ends.
+
+    Raises:
+        InputError: if another process has it.
+    """
+    if jax.process_index():  # the first process of several writes for all
+        yield
+        return
+    with writing(folder):
+        file = (folder / _PROCESS).open("a+")
+    with file:
+        _lock(file, folder)
+        _note(file, "running")
+        try:
+            yield
+        except BaseException as error:
+            stopped = isinstance(error, Stopped | KeyboardInterrupt)
+            _note(file, "stopped" if stopped else f"failed: {error or type(error).__name__}")
+            raise
+        _note(file, "finished")
+
+
+@dataclass(frozen=True)
+class Process:
+    """The process that has, or last had, a folder.
+
+    Attributes:
+        running: whether it is alive.
+        name: in words, `process 12 on host`.
+        state: what it last said: `running`, `finished`, `stopped` or `failed: why`. One that says it runs and does
+            not was killed.
     """
 
-    requested = False
+    running: bool
+    name: str
+    state: str
 
-    def __enter__(self) -> "stop_on_sigterm":
+
+def process_of(folder: Path) -> Process | None:
+    """The last process that claimed `folder`; None if there is no trace of one."""
+    try:
+        with (folder / _PROCESS).open() as file:
+            alive = not _try_lock(file, fcntl.LOCK_SH)
+            said = json.loads(file.read())
+            return Process(alive, said["name"], said["state"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _lock(file: TextIO, folder: Path) -> None:
+    for _ in range(10):  # someone who asks for the state has it for a moment
+        if _try_lock(file, fcntl.LOCK_EX):
+            return
+        time.sleep(0.1)
+    owner = process_of(folder)
+    raise InputError(
+        f"{folder} is in use by {owner.name if owner else 'another process'}: wait for its end, or stop it first."
+    )
+
+
+def _try_lock(file: TextIO, kind: int) -> bool:
+    """False if another process has a lock that excludes this one."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True  # a file system without locks
+    return True
+
+
+def _note(file: TextIO, state: str) -> None:
+    """Writes down what this process is doing; a full disk is not worth ending it for."""
+    with contextlib.suppress(OSError):
+        file.seek(0)
+        file.truncate()
+        name = f"process {os.getpid()} on {socket.gethostname()}"
+        file.write(json.dumps({"name": name, "state": state, "since": time.strftime("%Y-%m-%d %H:%M:%S")}))
+        file.flush()
+
+
+@contextlib.contextmanager
+def writing(what: Path) -> Iterator[None]:
+    """Turns a full disk, or a place that cannot be written to, into one sentence.
+
+    Raises:
+        InputError: for any OSError of its block.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{error.filename or what} could not be written ({error.strerror or error}): make room, or make the "
+            "folder writable, and add --resume to the same command to go on."
+        ) from error
+
+
+class stop_on_signal:
+    """While in this context, SIGTERM (as a scheduler sends before it takes the machine) only sets `requested`.
+
+    So does Ctrl-C the first time; a second one interrupts at once. Outside the main thread, where Python lets no
+    one handle signals, it changes nothing.
+
+    Attributes:
+        requested: the signal that asked to stop, or None.
+    """
+
+    requested: signal.Signals | None = None
+
+    def __enter__(self) -> "stop_on_signal":
         self._main = threading.current_thread() is threading.main_thread()
         if self._main:
-            self._before = signal.signal(signal.SIGTERM, self._request)
+            self._before = {number: signal.signal(number, self._request) for number in _STOPPING}
         return self
 
     def __exit__(self, *exception: object) -> None:
         if self._main:
-            signal.signal(signal.SIGTERM, self._before)
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
 
-    def _request(self, *_: object) -> None:
-        self.requested = True
+    def _request(self, number: int, _: object) -> None:
+        if number == signal.SIGINT:
+            if self.requested == signal.SIGINT:
+                raise KeyboardInterrupt
+            print("\nstopping with a checkpoint after this step; Ctrl-C again stops at once", file=sys.stderr)
+        self.requested = signal.Signals(number)
 
 
 def command() -> str:
@@ -78,19 +199,32 @@ def versions() -> dict[str, str]:
 
 
 def write_json(file: Path, values: Any) -> None:
-    """Writes JSON beside its final name first, so that a reader never sees half a file."""
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(values, indent=2) + "\n")
+    """Writes JSON as a whole."""
+    with written_whole(file) as partial:
+        partial.write_text(json.dumps(values, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def written_whole(file: Path) -> Iterator[Path]:
+    """A path beside `file` to write to, which then takes its place: a reader never sees half a file."""
+    partial = file.with_name(f"{file.name}{_PARTIAL}")
+    yield partial
     partial.replace(file)
 
 
-def _check_same(file: Path, config: Any) -> None:
+def _holds_something(folder: Path) -> bool:
+    """Anything but what a run killed at its very start leaves."""
+    return any(path.suffix != _PARTIAL for path in folder.iterdir())
+
+
+def _check_same(file: Path, wanted: Any) -> None:
     try:
-        # By way of the configuration, so that a run older than an option has that option's default.
-        kept = to_json(from_json(type(config), json.loads(file.read_text())["config"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        kept = json.loads(file.read_text())["config"]
+        # An option that is newer than the run had its default.
+        kept = to_json(from_json(type(wanted), kept))
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{file} cannot be read ({error}): it is not a run's configuration.") from error
-    for name, (old, new) in _differences(kept, to_json(config)).items():
+    for name, (old, new) in _differences(kept, to_json(wanted)).items():
         raise InputError(f"{file} has {name} = {old}, this command {new}: resume with the same options.")
 
 

@@ -3,9 +3,10 @@
 import json
 from pathlib import Path
 
-from train.config import RunConfig, read_config
+from train.config import RunConfig, TrainingConfig, read_config
 from train.errors import InputError
 from train.logs import read_log
+from train.runs import process_of
 
 
 def status(folder: Path) -> str:
@@ -16,33 +17,67 @@ def status(folder: Path) -> str:
     """
     if not (folder / "config.json").exists():
         raise InputError(f"{folder} holds no run: {folder / 'config.json'} does not exist.")
-    runs = [folder] if _is_run(folder) else sorted(file.parent for file in folder.glob("*/config.json"))
-    if not runs:
-        return f"{folder}: nothing trained yet."
-    return "\n\n".join(_paragraph(run, read_config(run)[0]) for run in runs if _is_run(run))
+    if _is_run(folder):
+        return _paragraph(folder, *_read(folder))
+    runs = sorted(file.parent for file in folder.glob("*/config.json") if _is_run(file.parent))
+    lines = [f"{folder}: comparison, {_process(folder)}" if runs else f"{folder}: nothing trained yet."]
+    return "\n\n".join([*lines, *(_paragraph(run, *_read(run)) for run in runs)])
 
 
 def _is_run(folder: Path) -> bool:
     """A comparison's configuration holds that of its runs, a run's own names one loss."""
-    return "loss" in json.loads((folder / "config.json").read_text())["config"]
+    file = folder / "config.json"
+    try:
+        return "loss" in json.loads(file.read_text())["config"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file} is not a run's configuration ({type(error).__name__}: {error}).") from error
 
 
-def _paragraph(run: Path, config: RunConfig) -> str:
+def _read(run: Path) -> tuple[RunConfig, list[dict[str, float]], list[dict[str, float]]]:
+    return read_config(run)[0], read_log(run / "log.csv"), read_log(run / "validation.csv")
+
+
+def _paragraph(
+    run: Path, config: RunConfig, rows: list[dict[str, float]], validations: list[dict[str, float]]
+) -> str:
     steps = config.training.steps
-    rows, validations = read_log(run / "log.csv"), read_log(run / "validation.csv")
     done = int(rows[-1]["step"]) + 1 if rows else 0
     lines = [f"{run}: {config.loss} on {config.data.data}, step {done} of {steps}{_time_left(rows, steps)}"]
+    lines.append(f"  {_process(run)}")
     if rows:
         lines.append(f"  training loss {rows[-1]['loss']:.4f}, learning rate {rows[-1]['learning_rate']:.2e}")
     if validations:
-        last = dict(validations[-1])
-        lines.append(
-            f"  validation at step {last.pop('step'):.0f}: "
-            + ", ".join(f"{name} {value:.4f}" for name, value in last.items())
-        )
+        lines.append(f"  validation at {_measured(validations[-1])}")
     kept = sorted(int(path.name) for path in (run / "checkpoints").glob("*") if path.name.isdigit())
     lines.append(f"  checkpoints at steps {', '.join(map(str, kept)) or 'none'}")
+    if best := _best(config.training, [row for row in validations if row["step"] in kept]):
+        lines.append(f"  best by {config.training.keep_best}: {_measured(best)}")
     return "\n".join(lines)
+
+
+def _process(folder: Path) -> str:
+    """Whether someone is at work, or how the last one ended."""
+    process = process_of(folder)
+    if process is None:
+        return "no process known"
+    if process.running:
+        return f"running: {process.name}"
+    if process.state == "running":
+        return f"killed: {process.name} is gone without a word; --resume goes on"
+    hint = "" if process.state == "finished" else "; --resume goes on"
+    return f"{process.state}{hint}"
+
+
+def _best(training: TrainingConfig, kept: list[dict[str, float]]) -> dict[str, float] | None:
+    """The validation of the best checkpoint, the later of equal ones."""
+    if training.keep_best == "none" or not kept:
+        return None
+    return max(reversed(kept), key=training.score)
+
+
+def _measured(row: dict[str, float]) -> str:
+    metrics = ", ".join(f"{name} {value:.4f}" for name, value in row.items() if name != "step")
+    return f"step {row['step']:.0f}: {metrics}"
 
 
 def _time_left(rows: list[dict[str, float]], steps: int) -> str:

@@ -5,7 +5,7 @@ with `python -m calib_jax.report FOLDER`.
 """
 
 from calib_jax.report.page import write_report
-from calib_jax.report.results import METRICS, ModelResult
+from calib_jax.report.results import METRICS, ModelResult, RepeatedResult, Result
 from calib_jax.report.table import Change, ModelRow, Summary, compare_models, to_json, write_csv
 from calib_jax.report.text import format_table
 from calib_jax.report.wording import headline
@@ -15,6 +15,8 @@ __all__ = [
     "Change",
     "ModelResult",
     "ModelRow",
+    "RepeatedResult",
+    "Result",
     "Summary",
     "compare_models",
     "format_table",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from calib_jax.plots import History
-from calib_jax.report.results import ModelResult
+from calib_jax.report.results import ModelResult, RepeatedResult, Result
 
 _INDEX = "report.json"
 _RESULTS = "results"
@@ -29,25 +29,23 @@ class ReportInputs:
         baseline: name of the model that the others are compared with.
     """
 
-    results: tuple[ModelResult, ...]
+    results: tuple[Result, ...]
     title: str
     histories: Mapping[str, History]
     provenance: Mapping[str, str]
-    reference: ModelResult | None
+    reference: Result | None
     baseline: str
 
 
 def save_inputs(folder: Path, inputs: ReportInputs) -> None:
-    """Writes `report.json` and a `results/*.npz` for each model into `folder`."""
+    """Writes `report.json` and a `results/*.npz` for each model, or each of its repeats, into `folder`."""
     (folder / _RESULTS).mkdir(parents=True, exist_ok=True)
     models = [*inputs.results, *([inputs.reference] if inputs.reference else [])]
-    paths = [f"{_RESULTS}/{file_stem(i, model.name)}.npz" for i, model in enumerate(models)]
-    for path, model in zip(paths, models, strict=True):
-        model.save(folder / path)
+    saved = [_save(folder, i, model) for i, model in enumerate(models)]
     index = {
         "title": inputs.title,
-        "results": paths[: len(inputs.results)],
-        "reference": paths[-1] if inputs.reference else None,
+        "results": saved[: len(inputs.results)],
+        "reference": saved[-1] if inputs.reference else None,
         "baseline": inputs.baseline,
         "histories": {
             name: {column: [_json_number(value) for value in values] for column, values in history.items()}
@@ -72,17 +70,38 @@ def load_inputs(folder: Path) -> ReportInputs:
     try:
         index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
         return ReportInputs(
-            results=tuple(ModelResult.load(folder / path) for path in index["results"]),
+            results=tuple(_load(folder, entry) for entry in index["results"]),
             title=index["title"],
             histories=index["histories"],
             provenance=index["provenance"],
-            reference=ModelResult.load(folder / index["reference"]) if index["reference"] else None,
+            reference=_load(folder, index["reference"]) if index["reference"] else None,
             baseline=index["baseline"],
         )
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / _INDEX} is not an index written by write_report: {error!r}") from error
     except FileNotFoundError as error:
         raise ValueError(f"{folder / _INDEX} names {error.filename}, which is not there.") from error
+
+
+def _save(folder: Path, index: int, model: Result) -> str | dict[str, Any]:
+    """Writes a result; its entry in the index, a path or for each repeat one."""
+    if isinstance(model, ModelResult):
+        path = f"{_RESULTS}/{file_stem(index, model.name)}.npz"
+        model.save(folder / path)
+        return path
+    paths = {
+        repeat: f"{_RESULTS}/{file_stem(index, f'{model.name} {repeat}')}.npz" for repeat in model.repeats
+    }
+    for repeat, result in model.repeats.items():
+        result.save(folder / paths[repeat])
+    return {"name": model.name, "repeats": paths}
+
+
+def _load(folder: Path, entry: str | dict[str, Any]) -> Result:
+    if isinstance(entry, str):
+        return ModelResult.load(folder / entry)
+    repeats = {repeat: ModelResult.load(folder / path) for repeat, path in entry["repeats"].items()}
+    return RepeatedResult(entry["name"], repeats)
 
 
 def file_stem(index: int, name: str) -> str:

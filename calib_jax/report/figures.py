@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from calib_jax import plots
-from calib_jax.report.results import HIGHER_IS_BETTER, METRICS, ModelResult
+from calib_jax.report.results import HIGHER_IS_BETTER, METRICS, Result
 from calib_jax.report.table import case_means
 
 _WIDTH = 11.0  # inches: 1056 CSS pixels, the width of the page's column, so that type keeps its size
@@ -80,9 +80,9 @@ class ReportFigure:
 
 
 def report_figures(
-    results: Sequence[ModelResult],
+    results: Sequence[Result],
     *,
-    reference: ModelResult | None = None,
+    reference: Result | None = None,
     histories: Mapping[str, plots.History] | None = None,
 ) -> Iterator[ReportFigure]:
     """Draws the figures of a report one after the other, in the order of the page."""
@@ -101,7 +101,7 @@ def style() -> Any:
 
 
 def _per_class(
-    results: Sequence[ModelResult], draw: Callable[[Sequence[ModelResult], int | None, str], ReportFigure]
+    results: Sequence[Result], draw: Callable[[Sequence[Result], int | None, str], ReportFigure]
 ) -> Iterator[ReportFigure]:
     """All classes together, then, where there are several, each by itself."""
     names = results[0].class_names
@@ -111,7 +111,7 @@ def _per_class(
             yield draw(results, index, name)
 
 
-def _paired_figure(results: Sequence[ModelResult]) -> ReportFigure:
+def _paired_figure(results: Sequence[Result]) -> ReportFigure:
     shown = ("ACE", "MCE", "Dice")
     figure = Figure(figsize=(_WIDTH, 3.7), layout="constrained")
     names = [_plain(textwrap.fill(result.name, 48 // len(results), max_lines=3)) for result in results]
@@ -134,10 +134,14 @@ def _paired_figure(results: Sequence[ModelResult]) -> ReportFigure:
     )
 
 
-def _reliability_figure(results: Sequence[ModelResult], index: int | None, title: str) -> ReportFigure:
+def _reliability_figure(results: Sequence[Result], index: int | None, title: str) -> ReportFigure:
     figure, panels = _square_panels([result.name for result in results], below=0.72, footer=0.3)
     for result, (square, below) in zip(results, panels, strict=True):
-        plots.reliability_diagram(result.stats, class_index=index, label=_in_title(result.name), ax=square)
+        # The band takes every row of the statistics for a case of its own, which those of repeats are not.
+        band = None if result.repeats else 0.95
+        plots.reliability_diagram(
+            result.stats, class_index=index, label=_in_title(result.name), band=band, ax=square
+        )
         plots.bin_counts(result.stats, class_index=index, ax=below)
         below.set_xlabel("mean predicted probability")
         square.set(xlabel="", xticklabels=[])
@@ -153,7 +157,7 @@ def _reliability_figure(results: Sequence[ModelResult], index: int | None, title
     )
 
 
-def _histogram_figure(results: Sequence[ModelResult], index: int | None, title: str) -> ReportFigure:
+def _histogram_figure(results: Sequence[Result], index: int | None, title: str) -> ReportFigure:
     figure, panels = _square_panels([result.name for result in results], right=1.0)
     shares = [plots.histogram_share(result.stats, class_index=index) for result in results]
     largest = max(max(float(share.max()) for share in shares), 1e-9)
@@ -244,7 +248,7 @@ def _row(figure: Figure, number: int) -> list[Axes]:
     return list(figure.subplots(1, number, squeeze=False)[0])
 
 
-def _by_case(results: Sequence[ModelResult], metric: str) -> Float[np.ndarray, "models cases"]:
+def _by_case(results: Sequence[Result], metric: str) -> Float[np.ndarray, "models cases"]:
     """Means over classes, a row per model and a column per case of any model."""
     means = [case_means(result.case_names, result.metrics()[metric]) for result in results]
     cases = dict.fromkeys(name for result in results for name in result.case_names)
@@ -280,5 +284,5 @@ def _in_legend(name: str) -> str:
     return _plain(textwrap.shorten(name, 44, placeholder="…"))
 
 
-def _listed(results: Sequence[ModelResult]) -> str:
+def _listed(results: Sequence[Result]) -> str:
     return ", ".join(result.name for result in results)

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from calib_jax.plots import History
 from calib_jax.report import archive, figures, wording
 from calib_jax.report.archive import ReportInputs
-from calib_jax.report.results import HIGHER_IS_BETTER, METRICS, ModelResult
+from calib_jax.report.results import HIGHER_IS_BETTER, METRICS, Result
 from calib_jax.report.table import ModelRow, check_comparable, compare_models, to_json, write_csv
 
 _WORST = 10
@@ -27,12 +27,12 @@ _WORST_METRICS = ("ACE", "MCE", "Dice")
 
 def write_report(
     folder: str | os.PathLike[str],
-    results: Sequence[ModelResult],
+    results: Sequence[Result],
     *,
     title: str,
     histories: Mapping[str, History] | None = None,
     provenance: Mapping[str, str] | None = None,
-    reference: ModelResult | None = None,
+    reference: Result | None = None,
     baseline: int | str = 0,
 ) -> Path:
     """Writes a report that compares models on a data set.
@@ -44,7 +44,7 @@ def write_report(
 
     Args:
         folder: where to write; made if it is not there, older files of the same name are replaced.
-        results: one result per model, with the same classes.
+        results: one result per model, with the same classes; `RepeatedResult` for one trained several times.
         title: title of the page.
         histories: training curves by name of the model; see `calib_jax.plots.loss_curves`.
         provenance: what the reader needs to trust and repeat the numbers, such as command, versions, data.
@@ -110,7 +110,7 @@ def render(inputs: ReportInputs, rows: Sequence[ModelRow], *, png_folder: Path |
     )
 
 
-def _write_tables(folder: Path, rows: Sequence[ModelRow], results: Sequence[ModelResult]) -> None:
+def _write_tables(folder: Path, rows: Sequence[ModelRow], results: Sequence[Result]) -> None:
     (folder / "cases").mkdir(exist_ok=True)
     write_csv(rows, folder / "table.csv")
     (folder / "table.json").write_text(
@@ -182,7 +182,7 @@ def _leaders(rows: Sequence[ModelRow]) -> dict[str, str]:
     return leaders
 
 
-def _worst_cases(results: Sequence[ModelResult], worst_of: str) -> list[dict[str, Any]]:
+def _worst_cases(results: Sequence[Result], worst_of: str) -> list[dict[str, Any]]:
     """The cases and classes with the largest ACE under the model `worst_of`, with all `results`."""
     chosen = next(result for result in results if result.name == worst_of)
     ace = chosen.metrics()["ACE"]
@@ -201,7 +201,7 @@ def _worst_cases(results: Sequence[ModelResult], worst_of: str) -> list[dict[str
     ]
 
 
-def _numbers_by_case(result: ModelResult) -> dict[tuple[str, int], list[str]]:
+def _numbers_by_case(result: Result) -> dict[tuple[str, int], list[str]]:
     """What the table of single cases shows of a result, by name of the case and index of the class."""
     metrics = result.metrics()
     return {
@@ -211,6 +211,6 @@ def _numbers_by_case(result: ModelResult) -> dict[tuple[str, int], list[str]]:
     }
 
 
-def _shown_with_cases(results: Sequence[ModelResult], base: str, best: str) -> list[ModelResult]:
+def _shown_with_cases(results: Sequence[Result], base: str, best: str) -> list[Result]:
     """As many models as fit beside each other: all, or of more than three the baseline and the best."""
     return [result for result in results if len(results) <= 3 or result.name in (base, best)]

@@ -1,11 +1,14 @@
-"""What the report knows about one model: its bin statistics and Dice per case and class, on disk as .npz."""
+"""What the report knows about one model: its bin statistics and Dice per case and class, on disk as .npz.
+
+A model trained several times is one model with several such results.
+"""
 
 import csv
 import dataclasses
 import os
 import zipfile
-from collections.abc import Mapping
-from typing import Final
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
 
 import jax
 import numpy as np
@@ -67,6 +70,11 @@ class ModelResult:
             if twice := sorted({name for name in names if names.count(name) > 1}):
                 raise ValueError(f"{what} names of {self.name!r} must differ, but {twice[0]!r} occurs twice.")
 
+    @property
+    def repeats(self) -> Mapping[str, "ModelResult"]:
+        """None: the model was trained once; see `RepeatedResult`."""
+        return {}
+
     def metrics(self) -> Mapping[str, Float[np.ndarray, "cases classes"]]:
         """Every metric of `METRICS`, per case and class; NaN where nothing was counted."""
         errors = {
@@ -119,10 +127,97 @@ class ModelResult:
 
     def write_case_csv(self, path: str | os.PathLike[str]) -> None:
         """Writes one row per case and class: case, class and every metric (`nan` where undefined)."""
-        metrics = self.metrics()
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["case", "class", *(name.lower() for name in METRICS)])
-            for i, case in enumerate(self.case_names):
-                for j, class_name in enumerate(self.class_names):
-                    writer.writerow([case, class_name, *(f"{metrics[name][i, j]:.6g}" for name in METRICS)])
+        _write_rows(path, _CASE_COLUMNS, _case_rows(self))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RepeatedResult:
+    """One model trained several times, as with several seeds, in one row of the table.
+
+    A metric of a case is its mean over the repeats, so that intervals and tests stay over cases. Diagrams pool the
+    repeats.
+
+    Attributes:
+        name: how the model is called in tables and figures.
+        repeats: the result of each training by what tells it apart, such as `seed 0`; on the same cases and
+            classes.
+
+    Raises:
+        ValueError: if there is no repeat, or two are on different cases or classes.
+
+    Example:
+        >>> bins = np.array([[[10]]])
+        >>> def result(name, frequency):
+        ...     stats = BinStatistics(bins, 0.9 * bins, frequency * bins)
+        ...     return ModelResult(name, ("case 1",), ("tumour",), stats, np.array([[0.8]]))
+        >>> both = RepeatedResult("U-Net", {"seed 0": result("a", 0.5), "seed 1": result("b", 0.7)})
+        >>> round(both.metrics()["ACE"].item(), 3)
+        0.3
+    """
+
+    name: str
+    repeats: Mapping[str, ModelResult]
+
+    def __post_init__(self) -> None:
+        if not self.repeats:
+            raise ValueError(f"{self.name!r} has no repeat: give at least one result.")
+        for repeat, result in self.repeats.items():
+            if (result.case_names, result.class_names) != (self.case_names, self.class_names):
+                raise ValueError(
+                    f"repeat {repeat!r} of {self.name!r} has other cases or classes than "
+                    f"{next(iter(self.repeats))!r}: evaluate all of them on the same cases."
+                )
+
+    @property
+    def case_names(self) -> tuple[str, ...]:
+        """Those of every repeat."""
+        return next(iter(self.repeats.values())).case_names
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Those of every repeat."""
+        return next(iter(self.repeats.values())).class_names
+
+    @property
+    def stats(self) -> BinStatistics:
+        """Bin statistics `[repeats * cases, classes, bins]`."""
+        everyone = [result.stats for result in self.repeats.values()]
+        return jax.tree.map(lambda *parts: np.concatenate(parts), *everyone)
+
+    def metrics(self) -> Mapping[str, Float[np.ndarray, "cases classes"]]:
+        """Every metric of `METRICS`, per case and class: the mean over the repeats in which it is defined."""
+        everyone = [result.metrics() for result in self.repeats.values()]
+        return {name: _defined_mean(np.stack([metrics[name] for metrics in everyone])) for name in METRICS}
+
+    def write_case_csv(self, path: str | os.PathLike[str]) -> None:
+        """Writes one row per repeat, case and class: repeat, case, class and every metric."""
+        rows = ([repeat, *row] for repeat, result in self.repeats.items() for row in _case_rows(result))
+        _write_rows(path, ("repeat", *_CASE_COLUMNS), rows)
+
+
+Result = ModelResult | RepeatedResult
+
+
+def _defined_mean(values: Float[np.ndarray, "repeats cases classes"]) -> Float[np.ndarray, "cases classes"]:
+    """Mean over the first axis without the NaN; NaN where there is nothing else."""
+    defined = ~np.isnan(values)
+    number = defined.sum(0)
+    total = np.where(defined, values, 0.0).sum(0)
+    return np.where(number > 0, total / np.maximum(number, 1), np.nan)
+
+
+_CASE_COLUMNS: Final = ("case", "class", *(name.lower() for name in METRICS))
+
+
+def _case_rows(result: ModelResult) -> Iterator[list[str]]:
+    metrics = result.metrics()
+    for i, case in enumerate(result.case_names):
+        for j, class_name in enumerate(result.class_names):
+            yield [case, class_name, *(f"{metrics[name][i, j]:.6g}" for name in METRICS)]
+
+
+def _write_rows(path: str | os.PathLike[str], columns: tuple[str, ...], rows: Iterator[Any]) -> None:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(rows)

@@ -2,8 +2,8 @@
 
 A figure is computed per case first, as the mean over the classes of a case, and then averaged over cases. A
 case and class in which nothing was counted (NaN) is left out of these means, and a case without any counted
-class is left out altogether. Intervals and tests work on cases, not voxels, since cases are what is
-independent.
+class is left out altogether. Of a model trained several times, a case's figure is its mean over the repeats.
+Intervals and tests work on cases, not voxels, since cases are what is independent.
 """
 
 import csv
@@ -18,7 +18,7 @@ import numpy as np
 import scipy.stats
 from jaxtyping import Float
 
-from calib_jax.report.results import ModelResult
+from calib_jax.report.results import Result
 
 CONFIDENCE = 0.95
 Role = Literal["baseline", "model", "reference"]
@@ -58,6 +58,8 @@ class Summary:
         cases: number of cases that count.
         per_class: mean over cases of each class by itself.
         change: comparison with the baseline; None for the baseline and the reference.
+        per_repeat: the mean of each training by itself; empty for a model trained once.
+        spread: standard deviation of `per_repeat` (of a sample); NaN for fewer than two.
     """
 
     mean: float
@@ -66,6 +68,8 @@ class Summary:
     cases: int
     per_class: Mapping[str, float]
     change: Change | None
+    per_repeat: Mapping[str, float]
+    spread: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,17 +82,17 @@ class ModelRow:
 
 
 def compare_models(
-    results: Sequence[ModelResult],
+    results: Sequence[Result],
     *,
     baseline: int | str = 0,
-    reference: ModelResult | None = None,
+    reference: Result | None = None,
     resamples: int = 9999,
     seed: int = 0,
 ) -> list[ModelRow]:
     """Compares models over the cases of a data set.
 
     Args:
-        results: one result per model, with the same classes.
+        results: one result per model, with the same classes; `RepeatedResult` for one trained several times.
         baseline: index or name of the model that the others are compared with.
         reference: a further result to show in the last row without a test, such as the best that any
             model could reach.
@@ -115,14 +119,19 @@ def compare_models(
     bootstrap = functools.partial(_bootstrap, resamples=resamples, seed=seed)
     base_metrics = base.metrics()
 
-    def row(result: ModelResult, role: Role) -> ModelRow:
+    def row(result: Result, role: Role) -> ModelRow:
         summaries = {}
+        repeats = {repeat: (one.case_names, one.metrics()) for repeat, one in result.repeats.items()}
         for name, values in result.metrics().items():
             cases = case_means(result.case_names, values)
             base_cases = case_means(base.case_names, base_metrics[name])
             change = _change(cases, base_cases, bootstrap) if role == "model" else None
             per_class = dict(zip(result.class_names, map(_nan_mean, values.T), strict=True))
-            summaries[name] = _summary(cases, per_class, bootstrap, change)
+            per_repeat = {
+                repeat: _nan_mean(np.array(list(case_means(names, metrics[name]).values())))
+                for repeat, (names, metrics) in repeats.items()
+            }
+            summaries[name] = _summary(cases, per_class, bootstrap, change, per_repeat)
         return ModelRow(result.name, role, summaries)
 
     rows = [row(result, "baseline" if result is base else "model") for result in results]
@@ -130,7 +139,7 @@ def compare_models(
 
 
 def check_comparable(
-    results: Sequence[ModelResult], *, baseline: int | str = 0, reference: ModelResult | None = None
+    results: Sequence[Result], *, baseline: int | str = 0, reference: Result | None = None
 ) -> int:
     """Raises ValueError where results cannot stand in one table; returns the index of the baseline."""
     if not results:
@@ -155,7 +164,10 @@ def case_means(case_names: Sequence[str], values: Float[np.ndarray, "cases class
 
 
 def write_csv(rows: Sequence[ModelRow], path: str | os.PathLike[str]) -> None:
-    """Writes one row per model, metric and class; in the class `mean`, the mean over classes."""
+    """Writes one row per model, metric and class; in the class `mean`, the mean over classes.
+
+    Of a model trained several times, the means of each repeat follow, in rows that name it.
+    """
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, _CSV_COLUMNS, restval="")
         writer.writeheader()
@@ -181,10 +193,15 @@ def _baseline_index(names: Sequence[str], baseline: int | str) -> int:
 
 
 def _summary(
-    cases: Mapping[str, float], per_class: Mapping[str, float], bootstrap: _Bootstrap, change: Change | None
+    cases: Mapping[str, float],
+    per_class: Mapping[str, float],
+    bootstrap: _Bootstrap,
+    change: Change | None,
+    per_repeat: Mapping[str, float],
 ) -> Summary:
     values = np.array(list(cases.values()))
-    return Summary(_nan_mean(values), *bootstrap(values), values.size, per_class, change)
+    spread = float(np.std(list(per_repeat.values()), ddof=1)) if len(per_repeat) > 1 else math.nan
+    return Summary(_nan_mean(values), *bootstrap(values), values.size, per_class, change, per_repeat, spread)
 
 
 def _change(cases: Mapping[str, float], base_cases: Mapping[str, float], bootstrap: _Bootstrap) -> Change:
@@ -227,9 +244,10 @@ def _nan_mean(values: Float[np.ndarray, " any"]) -> float:
     return float(found.mean()) if found.size else math.nan
 
 
+_NESTED = ("per_class", "per_repeat", "change")
 _CSV_COLUMNS = (
-    *("model", "role", "metric", "class"),
-    *(field.name for field in dataclasses.fields(Summary) if field.name not in ("per_class", "change")),
+    *("model", "role", "metric", "class", "repeat"),
+    *(field.name for field in dataclasses.fields(Summary) if field.name not in _NESTED),
     *(field.name for field in dataclasses.fields(Change)),
 )
 
@@ -237,8 +255,10 @@ _CSV_COLUMNS = (
 def _csv_lines(row: ModelRow, metric: str, summary: Summary) -> Iterator[dict[str, Any]]:
     start = {"model": row.name, "role": row.role, "metric": metric}
     numbers = dataclasses.asdict(summary)
-    change, per_class = numbers.pop("change") or {}, numbers.pop("per_class")
-    yield {**start, "class": "mean", **numbers, **change}
+    per_class, per_repeat, change = (numbers.pop(name) for name in _NESTED)
+    yield {**start, "class": "mean", **numbers, **(change or {})}
+    for repeat, mean in per_repeat.items():
+        yield {**start, "class": "mean", "repeat": repeat, "mean": mean}
     for class_name, mean in per_class.items():
         yield {**start, "class": class_name, "mean": mean}
 

@@ -21,7 +21,8 @@ def format_table(rows: Sequence[ModelRow], *, per_class: bool = False) -> str:
 
     Returns:
         Lines joined by newlines: for each model the means with their confidence intervals, and below them
-        the relative changes against the baseline with the p-values of the paired tests.
+        the spread over repeats, if there are any, and the relative changes against the baseline with the p-values
+        of the paired tests.
     """
     classes = list(rows[0].metrics[METRICS[0]].per_class) if per_class else []
     names = ["model", *(row.name for row in rows), *(f"  {name}" for name in classes)]
@@ -39,6 +40,8 @@ def _model_lines(row: ModelRow, width: int, classes: Sequence[str]) -> list[str]
     summaries = [row.metrics[name] for name in METRICS]
     values = [f"{wording.number(s.mean)} {wording.interval(s.low, s.high)}" for s in summaries]
     lines = [_line(width, row.name, str(max(s.cases for s in summaries)), values)]
+    if any(s.per_repeat for s in summaries):
+        lines.append(_line(width, "", "", [wording.spread(s) for s in summaries]))
     if any(s.change for s in summaries):
         lines.append(_line(width, "", "", [wording.change(s.change) if s.change else "" for s in summaries]))
     for name in classes:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from calib_jax.report.table import CONFIDENCE, Change, ModelRow
+from calib_jax.report.table import CONFIDENCE, Change, ModelRow, Summary
 
 MINUS = "\N{MINUS SIGN}"
 
@@ -56,6 +56,12 @@ def change(comparison: Change) -> str:
     return f"{signed_percent(comparison.relative)}, {p_value(comparison.p_value)}"
 
 
+def spread(summary: Summary) -> str:
+    """How far the repeats of a model differ: `±0.004, 3 repeats`; nothing for one trained once."""
+    repeats = len(summary.per_repeat)
+    return f"±{number(summary.spread)}, {count(repeats, 'repeat')}" if repeats > 1 else ""
+
+
 def count(n: int, noun: str) -> str:
     """`1 case`, `2 cases`, `1 class`, `2 classes`."""
     plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
@@ -96,6 +102,11 @@ def footnote(rows: Sequence[ModelRow]) -> list[str]:
         f"Mean over cases of the mean over classes, with its {CONFIDENCE:.0%} bootstrap interval over cases.",
         "A case or class in which nothing was counted is left out.",
     ]
+    if any(summary.per_repeat for row in rows for summary in row.metrics.values()):
+        lines.append(
+            "Of a model trained several times, a case's figure is the mean over these repeats, and ± the standard "
+            "deviation over them of the mean over cases."
+        )
     if any(row.role == "model" for row in rows):
         base, _ = base_and_best(rows)
         lines.append(

@@ -4,13 +4,17 @@ Data flows down this list: `open_dataset` -> a `Dataset` of `Case`s (`phantom`, 
 `split_cases` -> `train_batches` (host: cache, shuffle, crop) -> `augment` (device, inside the step).
 """
 
+from pathlib import Path
+
 from train.data.augment import NO_AUGMENTATION, AugmentConfig, augment
+from train.data.cache import CaseStore
 from train.data.case import Case, Dataset
+from train.data.geometry import Geometry
 from train.data.layouts import LAYOUTS
 from train.data.phantom import PhantomDataset
 from train.data.pipeline import CachedCases, train_batches
-from train.data.splits import Splits, read_splits, split_cases, write_splits
-from train.data.transforms import crop_back, fit_to_patch, pad_to_hold, z_score_nonzero
+from train.data.splits import Splits, chosen_splits, read_splits, split_cases, write_splits
+from train.data.transforms import crop_back, cut_patch, draw_crop, pad_to_hold, z_score_nonzero
 from train.data.volumes import VolumeDataset
 from train.errors import InputError
 
@@ -20,13 +24,17 @@ __all__ = [
     "AugmentConfig",
     "CachedCases",
     "Case",
+    "CaseStore",
     "Dataset",
+    "Geometry",
     "PhantomDataset",
     "Splits",
     "VolumeDataset",
     "augment",
+    "chosen_splits",
     "crop_back",
-    "fit_to_patch",
+    "cut_patch",
+    "draw_crop",
     "open_dataset",
     "pad_to_hold",
     "read_splits",
@@ -37,24 +45,41 @@ __all__ = [
 ]
 
 
-def open_dataset(spec: str, *, seed: int = 0) -> Dataset:
+def open_dataset(
+    spec: str,
+    *,
+    seed: int = 0,
+    geometry: Geometry | None = None,
+    all_annotators: bool = False,
+    cache_dir: str = "",
+) -> Dataset:
     """Opens a data set by its name on the command line.
 
     Args:
         spec: "phantom" (3-D), "phantom2d", or "LAYOUT:PATH", a folder in one of the `LAYOUTS`: msd (Medical
             Segmentation Decathlon), nnunet, brats, acdc, amos, kits.
         seed: which phantoms; data on disk does not depend on it.
+        geometry: what is done to the grids of volumes on disk.
+        all_annotators: keep what each annotator says, see `VolumeDataset`.
+        cache_dir: folder in which decoded and preprocessed volumes are kept; empty for none.
 
     Raises:
         InputError: another name, or anything wrong with the files.
     """
     kind, _, path = spec.partition(":")
+    if spec.startswith("phantom") and (geometry or all_annotators or cache_dir):
+        raise InputError(
+            f"data is {spec}: spacing, crop_margin, annotators and cache_dir are for volumes on disk."
+        )
     if spec == "phantom":
         return PhantomDataset(seed=seed)
     if spec == "phantom2d":
         return PhantomDataset(spatial_shape=(64, 64), num_cases=200, seed=seed)
     if kind in LAYOUTS and path:
-        return VolumeDataset(LAYOUTS[kind](path))
+        store = CaseStore(Path(cache_dir).expanduser()) if cache_dir else None
+        return VolumeDataset(
+            LAYOUTS[kind](path), geometry=geometry, all_annotators=all_annotators, store=store
+        )
     raise InputError(
         f'data is "{spec}": give "phantom", "phantom2d", or LAYOUT:PATH with one of {", ".join(LAYOUTS)}.'
     )

@@ -1,63 +1,101 @@
 """Augmentation on the device: keyed pure functions of one example, run under `vmap` inside the step."""
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.scipy.ndimage import map_coordinates
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from train.errors import InputError
 
+# Class ids, or the probability of each class, where annotators disagree.
+Label = Int[Array, "*spatial"] | Float[Array, "*spatial classes"]
+
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Strengths; zero (or a gamma range of 1 to 1) turns an augmentation off, at no cost in the step.
+    """Strengths and chances; a chance or strength of zero turns an augmentation off, at no cost in the step.
+
+    The paper's are zoom_prob 0.3, rotation_prob 0.3, smooth_prob 0.2, gamma_prob 0.3 with gamma 0.7 to 1.5,
+    noise_prob 0.2, intensity_prob 0.
 
     Attributes:
         flip_prob: chance of a flip, for each of the axes on its own.
         flip_axes: spatial axes that may be flipped. Axis 0 is left-right in volumes stored in RAS or LAS
             order; anatomy is not symmetric along the other two.
-        noise_std: largest standard deviation of the added noise; an image's own is uniform from 0 to it.
+        zoom_prob: chance of a zoom.
+        zoom: smallest and largest factor, the same along all axes; above 1 things grow.
+        rotation_prob: chance of a rotation.
+        rotation: largest angle about each axis, in degrees.
+        smooth_prob: chance of Gaussian smoothing.
+        smooth_std: smallest and largest standard deviation of its kernel along each axis, in voxels.
+        gamma_prob: chance of a change of gamma.
+        gamma: smallest and largest exponent applied to intensities scaled to 0 to 1; 1 to 1 is off.
+        intensity_prob: chance of a change of contrast and offset.
         intensity_scale: largest relative change of a channel's contrast, 0.1 for factors 0.9 to 1.1.
         intensity_shift: largest offset of a channel, in standard deviations of the image.
-        gamma: smallest and largest exponent applied to intensities scaled to 0 to 1.
+        noise_prob: chance of added noise.
+        noise_std: largest standard deviation of the noise; an image's own is uniform from 0 to it.
     """
 
     flip_prob: float = 0.5
     flip_axes: tuple[int, ...] = (0,)
-    noise_std: float = 0.1
+    zoom_prob: float = 0.0
+    zoom: tuple[float, float] = (0.7, 1.5)
+    rotation_prob: float = 0.0
+    rotation: float = 15.0
+    smooth_prob: float = 0.0
+    smooth_std: tuple[float, float] = (0.5, 1.15)
+    gamma_prob: float = 1.0
+    gamma: tuple[float, float] = (0.8, 1.25)
+    intensity_prob: float = 1.0
     intensity_scale: float = 0.1
     intensity_shift: float = 0.1
-    gamma: tuple[float, float] = (0.8, 1.25)
+    noise_prob: float = 1.0
+    noise_std: float = 0.1
 
     def __post_init__(self) -> None:
-        if not 0 <= self.flip_prob <= 1:
-            raise InputError(f"flip_prob is {self.flip_prob}: give a probability from 0 to 1.")
-        for option in ("noise_std", "intensity_scale", "intensity_shift"):
-            if getattr(self, option) < 0:
-                raise InputError(f"{option} is {getattr(self, option)}: give 0 or more.")
-        if not 0 < self.gamma[0] <= self.gamma[1]:
-            raise InputError(f"gamma is {self.gamma}: give a smallest and a largest exponent, both positive.")
+        for what in ("flip", "zoom", "rotation", "smooth", "gamma", "intensity", "noise"):
+            prob = getattr(self, f"{what}_prob")
+            if not 0 <= prob <= 1:
+                raise InputError(f"{what}_prob is {prob}: give a probability from 0 to 1.")
+        for option, largest in (
+            ("noise_std", math.inf),
+            ("intensity_scale", math.inf),
+            ("intensity_shift", math.inf),
+            ("rotation", 180.0),
+        ):
+            value = getattr(self, option)
+            if not 0 <= value <= largest or math.isinf(value):
+                most = "or more" if math.isinf(largest) else f"to {largest:g} degrees"
+                raise InputError(f"{option} is {value}: give 0 {most}.")
+        for option, what in (("zoom", "factor"), ("gamma", "exponent"), ("smooth_std", "standard deviation")):
+            low, high = getattr(self, option)
+            if not 0 < low <= high < math.inf:
+                raise InputError(
+                    f"{option} is {(low, high)}: give a smallest and a largest {what}, both positive."
+                )
 
 
-NO_AUGMENTATION = AugmentConfig(
-    flip_prob=0.0, flip_axes=(), noise_std=0.0, intensity_scale=0.0, intensity_shift=0.0, gamma=(1.0, 1.0)
-)
+NO_AUGMENTATION = AugmentConfig(flip_prob=0.0, gamma_prob=0.0, intensity_prob=0.0, noise_prob=0.0)
 
 
 def augment(
-    key: PRNGKeyArray,
-    image: Float[Array, "*spatial channels"],
-    label: Int[Array, "*spatial"],
-    config: AugmentConfig,
-) -> tuple[Float[Array, "*spatial channels"], Int[Array, "*spatial"]]:
-    """Applies, in this order: flip, gamma, scale and shift, noise. Image and label move together.
+    key: PRNGKeyArray, image: Float[Array, "*spatial channels"], label: Label, config: AugmentConfig
+) -> tuple[Float[Array, "*spatial channels"], Label]:
+    """Applies, in this order: zoom and rotation, flip, smoothing, gamma, scale and shift, noise.
+
+    Image and label move together. Under `vmap` a chance between 0 and 1 costs as much as 1.
 
     Args:
         key: one per example and step.
         image: z-scored intensities.
-        label: class ids.
+        label: class ids, or the probability of each class.
         config: strengths, static under jit.
 
     Example, for a batch::
@@ -65,39 +103,165 @@ def augment(
         keys = jax.random.split(key, batch_size)
         images, labels = jax.vmap(augment, in_axes=(0, 0, 0, None))(keys, images, labels, config)
     """
-    flip_key, gamma_key, intensity_key, noise_key = jax.random.split(key, 4)
+    keys = jax.random.split(key, 7)
+    flip_key, gamma_key, intensity_key, noise_key, affine_key, smooth_key, chance_key = keys
+    if config.zoom_prob or config.rotation_prob:
+        image, label = random_affine(
+            affine_key,
+            image,
+            label,
+            zoom_prob=config.zoom_prob,
+            zoom=config.zoom,
+            rotation_prob=config.rotation_prob,
+            rotation=config.rotation,
+        )
     if config.flip_prob and config.flip_axes:
         image, label = random_flip(flip_key, image, label, prob=config.flip_prob, axes=config.flip_axes)
-    if config.gamma != (1.0, 1.0):
-        image = random_gamma(gamma_key, image, gamma=config.gamma)
-    if config.intensity_scale or config.intensity_shift:
-        image = random_intensity(
-            intensity_key, image, scale=config.intensity_scale, shift=config.intensity_shift
-        )
-    if config.noise_std:
-        image = random_noise(noise_key, image, max_std=config.noise_std)
+    scale, shift = config.intensity_scale, config.intensity_shift
+    changes = (
+        (config.smooth_prob, partial(random_smooth, smooth_key, std=config.smooth_std)),
+        (config.gamma_prob * (config.gamma != (1, 1)), partial(random_gamma, gamma_key, gamma=config.gamma)),
+        (
+            config.intensity_prob * bool(scale or shift),
+            partial(random_intensity, intensity_key, scale=scale, shift=shift),
+        ),
+        (
+            config.noise_prob * bool(config.noise_std),
+            partial(random_noise, noise_key, max_std=config.noise_std),
+        ),
+    )
+    for chance, (prob, change) in zip(jax.random.split(chance_key, len(changes)), changes, strict=True):
+        image = _sometimes(chance, prob, change, image)
     return image, label
+
+
+def _sometimes(key: PRNGKeyArray, prob: float, change: Callable[[Array], Array], image: Array) -> Array:
+    """`change(image)` with probability `prob`; never and always are known at trace time."""
+    if prob == 0:
+        return image
+    changed = change(image)
+    return changed if prob == 1 else jnp.where(jax.random.bernoulli(key, prob), changed, image)
+
+
+def random_affine(
+    key: PRNGKeyArray,
+    image: Float[Array, "*spatial channels"],
+    label: Label,
+    *,
+    zoom_prob: float,
+    zoom: tuple[float, float],
+    rotation_prob: float,
+    rotation: float,
+) -> tuple[Float[Array, "*spatial channels"], Label]:
+    """Zooms and rotates about the centre in one resampling; beyond its rim the volume goes on as at its rim.
+
+    Images and soft labels are interpolated linearly, class ids taken from the nearest voxel.
+
+    Args:
+        key: draws whether to zoom, one factor, whether to rotate, and an angle about each axis, all uniform.
+        image: voxels count as cubes, whatever their spacing.
+        label: of the same voxels.
+        zoom_prob: chance of a zoom.
+        zoom: smallest and largest factor.
+        rotation_prob: chance of a rotation.
+        rotation: largest angle, in degrees.
+    """
+    shape = image.shape[:-1]
+    planes = list(itertools.combinations(range(len(shape)), 2))
+    zooms_key, factor_key, turns_key, angle_key = jax.random.split(key, 4)
+    zooms, turns = jax.random.bernoulli(zooms_key, zoom_prob), jax.random.bernoulli(turns_key, rotation_prob)
+    factor = jnp.where(zooms, jax.random.uniform(factor_key, (), image.dtype, *zoom), 1)
+    most = math.radians(rotation)
+    angles = jnp.where(turns, jax.random.uniform(angle_key, (len(planes),), image.dtype, -most, most), 0)
+    coordinates = _affine_coordinates(_rotation(angles, planes, len(shape)) / factor, shape)
+    if label.ndim == image.ndim:
+        return _interpolate(image, coordinates), _interpolate(label, coordinates)
+    nearest = map_coordinates(label.astype(image.dtype), list(coordinates), 0, mode="nearest")
+    return _interpolate(image, coordinates), nearest.astype(label.dtype)
+
+
+def _rotation(
+    angles: Float[Array, " planes"], planes: Sequence[tuple[int, int]], dims: int
+) -> Float[Array, "{dims} {dims}"]:
+    """The product of a rotation in each plane of two axes."""
+    matrix = jnp.eye(dims, dtype=angles.dtype)
+    for (i, j), cos, sin in zip(planes, jnp.cos(angles), jnp.sin(angles), strict=True):
+        rows, columns = jnp.array([i, i, j, j]), jnp.array([i, j, i, j])
+        turn = jnp.eye(dims, dtype=angles.dtype).at[rows, columns].set(jnp.stack([cos, -sin, sin, cos]))
+        matrix = jnp.matmul(matrix, turn, precision="highest")
+    return matrix
+
+
+def _affine_coordinates(
+    matrix: Float[Array, "dims dims"], shape: Sequence[int]
+) -> Float[Array, "dims *spatial"]:
+    """Where each voxel of the result comes from."""
+    lines = [jnp.arange(size, dtype=matrix.dtype) - (size - 1) / 2 for size in shape]
+    offsets = jnp.stack(jnp.meshgrid(*lines, indexing="ij"))
+    # Accelerators would round the coordinates at their usual precision.
+    turned = jnp.tensordot(matrix, offsets, 1, precision="highest")
+    return jnp.stack([offset + (size - 1) / 2 for offset, size in zip(turned, shape, strict=True)])
+
+
+def _interpolate(
+    array: Float[Array, "*spatial channels"], coordinates: Float[Array, "dims *spatial"]
+) -> Float[Array, "*spatial channels"]:
+    """Linear between voxels, constant beyond the rim.
+
+    `map_coordinates` of order 1, corner by corner: being a loop, its result is computed once, where XLA for CPU
+    would fuse gathers into each of the many places that smoothing reads from, and repeat them there.
+    """
+    shape = array.shape[:-1]
+    lower = jnp.floor(coordinates)
+    upper_weights = coordinates - lower
+    voxels = array.reshape(-1, array.shape[-1])
+
+    def add_corner(total: Array, corner: Array) -> tuple[Array, None]:
+        weights, places = jnp.ones(shape, array.dtype), jnp.zeros(shape, jnp.int32)
+        for axis, size in enumerate(shape):
+            weights *= jnp.where(corner[axis] == 1, upper_weights[axis], 1 - upper_weights[axis])
+            places = places * size + jnp.clip(lower[axis].astype(jnp.int32) + corner[axis], 0, size - 1)
+        return total + weights[..., None] * voxels[places], None
+
+    corners = jnp.array(list(itertools.product((0, 1), repeat=len(shape))), jnp.int32)
+    return jax.lax.scan(add_corner, jnp.zeros_like(array), corners)[0]
 
 
 def random_flip(
     key: PRNGKeyArray,
     image: Float[Array, "*spatial channels"],
-    label: Int[Array, "*spatial"],
+    label: Label,
     *,
     prob: float,
     axes: Sequence[int],
-) -> tuple[Float[Array, "*spatial channels"], Int[Array, "*spatial"]]:
+) -> tuple[Float[Array, "*spatial channels"], Label]:
     """Reverses each of the spatial `axes` with probability `prob`, image and label alike.
 
     Raises:
-        InputError: an axis that the label does not have.
+        InputError: an axis that the image does not have.
     """
-    if not all(0 <= axis < label.ndim for axis in axes):
-        raise InputError(f"flip_axes is {tuple(axes)}: the data has spatial axes 0 to {label.ndim - 1}.")
+    dims = image.ndim - 1
+    if not all(0 <= axis < dims for axis in axes):
+        raise InputError(f"flip_axes is {tuple(axes)}: the data has spatial axes 0 to {dims - 1}.")
     for axis, flip in zip(axes, jax.random.bernoulli(key, prob, (len(axes),)), strict=True):
         image = jnp.where(flip, jnp.flip(image, axis), image)
         label = jnp.where(flip, jnp.flip(label, axis), label)
     return image, label
+
+
+def random_smooth(
+    key: PRNGKeyArray, image: Float[Array, "*spatial channels"], *, std: tuple[float, float]
+) -> Float[Array, "*spatial channels"]:
+    """Averages with Gaussian weights; their standard deviation along each axis is uniform in `std`, in voxels.
+
+    The weights of the voxels that there are sum to 1, so that the rim is not darkened.
+    """
+    stds = jax.random.uniform(key, (image.ndim - 1,), image.dtype, *std)
+    for axis, size in enumerate(image.shape[:-1]):
+        places = jnp.arange(size, dtype=image.dtype)
+        weights = jax.nn.softmax(-0.5 * jnp.square((places[:, None] - places[None, :]) / stds[axis]))
+        image = jnp.moveaxis(jnp.tensordot(weights, image, (1, axis), precision="highest"), 0, axis)
+    return image
 
 
 def random_gamma(

@@ -7,6 +7,24 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float, Float32, UInt8
 
+from train.data.annotators import soft_label
+from train.data.geometry import Geometry, Placement
+
+
+@dataclass(frozen=True)
+class Source:
+    """The truth of a case on its file's own grid, where the network sees another one.
+
+    Attributes:
+        placement: the way from that grid to the network's and back.
+        label: as in `Case`.
+        annotations: as in `Case`.
+    """
+
+    placement: Placement
+    label: UInt8[np.ndarray, "*spatial"]
+    annotations: UInt8[np.ndarray, "*spatial annotators"] | None = None
+
 
 @dataclass(frozen=True)
 class Case:
@@ -15,9 +33,11 @@ class Case:
     Attributes:
         name: unique within its data set.
         image: intensities, z-scored per channel over the non-zero voxels (see `z_score_nonzero`).
-        label: class ids, 0 is background.
+        label: class ids, 0 is background; of several annotators the majority.
         affine: voxel index to millimetres, as in NIfTI.
         posterior: the probabilities the label was drawn from, where they are known (phantoms only).
+        annotations: each annotator's class ids, where they are kept apart.
+        source: the truth on the file's grid, where the arrays above lie on another one.
     """
 
     name: str
@@ -25,12 +45,23 @@ class Case:
     label: UInt8[np.ndarray, "*spatial"]
     affine: Float[np.ndarray, "4 4"]
     posterior: Float32[np.ndarray, "*spatial classes"] | None = None
+    annotations: UInt8[np.ndarray, "*spatial annotators"] | None = None
+    source: Source | None = None
 
     @property
     def num_bytes(self) -> int:
-        """Memory that the arrays take, in bytes."""
-        posterior = 0 if self.posterior is None else self.posterior.nbytes
-        return self.image.nbytes + self.label.nbytes + posterior
+        """Memory that the arrays take, in bytes; those mapped from files take none."""
+        arrays = [self.image, self.label, self.posterior, self.annotations]
+        if self.source is not None:
+            arrays += [self.source.label, self.source.annotations]
+        return sum(0 if array is None or isinstance(array, np.memmap) else array.nbytes for array in arrays)
+
+    def truth(
+        self, num_classes: int
+    ) -> UInt8[np.ndarray, "*spatial"] | Float32[np.ndarray, "*spatial classes"]:
+        """What a prediction is measured by, on the file's own grid: class ids or, of several annotators, shares."""
+        own = self.source or self
+        return own.label if own.annotations is None else soft_label(own.annotations, num_classes)
 
 
 @runtime_checkable
@@ -69,8 +100,18 @@ class Dataset(Protocol):
         ...
 
     @property
+    def geometry(self) -> Geometry:
+        """What is done to the grids of the files."""
+        ...
+
+    @property
     def case_names(self) -> tuple[str, ...]:
         """Unique names, in the order of `load`'s index."""
+        ...
+
+    @property
+    def subjects(self) -> tuple[str, ...]:
+        """Whose each case is; cases of one subject belong in one split."""
         ...
 
     def __len__(self) -> int: ...

@@ -16,12 +16,16 @@ from train.errors import InputError
 
 # Soft tissue, in Hounsfield units.
 CT_WINDOW = (-200.0, 300.0)
+_ANNOTATOR = re.compile(r"_annotator\d+$")
 # The modalities of BraTS in the papers' order, in the file names of 2021 and of 2023 and later.
 _BRATS_MODALITIES = (("flair", "t1", "t1ce", "t2"), ("t2f", "t1n", "t1c", "t2w"))
 
 
 def msd(path: str | Path) -> Layout:
-    """Medical Segmentation Decathlon: `dataset.json` lists an image (channels last) and a label for each case."""
+    """Medical Segmentation Decathlon: `dataset.json` lists an image (channels last) and a label for each case.
+
+    Of several annotators it lists their labels, `"label": [...]`.
+    """
     root, description = _read_description(path)
     return _listed(root, description)
 
@@ -38,6 +42,8 @@ def amos(path: str | Path) -> Layout:
 def nnunet(path: str | Path) -> Layout:
     """nnU-Net: `imagesTr/CASE_0000.nii.gz`, one file for each channel, and `labelsTr/CASE.nii.gz`.
 
+    Of several annotators `labelsTr/CASE_annotator1.nii.gz` and on.
+
     Region-based labels (`"whole tumour": [1, 2, 3]`) become evaluation regions of the classes they are made of.
     """
     root, description = _read_description(path)
@@ -48,14 +54,18 @@ def nnunet(path: str | Path) -> Layout:
     labels = sorted((root / "labelsTr").glob(f"*{ending}"))
     if not labels:
         raise InputError(f"{root / 'labelsTr'} holds no *{ending} file: give a folder in nnU-Net's layout.")
-    names = [label.name.removesuffix(ending) for label in labels]
+    cases: dict[str, tuple[Path, ...]] = {}
+    for label in labels:
+        name = _ANNOTATOR.sub("", label.name.removesuffix(ending))
+        cases[name] = (*cases.get(name, ()), label)
+    names = list(cases)
     files = [
         tuple(root / "imagesTr" / f"{name}_{channel:04d}{ending}" for channel in range(len(channels)))
         for name in names
     ]
     class_names, regions = _classes_and_regions(root, description)
-    entries = tuple(Entry(*parts) for parts in zip(names, files, labels, strict=True))
-    window = CT_WINDOW if [str(name).upper() for name in channels.values()] == ["CT"] else None
+    entries = tuple(Entry(*parts) for parts in zip(names, files, cases.values(), strict=True))
+    window = _window(channels)
     name = str(description.get("name", root.name))
     return Layout(name, root / "dataset.json", class_names, len(channels), entries, (), regions, window)
 
@@ -95,7 +105,10 @@ def acdc(path: str | Path) -> Layout:
         )
     entries = tuple(
         Entry(
-            label.name.removesuffix("_gt.nii.gz"), (Path(str(label).replace("_gt.nii.gz", ".nii.gz")),), label
+            name=label.name.removesuffix("_gt.nii.gz"),
+            images=(label.with_name(label.name.replace("_gt.nii.gz", ".nii.gz")),),
+            labels=(label,),
+            subject=label.parent.name,
         )
         for label in labels
     )
@@ -114,7 +127,7 @@ def kits(path: str | Path) -> Layout:
         class_names=("background", "kidney", "tumour", "cyst"),
         num_channels=1,
         entries=tuple(
-            Entry(label.parent.name, (label.parent / "imaging.nii.gz",), label) for label in labels
+            Entry(label.parent.name, (label.parent / "imaging.nii.gz",), (label,)) for label in labels
         ),
         regions={"kidney and masses": (1, 2, 3), "masses": (2, 3), "tumour": (2,)},
         window=CT_WINDOW,
@@ -148,7 +161,8 @@ def _subfolder(root: Path, name: str) -> Path:
 def _brats_entry(label: Path, separator: str, modalities: tuple[str, ...]) -> Entry:
     case = label.name.removesuffix(f"{separator}seg.nii.gz")
     files = tuple(label.with_name(f"{case}{separator}{modality}.nii.gz") for modality in modalities)
-    return Entry(case, files, label)
+    # From 2023 on a name ends in the number of the visit.
+    return Entry(case, files, (label,), case.rpartition("-")[0])
 
 
 # dataset.json.
@@ -175,16 +189,27 @@ def _listed(root: Path, description: dict[str, Any]) -> Layout:
     listed = _required(file, description, "training", list)
     channels = _required(file, description, "modality", dict)
     try:
-        pairs = [(root / entry["image"], root / entry["label"]) for entry in listed]
+        pairs = [(root / entry["image"], _paths(root, entry["label"])) for entry in listed]
     except (TypeError, KeyError) as error:
         raise InputError(
             f'{file} has an entry under "training" without an image or label: '
             'give {"image": path, "label": path} for every case.'
         ) from error
-    entries = tuple(Entry(_stem(image), (image,), label) for image, label in pairs)
+    entries = tuple(Entry(_stem(image), (image,), labels) for image, labels in pairs)
     class_names, regions = _classes_and_regions(root, description)
     name = str(description.get("name", root.name))
-    return Layout(name, file, class_names, len(channels), entries, regions=regions)
+    return Layout(name, file, class_names, len(channels), entries, regions=regions, window=_window(channels))
+
+
+def _paths(root: Path, listed: Any) -> tuple[Path, ...]:
+    """One file, or one of each annotator."""
+    files: list[Any] = listed if isinstance(listed, list) and listed else [listed]
+    return tuple(root / file for file in files)
+
+
+def _window(channels: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Intensities of CT are cut off, if there is nothing else."""
+    return CT_WINDOW if [str(name).upper() for name in channels.values()] == ["CT"] else None
 
 
 def _required(file: Path, description: dict[str, Any], key: str, kind: type) -> Any:

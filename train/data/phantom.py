@@ -22,6 +22,7 @@ from jaxtyping import Float, Float32, UInt8
 from scipy.special import ndtr
 
 from train.data.case import Case
+from train.data.geometry import Geometry
 from train.data.transforms import z_score_nonzero
 
 CLASS_NAMES = ("background", "organ", "ring", "core")
@@ -66,6 +67,10 @@ class PhantomDataset:
         return None
 
     @property
+    def geometry(self) -> Geometry:
+        return Geometry()
+
+    @property
     def num_channels(self) -> int:
         return INTENSITIES.shape[1]
 
@@ -80,6 +85,10 @@ class PhantomDataset:
     @property
     def case_names(self) -> tuple[str, ...]:
         return tuple(f"phantom_{index:04d}" for index in range(self.num_cases))
+
+    @property
+    def subjects(self) -> tuple[str, ...]:
+        return self.case_names
 
     def __len__(self) -> int:
         return self.num_cases

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import grain
 import numpy as np
 
+from train.data.annotators import soft_label
 from train.data.case import Case, Dataset
-from train.data.transforms import fit_to_patch
+from train.data.transforms import cut_patch, draw_crop
 from train.errors import InputError
 
 
@@ -50,8 +51,11 @@ def train_batches(
     patch: Sequence[int],
     batch_size: int,
     seed: int,
+    foreground_crops: float = 0.0,
+    random_annotators: bool = False,
     shard: tuple[int, int] = (0, 1),
     num_threads: int = 1,
+    prefetch: int = 2,
 ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
     """An endless iterator over shuffled batches of patches.
 
@@ -63,36 +67,60 @@ def train_batches(
         patch: voxels along each spatial axis.
         batch_size: examples per batch, of this process.
         seed: of order and crops.
+        foreground_crops: share of the patches that are centred on foreground, see `draw_crop`.
+        random_annotators: weigh several annotators at random in each example, uniformly among all weights that
+            sum to 1, instead of all alike.
         shard: (index, count) of this process, `(jax.process_index(), jax.process_count())`. Process i takes
             every count-th example from the i-th on: their batches together are the one batch, count times
             as large, that a single process would draw.
-        num_threads: threads that load and cut batches ahead, two each; the batches do not depend on it.
+        num_threads: threads that load and cut batches ahead; the batches do not depend on it.
+        prefetch: batches that each thread has ready or in work, at most.
 
     Returns:
         Yields `{"image": float32 [batch, *patch, channels], "label": int32 [batch, *patch], "index": int32
-        [batch]}`, the index being the case's in the data set. `get_state()` is a small dictionary that
+        [batch]}`, the index being the case's in the data set; where annotators are kept apart the label is
+        float32 [batch, *patch, classes]. `get_state()` is a small dictionary that
         JSON can hold; `set_state()` resumes exactly there.
 
     Raises:
-        InputError: a name that is not in the data set, a patch of another rank, an empty batch.
+        InputError: a name that is not in the data set, a patch of another rank, an empty batch, a share that is
+            none, no thread.
     """
     if len(patch) != dataset.spatial_dims or min(patch) < 1:
         raise InputError(
             f"patch is {tuple(patch)}: {dataset.name} needs {dataset.spatial_dims} positive lengths."
         )
-    if batch_size < 1:
-        raise InputError(f"batch_size is {batch_size}: give 1 or more.")
+    for option, value in (
+        ("batch_size", batch_size),
+        ("loader_threads", num_threads),
+        ("prefetch", prefetch),
+    ):
+        if value < 1:
+            raise InputError(f"{option} is {value}: give 1 or more.")
+    if not 0 <= foreground_crops <= 1:
+        raise InputError(f"foreground_crops is {foreground_crops}: give a share from 0 to 1.")
+
+    def target(case: Case, crop: tuple[slice, ...], rng: np.random.Generator) -> np.ndarray:
+        if case.annotations is None:
+            return cut_patch(case.label, crop, patch).astype(np.int32)
+        annotations = cut_patch(case.annotations, crop, patch)
+        weights = rng.dirichlet(np.ones(annotations.shape[-1])) if random_annotators else None
+        return soft_label(annotations, len(dataset.class_names), weights)
 
     def to_example(element: tuple[int, Case], rng: np.random.Generator) -> dict[str, np.ndarray]:
         index, case = element
-        image, label = fit_to_patch(case.image, case.label, patch, rng)
-        return {"image": image, "label": label.astype(np.int32), "index": np.asarray(index, np.int32)}
+        crop = draw_crop(case.label, patch, rng, foreground_share=foreground_crops)
+        return {
+            "image": cut_patch(case.image, crop, patch),
+            "label": target(case, crop, rng),
+            "index": np.asarray(index, np.int32),
+        }
 
     stream = grain.MapDataset.source(CachedCases(dataset, names)).seed(seed).shuffle().repeat()
     shard_index, shard_count = shard
     examples = stream.random_map(to_example)[shard_index::shard_count]
     batches = examples.batch(batch_size, drop_remainder=True)
-    ahead = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
+    ahead = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch * num_threads)
     return iter(batches.to_iter_dataset(ahead))
 
 

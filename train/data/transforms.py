@@ -1,9 +1,9 @@
-"""Host-side array transforms: normalise, fit to a patch, pad for whole-volume inference and back."""
+"""Host-side array transforms: normalise, cut patches, pad for whole-volume inference and back."""
 
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float, Float32, Shaped, UInt8
+from jaxtyping import Float, Float32, Int, Shaped, UInt8
 
 
 def z_score_nonzero(
@@ -53,27 +53,62 @@ def z_score_window(
     return ((cut - mean) / np.where(std > 0, std, 1.0)).astype(np.float32)
 
 
-def fit_to_patch(
-    image: Float32[np.ndarray, "*spatial channels"],
+def draw_crop(
     label: UInt8[np.ndarray, "*spatial"],
     patch: Sequence[int],
     rng: np.random.Generator,
-) -> tuple[Float32[np.ndarray, "*patch channels"], UInt8[np.ndarray, "*patch"]]:
-    """Cuts a random crop where the image is larger than the patch and pads with zeros where it is smaller.
+    *,
+    foreground_share: float = 0.0,
+) -> tuple[slice, ...]:
+    """Where to cut a patch, or as much of one as there is, out of a volume.
 
     Args:
-        image: intensities; the padding is 0, the mean of a z-scored image.
-        label: class ids; the padding is 0, background.
+        label: class ids of the volume.
         patch: voxels along each spatial axis.
-        rng: draws the corner of the crop; the padding is centred.
+        rng: draws the corner, uniformly among those that there are.
+        foreground_share: share of the crops that are instead centred, as far as the volume reaches, on a random
+            voxel of a random class among those present but background.
 
     Returns:
-        Image and label of spatial shape `patch`, cut at the same place.
+        A slice for each spatial axis, for `cut_patch`.
     """
     room = np.maximum(np.subtract(label.shape, patch), 0)
-    corner = rng.integers(0, room + 1)
-    crop = tuple(slice(start, start + size) for start, size in zip(corner, patch, strict=True))
-    return _pad_centred(image[crop], patch), _pad_centred(label[crop], patch)
+    # A share of 0 draws nothing, so that it does not change which corners are drawn.
+    foreground = foreground_share > 0 and rng.random() < foreground_share
+    centre = _random_foreground_voxel(label, rng) if foreground else None
+    middle = np.array(patch) // 2
+    corner = rng.integers(0, room + 1) if centre is None else np.clip(centre - middle, 0, room)
+    return tuple(slice(start, start + size) for start, size in zip(corner.tolist(), patch, strict=True))
+
+
+def _random_foreground_voxel(
+    label: UInt8[np.ndarray, "*spatial"], rng: np.random.Generator
+) -> Int[np.ndarray, " axes"] | None:
+    """Each class present is as likely as the others, however small; None where there is only background."""
+    places = np.flatnonzero(label)
+    if not places.size:
+        return None
+    ids = label.reshape(-1)[places]
+    of_class = places[ids == rng.choice(np.unique(ids))]
+    return np.array(np.unravel_index(rng.choice(of_class), label.shape))
+
+
+def cut_patch(
+    array: Shaped[np.ndarray, "..."], crop: Sequence[slice], patch: Sequence[int]
+) -> Shaped[np.ndarray, "..."]:
+    """Cuts a crop out of an array and pads it with centred zeros to a patch.
+
+    Zero is the mean of a z-scored image, and background in a label.
+
+    Args:
+        array: leading axes are the spatial ones, any axes may follow (channels, annotators).
+        crop: from `draw_crop`.
+        patch: voxels along each spatial axis.
+
+    >>> cut_patch(np.array([1, 2, 3]), (slice(1, 6),), (5,)).tolist()
+    [0, 2, 3, 0, 0]
+    """
+    return _pad_centred(array[tuple(crop)], patch)
 
 
 def pad_to_hold(

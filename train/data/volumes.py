@@ -1,13 +1,16 @@
 """Cases in NIfTI files, whatever the layout of their folder: existence, shapes, grids, labels are checked here."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
 
-from train.data.case import Case
+from train.data.annotators import majority
+from train.data.cache import CaseStore
+from train.data.case import Case, Source
+from train.data.geometry import Geometry
 from train.data.nifti import Grid, affine_of, open_nifti, read_channels, read_label, spatial_and_channels
 from train.errors import InputError
 
@@ -16,11 +19,19 @@ AFFINE_TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class Entry:
-    """Files of one case: one image that holds all channels, or one for each channel in turn."""
+    """Files of one case.
+
+    Attributes:
+        name: unique.
+        images: one that holds all channels, or one for each channel in turn.
+        labels: one, or one of each annotator.
+        subject: whose scan it is, where a subject has several; empty for the case's name.
+    """
 
     name: str
     images: tuple[Path, ...]
-    label: Path
+    labels: tuple[Path, ...]
+    subject: str = ""
 
 
 @dataclass(frozen=True)
@@ -50,9 +61,15 @@ class Layout:
 
 
 class VolumeDataset:
-    """The cases of a `Layout`, turned to RAS order.
+    """The cases of a `Layout`, turned to RAS order and brought to the network's grid.
 
     Opening reads every header (existence, shapes, channels, affines); voxels are checked as cases load.
+
+    Args:
+        layout: the files.
+        geometry: what is done to their grids.
+        all_annotators: keep what each annotator says; else the first one's label is the truth.
+        store: where cases are kept once they are loaded.
 
     Raises:
         InputError: whatever is wrong, with the file it is wrong in.
@@ -60,7 +77,14 @@ class VolumeDataset:
 
     spatial_dims = 3
 
-    def __init__(self, layout: Layout):
+    def __init__(
+        self,
+        layout: Layout,
+        *,
+        geometry: Geometry | None = None,
+        all_annotators: bool = False,
+        store: CaseStore | None = None,
+    ):
         self.layout = layout
         self.name = layout.name
         self.class_names = layout.class_names
@@ -68,26 +92,81 @@ class VolumeDataset:
         self.regions = layout.regions
         self.window = layout.window
         self.case_names = tuple(entry.name for entry in layout.entries)
+        self.subjects = tuple(entry.subject or entry.name for entry in layout.entries)
         if not layout.entries:
             raise InputError(f"{layout.source} holds no case.")
         _check_unique(layout)
         _check_existence(layout)
         grids = [_checked_grid(entry, layout) for entry in layout.entries]
-        self.largest_shape = tuple(max(sides) for sides in zip(*(grid.shape for grid in grids), strict=True))
+        affines = [grid.affine for grid in grids]
+        self.geometry = (geometry or Geometry()).resolved(affines)
+        shapes = [
+            self.geometry.shape_of(grid.shape, affine) for grid, affine in zip(grids, affines, strict=True)
+        ]
+        self.largest_shape = tuple(max(sides) for sides in zip(*shapes, strict=True))
+        self.all_annotators = all_annotators
+        self._store = store
+        if all_annotators and all(len(entry.labels) == 1 for entry in layout.entries):
+            raise InputError(f"{layout.source} has one label for each case: leave out --annotators.")
 
     def __len__(self) -> int:
         return len(self.layout.entries)
 
     def load(self, index: int) -> Case:
-        """Reads case `index`."""
-        entry, layout = self.layout.entries[index], self.layout
-        image, grid = read_channels(entry.images, layout.window)
-        label = self._read_label(entry).reshape(grid.file_shape)
-        return Case(entry.name, image, grid.to_ras(label), grid.affine)
+        """Reads case `index`, from the store if it is there."""
+        entry = self.layout.entries[index]
+        if self._store is None:
+            return self._read(entry)
+        key = self._key(entry)
+        case = self._store.read(key, entry.name)
+        if case is None:
+            case = self._read(entry)
+            self._store.write(key, case)
+        return case
 
-    def _read_label(self, entry: Entry) -> UInt8[np.ndarray, "*spatial"]:
+    def _label_files(self, entry: Entry) -> tuple[Path, ...]:
+        return entry.labels if self.all_annotators else entry.labels[:1]
+
+    def _key(self, entry: Entry) -> str:
+        """Changes with the case's files and with whatever is done to them."""
+        files = [file.resolve() for file in (*entry.images, *self._label_files(entry))]
+        stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        layout = self.layout
+        done = (layout.label_values, layout.class_names, layout.window, self.geometry, self.all_annotators)
+        return repr((stats, done))
+
+    def _read(self, entry: Entry) -> Case:
+        layout = self.layout
+        image, grid = read_channels(entry.images, layout.window)
+        labels = [
+            grid.to_ras(self._read_label(file).reshape(grid.file_shape)) for file in self._label_files(entry)
+        ]
+        own = self._combined(labels)
+        if not self.geometry:
+            return Case(entry.name, image, own[0], grid.affine, annotations=own[1])
+        placement = self.geometry.place(image, grid.affine, windowed=layout.window is not None)
+        label, annotations = self._combined([placement.label(label) for label in labels])
+        return Case(
+            entry.name,
+            placement.image(image, self.geometry.interpolation),
+            label,
+            placement.affine,
+            annotations=annotations,
+            source=Source(placement, *own),
+        )
+
+    def _combined(
+        self, labels: Sequence[UInt8[np.ndarray, "*spatial"]]
+    ) -> tuple[UInt8[np.ndarray, "*spatial"], UInt8[np.ndarray, "*spatial annotators"] | None]:
+        """The label that counts, and what each annotator says, if that is to be kept."""
+        if not self.all_annotators:
+            return labels[0], None
+        annotations = np.stack(labels, axis=-1)
+        return majority(annotations, len(self.class_names)), annotations
+
+    def _read_label(self, file: Path) -> UInt8[np.ndarray, "*spatial"]:
         values = self.layout.label_values or tuple(range(len(self.class_names)))
-        found = read_label(entry.label, values)
+        found = read_label(file, values)
         ids = np.zeros(max(values) + 1, np.uint8)
         ids[list(values)] = np.arange(len(values))
         return ids[found]
@@ -102,7 +181,7 @@ def _check_unique(layout: Layout) -> None:
 
 def _check_existence(layout: Layout) -> None:
     missing = [
-        file for entry in layout.entries for file in (*entry.images, entry.label) if not file.is_file()
+        file for entry in layout.entries for file in (*entry.images, *entry.labels) if not file.is_file()
     ]
     if missing:
         raise InputError(
@@ -120,7 +199,7 @@ def _checked_grid(entry: Entry, layout: Layout) -> Grid:
             f"{entry.images[0]} has {channels} channels, but {layout.source.name} declares "
             f'{layout.num_channels} under "modality": correct one of the two.'
         )
-    for file in (*entry.images[1:], entry.label):
+    for file in (*entry.images[1:], *entry.labels):
         _check_same_grid(entry.images[0], file, spatial)
     return Grid.of(volumes[0].header, spatial)
 

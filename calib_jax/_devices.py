@@ -1,0 +1,57 @@
+"""Sums over an image whose voxels lie on several devices: inside `shard_map`, by the name of a mesh axis."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+AxisName = str | tuple[str, ...]
+
+
+def whole_sum(parts: Any, axis_name: AxisName | None) -> Any:
+    """Sums of whole images from those of each device's part; None: the part is the whole.
+
+    A part's gradient is the whole's, so that a device that differentiates gets its share of the true gradient. The
+    transpose of `psum` is that under `check_vma=True` alone; without, it would add up all devices' cotangents,
+    which are equal already.
+    """
+    if axis_name is None:
+        return parts
+    return jax.tree.map(lambda x: (_psum if _is_float(x) else lax.psum)(x, axis_name), parts)
+
+
+def whole_size(part: int, axis_name: AxisName | None) -> int:
+    """Elements of the whole where each device has `part` of them."""
+    return part if axis_name is None else part * lax.axis_size(axis_name)
+
+
+def check_not_split(what: str, axis_name: AxisName | None) -> None:
+    """Raises if what cannot be computed from sums is asked for of images that are split over devices."""
+    if axis_name is not None:
+        raise ValueError(
+            f"{what} needs voxels that lie on other devices, and cannot be had with axis_name={axis_name!r}; "
+            "split the batch over devices instead of the voxels, or leave it out."
+        )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _psum(part: Array, axis_name: AxisName) -> Any:
+    return lax.psum(part, axis_name)
+
+
+def _psum_forward(part: Array, axis_name: AxisName) -> tuple[Any, None]:
+    return _psum(part, axis_name), None
+
+
+def _psum_backward(axis_name: AxisName, _: None, gradient: Any) -> tuple[Any]:
+    return (lax.pcast(gradient, axis_name, to="varying"),)
+
+
+_psum.defvjp(_psum_forward, _psum_backward)
+
+
+def _is_float(x: Array) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating)

@@ -1,0 +1,115 @@
+"""Cases decoded and preprocessed once, kept on disk as arrays that are mapped into memory."""
+
+import hashlib
+import json
+import shutil
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from train.data.case import Case, Source
+from train.data.geometry import Placement
+from train.errors import InputError
+
+# Part of every key: to be raised when what is kept of the same files changes.
+_VERSION = 1
+_NAMES = "arrays.json"
+
+
+class CaseStore:
+    """A folder of cases by key, each an uncompressed `.npy` for each of its arrays.
+
+    A case is written beside its place and then renamed, so that several processes may share the folder and none
+    sees half a case; one that cannot be read is as if it were not there.
+
+    Raises:
+        InputError: the folder cannot be made.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"cache_dir {folder} cannot be made ({error.strerror}): choose another."
+            ) from error
+
+    def read(self, key: str, name: str) -> Case | None:
+        """The case kept under `key`, its arrays mapped into memory; None if there is none that can be read."""
+        entry = self._entry(key)
+        try:
+            names = json.loads((entry / _NAMES).read_text())
+            return _case(name, {array: np.load(entry / f"{array}.npy", mmap_mode="r") for array in names})
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def write(self, key: str, case: Case) -> None:
+        """Keeps a case; if it cannot, as on a full disk, it says so in a warning and keeps nothing."""
+        entry, arrays = self._entry(key), _arrays(case)
+        partial = None
+        try:
+            partial = Path(tempfile.mkdtemp(prefix="partial-", dir=self._folder))
+            for array, values in arrays.items():
+                np.save(partial / f"{array}.npy", values)
+            (partial / _NAMES).write_text(json.dumps(list(arrays)))
+            if self.read(key, case.name) is None:
+                shutil.rmtree(entry, ignore_errors=True)
+                partial.rename(entry)
+        except OSError as error:
+            # Another process may have been faster.
+            if self.read(key, case.name) is None:
+                warnings.warn(
+                    f"cache_dir {self._folder} does not take {case.name} ({error.strerror}), which is read from "
+                    "its files again each time.",
+                    stacklevel=2,
+                )
+        finally:
+            if partial is not None:
+                shutil.rmtree(partial, ignore_errors=True)
+
+    def _entry(self, key: str) -> Path:
+        return self._folder / hashlib.sha256(f"{_VERSION} {key}".encode()).hexdigest()[:32]
+
+
+def _arrays(case: Case) -> dict[str, np.ndarray]:
+    arrays = {
+        "image": case.image,
+        "label": case.label,
+        "affine": case.affine,
+        "annotations": case.annotations,
+    }
+    if case.source is not None:
+        placement = case.source.placement
+        arrays |= {
+            "source_label": case.source.label,
+            "source_annotations": case.source.annotations,
+            "source_shape": np.array(placement.source_shape),
+            "box": np.array([(side.start, side.stop) for side in placement.box]),
+            "shape": np.array(placement.shape),
+            "box_affine": placement.box_affine,
+        }
+    return {name: array for name, array in arrays.items() if array is not None}
+
+
+def _case(name: str, arrays: Mapping[str, np.ndarray]) -> Case:
+    source = None
+    if "box" in arrays:
+        placement = Placement(
+            source_shape=tuple(arrays["source_shape"].tolist()),
+            box=tuple(slice(*side) for side in arrays["box"].tolist()),
+            shape=tuple(arrays["shape"].tolist()),
+            box_affine=arrays["box_affine"],
+        )
+        source = Source(placement, arrays["source_label"], arrays.get("source_annotations"))
+    return Case(
+        name,
+        arrays["image"],
+        arrays["label"],
+        arrays["affine"],
+        annotations=arrays.get("annotations"),
+        source=source,
+    )

@@ -1,0 +1,164 @@
+"""From the grid of a file to the one that the network sees, and back."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float, Float32, UInt8
+from nibabel.affines import voxel_sizes
+from scipy.ndimage import find_objects, zoom
+
+from train.errors import InputError
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What is done to every scan's grid, in training, evaluation and prediction alike: cropped, then resampled.
+
+    Attributes:
+        spacing: millimetres between voxels along each axis, right, anterior, superior; "median" for that of the
+            data set; empty leaves each scan its own.
+        interpolation: of intensities. Labels are resampled linearly class by class, and the class with the
+            largest share is taken.
+        crop_margin: voxels around the box of what is not background that are kept; None crops nothing.
+            Background is zero or, where intensities are cut off to a window, the lowest one.
+    """
+
+    spacing: tuple[float, ...] | Literal["median"] = ()
+    interpolation: Literal["linear", "cubic"] = "linear"
+    crop_margin: int | None = None
+
+    def __post_init__(self) -> None:
+        spacing = self.spacing
+        if spacing != "median" and (
+            len(spacing) not in (0, 3) or not all(0 < mm < math.inf for mm in spacing)
+        ):
+            raise InputError(
+                f"spacing is {spacing}: give three positive lengths in mm, right, anterior and superior, or median."
+            )
+        if self.crop_margin is not None and self.crop_margin < 0:
+            raise InputError(f"crop_margin is {self.crop_margin}: give 0 or more voxels.")
+
+    def __bool__(self) -> bool:
+        """Whether anything is done."""
+        return bool(self.spacing) or self.crop_margin is not None
+
+    def resolved(self, affines: Sequence[Float[np.ndarray, "4 4"]]) -> "Geometry":
+        """With the median spacing of these scans, where that is asked for."""
+        if self.spacing != "median":
+            return self
+        median = np.median([voxel_sizes(affine) for affine in affines], axis=0)
+        return replace(self, spacing=tuple(median.tolist()))
+
+    def shape_of(self, shape: Sequence[int], affine: Float[np.ndarray, "4 4"]) -> tuple[int, ...]:
+        """Voxels along each axis after resampling, of a grid that is not cropped."""
+        if not self.spacing:
+            return tuple(shape)
+        lengths = np.multiply(shape, voxel_sizes(affine)) / np.array(self.spacing, float)
+        return tuple(max(round(length), 1) for length in lengths.tolist())
+
+    def place(
+        self,
+        image: Float32[np.ndarray, "*spatial channels"],
+        affine: Float[np.ndarray, "4 4"],
+        *,
+        windowed: bool = False,
+    ) -> "Placement":
+        """Where on the network's grid a scan comes to lie.
+
+        Args:
+            image: normalised intensities, on which the box of the crop depends.
+            affine: of the scan, in RAS order.
+            windowed: whether its intensities were cut off to a window.
+        """
+        shape = image.shape[:-1]
+        box = tuple(slice(0, size) for size in shape)
+        if self.crop_margin is not None:
+            inside = (image > image.min() if windowed else image != 0).any(-1)
+            box = _widened((find_objects(inside.astype(np.uint8)) or [box])[0], self.crop_margin, shape)
+        corner, held = np.array([side.start for side in box]), tuple(side.stop - side.start for side in box)
+        return Placement(shape, box, self.shape_of(held, affine), _moved(affine, corner))
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One scan's way to the network's grid and back. The grids cover the same box, edge to edge.
+
+    Attributes:
+        source_shape: voxels of the scan, in RAS order.
+        box: what of them is kept.
+        shape: voxels on the network's grid.
+        box_affine: of the box on the scan's own grid, from voxel index to millimetres.
+    """
+
+    source_shape: tuple[int, ...]
+    box: tuple[slice, ...]
+    shape: tuple[int, ...]
+    box_affine: Float[np.ndarray, "4 4"]
+
+    @property
+    def affine(self) -> Float[np.ndarray, "4 4"]:
+        """Of the network's grid, from voxel index to millimetres."""
+        steps = np.array([side.stop - side.start for side in self.box]) / self.shape
+        scaled = self.box_affine.copy()
+        scaled[:3, :3] *= steps
+        return _moved(scaled, (steps - 1) / 2 / steps)
+
+    def image(
+        self, image: Float32[np.ndarray, "*spatial channels"], interpolation: Literal["linear", "cubic"]
+    ) -> Float32[np.ndarray, "*resampled channels"]:
+        """Intensities on the network's grid."""
+        return _resample(image[self.box], self.shape, order={"linear": 1, "cubic": 3}[interpolation])
+
+    def label(self, label: UInt8[np.ndarray, "*spatial"]) -> UInt8[np.ndarray, "*resampled"]:
+        """Class ids on the network's grid: the class with the largest share, the lower id of equals."""
+        cut = label[self.box]
+        if cut.shape == self.shape:
+            return cut
+        ids, largest = np.zeros(self.shape, np.uint8), np.zeros(self.shape, np.float32)
+        for value in np.unique(cut):
+            share = _resample((cut == value).astype(np.float32)[..., None], self.shape, order=1)[..., 0]
+            ids[share > largest] = value
+            largest = np.maximum(share, largest)
+        return ids
+
+    def back(
+        self, probs: Float32[np.ndarray, "*resampled classes"]
+    ) -> Float32[np.ndarray, "*spatial classes"]:
+        """Class probabilities on the scan's own grid, interpolated linearly; what was cropped is background."""
+        held = tuple(side.stop - side.start for side in self.box)
+        whole = np.zeros((*self.source_shape, probs.shape[-1]), np.float32)
+        whole[..., 0] = 1
+        whole[self.box] = _resample(probs, held, order=1)
+        return whole
+
+
+def _resample(
+    array: Float32[np.ndarray, "*spatial channels"], shape: Sequence[int], *, order: int
+) -> Float32[np.ndarray, "*resampled channels"]:
+    """Splines between the centres of voxels; the first and last go on to the edge of the grid."""
+    if array.shape[:-1] == tuple(shape):
+        return array
+    factors = np.divide(shape, array.shape[:-1])
+    resampled = np.empty((*shape, array.shape[-1]), np.float32)
+    for channel in range(array.shape[-1]):
+        zoom(
+            array[..., channel], factors, resampled[..., channel], order=order, mode="nearest", grid_mode=True
+        )
+    return resampled
+
+
+def _widened(box: Sequence[slice], margin: int, shape: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(
+        slice(max(side.start - margin, 0), min(side.stop + margin, size))
+        for side, size in zip(box, shape, strict=True)
+    )
+
+
+def _moved(affine: Float[np.ndarray, "4 4"], corner: np.ndarray) -> Float[np.ndarray, "4 4"]:
+    """The affine of a grid whose first voxel is the other's at `corner`."""
+    moved = affine.copy()
+    moved[:3, 3] += affine[:3, :3] @ corner
+    return moved

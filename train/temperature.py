@@ -1,0 +1,92 @@
+"""A trained network's logits over one temperature, fitted on cases that it was not trained on."""
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int32, UInt8
+
+import calib_jax
+from train.data import CachedCases, Dataset, pad_to_hold
+from train.inference import Network, VolumePredictor, cut_windows, inside
+
+
+@dataclass(frozen=True)
+class Tempered:
+    """The `train.inference.Forward` of a network whose logits are over a temperature.
+
+    Its weights are (the network's, temperature).
+    """
+
+    network: Network
+
+    def __call__(
+        self, weights: Any, images: Float[Array, "batch *patch channels"]
+    ) -> Float[Array, "batch *patch classes"]:
+        network_weights, temperature = weights
+        logits = self.network.logits(network_weights, images)
+        return jax.nn.softmax(calib_jax.apply_temperature(logits, temperature))
+
+
+def temper(predict: VolumePredictor, temperature: Float32[Array, ""]) -> VolumePredictor:
+    """`predict` with its network's logits over `temperature`, window by window."""
+    assert isinstance(predict.forward, Network)
+    return replace(predict, forward=Tempered(predict.forward), weights=(predict.weights, temperature))
+
+
+def fit_temperature(
+    predict: VolumePredictor, dataset: Dataset, case_names: Sequence[str]
+) -> Float32[Array, ""]:
+    """The temperature that minimises the mean negative log-likelihood over the voxels of whole cases.
+
+    Of volumes larger than the patch these are the windows' voxels, each window by itself, as the network sees them.
+
+    Args:
+        predict: a trained `Network`.
+        dataset: where the cases come from.
+        case_names: cases that the network was not trained on; kept in memory, their logits are not.
+    """
+    cases = CachedCases(dataset, case_names)
+
+    def batches() -> Iterator[tuple[Array, Array, Array]]:
+        for index in range(len(cases)):
+            _, case = cases[index]
+            plan = predict.plan(case.image.shape[:-1])
+            image = pad_to_hold(case.image, plan.canvas)
+            label = pad_to_hold(case.label[..., None], plan.canvas)[..., 0]
+            shape = jnp.array(case.label.shape, jnp.int32)
+            for corners, counted in zip(plan.corners, plan.counted, strict=True):
+                yield _window_logits(
+                    predict.weights,
+                    image,
+                    label,
+                    shape,
+                    corners,
+                    counted,
+                    network=predict.forward,
+                    patch=predict.patch,
+                )
+
+    return calib_jax.fit_temperature(batches)
+
+
+@functools.partial(jax.jit, static_argnames=("network", "patch"))
+def _window_logits(
+    weights: Any,
+    image: Float[Array, "*canvas channels"],
+    label: UInt8[Array, "*canvas"],
+    shape: Int32[Array, "axes"],
+    corners: Int32[Array, "windows axes"],
+    counted: Bool[Array, "windows"],
+    *,
+    network: Network,
+    patch: tuple[int, ...],
+) -> tuple[Array, Array, Array]:
+    """Logits, labels and which voxels to count of a group of windows: `[windows, *patch, ...]`."""
+    logits = network.logits(weights, cut_windows(image, corners, patch))
+    known = jnp.stack([label.astype(jnp.int32), inside(shape, label.shape).astype(jnp.int32)], -1)
+    labels, within = jnp.moveaxis(cut_windows(known, corners, patch), -1, 0)
+    return logits, labels, (within == 1) & jnp.expand_dims(counted, tuple(range(1, labels.ndim)))
