@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from networks import assert_equals_monai, assert_equals_stored, num_parameters
 
+from train.losses import nearest, parse_loss
 from train.models import SegResNet
 
 SMALL = {"spatial_dims": 2, "blocks_down": (1, 1, 1)}
@@ -89,6 +90,34 @@ def test_several_logits_only_in_training():
     assert coarser.shape == (1, 4, 6, 3)
     model.eval()
     np.testing.assert_array_equal(model(x), finest)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_loss_is_the_weighted_mean_over_levels(soft):
+    rng = np.random.default_rng(0)
+    levels = tuple(rng.normal(size=(2, n, n // 2, 3)).astype(np.float32) for n in (12, 6, 3))
+    ids = rng.integers(0, 3, (2, 12, 6))
+    labels = np.eye(3, dtype=np.float32)[ids] if soft else ids
+    loss = parse_loss("dice+ace")
+    # The voxel at the centre of a block of 2 is its second, of 4 its third.
+    expected = [
+        loss.parts(y, x)
+        for y, x in zip(levels, (labels, labels[:, 1::2, 1::2], labels[:, 2::4, 2::4]), strict=False)
+    ]
+    for name, value in loss.parts(levels, labels).items():
+        np.testing.assert_allclose(
+            value, sum(w * e[name] for w, e in zip((4 / 7, 2 / 7, 1 / 7), expected, strict=True)), rtol=1e-6
+        )
+
+
+@pytest.mark.parametrize("step", [2, 3, 4, 8])
+def test_labels_of_a_level_are_pytorchs_nearest_exact(step):
+    torch = pytest.importorskip("torch")
+    fine = np.arange(48.0, dtype=np.float32)
+    theirs = torch.nn.functional.interpolate(
+        torch.tensor(fine)[None, None], size=48 // step, mode="nearest-exact"
+    )
+    np.testing.assert_array_equal(nearest(jnp.asarray(fine)[None], (48 // step,))[0], theirs[0, 0])
 
 
 def test_dropout_after_the_first_convolution():

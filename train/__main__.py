@@ -190,13 +190,16 @@ class ImportMonai:
             raise InputError(
                 "Give either --data or --class-names: one of them says what the network tells apart."
             )
-        info = (
-            DataInfo(self.weights.stem, self.class_names, self.num_channels, self.spatial_dims, self.window)
-            if self.class_names
-            else None
+        import_monai(
+            self.weights, self.model, self.data, self.out, self._info() if self.class_names else None
         )
-        import_monai(self.weights, self.model, self.data, self.out, info)
         print(f"\nRun: {self.out}\nNext: python -m train evaluate {self.out}")
+
+    def _info(self) -> DataInfo:
+        if self.data.spacing == "median":
+            raise InputError("Without --data there is no median spacing: give --spacing in millimetres.")
+        sizes = self.class_names, self.num_channels, self.spatial_dims
+        return DataInfo(self.weights.stem, *sizes, self.window, self.data.geometry)
 
 
 @dataclass(frozen=True)
