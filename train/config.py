@@ -243,18 +243,12 @@ class DataInfo:
 
 
 def check_same_data(data: str, found: DataInfo, run: Path, trained: DataInfo) -> None:
-    """Raises `InputError` unless `data` has the channels, classes and intensities that `run` was trained on."""
-    if found != dataclasses.replace(trained, name=found.name):
-        raise InputError(
-            f"{data} has {_in_words(found)}; {run} was trained on {_in_words(trained)}: they must be the same."
-        )
-
-
-def _in_words(info: DataInfo) -> str:
-    return (
-        f"{info.num_channels} channels, the classes {', '.join(info.class_names)}, the "
-        f"window {info.window} and the geometry {info.geometry}"
-    )
+    """Raises `InputError` unless `data` has what the network of `run` was trained on, whatever its name."""
+    for name, before in dataclasses.asdict(dataclasses.replace(trained, name=found.name)).items():
+        if (now := dataclasses.asdict(found)[name]) != before:
+            raise InputError(
+                f"{data} has {name} = {now}, {run} was trained on {before}: they must be the same."
+            )
 
 
 def resolve_patch(patch: Sequence[int], largest_shape: Sequence[int], divisor: int) -> tuple[int, ...]:
