@@ -163,7 +163,7 @@ def test_predictions_are_on_the_files_grid(folder, tmp_path, monkeypatch):
     plain = dataclasses.replace(info, geometry=Geometry())
     labels = {}
     for name, kept in (("fine", info), ("plain", plain)):
-        monkeypatch.setattr("train.predict.load_run", lambda _, kept=kept: (None, kept, Oracle()))
+        monkeypatch.setattr("train.predict.load_run", lambda *_, kept=kept: (None, kept, Oracle()))
         written = predict_folder(tmp_path, folder / "imagesTr", tmp_path / name)
         volume = nib.load(written[0])
         assert volume.shape == SHAPE

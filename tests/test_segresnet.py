@@ -95,8 +95,8 @@ def test_several_logits_only_in_training():
 @pytest.mark.parametrize("soft", [False, True])
 def test_loss_is_the_weighted_mean_over_levels(soft):
     rng = np.random.default_rng(0)
-    levels = tuple(rng.normal(size=(2, n, n // 2, 3)).astype(np.float32) for n in (12, 6, 3))
-    ids = rng.integers(0, 3, (2, 12, 6))
+    levels = tuple(rng.normal(size=(2, *size, 3)).astype(np.float32) for size in ((12, 8), (6, 4), (3, 2)))
+    ids = rng.integers(0, 3, (2, 12, 8))
     labels = np.eye(3, dtype=np.float32)[ids] if soft else ids
     loss = parse_loss("dice+ace")
     # The voxel at the centre of a block of 2 is its second, of 4 its third.

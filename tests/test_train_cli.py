@@ -413,6 +413,33 @@ def test_sigterm_saves_and_resuming_ends_as_if_never_stopped(
         assert logged(whole, name) == logged(stopped, name)
 
 
+def test_sigterm_in_a_comparison_goes_on_with_the_loss_it_was_at(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["compare", *PHANTOM, "--losses", "dice", "ce", "--out", tmp_path / "both"]
+    take = RunLog.pend
+
+    def pend_and_terminate(log: RunLog, row: dict, cases: list[str]) -> None:
+        take(log, row, cases)
+        if row["step"] == 1 and "ce" in row:
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunLog, "pend", pend_and_terminate)
+        assert run(*command) == 143
+    assert not (tmp_path / "both" / "index.html").exists()
+    assert run("status", tmp_path / "both") == 0
+    assert "comparison, stopped; --resume goes on" in capsys.readouterr().out
+    first = (tmp_path / "both" / "dice" / "log.csv").stat().st_mtime_ns
+    assert run(*command, "--resume") == 0
+    assert (tmp_path / "both" / "dice" / "log.csv").stat().st_mtime_ns == first
+    assert run("fit", *PHANTOM, "--loss", "ce", "--out", tmp_path / "alone") == 0
+    for name in ("log.csv", "validation.csv"):
+        assert logged(tmp_path / "both" / "ce", name) == logged(tmp_path / "alone", name)
+    assert "ce" in (tmp_path / "both" / "index.html").read_text()
+
+
 def test_sigterm_during_a_validation_stops_after_the_next_step_with_its_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

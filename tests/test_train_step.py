@@ -83,7 +83,7 @@ def one_step(config: RunConfig, info: DataInfo, option: str, **memory: Any) -> t
     On every mesh the state stays where it is to be, takes the memory of the one before, and needs one program.
     """
     step, state, mesh = start(config, option, info, SGD, **memory)
-    before = jax.device_get(state.params)
+    before = jax.device_get(jax.tree.map(jnp.copy, state.params))  # NumPy would hold on to what is donated
     examples = put_batch(batch(0, PATCH[info.spatial_dims]), mesh)
     after, metrics = step(state, examples)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))

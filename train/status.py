@@ -64,8 +64,7 @@ def _process(folder: Path) -> str:
         return f"running: {process.name}"
     if process.state == "running":
         return f"killed: {process.name} is gone without a word; --resume goes on"
-    hint = "" if process.state == "finished" else "; --resume goes on"
-    return f"{process.state}{hint}"
+    return f"{process.state}; --resume goes on" if process.state == "stopped" else process.state
 
 
 def _best(training: TrainingConfig, kept: list[dict[str, float]]) -> dict[str, float] | None:

@@ -127,7 +127,7 @@ def _make_gradients(graphdef: nnx.GraphDef, config: RunConfig, mesh: Mesh, remat
         keys, images, labels = examples
         images, labels = jax.vmap(augment, in_axes=(0, 0, 0, None))(keys, images, labels, config.augment)
 
-        def scores(weights: Any) -> tuple[Array, Any]:
+        def scores(weights: Any) -> tuple[Any, Any]:
             # Flax lets only variables made under this very trace change, as dropout's counters do: a copy is.
             model = nnx.merge(graphdef, weights, jax.tree.map(lambda leaf: leaf, rest))
             with rematerialised(remat):
@@ -145,7 +145,7 @@ def _make_gradients(graphdef: nnx.GraphDef, config: RunConfig, mesh: Mesh, remat
     return gradients
 
 
-def _make_loss(loss: Loss, mesh: Mesh) -> Callable[[Array, Array, Array], tuple[dict[str, Array], Array]]:
+def _make_loss(loss: Loss, mesh: Mesh) -> Callable[[Any, Array, Array], tuple[dict[str, Array], Any]]:
     """(logits, labels, ace_scale) -> loss with its parts, and its gradient with respect to the logits.
 
     Every part of the loss is a mean over images of what sums over an image's voxels say. So each device
@@ -154,8 +154,8 @@ def _make_loss(loss: Loss, mesh: Mesh) -> Callable[[Array, Array, Array], tuple[
     and scatters into bins need no other's voxels.
     """
 
-    def local(logits: Array, labels: Array, ace_scale: Array) -> tuple[dict[str, Array], Array]:
-        def objective(logits: Array) -> tuple[Array, dict[str, Array]]:
+    def local(logits: Any, labels: Array, ace_scale: Array) -> tuple[dict[str, Array], Any]:
+        def objective(logits: Any) -> tuple[Array, dict[str, Array]]:
             parts = loss.parts(logits, labels, SPACE if mesh.shape[SPACE] > 1 else None)
             return loss.total(parts, ace_scale), parts
 

@@ -107,6 +107,7 @@ def compare_models(
 
     Example:
         >>> from calib_jax import BinStatistics
+        >>> from calib_jax.report import ModelResult
         >>> def result(name, frequency):
         ...     count, cases = np.full((3, 1, 1), 10), ("case 1", "case 2", "case 3")
         ...     stats = BinStatistics(count, 0.9 * count, frequency * count)
