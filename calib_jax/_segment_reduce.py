@@ -6,10 +6,8 @@ stops at 2^24 and a running sum of equal numbers drifts long before that.
 """
 
 import functools
-import itertools
-import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,25 +15,42 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Num
 
-BinIndex = Callable[[Array], Array]
+Edges = Any  # what of `index` differs from image to image: a tree of arrays, batch first, or None
+BinIndex = Callable[[Array, Edges], Array]
 Place = Callable[[Array], tuple[Array, Array]]
-Method = Literal["auto", "segment_sum", "scatter", "flat_scatter", "masked"]
+Method = Literal["auto", "segment_sum", "scatter", "flat_scatter", "masked", "one_hot"]
 Sums = tuple[
     Num[Array, "batch classes bins"], Float[Array, "batch classes bins"], Float[Array, "batch classes bins"]
 ]
-Bins = Int[Array, "batch blocks voxels classes"]
-Columns = tuple[Float[Array, "batch blocks voxels classes"], ...]
-BlockSums = tuple[Num[Array, "batch blocks classes bins"], ...]
-Adder = Callable[[Bins, Columns, int], BlockSums]
-BlockSum = Callable[[Adder, Array, Array, Array | None], BlockSums]
+Bins = Int[Array, "*elements"]
+Columns = tuple[Float[Array, "*elements"], ...]
+BlockSums = tuple[Num[Array, "blocks classes bins"], ...]
+Adder = Callable[[Bins, Columns], BlockSums]
 Pair = tuple[Array, Array]  # a sum as float32, and what did not fit into it
 
 _BLOCK = 1792  # voxels in a block
 _RUN = 56  # numbers that one accumulator of a block takes in turn: equal ones drift by up to 9e-7
 _TALLY = 4096  # above _BLOCK: a voxel counts 1, one of the class 4096 more, so one exact float32 holds both
-_GROUP = 16  # blocks that the loop takes at a time, enough to share among threads ...
-_SCATTERS = 8  # scatters that they are shared out to: one is one thread's work, several go on side by side
-_ACCUMULATORS = 1 << 17  # ... unless so many bins, classes and images leave the cache (1 MiB at 8 bytes each)
+# On CPU, a scatter takes some blocks of an image, of so many probabilities at least if there are as many, and a
+# step so many scatters: one is one thread's work, several go on side by side. It is less where so many bins and
+# classes would leave the cache (1 MiB at 8 bytes each).
+_PIECE = 1 << 14
+_SCATTERS = 8
+_ACCUMULATORS = 1 << 17
+_PRODUCTS = 32  # blocks that a matrix unit takes at a time
+
+
+class Elements(NamedTuple):
+    """Some probabilities of an image, and what goes with them, of shapes that broadcast to theirs."""
+
+    probs: Float[Array, "*elements"]
+    labels: Num[Array, "*elements"]
+    classes: Int[Array, "*elements"] | None
+    """The class that a probability is of, where labels are class ids."""
+    keep: Bool[Array, "*elements"]
+
+
+BlockSum = Callable[[Adder, Elements, Edges], BlockSums]
 
 
 def bin_sums(
@@ -45,6 +60,7 @@ def bin_sums(
     index: BinIndex,
     num_bins: int,
     *,
+    edges: Edges = None,
     method: Method = "auto",
 ) -> Sums:
     """Voxels counted, sum of `probs` and sum of `labels` in every bin of every image and class.
@@ -53,16 +69,19 @@ def bin_sums(
         probs: probabilities; any float type, added up in float32.
         labels: class ids, or an array of the shape of `probs`.
         where: which elements count; None counts all.
-        index: elementwise function from probabilities to bin indices in `[0, num_bins)`. On CPU it is called
-            on a few blocks at a time, so that indices never exist for all voxels at once.
+        index: function from some probabilities of an image, in any shape but voxel by voxel, and the image's
+            `edges`, to bin indices in `[0, num_bins)` of the same shape. On CPU it is called on a few blocks at a
+            time, so that indices never exist for all voxels at once.
         num_bins: number of bins.
+        edges: what of `index` differs from image to image, batch first.
         method: forces one way to compute, for tests; `"auto"` takes the platform's fastest.
 
     Returns:
         `(count int32, prob_sum float32, label_sum float32)`, each `[batch, classes, num_bins]`. Counts are
         exact, sums within 1e-6 relative of float64. A NaN makes `prob_sum` NaN in the bin that it falls in.
     """
-    return _sums(functools.partial(_hard_block_sums, index, num_bins), probs, labels, where, method)
+    block_sum = functools.partial(_hard_block_sums, index)
+    return _sums(block_sum, probs, labels, where, edges, num_bins, method)
 
 
 def soft_bin_sums(
@@ -83,11 +102,14 @@ def soft_bin_sums(
     Returns:
         `(weight, prob_sum, label_sum)`, float32 `[batch, classes, bins]` each.
     """
-    return _sums(functools.partial(_soft_block_sums, place, num_bins), probs, labels, where, method)
+    block_sum = functools.partial(_soft_block_sums, place, num_bins)
+    return _sums(block_sum, probs, labels, where, None, num_bins, method)
 
 
 def table_lookup(
-    table: Float[Array, "batch classes bins"], probs: Float[Array, "batch voxels classes"], index: BinIndex
+    table: Float[Array, "batch classes bins"],
+    probs: Float[Array, "batch voxels classes"],
+    index: Callable[[Array], Array],
 ) -> Float[Array, "batch voxels classes"]:
     """`table[b, c, index(probs[b, v, c])]`: the transpose of the sum over bins.
 
@@ -111,22 +133,35 @@ def table_lookup(
 # How voxels are taken in blocks, and the sums of blocks added up.
 
 
-def _sums(block_sum: BlockSum, probs: Array, labels: Array, where: Array | None, method: Method) -> Sums:
+def _sums(
+    block_sum: BlockSum,
+    probs: Array,
+    labels: Array,
+    where: Array | None,
+    edges: Edges,
+    num_bins: int,
+    method: Method,
+) -> Sums:
     where = where[..., None] if where is not None and where.ndim == 2 else where
 
-    def path(order: Callable[..., Sums], add: Adder) -> Callable[..., Sums]:
-        return functools.partial(order, functools.partial(block_sum, add))
+    def image_by_image(of_image: Callable[..., Sums], add: Callable[..., BlockSums]) -> Callable[..., Sums]:
+        add = functools.partial(add, num_bins=num_bins)
+        return jax.vmap(functools.partial(of_image, functools.partial(block_sum, add)))
 
+    in_pieces = functools.partial(_in_pieces, block_sum, num_bins)
     paths = {
-        "segment_sum": path(_a_few_at_a_time, _by_segment_sum),
-        "scatter": path(_a_few_at_a_time, _by_scatters),
-        "flat_scatter": path(_a_few_at_a_time, functools.partial(_by_scatters, flat=True)),
-        "masked": path(_all_at_once, _by_masked_sum),
+        "segment_sum": image_by_image(_all_at_once, _by_segment_sum),
+        "scatter": jax.vmap(lambda *image: _first(in_pieces(*jax.tree.map(lambda x: x[None], image)))),
+        "flat_scatter": in_pieces,
+        "masked": image_by_image(_all_at_once, _by_masked_sum),
+        "one_hot": image_by_image(_one_after_the_other, _by_product),
     }
+    arguments = probs, labels, where, edges
     if method != "auto":
-        return paths[method](probs, labels, where)
+        return paths[method](*arguments)
+    # GPUs stay on XLA: a Pallas kernel would have to be shown to be faster than the masked sum on one.
     on_cpu = paths["flat_scatter" if _on_one_device() else "scatter"]
-    return lax.platform_dependent(probs, labels, where, cpu=on_cpu, default=paths["masked"])
+    return lax.platform_dependent(*arguments, cpu=on_cpu, tpu=paths["one_hot"], default=paths["masked"])
 
 
 def _on_one_device() -> bool:
@@ -136,56 +171,130 @@ def _on_one_device() -> bool:
     return manual or (jax.default_backend() == "cpu" and jax.device_count() == 1)
 
 
-def _a_few_at_a_time(
-    block_sums: Callable[..., BlockSums], probs: Array, labels: Array, where: Array | None
+def _in_pieces(
+    block_sum: BlockSum,
+    num_bins: int,
+    probs: Float[Array, "batch voxels classes"],
+    labels: Array,
+    where: Array | None,
+    edges: Edges,
 ) -> Sums:
-    """A loop, so that what is made of a few blocks stays in cache. Its last step overlaps the one before."""
-    size = probs.shape[1]
-    block, taken = _step_size(block_sums, probs, labels)
+    """A loop over pieces of images, small enough for what is made of them to stay in cache, several in a step.
 
-    def part(i: int | Array) -> tuple[Any, ...]:
-        start = jnp.minimum(i * taken, size - taken)
-        cut = functools.partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=taken, axis=1)
-        keep = None if where is None else cut(where)
-        if size % taken:
-            fresh = (start + jnp.arange(taken, dtype=jnp.int32) >= i * taken)[None, :, None]
-            keep = fresh if keep is None else fresh & keep
-        return _add_up(block_sums(*(_split(x, block) for x in (cut(probs), cut(labels), keep))))
+    A piece is one long row of probabilities: arithmetic on a row is what XLA turns into vector instructions in
+    front of a scatter. The last piece of an image overlaps the one before.
+    """
+    batch, voxels, classes = probs.shape
+    block, size, together = _piece_size(voxels, classes, num_bins)
+    steps = -(-voxels // (size * together))
+    add = functools.partial(_by_scatter, num_bins=num_bins, classes=classes, block=block)
 
-    total = jax.tree.map(jnp.zeros_like, jax.eval_shape(part, 0))
-    return _rounded(lax.fori_loop(0, -(-size // taken), lambda i, total: _merge(total, part(i)), total))
+    def row(x: Array, image: Array, start: Array) -> Array:
+        cut = lax.dynamic_slice(x, (image, start, 0), (1, size, x.shape[2]))
+        return jnp.broadcast_to(cut, (1, size, classes)).reshape(-1)
+
+    def piece(image: Array, i: Array) -> BlockSums:
+        start = jnp.minimum(i * size, voxels - size)
+        keep = jnp.arange(size * classes, dtype=jnp.int32) >= (i * size - start) * classes
+        keep = keep if where is None else keep & row(where, image, start)
+        ids = labels.ndim == 2
+        elements = Elements(
+            row(probs, image, start),
+            row(labels[..., None] if ids else labels, image, start),
+            jnp.asarray(np.arange(size * classes) % classes, jnp.int32) if ids else None,
+            keep,
+        )
+        return block_sum(add, elements, _of(image, edges))
+
+    def part(image: Array, step: Array) -> tuple[Any, ...]:
+        sums = [piece(image, step * together + k) for k in range(together)]
+        return _add_up(tuple(jnp.concatenate(column) for column in zip(*sums, strict=True)))
+
+    def body(i: Array, total: Any) -> Any:
+        image, step = i // steps, i % steps
+        merged = _merge(_of(image, total), part(image, step))
+        put = functools.partial(lax.dynamic_update_index_in_dim, index=image, axis=0)
+        return jax.tree.map(lambda x, update: put(x, update), total, merged)
+
+    zero = jnp.zeros((), jnp.int32)
+    of_image = jax.eval_shape(part, zero, zero)
+    total = jax.tree.map(lambda x: jnp.zeros_like(x, shape=(batch, *x.shape)), of_image)
+    return _rounded(lax.fori_loop(0, batch * steps, body, total))
 
 
-def _step_size(block_sums: Callable[..., BlockSums], probs: Array, labels: Array) -> tuple[int, int]:
-    """Voxels in a block, and in the blocks that one step of the loop takes."""
-    block = min(probs.shape[1], _BLOCK)
-    one = jax.eval_shape(block_sums, *(_split(x[:, :block], block) for x in (probs, labels)), None)[0]
-    fitting = _ACCUMULATORS // (one.size * _lanes(block))
-    return block, block * max(1, min(_GROUP, fitting, probs.shape[1] // block))
+def _piece_size(voxels: int, classes: int, num_bins: int) -> tuple[int, int, int]:
+    """Voxels in a block and in a piece, and pieces in a step."""
+    block = min(voxels, _BLOCK)
+    fitting = max(1, _ACCUMULATORS // (classes * num_bins * _lanes(block)))
+    blocks = max(1, min(-(-_PIECE // (block * classes)), fitting, voxels // block))
+    size = blocks * block
+    return block, size, max(1, min(_SCATTERS, fitting // blocks, -(-voxels // size)))
+
+
+def _of(image: Array, tree: Any) -> Any:
+    """What belongs to an image."""
+    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, image, 0, keepdims=False), tree)
+
+
+def _first(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x[0], tree)
 
 
 def _all_at_once(
-    block_sums: Callable[..., BlockSums], probs: Array, labels: Array, where: Array | None
+    block_sum: Callable[[Elements, Edges], BlockSums],
+    probs: Float[Array, "voxels classes"],
+    labels: Array,
+    where: Array | None,
+    edges: Edges,
 ) -> Sums:
-    """All blocks side by side, for machines with threads enough. The last is filled up with what is not counted."""
-    size = probs.shape[1]
-    block = min(size, _BLOCK)
-    if missing := -size % block:
-        where = jnp.ones((1, size, 1), bool) if where is None else where
-        probs, labels, where = (
-            jnp.pad(x, [(0, missing if axis == 1 else 0) for axis in range(x.ndim)])
-            for x in (probs, labels, where)
-        )
-    return _rounded(_add_up(block_sums(*(_split(x, block) for x in (probs, labels, where)))))
+    """All blocks of an image side by side, for machines with threads enough."""
+    return _rounded(_add_up(block_sum(_blocks(probs, labels, where), edges)))
 
 
-def _split(x: Array | None, block: int) -> Array | None:
-    return None if x is None else x.reshape(x.shape[0], -1, block, *x.shape[2:])
+def _one_after_the_other(
+    block_sum: Callable[[Elements, Edges], BlockSums],
+    probs: Float[Array, "voxels classes"],
+    labels: Array,
+    where: Array | None,
+    edges: Edges,
+) -> Sums:
+    """A loop over some blocks of an image, for what takes memory of their size times the bins."""
+    count = -(-probs.shape[0] // _BLOCK)
+    steps = -(-count // _PRODUCTS)
+    together = -(-count // steps)
+    blocks = _blocks(probs, labels, where, multiple=together)
+
+    def part(i: Array) -> tuple[Any, ...]:
+        cut = functools.partial(lax.dynamic_slice_in_dim, start_index=i * together, slice_size=together)
+        some = jax.tree.map(cut, blocks._replace(classes=None))
+        return _add_up(block_sum(some._replace(classes=blocks.classes), edges))
+
+    total = jax.tree.map(jnp.zeros_like, jax.eval_shape(part, jnp.zeros((), jnp.int32)))
+    return _rounded(lax.fori_loop(0, steps, lambda i, total: _merge(total, part(i)), total))
+
+
+def _blocks(
+    probs: Float[Array, "voxels classes"], labels: Array, where: Array | None, multiple: int = 1
+) -> Elements:
+    """An image as `[blocks, voxels, classes]`, a `multiple` of blocks, filled up with what is not counted."""
+    voxels, classes = probs.shape
+    block = min(voxels, _BLOCK)
+    where = jnp.ones((voxels, 1), bool) if where is None else where
+    ids = labels.ndim == 1
+
+    def split(x: Array) -> Array:
+        filled = jnp.pad(x, ((0, -voxels % (block * multiple)), (0, 0)))
+        return filled.reshape(-1, block, x.shape[1])
+
+    probs, labels, where = (split(x) for x in (probs, labels[:, None] if ids else labels, where))
+    return Elements(
+        probs, labels, lax.broadcasted_iota(jnp.int32, (1, 1, classes), 2) if ids else None, where
+    )
 
 
 def _add_up(sums: BlockSums) -> tuple[Any, ...]:
     """Sums over all blocks: of counts as integers, of anything else as pairs."""
-    return tuple(x.sum(1) if jnp.issubdtype(x.dtype, jnp.integer) else _exact_sum(x, 1) for x in sums)
+    return tuple(x.sum(0) if jnp.issubdtype(x.dtype, jnp.integer) else _exact_sum(x, 0) for x in sums)
 
 
 def _merge(a: tuple[Any, ...], b: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -213,35 +322,32 @@ def _two_sum(a: Pair, b: Pair) -> Pair:
 # Sums within blocks.
 
 
-def _hard_block_sums(
-    index: BinIndex, num_bins: int, add: Adder, probs: Array, labels: Array, where: Array | None
-) -> BlockSums:
+def _hard_block_sums(index: BinIndex, add: Adder, elements: Elements, edges: Edges) -> BlockSums:
     """Count, probability sum and label sum of every block; float32 is exact for counts up to _BLOCK."""
-    keep, probs = _kept(probs, where)
-    bins = index(probs)
-    if labels.ndim == probs.ndim:
-        labels = jnp.where(keep, labels.astype(jnp.float32), 0)
-        prob_sum, label_sum, count = add(bins, (probs, labels, keep.astype(jnp.float32)), num_bins)
+    keep, probs = _kept(elements)
+    bins = index(probs, edges)
+    if elements.classes is None:
+        labels = jnp.where(keep, elements.labels.astype(jnp.float32), 0)
+        prob_sum, label_sum, count = add(bins, (probs, labels, keep.astype(jnp.float32)))
         return count.astype(jnp.int32), prob_sum, label_sum
-    hit = _one_hot(labels.astype(jnp.int32), probs.shape[-1])
+    hit = _is_of_class(elements)
     tally = jnp.where(keep, jnp.where(hit, jnp.float32(1 + _TALLY), 1), 0)
-    prob_sum, tally = add(bins, (probs, tally), num_bins)
+    prob_sum, tally = add(bins, (probs, tally))
     label_sum = jnp.floor(tally / _TALLY)
     return (tally - label_sum * _TALLY).astype(jnp.int32), prob_sum, label_sum
 
 
-def _soft_block_sums(
-    place: Place, num_bins: int, add: Adder, probs: Array, labels: Array, where: Array | None
-) -> BlockSums:
+def _soft_block_sums(place: Place, num_bins: int, add: Adder, elements: Elements, edges: Edges) -> BlockSums:
     """Weight, weighted probability and weighted label sums of every block, for either neighbour of a voxel."""
-    keep, probs = _kept(probs, where)
-    dense = labels if labels.ndim == probs.ndim else _one_hot(labels.astype(jnp.int32), probs.shape[-1])
-    labels = jnp.where(keep, dense.astype(jnp.float32), 0)
+    del edges  # centres are the same everywhere
+    keep, probs = _kept(elements)
+    labels = elements.labels if elements.classes is None else _is_of_class(elements)
+    labels = jnp.where(keep, labels.astype(jnp.float32), 0)
     lower, share = place(probs)
 
     def neighbour(bins: Array, weight: Array) -> BlockSums:
         weight = jnp.where(keep, weight, 0)
-        return add(bins, (weight * probs, weight * labels, weight), num_bins)
+        return add(bins, (weight * probs, weight * labels, weight))
 
     upper = jnp.minimum(lower + 1, num_bins - 1)
     both = zip(neighbour(lower, 1 - share), neighbour(upper, share), strict=True)
@@ -249,56 +355,42 @@ def _soft_block_sums(
     return weight, prob_sum, label_sum
 
 
-def _kept(probs: Array, where: Array | None) -> tuple[Array, Array]:
+def _is_of_class(elements: Elements) -> Array:
+    return elements.labels.astype(jnp.int32) == elements.classes
+
+
+def _kept(elements: Elements) -> tuple[Array, Array]:
     """Which elements count, and their float32 probabilities, zero elsewhere."""
-    keep = jnp.ones(probs.shape, bool) if where is None else jnp.broadcast_to(where, probs.shape)
-    return keep, jnp.where(keep, probs.astype(jnp.float32), 0)
+    keep = jnp.broadcast_to(elements.keep, elements.probs.shape)
+    return keep, jnp.where(keep, elements.probs.astype(jnp.float32), 0)
 
 
-def _by_segment_sum(bins: Bins, columns: Columns, num_bins: int) -> BlockSums:
+def _by_segment_sum(bins: Int[Array, "blocks voxels classes"], columns: Columns, num_bins: int) -> BlockSums:
     """The definition."""
     add = functools.partial(jax.ops.segment_sum, num_segments=num_bins)
-    for axis in (-1, 0, 0):
+    for axis in (-1, 0):
         add = jax.vmap(add, axis)
     return tuple(add(column, bins) for column in columns)
 
 
-def _by_scatters(bins: Bins, columns: Columns, num_bins: int, *, flat: bool = False) -> BlockSums:
-    """Several scatters over a few blocks each."""
-    blocks = bins.shape[1]
-    parts = min(blocks, _SCATTERS)
-    ends = [blocks * i // parts for i in range(parts + 1)]
-    sums = [
-        _by_scatter(bins[:, a:b], tuple(column[:, a:b] for column in columns), num_bins, flat=flat)
-        for a, b in itertools.pairwise(ends)
-    ]
-    return tuple(jnp.concatenate(part, axis=1) for part in zip(*sums, strict=True))
-
-
-def _by_scatter(bins: Bins, columns: Columns, num_bins: int, *, flat: bool) -> BlockSums:
+def _by_scatter(
+    bins: Int[Array, "elements"], columns: Columns, num_bins: int, classes: int, block: int
+) -> BlockSums:
     """Two columns as one complex number, because a scatter-add on CPU is a loop over updates.
 
-    Neighbours go to different accumulators ("lanes"), so that no addition waits for the one before. A batch axis
-    in the scatter keeps a batch that is split over devices where it is, at the price of wider indices; `flat`
-    makes one long row of all images, for when they are on one device anyway.
+    Neighbouring voxels go to different accumulators ("lanes"), so that no addition waits for the one before.
     """
-    batch, blocks, size, classes = bins.shape
-    shape = (batch, blocks, _lanes(size), classes, num_bins)
-    flat = flat and math.prod(shape) < 2**31
-    image, block, voxel, label = np.ogrid[: batch if flat else 1, :blocks, :size, :classes]
+    blocks, lanes = bins.size // (block * classes), _lanes(block)
+    voxel, label = np.divmod(np.arange(bins.size), classes)
     # Whose accumulators begin at `first`.
-    first = (((image * blocks + block) * shape[2] + voxel % shape[2]) * classes + label) * num_bins
-    rows = 1 if flat else batch
-    place = (bins + jnp.asarray(first, jnp.int32)).reshape(rows, -1)
-
-    def one_row(i: Array, x: Array) -> Array:
-        zeros = jnp.zeros(math.prod(shape) // rows, x.dtype)
-        return zeros.at[i].add(x, mode="promise_in_bounds", wrap_negative_indices=False)
+    first = (voxel // block * lanes + voxel % lanes) * num_bins * classes + label
+    place = bins * classes + jnp.asarray(first, jnp.int32)
 
     def add(column: Array) -> Array:
-        values = column.reshape(rows, -1)
-        sums = one_row(place[0], values[0]) if rows == 1 else jax.vmap(one_row)(place, values)
-        return _sum_pairwise(sums.reshape(shape))
+        zeros = jnp.zeros(blocks * lanes * num_bins * classes, column.dtype)
+        sums = zeros.at[place].add(column, mode="promise_in_bounds", wrap_negative_indices=False)
+        sums = _sum_pairwise(sums.reshape(blocks, lanes, num_bins * classes))
+        return jnp.swapaxes(sums.reshape(blocks, num_bins, classes), 1, 2)
 
     both = add(lax.complex(columns[0], columns[1]))
     return (both.real, both.imag, *(add(column) for column in columns[2:]))
@@ -310,21 +402,50 @@ def _lanes(size: int) -> int:
 
 
 def _sum_pairwise(x: Array) -> Array:
-    """Sum over axis 2, a power of two long, by halves."""
-    while x.shape[2] > 1:
-        half = x.shape[2] // 2
-        x = x[:, :, :half] + x[:, :, half:]
-    return x[:, :, 0]
+    """Sum over axis 1, a power of two long, by halves."""
+    while x.shape[1] > 1:
+        half = x.shape[1] // 2
+        x = x[:, :half] + x[:, half:]
+    return x[:, 0]
 
 
-def _by_masked_sum(bins: Bins, columns: Columns, num_bins: int) -> BlockSums:
+def _by_masked_sum(bins: Int[Array, "blocks voxels classes"], columns: Columns, num_bins: int) -> BlockSums:
     """A comparison per element and bin, fused into the sum: no memory, and no two threads at one address.
 
     Thread and vector units may add in any order, so that each addition keeps its own rounding error.
     """
     chosen = _one_hot(bins, num_bins)
-    pairs = (_exact_sum(jnp.where(chosen, column[..., None], 0), 2) for column in columns)
+    pairs = (_exact_sum(jnp.where(chosen, column[..., None], 0), 1) for column in columns)
     return tuple(high + low for high, low in pairs)
+
+
+def _by_product(bins: Int[Array, "blocks voxels classes"], columns: Columns, num_bins: int) -> BlockSums:
+    """A product of one-hot bins with the columns, for a matrix unit.
+
+    It multiplies bfloat16 and adds up in float32. Cut into three numbers of 8 bits each, a float32 loses nothing
+    to the one, nor, in a sum as short as a block, to the other.
+    """
+    parts = jnp.stack([part for column in columns for part in _cut_in_three(column)], axis=-1)
+    sums = jnp.einsum(
+        "bvcm,bvck->bckm",
+        _one_hot(bins, num_bins).astype(jnp.bfloat16),
+        parts,
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+    high, middle, low = (sums[:, :, i::3] for i in range(3))
+    total = high + (middle + low)
+    return tuple(total[:, :, k] for k in range(len(columns)))
+
+
+def _cut_in_three(x: Array) -> list[Array]:
+    """Three bfloat16 numbers that add up to a float32, rounded so that no compiler takes the rounding back."""
+    parts = []
+    for _ in range(3):
+        part = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+        parts.append(part.astype(jnp.bfloat16))
+        x = x - part
+    return parts
 
 
 def _one_hot(ids: Int[Array, "*shape"], size: int) -> Bool[Array, "*shape size"]:

@@ -259,17 +259,13 @@ def adaptive_edges(
     return jnp.take_along_axis(ordered, jnp.maximum(rank, 0), axis=-1)
 
 
-def _index(edges: Array | None, num_bins: int, closed: Closed) -> _segment_reduce.BinIndex:
-    """The function from probabilities `[batch, ..., classes]` to their bins."""
+def _index(probs: Array, edges: Array | None, *, num_bins: int, closed: Closed) -> Array:
+    """Bins of some probabilities of an image, in any shape but voxel by voxel: equal ones, or between its edges."""
     if edges is None:
-        return functools.partial(bin_index, num_bins=num_bins, closed=closed)
-
-    def index(probs: Array) -> Array:
-        values = probs.astype(jnp.float32)[..., None]
-        aligned = edges.reshape(edges.shape[0], *[1] * (probs.ndim - 2), *edges.shape[1:])
-        return jnp.where(jnp.isnan(values), True, values > aligned).sum(-1, dtype=jnp.int32)
-
-    return index
+        return bin_index(probs, num_bins=num_bins, closed=closed)
+    values = probs.astype(jnp.float32).reshape(-1, edges.shape[0], 1)
+    bins = jnp.where(jnp.isnan(values), True, values > edges[None]).sum(-1, dtype=jnp.int32)
+    return bins.reshape(probs.shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -281,7 +277,8 @@ def _hard_sums(
     num_bins: int,
     closed: Closed,
 ) -> Any:
-    return _segment_reduce.bin_sums(probs, labels, where, _index(edges, num_bins, closed), num_bins)
+    index = functools.partial(_index, num_bins=num_bins, closed=closed)
+    return _segment_reduce.bin_sums(probs, labels, where, index, num_bins, edges=edges)
 
 
 def _hard_sums_forward(
@@ -295,10 +292,10 @@ def _hard_sums_backward(num_bins: int, closed: Closed, residuals: Any, cotangent
     # index is computed again: it costs less than keeping it.
     probs, labels, where, edges = residuals
     _, d_prob_sum, d_label_sum = cotangents
-    index = _index(edges, num_bins, closed)
+    index = functools.partial(_index, num_bins=num_bins, closed=closed)
 
     def look_up(table: Array) -> Array:
-        return _segment_reduce.table_lookup(table, probs, index)
+        return _segment_reduce.table_lookup(table, probs, lambda probs: jax.vmap(index)(probs, edges))
 
     d_probs = _counted(look_up(d_prob_sum), where, probs.dtype)
     d_labels = _counted(look_up(d_label_sum), where, labels.dtype) if _is_float(labels) else None

@@ -1,6 +1,7 @@
 """Every way to compute sums per bin against NumPy in float64."""
 
 import functools
+import math
 import os
 import re
 import subprocess
@@ -16,12 +17,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from calib_jax import _segment_reduce as segment_reduce
 from calib_jax.binning import bin_index
 
-METHODS = ["segment_sum", "scatter", "flat_scatter", "masked"]
-EXACT = ["auto", "scatter", "flat_scatter", "masked"]  # the definition adds in order and drifts
+METHODS = ["segment_sum", "scatter", "flat_scatter", "masked", "one_hot"]
+EXACT = ["auto", "scatter", "flat_scatter", "masked", "one_hot"]  # the definition adds in order and drifts
 
 
 def _index(num_bins):
-    return functools.partial(bin_index, num_bins=num_bins)
+    return lambda probs, edges=None: bin_index(probs, num_bins=num_bins)
 
 
 def _sums(probs, labels, where=None, *, num_bins=20, method="auto"):
@@ -170,13 +171,35 @@ def test_shard_map_and_sharded_jit_equal_one_device():
         _assert_equal(got, _expected(probs, labels, None, 20))
 
 
-@pytest.mark.parametrize("platform", ["cpu", "cuda", "rocm", "tpu"])
-def test_lowers_for_every_platform_and_scatters_on_cpu_only(platform):
-    probs = jax.ShapeDtypeStruct((2, 5_000, 3), jnp.float32)
-    labels = jax.ShapeDtypeStruct((2, 5_000), jnp.int32)
+def _program(platform, voxels=5_000):
+    probs = jax.ShapeDtypeStruct((2, voxels, 3), jnp.float32)
+    labels = jax.ShapeDtypeStruct((2, voxels), jnp.int32)
     run = jax.jit(functools.partial(segment_reduce.bin_sums, index=_index(20), num_bins=20))
-    program = export.export(run, platforms=[platform])(probs, labels, None).mlir_module()
+    return export.export(run, platforms=[platform])(probs, labels, None).mlir_module()
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "rocm", "tpu"])
+def test_lowers_for_every_platform_scatters_on_cpu_only_and_multiplies_on_tpu_only(platform):
+    program = _program(platform)
     assert ("stablehlo.scatter" in program) == (platform == "cpu")
+    assert ("stablehlo.dot_general" in program) == (platform == "tpu")
+
+
+def test_on_tpu_no_one_hot_of_everything_is_made():
+    program = _program("tpu", voxels=3_000_000)
+    shapes = re.findall(r"tensor<((?:\d+x)+)(?:f32|bf16|i32|i1)>", program)
+    sizes = [math.prod(int(n) for n in shape.split("x") if n) for shape in shapes]
+    assert any("20x" in shape for shape in shapes)  # the search sees one-hots
+    assert max(sizes) < 2 * 3 * 3_000_000 * 1.05
+
+
+def test_the_masked_sum_takes_no_memory_for_its_comparisons():
+    """XLA fuses them, on CPU as on GPU: 20 bins in place, beside at most a padded copy of the inputs."""
+    probs = jax.ShapeDtypeStruct((1, 50_000, 3), jnp.float32)
+    labels = jax.ShapeDtypeStruct((1, 50_000), jnp.int32)
+    run = functools.partial(segment_reduce.bin_sums, index=_index(20), num_bins=20, method="masked")
+    planned = jax.jit(run).lower(probs, labels, None).compile().memory_analysis()
+    assert planned.temp_size_in_bytes < 3 * 50_000 * 3 * 4
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
