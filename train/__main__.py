@@ -339,15 +339,16 @@ def _defaults(arguments: Sequence[str]) -> dict[str, _Options]:
 def _command_line(arguments: Sequence[str]) -> Any:
     """All commands as one type for tyro, with the defaults that these arguments ask for."""
     defaults = _defaults(arguments)
-    return Union[  # noqa: UP007, of types that are only known now
-        tuple(
-            Annotated[
-                kind,
-                tyro.conf.subcommand(name, **({"default": defaults[name]} if name in defaults else {})),
-            ]
-            for name, kind in COMMANDS.items()
-        )
+    named = [
+        Annotated[
+            kind,
+            tyro.conf.subcommand(name, default=defaults[name])
+            if name in defaults
+            else tyro.conf.subcommand(name),
+        ]
+        for name, kind in COMMANDS.items()
     ]
+    return Union[tuple(named)]  # noqa: UP007, of types that are only known now
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -109,13 +109,14 @@ _FOLLOWUP_FIGURES = {
 # One patch of each device at a time: the step of the whole batch fits into 20 GiB, with the same numbers.
 _DEVICES = DeviceConfig(accumulate=0)
 # Where a folder lacks the published test cases, as one of a few cases of one's own.
-_SHARES = {"num_test": 0.2, "num_val": 0.1}
+_NUM_TEST, _NUM_VAL = 0.2, 0.1
 _BRATS_DATA = DataConfig(
     data="brats:PATH",
     patch=(224, 224, 144),
     eval_patch=(240, 240, 160),
     channel_order=(1, 2, 3, 0),  # t1, t1ce, t2, flair
-    **_SHARES,
+    num_test=_NUM_TEST,
+    num_val=_NUM_VAL,
 )
 _BRATS_AUGMENT = AugmentConfig(
     zoom_prob=0.3,
@@ -212,7 +213,8 @@ _DATA_SETS = {
             spacing=(1.0, 1.0, 5.0),
             crop_margin=0,
             foreground_crops=0.5,
-            **_SHARES,
+            num_test=_NUM_TEST,
+            num_val=_NUM_VAL,
         ),
         _AFFINE,
         batch_size=2,
@@ -231,7 +233,8 @@ _DATA_SETS = {
             crop_margin=0,
             foreground_crops=0.5,
             intensities=(-100.0, 200.0),
-            **_SHARES,
+            num_test=_NUM_TEST,
+            num_val=_NUM_VAL,
         ),
         _AFFINE,
         batch_size=8,
@@ -250,7 +253,8 @@ _DATA_SETS = {
             crop_margin=0,
             foreground_crops=0.5,
             intensities=(-54.0, 242.0),
-            **_SHARES,
+            num_test=_NUM_TEST,
+            num_val=_NUM_VAL,
         ),
         _AFFINE,
         batch_size=8,
