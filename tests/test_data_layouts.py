@@ -166,7 +166,9 @@ def test_whatever_is_missing_is_told(tmp_path):
         (tmp_path / layout).mkdir()
         with pytest.raises(InputError, match="holds no"):
             open_dataset(f"{layout}:{tmp_path / layout}")
-    with pytest.raises(InputError, match="LAYOUT:PATH with one of msd, nnunet, brats, acdc, amos, kits"):
+    with pytest.raises(
+        InputError, match="LAYOUT:PATH with one of msd, nnunet, brats, acdc, amos, amos-ct, kits"
+    ):
         open_dataset(f"bids:{tmp_path}")
 
 

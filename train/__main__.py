@@ -4,17 +4,22 @@ Without a command: `compare`, Dice against Dice + mL1-ACE on an embedded phantom
 explains the options of a command.
 """
 
+import argparse
+import dataclasses
 import logging
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Union
 
 import tyro
 
 from train.config import DataConfig, DataInfo, DeviceConfig, ModelConfig, RunConfig, TrainingConfig
 from train.data import AugmentConfig
 from train.errors import InputError, Stopped
+from train.published import Row
+from train.recipes import RECIPES, describe, find_recipe
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,9 @@ class Compare(_Options):
     """Show each network with temperature scaling as well, fitted on its validation cases, in a row `LOSS+T`."""
     checkpoint: Literal["last", "best"] = "last"
     """Evaluate each network's newest weights, or the best ones by --keep-best on the validation cases."""
+    recipe: tuple[str, ...] = ()
+    """Published experiments that differ in their losses only, see `recipes`: their losses and settings become the
+    defaults, and their figures stand beside these."""
 
     def run(self) -> None:
         from train.compare import compare
@@ -80,6 +88,7 @@ class Compare(_Options):
             which=self.checkpoint,
             devices=self.devices,
             resume=self.resume,
+            published=published(self.recipe),
         )
         if is_first():
             print(f"\nPage with figures: {page}")
@@ -90,21 +99,55 @@ class Fit(_Options):
     """Train one network with one loss.
 
     python -m train fit --loss 'dice+2*ace' --data msd:Task04_Hippocampus --steps 2000 --out runs/ace
+
+    With --recipe NAME a published experiment, see `python -m train recipes`: its settings become the defaults, and
+    the test cases are evaluated in the end, beside the figures that were published.
+
+        python -m train fit --recipe paper_brats_dice_ace --data brats:PATH
     """
 
     loss: str = "dice+2*ace"
     """Terms joined by + and weighted as in dice+0.5*ace. Terms: dice, ce (cross-entropy), ace (mL1-ACE), focal, ls
     (label smoothing), svls (spatially varying), mbls (margin-based), nacl (neighbour-aware), dscpp (DSC++)."""
+    recipe: str = ""
+    """Published experiment to follow."""
+    temperature: bool = False
+    """With --recipe: evaluate with temperature scaling as well, fitted on the validation cases."""
 
     def run(self) -> None:
+        from train.compare import evaluate_run
         from train.fit import fit, open_task
         from train.processes import is_first, join_processes
 
+        if self.temperature and not self.recipe:
+            raise InputError(
+                "--temperature is for --recipe; without one, evaluate the run with --temperature."
+            )
         folder = self.folder("fit")
         join_processes(self.devices)
-        fit(open_task(self.config(self.loss), self.devices), folder, resume=self.resume)
+        task = open_task(self.config(self.loss), self.devices)
+        if self.temperature and not task.splits.val:
+            raise InputError("--temperature is fitted on validation cases, and num_val is 0: hold some back.")
+        fit(task, folder, resume=self.resume)
         if is_first():
-            print(f"\nRun: {folder}\nNext: python -m train evaluate {folder}")
+            print(f"\nRun: {folder}")
+        if not self.recipe:
+            if is_first():
+                print(f"Next: python -m train evaluate {folder}")
+            return
+        best = task.config.training.keep_best != "none" and task.splits.val
+        page = evaluate_run(
+            folder,
+            None,
+            "test",
+            None,
+            "best" if best else "last",
+            temperature=self.temperature,
+            published=published((self.recipe,)),
+            resume=self.resume,
+        )
+        if is_first():
+            print(f"\nPage with figures: {page}")
 
 
 @dataclass(frozen=True)
@@ -124,11 +167,20 @@ class Evaluate:
     """Output folder, new or empty. Default: evaluate-SPLIT in the run's folder."""
     checkpoint: Literal["last", "best"] = "last"
     """Weights of the newest checkpoint, or the best one's of a run with --keep-best."""
+    temperature: bool = False
+    """Show it with temperature scaling as well, fitted on its run's validation cases."""
 
     def run(self) -> None:
         from train.compare import evaluate_run
 
-        page = evaluate_run(self.run_folder, self.data, self.split, self.out, self.checkpoint)
+        page = evaluate_run(
+            self.run_folder,
+            self.data,
+            self.split,
+            self.out,
+            self.checkpoint,
+            temperature=self.temperature,
+        )
         print(f"\nPage with figures: {page}")
 
 
@@ -219,14 +271,84 @@ class Status:
         print(status(self.run_folder))
 
 
+@dataclass(frozen=True)
+class Recipes:
+    """List the published experiments that `fit --recipe` and `compare --recipe` follow: source, command, settings,
+    published figures, and what is done otherwise here.
+
+    python -m train recipes paper_brats_dice_ace
+    """
+
+    names: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="NAME")] = ()
+    """Those to list; all by default."""
+
+    def run(self) -> None:
+        print(describe([find_recipe(name) for name in self.names or RECIPES]))
+
+
+def published(recipes: Sequence[str]) -> list[Row]:
+    """What was published of these experiments."""
+    return [row for name in recipes for row in find_recipe(name).published]
+
+
 COMMANDS = {
     "compare": Compare,
     "fit": Fit,
+    "recipes": Recipes,
     "import-monai": ImportMonai,
     "evaluate": Evaluate,
     "predict": Predict,
     "status": Status,
 }
+
+
+def _defaults(arguments: Sequence[str]) -> dict[str, _Options]:
+    """The commands that get other defaults by a `--recipe` among the arguments.
+
+    Raises:
+        InputError: if there is no such recipe, or several differ in more than their losses.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--recipe", nargs="*", default=[])
+    recipes = [find_recipe(name) for name in parser.parse_known_args(arguments)[0].recipe]
+    if not recipes:
+        return {}
+    names, configs = [recipe.name for recipe in recipes], [recipe.config for recipe in recipes]
+    first = configs[0]
+    for name, config in zip(names, configs, strict=True):
+        if dataclasses.replace(config, loss=first.loss) != first:
+            raise InputError(f"{name} and {names[0]} differ in more than their losses: compare them apart.")
+    settings: dict[str, Any] = {
+        "data": first.data,
+        "training": first.training,
+        "model": first.model,
+        "augment": first.augment,
+        "devices": recipes[0].devices,
+    }
+    return {
+        "fit": Fit(loss=first.loss, recipe=names[0], **settings),
+        "compare": Compare(
+            losses=tuple(config.loss for config in configs),
+            recipe=tuple(names),
+            checkpoint="best",
+            **settings,
+        ),
+    }
+
+
+def _command_line(arguments: Sequence[str]) -> Any:
+    """All commands as one type for tyro, with the defaults that these arguments ask for."""
+    defaults = _defaults(arguments)
+    named = [
+        Annotated[
+            kind,
+            tyro.conf.subcommand(name, default=defaults[name])
+            if name in defaults
+            else tyro.conf.subcommand(name),
+        ]
+        for name, kind in COMMANDS.items()
+    ]
+    return Union[tuple(named)]  # noqa: UP007, of types that are only known now
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -239,8 +361,8 @@ def main(arguments: list[str] | None = None) -> int:
     if not first or (first.startswith("-") and first not in ("-h", "--help")):
         arguments = ["compare", *arguments]
     try:
-        command = tyro.extras.subcommand_cli_from_dict(
-            COMMANDS,
+        command: Any = tyro.cli(
+            _command_line(arguments),
             args=arguments,
             prog="python -m train",
             description=__doc__,

@@ -18,17 +18,19 @@ from calib_jax.report import (
 )
 from train.checkpoint import Which
 from train.config import DataInfo, DeviceConfig, RunConfig, check_same_data, to_json
-from train.data import Dataset, open_dataset, read_splits, write_splits
+from train.data import Dataset, read_splits, write_splits
 from train.errors import InputError
 from train.evaluate import evaluate, evaluate_posterior
-from train.fit import Task, fit, load_run, open_task
+from train.fit import Task, fit, load_run, open_cases, open_task
 from train.inference import VolumePredictor
 from train.logs import read_log
 from train.losses import check_splittable, parse_loss
 from train.processes import is_first, on_first
+from train.published import HEADER, Row, rows_of, to_markdown, write_table
 from train.runs import claimed, command, open_run, versions, write_json, writing, written_whole
 from train.temperature import fit_temperature, temper
 
+_TEMPERATURE = "temperatures (+T), fitted on validation cases"
 TEMPERED = "+T"  # ends the name of a network whose logits are over its temperature
 
 
@@ -42,6 +44,7 @@ def compare(
     which: Which = "last",
     devices: DeviceConfig = DeviceConfig(),  # noqa: B008, it is frozen
     resume: bool = False,
+    published: Sequence[Row] = (),
 ) -> Path:
     """Trains one network per loss and seed, evaluates all on the test cases, writes tables, figures and a page.
 
@@ -58,6 +61,7 @@ def compare(
         which: of each network's weights to evaluate, the last or the best by `keep_best`.
         devices: what the networks are trained on.
         resume: go on with what is in `folder`.
+        published: figures to show beside those of the networks.
 
     Returns:
         The page.
@@ -88,7 +92,7 @@ def compare(
                 results.append(_one_row(name + ending, dict(zip(runs, repeats, strict=True))))
             histories[name] = _mean_history([_history(run.folder, task) for run in runs.values()])
         more = {**_weights(which, config), **_temperatures(folder)}
-        return _report(task.dataset, task.splits.test, folder, results, histories, more)
+        return _report(task.dataset, task.splits.test, folder, results, histories, more, published)
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,17 @@ class PlannedRun:
         return f"{self.config.loss}{ending}{self.suffix}"
 
 
-def evaluate_run(run: Path, data: str | None, split: str, out: Path | None, which: Which = "last") -> Path:
+def evaluate_run(
+    run: Path,
+    data: str | None,
+    split: str,
+    out: Path | None,
+    which: Which = "last",
+    *,
+    temperature: bool = False,
+    published: Sequence[Row] = (),
+    resume: bool = False,
+) -> Path:
     """Evaluates a trained run and writes its table, figures and page into `out`.
 
     Args:
@@ -138,29 +152,38 @@ def evaluate_run(run: Path, data: str | None, split: str, out: Path | None, whic
         split: `train`, `val` or `test`, of the run's own data set.
         out: a new folder; None for `evaluate-<split>` in the run's.
         which: of its weights, the last or the best.
+        temperature: show it with its logits over a temperature as well, fitted on the run's validation cases.
+        published: figures to show beside its own.
+        resume: write again what is in the folder.
 
     Raises:
         InputError: if the run, the data set, the split or the folder do not fit.
     """
     config, info, predict = load_run(run, which)
-    dataset = open_dataset(
-        data or config.data.data,
-        geometry=info.geometry,
-        all_annotators=config.data.annotators != "first",
-        cache_dir=config.data.cache_dir,
+    dataset = open_cases(
+        dataclasses.replace(config.data, data=data or config.data.data, spacing=info.geometry.spacing)
     )
     found = DataInfo.of(dataset)
     check_same_data(data or config.data.data, found, run, info)
     if split not in ("train", "val", "test"):
         raise InputError(f"split is {split!r}: give train, val or test.")
     own = data in (None, config.data.data)
-    cases = getattr(read_splits(run / "splits.json"), split) if own else dataset.case_names
+    if temperature and not own:
+        raise InputError("--temperature is fitted on the run's own validation cases: leave out --data.")
+    splits = read_splits(run / "splits.json") if own else None
+    cases = getattr(splits, split) if splits else dataset.case_names
     if not cases:
         raise InputError(f"The {split} split of {run} holds no case: choose another --split.")
     folder = out or run / f"evaluate-{split if own else found.name}{'' if which == 'last' else f'-{which}'}"
-    open_run(folder, config, resume=False, data=to_json(found))
-    result = evaluate(config.loss, predict, dataset, cases)
-    return _report(dataset, cases, folder, [result], {}, _weights(which, config))
+    if temperature and splits and not splits.val:
+        raise InputError(f"{run} has no validation cases to fit a temperature on: leave out --temperature.")
+    open_run(folder, config, resume=resume, data=to_json(found))
+    results, more = [evaluate(config.loss, predict, dataset, cases)], _weights(which, config)
+    if temperature and splits:
+        value = fit_temperature(predict, dataset, splits.val)
+        more[_TEMPERATURE] = f"{float(value):.3f}"
+        results.append(evaluate(config.loss + TEMPERED, temper(predict, value), dataset, cases))
+    return _report(dataset, cases, folder, results, {}, more, published)
 
 
 def slug(loss: str) -> str:
@@ -218,13 +241,20 @@ def _report(
     results: Sequence[Result],
     histories: Mapping[str, Mapping[str, Sequence[float]]],
     provenance: Mapping[str, str],
+    published: Sequence[Row] = (),
 ) -> Path:
     """Prints the table and writes it with the figures and the page: a full disk does not lose what was measured."""
     reference = evaluate_posterior(dataset, cases)
     if not is_first():
         return folder / "index.html"
     print(format_table(compare_models(results, reference=reference), per_class=True))
+    rows = [row for result in results for row in rows_of(result)] + list(published)
+    tables = {"Beside the published figures": [HEADER, *(row.cells() for row in rows)]} if published else {}
+    if published:
+        print(f"\nMean ± standard deviation over cases, beside what was published:\n\n{to_markdown(rows)}")
     with writing(folder):
+        if published:
+            write_table(folder, rows)
         return write_report(
             folder,
             results,
@@ -237,6 +267,7 @@ def _report(
                 **versions(),
             },
             reference=reference,
+            tables=tables,
         )
 
 
@@ -277,7 +308,7 @@ def _temperatures(folder: Path) -> dict[str, str]:
     """The temperatures of a comparison's networks in a line for the page, if there are any."""
     files = sorted(folder.glob("*/temperature.json"))
     found = [f"{file.parent.name} {json.loads(file.read_text())['temperature']:.3f}" for file in files]
-    return {"temperatures (+T), fitted on validation cases": ", ".join(found)} if found else {}
+    return {_TEMPERATURE: ", ".join(found)} if found else {}
 
 
 def _chunks(rows: Sequence[dict[str, float]], size: int) -> list[Sequence[dict[str, float]]]:

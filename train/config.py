@@ -19,7 +19,7 @@ class DataConfig:
 
     data: str = "phantom"
     """phantom (embedded, 3-D), phantom2d, or LAYOUT:PATH, a folder of volumes: msd (Medical Segmentation
-    Decathlon), nnunet, brats, acdc, amos or kits."""
+    Decathlon), nnunet, brats, acdc, amos, amos-ct (its CT scans) or kits."""
     num_test: int | float = 40
     """Cases held back as test, or their share if below 1. A subject's cases stay together."""
     num_val: int | float = 20
@@ -29,11 +29,22 @@ class DataConfig:
     splits: str = ""
     """File that names the cases instead: splits.json of another run, or nnU-Net's splits_final.json or a MONAI
     datalist with --fold, whose held-out cases are then the test cases."""
+    protocol: str = ""
+    """Published split, which stands before the counts above wherever the data has its test cases: paper-brats,
+    followup-brats, followup-acdc, followup-amos or followup-kits."""
     fold: int | None = None
     """Which fold of --splits, counted from 0."""
     patch: tuple[int, ...] = ()
     """Voxels along each axis that the network sees at once; left out, the largest case rounded up to the
     network's strides, 128 at most."""
+    eval_patch: tuple[int, ...] = ()
+    """The same for validation, evaluation and prediction, which see larger volumes through such windows; left out,
+    the training patch."""
+    channel_order: tuple[int, ...] = ()
+    """Channels that the network gets, by their place in the data set, where each has its own file; left out, all
+    as they come. In brats: 0 FLAIR, 1 T1, 2 T1 with contrast, 3 T2."""
+    intensities: tuple[float, float] | None = None
+    """Range that intensities are cut off to, as -100 200 for CT; left out, what the layout is known by."""
     spacing: tuple[float, ...] | Literal["median"] = ()
     """Millimetres between voxels (right, anterior, superior) that scans are resampled to, or median for that of
     the data set; left out, each keeps its own. Evaluated and predicted are the scans' own grids all the same."""
@@ -55,6 +66,11 @@ class DataConfig:
     """Threads that read and cut batches ahead of the training."""
     prefetch: int = 2
     """Batches that each of them has ready or in work, at most."""
+
+    @property
+    def window(self) -> tuple[int, ...]:
+        """What the network sees at once in evaluation."""
+        return self.eval_patch or self.patch
 
     @property
     def geometry(self) -> Geometry:
@@ -142,7 +158,9 @@ class TrainingConfig:
     schedule: Literal["cosine", "constant"] = "cosine"
     """How the learning rate falls after the warm-up."""
     warmup_steps: int = 50
-    """Steps over which the learning rate rises from 0."""
+    """Steps over which the learning rate rises."""
+    warmup_from: float = 0.0
+    """Share of the peak that it rises from."""
     weight_decay: float = 0.0
     """Decoupled weight decay (AdamW)."""
     clip_norm: float = 0.0
@@ -153,6 +171,8 @@ class TrainingConfig:
     """Share of the steps over which its weight then rises to its full value."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of convolutions and activations; parameters, optimiser, statistics of norms and the loss stay float32."""
+    ignore_empty_classes: bool = False
+    """mL1-ACE: classes that an image has no voxel of count as calibrated."""
     seed: int = 0
     """Seed of weights, order of cases, crops and augmentation."""
     validate_every: int = 0
@@ -186,7 +206,8 @@ class DeviceConfig:
     its first axis, fsdp the batch and also parameters and optimiser. An axis without a size takes the devices that
     are left; default: data does."""
     accumulate: int = 1
-    """Parts in which a batch is taken one after the other, to save memory."""
+    """Parts in which a batch is taken one after the other, to save memory; 0 for as many as leave each device one
+    patch at a time."""
     remat: bool = False
     """Compute activations again in the backward pass instead of keeping them, to save memory."""
     coordinator: str = ""
@@ -213,6 +234,8 @@ class RunConfig:
         for option in ("steps", "batch_size"):
             if getattr(self.training, option) < 1:
                 raise InputError(f"{option} is {getattr(self.training, option)}: give 1 or more.")
+        if not 0 <= self.training.warmup_from <= 1:
+            raise InputError(f"warmup_from is {self.training.warmup_from}: give a share from 0 to 1.")
         if not self.training.learning_rate > 0:
             raise InputError(f"learning_rate is {self.training.learning_rate}: give a positive number.")
         self.model.check()
@@ -251,7 +274,9 @@ def check_same_data(data: str, found: DataInfo, run: Path, trained: DataInfo) ->
             )
 
 
-def resolve_patch(patch: Sequence[int], largest_shape: Sequence[int], divisor: int) -> tuple[int, ...]:
+def resolve_patch(
+    patch: Sequence[int], largest_shape: Sequence[int], divisor: int, *, option: str = "patch"
+) -> tuple[int, ...]:
     """The patch asked for, checked, or the smallest that holds every case, 128 at most along each axis.
 
     Raises:
@@ -265,11 +290,13 @@ def resolve_patch(patch: Sequence[int], largest_shape: Sequence[int], divisor: i
         most = 128 // divisor * divisor or divisor
         return tuple(min(-(-size // divisor) * divisor, most) for size in largest_shape)
     if len(patch) != len(largest_shape):
-        raise InputError(f"patch {tuple(patch)} has {len(patch)} sides, the data {len(largest_shape)} axes.")
+        raise InputError(
+            f"{option} {tuple(patch)} has {len(patch)} sides, the data {len(largest_shape)} axes."
+        )
     if any(size < 1 or size % divisor for size in patch):
         fitting = tuple(max(1, round(size / divisor)) * divisor for size in patch)
         raise InputError(
-            f"patch {tuple(patch)} is not divided by the network's strides, whose product is {divisor}; "
+            f"{option} {tuple(patch)} is not divided by the network's strides, whose product is {divisor}; "
             f"{fitting} would be."
         )
     return tuple(patch)

@@ -1,6 +1,7 @@
 """Train one network with one loss: read `fit` from the top down."""
 
 import dataclasses
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from train.config import (
     to_json,
 )
 from train.data import (
+    PROTOCOLS,
     Dataset,
     Splits,
     chosen_splits,
@@ -47,12 +49,14 @@ from train.sharding import (
     check_split,
     device_mesh,
     on_first_device,
+    parts_in_turn,
     place_weights,
     process_share,
     put_batch,
 )
 from train.step import TrainState, init_state, make_optimizer, make_train_step
 
+_VOXELS_AT_ONCE = 4 * 128**3  # of windows, in evaluation
 _FLUSH_EVERY = 20  # steps between reads of the metrics, so that the loop does not wait for each step
 
 
@@ -64,7 +68,7 @@ class Task:
     dataset: Dataset
     splits: Splits
     patch: tuple[int, ...]
-    devices: DeviceConfig
+    devices: DeviceConfig  # as it came out: so many parts of a batch
     mesh: Mesh
 
 
@@ -77,10 +81,13 @@ def open_task(config: RunConfig, devices: DeviceConfig = DeviceConfig()) -> Task
     patch = resolve_patch(data.patch, dataset.largest_shape, config.model.divisor)
     mesh = device_mesh(devices.mesh)
     divisor = config.model.divisor
-    check_split(config.training.batch_size, patch, divisor, devices.accumulate, mesh)
+    batch_size = config.training.batch_size
+    devices = dataclasses.replace(devices, accumulate=parts_in_turn(devices.accumulate, batch_size, mesh))
+    check_split(batch_size, patch, divisor, devices.accumulate, mesh)
     check_splittable(parse_loss(config.loss), mesh)
-    # The patch is kept with the run, so that predicting needs no data set to find it.
-    config = dataclasses.replace(config, data=dataclasses.replace(data, patch=patch))
+    # The patches are kept with the run, so that predicting needs no data set to find them.
+    eval_patch = _eval_patch(config, patch)
+    config = dataclasses.replace(config, data=dataclasses.replace(data, patch=patch, eval_patch=eval_patch))
     if config.model.norm == "batch" and not config.init:
         raise InputError(
             "norm is batch, whose statistics come from imported weights: give --init, or another norm."
@@ -89,12 +96,34 @@ def open_task(config: RunConfig, devices: DeviceConfig = DeviceConfig()) -> Task
     return Task(config, dataset, splits, patch, devices, mesh)
 
 
+def _eval_patch(config: RunConfig, patch: tuple[int, ...]) -> tuple[int, ...]:
+    """What the network sees at once in evaluation; empty for the training patch."""
+    eval_patch = config.data.eval_patch
+    if not eval_patch or eval_patch == patch:
+        return ()
+    if config.model.architecture == "unetr":
+        raise InputError(
+            f"eval_patch is {eval_patch}, but unetr sees patches of one size only: leave it out."
+        )
+    return resolve_patch(eval_patch, patch, config.model.divisor, option="eval_patch")
+
+
 def open_data(data: DataConfig) -> tuple[Dataset, Splits]:
     """The data set that a configuration names, and who trains, validates and tests."""
-    dataset = open_dataset(
-        data.data, geometry=data.geometry, all_annotators=data.annotators != "first", cache_dir=data.cache_dir
-    )
+    dataset = open_cases(data)
     return dataset, _splits(data, dataset)
+
+
+def open_cases(data: DataConfig) -> Dataset:
+    """The data set that a configuration names."""
+    return open_dataset(
+        data.data,
+        geometry=data.geometry,
+        all_annotators=data.annotators != "first",
+        cache_dir=data.cache_dir,
+        channel_order=data.channel_order,
+        intensities=data.intensities,
+    )
 
 
 def _splits(data: DataConfig, dataset: Dataset) -> Splits:
@@ -106,9 +135,29 @@ def _splits(data: DataConfig, dataset: Dataset) -> Splits:
         )
     if data.fold is not None:
         raise InputError(f"fold is {data.fold}: give the file with the folds as --splits.")
+    if data.protocol and (splits := _published_splits(data.protocol, dataset)):
+        return splits
+    # What the data set sets apart itself is nobody's to train on.
+    whose = {name: subject for name, subject in zip(names, who, strict=True) if name not in dataset.held_out}
     return split_cases(
-        names, num_test=data.num_test, num_val=data.num_val, seed=data.split_seed, subjects=who
+        list(whose),
+        num_test=data.num_test,
+        num_val=data.num_val,
+        seed=data.split_seed,
+        subjects=list(whose.values()),
     )
+
+
+def _published_splits(protocol: str, dataset: Dataset) -> Splits | None:
+    if protocol not in PROTOCOLS:
+        raise InputError(f"protocol is {protocol!r}: give one of {', '.join(PROTOCOLS)}.")
+    splits = PROTOCOLS[protocol].splits(dataset.case_names, dataset.held_out)
+    if splits is None and is_first():
+        print(
+            f"note: {dataset.name} lacks the test cases of {protocol}; they are drawn by num_test and num_val, so "
+            "that the figures are no reproduction of the published ones."
+        )
+    return splits
 
 
 def _as_initial(config: RunConfig, info: DataInfo) -> RunConfig:
@@ -164,7 +213,7 @@ def fit(task: Task, folder: Path, *, resume: bool = False) -> VolumePredictor:
                 f"{found}: mend these cases and --resume, which goes on {checkpoints.resume_point()}; or start "
                 "again with a lower --learning-rate or with --clip-norm."
             ) from found
-    return volume_predictor(graphdef, state, task.patch)
+    return volume_predictor(graphdef, state, config.data.window)
 
 
 def _loop(
@@ -217,7 +266,10 @@ def _loop(
             # Before the checkpoint, so that a run resumed from it lacks no validation.
             if validation_due:
                 result = evaluate(
-                    "validation", volume_predictor(graphdef, state, task.patch), task.dataset, task.splits.val
+                    "validation",
+                    volume_predictor(graphdef, state, task.config.data.window),
+                    task.dataset,
+                    task.splits.val,
                 )
                 validated = mean_metrics(result)
                 log.validation(done, validated, result)
@@ -251,12 +303,17 @@ def make_model(config: RunConfig, data: DataInfo) -> nnx.Module:
     )
 
 
-def volume_predictor(graphdef: nnx.GraphDef, state: TrainState, patch: tuple[int, ...]) -> VolumePredictor:
-    """Prediction of whole volumes under the weights of `state`.
+def volume_predictor(graphdef: nnx.GraphDef, state: TrainState, window: tuple[int, ...]) -> VolumePredictor:
+    """Prediction of whole volumes under the weights of `state`, through windows of so many voxels.
 
     A volume is one device's work, so a copy of the weights on this process's first one is taken.
     """
-    return VolumePredictor(Network(graphdef), on_first_device((state.params, state.rest)), patch)
+    return VolumePredictor(
+        Network(graphdef),
+        on_first_device((state.params, state.rest)),
+        window,
+        windows_per_batch=max(min(_VOXELS_AT_ONCE // math.prod(window), 4), 1),
+    )
 
 
 def mean_metrics(result: ModelResult) -> dict[str, float]:
@@ -273,7 +330,7 @@ def load_run(folder: Path, which: Which = "last") -> tuple[RunConfig, DataInfo, 
     """
     config, info = read_config(folder)
     graphdef, state = _load_state(folder, which)
-    return config, info, volume_predictor(graphdef, state, config.data.patch)
+    return config, info, volume_predictor(graphdef, state, config.data.window)
 
 
 def _load_state(folder: Path, which: Which = "last") -> tuple[nnx.GraphDef, TrainState]:

@@ -35,6 +35,7 @@ class Loss:
 
     name: str
     weights: tuple[tuple[str, float], ...]
+    ignore_empty_classes: bool = False
 
     def parts(
         self,
@@ -61,7 +62,12 @@ class Loss:
         names = [name for name, _ in self.weights]
         binning = "soft" if "softace" in names else "hard"
         parts = calib_jax.segmentation_loss_parts(
-            logits, labels, [TERMS[name] for name in names], binning=binning, axis_name=axis_name
+            logits,
+            labels,
+            [TERMS[name] for name in names],
+            binning=binning,
+            ignore_empty_classes=self.ignore_empty_classes,
+            axis_name=axis_name,
         )
         return {name: parts[TERMS[name]] for name in names}
 
@@ -108,8 +114,10 @@ def check_splittable(loss: Loss, mesh: Mesh) -> None:
         )
 
 
-def parse_loss(name: str) -> Loss:
+def parse_loss(name: str, ignore_empty_classes: bool = False) -> Loss:
     """The loss called `name`: terms joined by `+`, each with an optional weight, as in `dice+0.5*ace`.
+
+    With `ignore_empty_classes` mL1-ACE takes a class that an image has no voxel of for calibrated there.
 
     Raises:
         InputError: if a term is unknown, stands twice (`softace` is `ace` with soft bins) or has no positive
@@ -125,7 +133,7 @@ def parse_loss(name: str) -> Loss:
         raise InputError(
             f"Loss {name!r} names a term twice (softace is ace with soft bins); give each of them once."
         )
-    return Loss(name.replace(" ", ""), tuple(weights))
+    return Loss(name.replace(" ", ""), tuple(weights), ignore_empty_classes)
 
 
 def _parse_term(loss: str, text: str) -> tuple[str, float]:

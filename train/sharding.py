@@ -127,7 +127,9 @@ def check_split(batch_size: int, patch: Sequence[int], divisor: int, accumulate:
         mesh: how the devices share them.
     """
     if accumulate < 1:
-        raise InputError(f"accumulate is {accumulate}: give 1 or more.")
+        raise InputError(
+            f"accumulate is {accumulate}: give 1 or more, or 0 for one patch of each device at a time."
+        )
     parts = batch_parts(mesh)
     if batch_size % (parts * accumulate):
         times = f" times accumulate = {accumulate}" if accumulate > 1 else ""
@@ -141,6 +143,11 @@ def check_split(batch_size: int, patch: Sequence[int], divisor: int, accumulate:
             f"patch {tuple(patch)} cannot be split over space={space} devices evenly on all levels of the network: "
             f"let its first side be a multiple of {space * divisor}, or split less."
         )
+
+
+def parts_in_turn(accumulate: int, batch_size: int, mesh: Mesh) -> int:
+    """The parts in which a batch is taken: `accumulate`, or for 0 as many as leave each device one example."""
+    return accumulate or max(batch_size // batch_parts(mesh), 1)
 
 
 def process_share(mesh: Mesh, process: int) -> tuple[int, int]:

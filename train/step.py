@@ -50,10 +50,12 @@ def make_optimizer(config: TrainingConfig) -> optax.GradientTransformation:
 
 def learning_rate(config: TrainingConfig) -> optax.Schedule:
     """Learning rate by step."""
-    warmup = min(config.warmup_steps, config.steps // 2)
-    if config.schedule == "constant":
-        return optax.warmup_constant_schedule(0.0, config.learning_rate, warmup)
-    return optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, config.steps)
+    warmup, peak = min(config.warmup_steps, config.steps // 2), config.learning_rate
+    start = config.warmup_from * peak
+    if config.schedule == "cosine":
+        return optax.warmup_cosine_decay_schedule(start, peak, warmup, config.steps)
+    # Optax takes a rise over no steps for one that never sets out.
+    return optax.warmup_constant_schedule(start if warmup else peak, peak, warmup)
 
 
 def init_state(model: nnx.Module, optimizer: optax.GradientTransformation) -> tuple[nnx.GraphDef, TrainState]:
@@ -120,7 +122,7 @@ def _make_gradients(graphdef: nnx.GraphDef, config: RunConfig, mesh: Mesh, remat
     The compiler splits the model as its inputs are split: it moves the rims of split volumes and, since the
     parameters are asked for whole, gathers these. The loss is no such plain arithmetic; it is split by hand.
     """
-    loss = _make_loss(parse_loss(config.loss), mesh)
+    loss = _make_loss(parse_loss(config.loss, config.training.ignore_empty_classes), mesh)
     dtype = jnp.dtype(config.training.precision)
 
     def gradients(params: Any, rest: Any, examples: Examples, ace_scale: Array) -> tuple[Any, Any, Any]:

@@ -12,6 +12,8 @@ from typing import Any
 from calib_jax.plots import History
 from calib_jax.report.results import ModelResult, RepeatedResult, Result
 
+Table = Sequence[Sequence[str]]
+
 _INDEX = "report.json"
 _RESULTS = "results"
 
@@ -27,6 +29,7 @@ class ReportInputs:
         provenance: where the numbers come from: command, versions, data.
         reference: a further result that is shown but not tested.
         baseline: name of the model that the others are compared with.
+        tables: further tables by title, as lines of cells, the head first.
     """
 
     results: tuple[Result, ...]
@@ -35,6 +38,7 @@ class ReportInputs:
     provenance: Mapping[str, str]
     reference: Result | None
     baseline: str
+    tables: Mapping[str, Table] = dataclasses.field(default_factory=dict)
 
 
 def save_inputs(folder: Path, inputs: ReportInputs) -> None:
@@ -52,6 +56,7 @@ def save_inputs(folder: Path, inputs: ReportInputs) -> None:
             for name, history in inputs.histories.items()
         },
         "provenance": {key: str(value) for key, value in inputs.provenance.items()},
+        "tables": inputs.tables,
     }
     (folder / _INDEX).write_text(json.dumps(index, indent=1, ensure_ascii=False), encoding="utf-8")
 
@@ -76,6 +81,7 @@ def load_inputs(folder: Path) -> ReportInputs:
             provenance=index["provenance"],
             reference=_load(folder, index["reference"]) if index["reference"] else None,
             baseline=index["baseline"],
+            tables=index.get("tables", {}),
         )
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / _INDEX} is not an index written by write_report: {error!r}") from error

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from calib_jax.plots import History
 from calib_jax.report import archive, figures, wording
-from calib_jax.report.archive import ReportInputs
+from calib_jax.report.archive import ReportInputs, Table
 from calib_jax.report.results import HIGHER_IS_BETTER, METRICS, Result
 from calib_jax.report.table import ModelRow, check_comparable, compare_models, to_json, write_csv
 
@@ -34,6 +34,7 @@ def write_report(
     provenance: Mapping[str, str] | None = None,
     reference: Result | None = None,
     baseline: int | str = 0,
+    tables: Mapping[str, Table] | None = None,
 ) -> Path:
     """Writes a report that compares models on a data set.
 
@@ -50,6 +51,7 @@ def write_report(
         provenance: what the reader needs to trust and repeat the numbers, such as command, versions, data.
         reference: a further result to show without a test, such as the best that any model could reach.
         baseline: index or name of the model that the others are compared with.
+        tables: further tables by title, as lines of cells, the head first: published figures, say.
 
     Returns:
         Path of `index.html`.
@@ -59,7 +61,9 @@ def write_report(
     """
     folder = Path(folder)
     base = results[check_comparable(results, baseline=baseline, reference=reference)]
-    inputs = ReportInputs(tuple(results), title, histories or {}, provenance or {}, reference, base.name)
+    inputs = ReportInputs(
+        tuple(results), title, histories or {}, provenance or {}, reference, base.name, tables or {}
+    )
     rows = compare_models(results, baseline=base.name, reference=reference)
     archive.save_inputs(folder, inputs)
     _write_tables(folder, rows, results)
@@ -105,6 +109,7 @@ def render(inputs: ReportInputs, rows: Sequence[ModelRow], *, png_folder: Path |
         worst_of=best.name,
         worst_models=[result.name for result in beside],
         worst_metrics=_WORST_METRICS,
+        tables=inputs.tables,
         provenance=inputs.provenance,
         wording=wording,
     )

@@ -4,6 +4,7 @@ Data flows down this list: `open_dataset` -> a `Dataset` of `Case`s (`phantom`, 
 `split_cases` -> `train_batches` (host: cache, shuffle, crop) -> `augment` (device, inside the step).
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from train.data.augment import NO_AUGMENTATION, AugmentConfig, augment
@@ -13,14 +14,16 @@ from train.data.geometry import Geometry
 from train.data.layouts import LAYOUTS
 from train.data.phantom import PhantomDataset
 from train.data.pipeline import CachedCases, train_batches
+from train.data.protocols import PROTOCOLS
 from train.data.splits import Splits, chosen_splits, read_splits, split_cases, write_splits
 from train.data.transforms import crop_back, cut_patch, draw_crop, pad_to_hold, z_score_nonzero
-from train.data.volumes import VolumeDataset
+from train.data.volumes import VolumeDataset, in_order, with_intensities
 from train.errors import InputError
 
 __all__ = [
     "LAYOUTS",
     "NO_AUGMENTATION",
+    "PROTOCOLS",
     "AugmentConfig",
     "CachedCases",
     "Case",
@@ -52,24 +55,31 @@ def open_dataset(
     geometry: Geometry | None = None,
     all_annotators: bool = False,
     cache_dir: str = "",
+    channel_order: Sequence[int] = (),
+    intensities: tuple[float, float] | None = None,
 ) -> Dataset:
     """Opens a data set by its name on the command line.
 
     Args:
         spec: "phantom" (3-D), "phantom2d", or "LAYOUT:PATH", a folder in one of the `LAYOUTS`: msd (Medical
-            Segmentation Decathlon), nnunet, brats, acdc, amos, kits.
+            Segmentation Decathlon), nnunet, brats, acdc, amos, amos-ct, kits.
         seed: which phantoms; data on disk does not depend on it.
         geometry: what is done to the grids of volumes on disk.
         all_annotators: keep what each annotator says, see `VolumeDataset`.
         cache_dir: folder in which decoded and preprocessed volumes are kept; empty for none.
+        channel_order: which of the channels, in this order, of volumes on disk; empty for all.
+        intensities: range that those of volumes on disk are cut off to, instead of their layout's.
 
     Raises:
         InputError: another name, or anything wrong with the files.
     """
     kind, _, path = spec.partition(":")
-    if spec.startswith("phantom") and (geometry or all_annotators or cache_dir):
+    if spec.startswith("phantom") and (
+        geometry or all_annotators or cache_dir or channel_order or intensities
+    ):
         raise InputError(
-            f"data is {spec}: spacing, crop_margin, annotators and cache_dir are for volumes on disk."
+            f"data is {spec}: spacing, crop_margin, annotators, cache_dir, channel_order and intensities are for "
+            "volumes on disk."
         )
     if spec == "phantom":
         return PhantomDataset(seed=seed)
@@ -77,9 +87,8 @@ def open_dataset(
         return PhantomDataset(spatial_shape=(64, 64), num_cases=200, seed=seed)
     if kind in LAYOUTS and path:
         store = CaseStore(Path(cache_dir).expanduser()) if cache_dir else None
-        return VolumeDataset(
-            LAYOUTS[kind](path), geometry=geometry, all_annotators=all_annotators, store=store
-        )
+        layout = with_intensities(in_order(LAYOUTS[kind](path), channel_order), intensities)
+        return VolumeDataset(layout, geometry=geometry, all_annotators=all_annotators, store=store)
     raise InputError(
         f'data is "{spec}": give "phantom", "phantom2d", or LAYOUT:PATH with one of {", ".join(LAYOUTS)}.'
     )

@@ -114,6 +114,11 @@ class Dataset(Protocol):
         """Whose each case is; cases of one subject belong in one split."""
         ...
 
+    @property
+    def held_out(self) -> tuple[str, ...]:
+        """Cases that the data set itself sets apart for testing."""
+        ...
+
     def __len__(self) -> int: ...
 
     def load(self, index: int) -> Case:

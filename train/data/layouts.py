@@ -31,12 +31,19 @@ def msd(path: str | Path) -> Layout:
 
 
 def amos(path: str | Path) -> Layout:
-    """AMOS 2022: the Decathlon's layout. Case numbers up to 500 are CT, those above MRI."""
-    root, description = _read_description(path)
-    layout = _listed(root, description)
-    numbers = [int(found[0]) for entry in layout.entries if (found := re.findall(r"\d+", entry.name))]
-    computed_tomography = bool(numbers) and max(numbers) <= 500
-    return dataclasses.replace(layout, window=CT_WINDOW if computed_tomography else None)
+    """AMOS 2022: the Decathlon's layout, and held out `imagesVa/` with `labelsVa/`, where they are there.
+
+    Case numbers up to 500 are CT, those above MRI.
+    """
+    layout = _amos(path)
+    return dataclasses.replace(layout, window=CT_WINDOW if all(map(_is_ct, layout.entries)) else None)
+
+
+def amos_ct(path: str | Path) -> Layout:
+    """The CT scans of AMOS 2022."""
+    layout = _amos(path)
+    entries = tuple(filter(_is_ct, layout.entries))
+    return dataclasses.replace(layout, entries=entries, window=CT_WINDOW)
 
 
 def nnunet(path: str | Path) -> Layout:
@@ -96,9 +103,14 @@ def brats(path: str | Path) -> Layout:
 
 
 def acdc(path: str | Path) -> Layout:
-    """ACDC: `patient001/patient001_frame01.nii.gz` and `..._frame01_gt.nii.gz`; each frame is a case."""
-    root = _subfolder(_folder(path), "training")
+    """ACDC: `patient001/patient001_frame01.nii.gz` and `..._frame01_gt.nii.gz`; each frame is a case.
+
+    Held out are those in `testing/`, where it lies beside `training/`.
+    """
+    whole = _folder(path)
+    root = _subfolder(whole, "training")
     labels = sorted(root.glob("patient*/*_frame*_gt.nii.gz"))
+    testing = sorted((whole / "testing").glob("patient*/*_frame*_gt.nii.gz")) if root != whole else []
     if not labels:
         raise InputError(
             f"{root} holds no patient*/*_frame*_gt.nii.gz: give ACDC's folder, or its training/."
@@ -109,8 +121,9 @@ def acdc(path: str | Path) -> Layout:
             images=(label.with_name(label.name.replace("_gt.nii.gz", ".nii.gz")),),
             labels=(label,),
             subject=label.parent.name,
+            held_out=label in testing,
         )
-        for label in labels
+        for label in (*labels, *testing)
     )
     return Layout("ACDC", root, ("background", "right ventricle", "myocardium", "left ventricle"), 1, entries)
 
@@ -140,6 +153,7 @@ LAYOUTS: Mapping[str, Callable[[str | Path], Layout]] = {
     "brats": brats,
     "acdc": acdc,
     "amos": amos,
+    "amos-ct": amos_ct,
     "kits": kits,
 }
 
@@ -156,6 +170,23 @@ def _folder(path: str | Path) -> Path:
 
 def _subfolder(root: Path, name: str) -> Path:
     return root / name if (root / name).is_dir() else root
+
+
+def _amos(path: str | Path) -> Layout:
+    """What the list names, then what is held out."""
+    root, description = _read_description(path)
+    layout = _listed(root, description)
+    listed = {entry.name for entry in layout.entries}
+    labels = [label for label in sorted((root / "labelsVa").glob("*.nii.gz")) if _stem(label) not in listed]
+    held_out = tuple(
+        Entry(_stem(label), (root / "imagesVa" / label.name,), (label,), held_out=True) for label in labels
+    )
+    return dataclasses.replace(layout, entries=(*layout.entries, *held_out))
+
+
+def _is_ct(entry: Entry) -> bool:
+    number = re.search(r"\d+", entry.name)
+    return number is not None and int(number[0]) <= 500
 
 
 def _brats_entry(label: Path, separator: str, modalities: tuple[str, ...]) -> Entry:

@@ -90,6 +90,10 @@ class PhantomDataset:
     def subjects(self) -> tuple[str, ...]:
         return self.case_names
 
+    @property
+    def held_out(self) -> tuple[str, ...]:
+        return ()
+
     def __len__(self) -> int:
         return self.num_cases
 

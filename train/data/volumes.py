@@ -1,7 +1,7 @@
 """Cases in NIfTI files, whatever the layout of their folder: existence, shapes, grids, labels are checked here."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +26,14 @@ class Entry:
         images: one that holds all channels, or one for each channel in turn.
         labels: one, or one of each annotator.
         subject: whose scan it is, where a subject has several; empty for the case's name.
+        held_out: whether the data set itself sets it apart for testing.
     """
 
     name: str
     images: tuple[Path, ...]
     labels: tuple[Path, ...]
     subject: str = ""
+    held_out: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,43 @@ class Layout:
     label_values: tuple[int, ...] = ()
     regions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     window: tuple[float, float] | None = None
+
+
+def in_order(layout: Layout, channels: Sequence[int]) -> Layout:
+    """The same data with these channels only, in this order; all for none.
+
+    Raises:
+        InputError: a channel that there is not, or one twice, or all in one file.
+    """
+    if not channels:
+        return layout
+    if any(len(entry.images) != layout.num_channels for entry in layout.entries):
+        raise InputError(
+            f"channel_order is {tuple(channels)}, but {layout.source} has all channels of a case in one file: "
+            "leave it out."
+        )
+    if len(set(channels)) < len(channels) or not set(channels) <= set(range(layout.num_channels)):
+        raise InputError(
+            f"channel_order is {tuple(channels)}: give different channels of 0 to {layout.num_channels - 1}."
+        )
+    entries = tuple(
+        replace(entry, images=tuple(entry.images[channel] for channel in channels))
+        for entry in layout.entries
+    )
+    return replace(layout, entries=entries, num_channels=len(channels))
+
+
+def with_intensities(layout: Layout, window: tuple[float, float] | None) -> Layout:
+    """The same data with its intensities cut off to `window`; as it is for None.
+
+    Raises:
+        InputError: a window without width.
+    """
+    if window is None:
+        return layout
+    if not window[0] < window[1]:
+        raise InputError(f"intensities is {window}: give the lowest, then the highest.")
+    return replace(layout, window=window)
 
 
 class VolumeDataset:
@@ -92,6 +131,7 @@ class VolumeDataset:
         self.regions = layout.regions
         self.window = layout.window
         self.case_names = tuple(entry.name for entry in layout.entries)
+        self.held_out = tuple(entry.name for entry in layout.entries if entry.held_out)
         self.subjects = tuple(entry.subject or entry.name for entry in layout.entries)
         if not layout.entries:
             raise InputError(f"{layout.source} holds no case.")
