@@ -176,8 +176,8 @@ def _in_blocks(x: Array, kernel: Array, padding: Padding, block: int) -> Array:
     Its inputs are a patch, the block and what the window sees beyond it. That costs (block + window - 1) / window
     times the arithmetic, but fills the vectors that a handful of channels would leave mostly empty.
     """
-    patches = _patches(x, block, kernel.shape[-3], padding[-1])
-    y = _in_slices(patches, _patch_kernel(kernel, block), (*padding[:-1], (0, 0)))
+    patches = partial(_patches, block=block, window=kernel.shape[-3], padding=padding[-1])
+    y = _in_slices(x, _patch_kernel(kernel, block), (*padding[:-1], (0, 0)), patches)
     return y.reshape(*y.shape[:-2], -1, kernel.shape[-1])
 
 
@@ -214,11 +214,16 @@ def _dense_backward(padding: Padding, operands: tuple[Array, Array], g: Array) -
 _dense.defvjp(_dense_forward, _dense_backward)
 
 
-def _in_slices(x: Array, kernel: Array, padding: Padding) -> Array:
-    return _in_planes(x, kernel, padding) if len(padding) == 3 else _plain(x, kernel, (1, 1), padding)
+def _in_slices(
+    x: Array, kernel: Array, padding: Padding, widen: Callable[[Array], Array] = lambda x: x
+) -> Array:
+    """2-D convolutions of what `widen` makes of x."""
+    if len(padding) == 3:
+        return _in_planes(x, kernel, padding, widen)
+    return _plain(widen(x), kernel, (1, 1), padding)
 
 
-def _in_planes(x: Array, kernel: Array, padding: Padding) -> Array:
+def _in_planes(x: Array, kernel: Array, padding: Padding, widen: Callable[[Array], Array]) -> Array:
     """A 3-D convolution as 2-D ones: what each plane adds to its neighbours, shifted there and summed.
 
     Image by image: the planes' contributions are `window` times the output, too much to hold for all.
@@ -228,7 +233,7 @@ def _in_planes(x: Array, kernel: Array, padding: Padding) -> Array:
     folded = jnp.moveaxis(kernel, 0, -2).reshape(*window, channels, taps * out)
 
     def image(planes: Array) -> Array:
-        y = _plain(planes, folded, (1, 1), padding[1:])
+        y = _plain(widen(planes), folded, (1, 1), padding[1:])
         contributions = jnp.split(y, taps, -1)
         return reduce(jnp.add, (_shifted(c, k - before, depth) for k, c in enumerate(contributions)))
 
