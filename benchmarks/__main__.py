@@ -18,11 +18,13 @@ import tyro
 from benchmarks.inference import Inference
 from benchmarks.loss import Loss
 from benchmarks.memory import Memory
+from benchmarks.parts import Parts
 from benchmarks.scaling import Scaling
 from benchmarks.step import Step
 
 BENCHMARKS: dict[str, Any] = {
     "loss": Loss,
+    "parts": Parts,
     "step": Step,
     "inference": Inference,
     "memory": Memory,

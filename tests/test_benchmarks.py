@@ -19,7 +19,7 @@ with warnings.catch_warnings():
     import torch
 
     from benchmarks import __main__ as command_line
-    from benchmarks import loss, memory, plots, reference, scaling, timing
+    from benchmarks import loss, memory, parts, plots, reference, scaling, timing
 
 SHAPE = "2x3x6x5x4"
 EVERYWHERE = {"command", "cores", "machine", "device", "python", "versions"}
@@ -46,6 +46,16 @@ def results(benchmark):
 def programs_of(kind="blobs", num_bins=20):
     data = loss.make_data(loss.parse_shape(SHAPE), kind)
     return loss.ace_programs(data, reference.ace_inputs(*data), num_bins), loss.exact_loss(data, num_bins)
+
+
+def test_parts(tmp_path):
+    parts.Parts(SHAPE, rounds=1, warmup=0, out=tmp_path / "parts.json").run()
+    written = json.loads((tmp_path / "parts.json").read_text())
+    seconds = {name: values[0] for name, values in written["seconds"].items()}
+    apart = sum(seconds[name] for name in ("dice", "cross-entropy", "mL1-ACE"))
+    assert written["ratio"]["parts"] == seconds["segmentation_loss"] / apart
+    with pytest.raises(AssertionError, match="sum of its parts"):
+        parts.check_agreement({"segmentation_loss": 2.0, "reference": 2.0, "dice": 1.0})
 
 
 def test_loss(tmp_path, capsys):
