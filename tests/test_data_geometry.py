@@ -139,7 +139,7 @@ def test_impossible_geometries_are_told(options, message):
 
 
 def test_phantoms_have_no_grid_to_change():
-    with pytest.raises(InputError, match="data is phantom2d: spacing, crop_margin, annotators and cache"):
+    with pytest.raises(InputError, match="data is phantom2d: spacing, crop_margin, annotators, cache_dir"):
         open_dataset("phantom2d", geometry=Geometry((1.0, 1.0, 1.0)))
 
 

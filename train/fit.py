@@ -183,10 +183,10 @@ def fit(task: Task, folder: Path, *, resume: bool = False) -> VolumePredictor:
     open_run(folder, config, resume=resume, data=to_json(info))
     optimizer = make_optimizer(config.training)
     graphdef, state = init_state(make_model(config, info), optimizer)
-    if config.init:
-        _, initial = _load_state(Path(config.init))
-        state = state._replace(params=initial.params, rest=initial.rest)
     state = place_weights(state, task.mesh)
+    if config.init:
+        _, initial = _load_state(Path(config.init), mesh=task.mesh)
+        state = state._replace(params=initial.params, rest=initial.rest)
     share = process_share(task.mesh, jax.process_index())
     batches = train_batches(
         task.dataset,
@@ -333,10 +333,13 @@ def load_run(folder: Path, which: Which = "last") -> tuple[RunConfig, DataInfo, 
     return config, info, volume_predictor(graphdef, state, config.data.window)
 
 
-def _load_state(folder: Path, which: Which = "last") -> tuple[nnx.GraphDef, TrainState]:
-    """The network of the run in `folder` and its last or best checkpoint."""
+def _load_state(
+    folder: Path, which: Which = "last", mesh: Mesh | None = None
+) -> tuple[nnx.GraphDef, TrainState]:
+    """The network of the run in `folder` and its last or best checkpoint, placed on `mesh` if there is one."""
     config, info = read_config(folder)
     graphdef, state = init_state(make_model(config, info), make_optimizer(config.training))
+    state = state if mesh is None else place_weights(state, mesh)
     if not (folder / "checkpoints").is_dir():
         raise InputError(f"{folder} holds no checkpoint: train it first, or --resume its training.")
     with Checkpoints(folder / "checkpoints", config.training, read_only=True) as checkpoints:
