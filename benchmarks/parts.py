@@ -40,8 +40,8 @@ class Parts:
 
         reference.use_all_cores()
         logits, labels = self._data()
-        losses = our_losses(jnp.asarray(labels))
-        programs = {name: _program(loss, jnp.asarray(logits)) for name, loss in losses.items()}
+        arguments = jnp.asarray(logits), jnp.asarray(labels)
+        programs = {name: _program(loss, *arguments) for name, loss in OUR_LOSSES.items()}
         programs[REFERENCE] = _reference_program(logits, labels)
         values = {name: float(program()[0]) for name, program in programs.items()}
         check_agreement(values)
@@ -68,21 +68,22 @@ class Parts:
         return noise + 3 * np.eye(classes, dtype=np.float32)[labels], labels
 
 
-def our_losses(labels: jax.Array) -> dict[str, Callable[[jax.Array], jax.Array]]:
-    """The whole and its parts as functions of the logits; equal weights of 1."""
+def _dice(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    one_hot = jax.nn.one_hot(labels, logits.shape[-1])
+    return optax.losses.dice_loss(logits, one_hot, smooth=5e-6).mean()
 
-    def dice(logits: jax.Array) -> jax.Array:
-        one_hot = jax.nn.one_hot(labels, logits.shape[-1])
-        return optax.losses.dice_loss(logits, one_hot, smooth=5e-6).mean()
 
-    return {
-        OURS: lambda logits: calib_jax.segmentation_loss(logits, labels, ace=1.0),
-        "dice": dice,
-        "cross-entropy": lambda logits: optax.losses.softmax_cross_entropy_with_integer_labels(
-            logits, labels
-        ).mean(),
-        "mL1-ACE": lambda logits: calib_jax.mL1_ace(jax.nn.softmax(logits), labels),
-    }
+def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    return optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+# The whole and its parts, with equal weights of 1.
+OUR_LOSSES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    OURS: lambda logits, labels: calib_jax.segmentation_loss(logits, labels, ace=1.0),
+    "dice": _dice,
+    "cross-entropy": _cross_entropy,
+    "mL1-ACE": lambda logits, labels: calib_jax.mL1_ace(jax.nn.softmax(logits), labels),
+}
 
 
 def check_agreement(values: dict[str, float]) -> None:
@@ -92,9 +93,9 @@ def check_agreement(values: dict[str, float]) -> None:
         assert abs(values[OURS] - other) < _TOLERANCE, f"segmentation_loss is {values[OURS]}, {name} {other}"
 
 
-def _program(loss: Callable[[jax.Array], jax.Array], logits: jax.Array) -> Callable[[], Any]:
+def _program(loss: Callable[..., jax.Array], logits: jax.Array, labels: jax.Array) -> Callable[[], Any]:
     run = jax.jit(jax.value_and_grad(loss))
-    return lambda: jax.block_until_ready(run(logits))
+    return lambda: jax.block_until_ready(run(logits, labels))
 
 
 def _reference_program(logits: np.ndarray, labels: np.ndarray) -> Callable[[], Any]:

@@ -100,14 +100,18 @@ def test_convolve_transpose_is_the_transpose():
     np.testing.assert_allclose(down, up, rtol=1e-4)
 
 
-def test_many_chunks_of_planes():
-    """Planes beyond one chunk: every tap reaches across the chunks' borders."""
-    x, kernel = operands((6, 48, 40), 2, 3, (3, 3, 3), batch=2)
-    assert layers._chunk(6, 48 * 10) == 6
-    assert layers._chunk(6, 48 * 40) == 1
-    assert_same(
-        lambda x, k: layers._dense(x, k, ((1, 1),) * 3), lambda x, k: plain(x, k, (1, 1, 1)), x, kernel
-    )
+def test_many_chunks_of_planes(monkeypatch):
+    """Planes beyond one chunk: every tap reaches across the chunks' borders, some across several."""
+    x, kernel = operands((6, 48, 40), 2, 3, (5, 3, 3), batch=2)
+    assert [layers._chunk(6, 48 * 40, most) for most in (1, 2 * 48 * 40, 10**6)] == [1, 2, 6]
+    for planes in (1, 2, 3):
+        monkeypatch.setattr(layers, "_chunk", lambda depth, plane, most, planes=planes: planes)
+        assert_same(
+            lambda x, k: layers._dense(x, k, ((2, 2), (1, 1), (1, 1))),
+            lambda x, k: plain(x, k, (1, 1, 1)),
+            x,
+            kernel,
+        )
 
 
 def test_vmap():

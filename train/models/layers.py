@@ -226,16 +226,28 @@ def _in_slices(
 def _in_planes(x: Array, kernel: Array, padding: Padding, widen: Callable[[Array], Array]) -> Array:
     """A 3-D convolution as 2-D ones: what each plane adds to its neighbours, shifted there and summed.
 
-    Image by image: the planes' contributions are `window` times the output, too much to hold for all.
+    The contributions are `taps` times the output, so they are summed by chunks that stay near the cache. A chunk
+    hands the planes that it leaves unfinished to the next one.
     """
     (taps, *window, channels, out), (before, after) = kernel.shape, padding[0]
     depth = x.shape[1] + before + after - taps + 1
+    size = _chunk(x.shape[1], prod(x.shape[2:4]) * taps * out, 2**21)
     folded = jnp.moveaxis(kernel, 0, -2).reshape(*window, channels, taps * out)
 
+    def contributions(planes: Array) -> list[Array]:
+        return jnp.split(_plain(widen(planes), folded, (1, 1), padding[1:]), taps, -1)
+
+    def add_chunk(unfinished: Array, planes: Array) -> tuple[Array, Array]:
+        terms = [_shifted(c, k + 1 - taps, size + taps - 1) for k, c in enumerate(contributions(planes))]
+        sums = reduce(jnp.add, terms, _shifted(unfinished, 0, size + taps - 1))
+        return sums[size:], sums[:size]
+
     def image(planes: Array) -> Array:
-        y = _plain(widen(planes), folded, (1, 1), padding[1:])
-        contributions = jnp.split(y, taps, -1)
-        return reduce(jnp.add, (_shifted(c, k - before, depth) for k, c in enumerate(contributions)))
+        chunks = planes.reshape(-1, size, *planes.shape[1:])
+        plane = jax.eval_shape(contributions, chunks[0])[0]
+        rest, finished = lax.scan(add_chunk, jnp.zeros((taps - 1, *plane.shape[1:]), plane.dtype), chunks)
+        sums = jnp.concatenate([finished.reshape(-1, *plane.shape[1:]), rest])
+        return _shifted(sums, taps - 1 - before, depth)
 
     return lax.map(image, x)
 
@@ -259,7 +271,7 @@ def _kernel_gradient(x: Array, g: Array, shape: tuple[int, ...], padding: Paddin
         ]
     (taps, *window, channels, out), (before, _) = shape, padding[0]
     batch, depth, height, width = *x.shape[:2], *g.shape[2:4]
-    size = _chunk(depth, height * width)
+    size = _chunk(depth, height * width, 3072)
     first, last = taps - 1 - before, depth + before - g.shape[1]
     g = lax.pad(g, jnp.zeros((), g.dtype), [(0, 0, 0), (first, last, 0), *[(0, 0, 0)] * 3])
 
@@ -278,9 +290,9 @@ def _kernel_gradient(x: Array, g: Array, shape: tuple[int, ...], padding: Paddin
     return total.reshape(shape)
 
 
-def _chunk(depth: int, voxels: int) -> int:
-    """How many of `depth` planes to take at once: a divisor, for about 3000 voxels."""
-    return max(n for n in range(1, depth + 1) if depth % n == 0 and (n == 1 or n * voxels <= 3072))
+def _chunk(depth: int, plane: int, most: int) -> int:
+    """How many of `depth` planes to take at once: a divisor, for no more than `most` elements if that can be."""
+    return max(n for n in range(1, depth + 1) if depth % n == 0 and (n == 1 or n * plane <= most))
 
 
 def normalise(
