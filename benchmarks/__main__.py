@@ -20,12 +20,13 @@ from benchmarks.loss import Loss
 from benchmarks.memory import Memory
 from benchmarks.parts import Parts
 from benchmarks.scaling import Scaling
-from benchmarks.step import Step
+from benchmarks.step import Step, Step2D
 
 BENCHMARKS: dict[str, Any] = {
     "loss": Loss,
     "parts": Parts,
     "step": Step,
+    "step-2d": Step2D,
     "inference": Inference,
     "memory": Memory,
     "scaling": Scaling,

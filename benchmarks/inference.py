@@ -130,7 +130,7 @@ class Inference:
         from benchmarks import reference
 
         image = reference.channel_first(volume.image[None])
-        label = torch.tensor(volume.label, dtype=torch.int64)[None, None]
+        label = reference.class_ids(volume.label)[None, None]
 
         def softmax(x: torch.Tensor) -> torch.Tensor:
             return torch.softmax(x, 1)
@@ -147,9 +147,9 @@ class Inference:
             predicted = one_hot(probs.argmax(1, keepdim=True), self.classes)
             bins = calibration_binning(probs[:, 1:], true[:, 1:], num_bins=NUM_BINS)
             dice = compute_dice(predicted, true, include_background=False)
-            mean_prob, mean_label, count = (x[0].numpy() for x in bins)
+            mean_prob, mean_label, count = (x[0].cpu().numpy() for x in bins)
             prob_sum, label_sum = (np.nan_to_num(mean) * count for mean in (mean_prob, mean_label))
-            return Statistics(count, prob_sum, label_sum, dice[0].numpy())
+            return Statistics(count, prob_sum, label_sum, dice[0].cpu().numpy())
 
         return program
 

@@ -214,7 +214,7 @@ def compiled_programs(
             program = reference.ace_program(torch.compile(loss, dynamic=False), inputs, num_bins)
             _check_same(f"{name} compiled", program(), name, programs[name]())
         except Exception as error:  # a compiler may fail in any way, and the others are still to be timed
-            reasons[name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            reasons[name] = timing.first_line(error)
             print(f"torch.compile of {name} failed: {reasons[name]}")
         else:
             compiled[f"{name} compiled"] = program

@@ -105,13 +105,14 @@ def _reference_program(logits: np.ndarray, labels: np.ndarray) -> Callable[[], A
     from benchmarks import reference
 
     scores = reference.channel_first(logits).requires_grad_()
-    ids = torch.tensor(labels, dtype=torch.int64)
+    ids = reference.class_ids(labels)
     one_hot = torch.nn.functional.one_hot(ids, logits.shape[-1]).movedim(-1, 1).float()
     dice_and_ce = DiceCELoss(softmax=True, to_onehot_y=True)
 
     def program() -> Any:
         value = dice_and_ce(scores, ids[:, None]) + reference.mean_l1_ace(torch.softmax(scores, 1), one_hot)
         (gradient,) = torch.autograd.grad(value, scores)
+        reference.wait()
         return value.detach(), gradient
 
     return program

@@ -20,25 +20,43 @@ def use_all_cores() -> None:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
 
 
-def paper_unet(in_channels: int, classes: int) -> UNet:
-    """The paper's 3-D U-Net with random weights."""
-    return UNet(3, in_channels, classes, (8, 16, 32, 64), (2, 2, 2), num_res_units=2)
+def device() -> torch.device:
+    """The GPU where PyTorch and JAX both have one, else the CPU."""
+    import jax
+
+    return torch.device("cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu")
+
+
+def wait() -> None:
+    """Until what was asked of `device()` is done."""
+    if device().type == "cuda":
+        torch.cuda.synchronize()
+
+
+def paper_unet(in_channels: int, classes: int, spatial_dims: int = 3) -> UNet:
+    """The paper's U-Net with random weights, on `device()`."""
+    return UNet(spatial_dims, in_channels, classes, (8, 16, 32, 64), (2, 2, 2), num_res_units=2).to(device())
 
 
 def parameters(model: UNet) -> dict[str, np.ndarray]:
     """Weights by MONAI's names."""
-    return {name: tensor.detach().numpy().copy() for name, tensor in model.named_parameters()}
+    return {name: tensor.detach().cpu().numpy().copy() for name, tensor in model.named_parameters()}
 
 
 def gradients(model: UNet) -> dict[str, np.ndarray]:
     """Gradients of the last backward pass by MONAI's names."""
     named = model.named_parameters()
-    return {name: tensor.grad.numpy().copy() for name, tensor in named if tensor.grad is not None}
+    return {name: tensor.grad.cpu().numpy().copy() for name, tensor in named if tensor.grad is not None}
 
 
 def channel_first(array: np.ndarray) -> torch.Tensor:
-    """A channel-last array as PyTorch has it."""
-    return torch.tensor(np.ascontiguousarray(np.moveaxis(array, -1, 1)))
+    """A channel-last array as PyTorch has it, on `device()`."""
+    return torch.tensor(np.ascontiguousarray(np.moveaxis(array, -1, 1)), device=device())
+
+
+def class_ids(labels: np.ndarray) -> torch.Tensor:
+    """Labels as PyTorch has them, on `device()`."""
+    return torch.tensor(labels, dtype=torch.int64, device=device())
 
 
 def mean_l1_ace(probs: torch.Tensor, one_hot: torch.Tensor, num_bins: int = 20) -> torch.Tensor:
@@ -73,20 +91,13 @@ class AceInputs(NamedTuple):
     one_hot: torch.Tensor
 
 
-def device() -> torch.device:
-    """The GPU where PyTorch and JAX both have one, else the CPU."""
-    import jax
-
-    return torch.device("cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu")
-
-
 def ace_inputs(
     probs: Float[np.ndarray, "batch *spatial classes"], labels: Int[np.ndarray, "batch *spatial"]
 ) -> AceInputs:
     """Inputs of mL1-ACE as PyTorch has them. Ids outside `[0, classes)` belong to no class, as in calib_jax."""
-    ids, classes = torch.tensor(labels), probs.shape[-1]
+    ids, classes = class_ids(labels), probs.shape[-1]
     one_hot = torch.stack([(ids == label).float() for label in range(classes)], dim=1)
-    return AceInputs(channel_first(probs).to(device()).requires_grad_(), one_hot.to(device()))
+    return AceInputs(channel_first(probs).requires_grad_(), one_hot)
 
 
 def ace_program(
@@ -97,8 +108,7 @@ def ace_program(
     def program() -> tuple[torch.Tensor, torch.Tensor]:
         value = loss(*inputs, num_bins=num_bins)
         (gradient,) = torch.autograd.grad(value, inputs.probs)
-        if gradient.is_cuda:
-            torch.cuda.synchronize()
+        wait()
         return value.detach(), gradient
 
     return program

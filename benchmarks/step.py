@@ -1,9 +1,10 @@
 """One training step of the paper's U-Net, with and without mL1-ACE, beside the reference's."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,18 +24,25 @@ if TYPE_CHECKING:
     from benchmarks import reference
 
 LOSSES = ("dice", "dice+ace")
+Precision = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
 class Step:
     """Time of one training step (forward, loss, backward, Adam) beside MONAI's on PyTorch, as a ratio."""
 
-    patch: tuple[int, int, int] = (48, 64, 48)
-    """Voxels along each axis."""
+    patch: tuple[int, ...] = (48, 64, 48)
+    """Voxels along each of two or three axes."""
     batch_size: int = 4
     """Patches in a step."""
+    channels: int = 1
+    """Channels of the image."""
     classes: int = 3
     """Classes, background included."""
+    precision: Precision = "float32"
+    """Of convolutions and activations in both; with bfloat16 the reference runs under `torch.autocast`."""
+    compile: bool = True
+    """Time the reference under `torch.compile` as well."""
     rounds: int = 15
     """Timed rounds; each takes one step of every program."""
     warmup: int = 3
@@ -48,45 +56,59 @@ class Step:
         reference.use_all_cores()
         batch = self._batch()
         programs: dict[str, Callable[[], Any]] = {}
-        for loss in LOSSES:
-            network = reference.paper_unet(1, self.classes)
-            model = make_model(self._config(loss), self._data())
+        for name in LOSSES:
+            network = reference.paper_unet(self.channels, self.classes, len(self.patch))
+            model = make_model(self._config(name), self._data())
             load_monai_weights(model, reference.parameters(network))
-            torch_step = _reference_step(reference.Loss(self.classes, ace="ace" in loss), network, batch)
-            difference = _check_agreement(loss, model, network, torch_step, batch)
-            print(f"{loss}: same loss, gradients differ by {difference:.1e} of the largest at most")
-            programs[f"calib_jax {loss}"] = self._our_step(loss, model, batch)
-            programs[f"reference {loss}"] = torch_step
+            loss = reference.Loss(self.classes, ace="ace" in name)
+            difference = _check_agreement(name, model, network, _reference_step(loss, network, batch), batch)
+            print(f"{name}: same loss, gradients differ by {difference:.1e} of the largest at most")
+            programs[f"calib_jax {name}"] = self._our_step(name, model, batch)
+            programs[f"reference {name}"] = _reference_step(loss, network, batch, self.precision)
+            if self.compile:
+                programs |= _compiled_step(name, loss, network, batch, self.precision)
         samples = timing.interleaved(programs, warmup=self.warmup, rounds=self.rounds)
         self._report(samples)
 
     def _report(self, samples: dict[str, list[float]]) -> None:
-        ratios = {loss: timing.ratio(samples, f"calib_jax {loss}", f"reference {loss}") for loss in LOSSES}
+        others = [who for who in ("reference", "compiled") if f"{who} {LOSSES[-1]}" in samples]
+        ratios = {
+            who: {loss: timing.ratio(samples, f"calib_jax {loss}", f"{who} {loss}") for loss in LOSSES}
+            for who in others
+        }
         cost = {
-            who: timing.ratio(samples, f"{who} dice+ace", f"{who} dice") - 1
-            for who in ("calib_jax", "reference")
+            who: timing.ratio(samples, f"{who} dice+ace", f"{who} dice") - 1 for who in ("calib_jax", *others)
         }
         print(timing.format_samples(samples))
-        for loss, value in ratios.items():
-            print(f"step with {loss}: {value:.2f} of the reference's time (1 = equal, lower = faster)")
+        for who, by_loss in ratios.items():
+            for loss, value in by_loss.items():
+                print(f"step with {loss}: {value:.2f} of the time of {who} (1 = equal, lower = faster)")
         for who, value in cost.items():
             print(f"mL1-ACE adds {100 * value:+.1f}% to the step of {who}")
-        shape = {"patch": self.patch, "batch_size": self.batch_size, "classes": self.classes}
-        timing.write_results(self.out, {**shape, "ratio": ratios, "ace_cost": cost, "seconds": samples})
+        names = ("patch", "batch_size", "channels", "classes", "precision")
+        settings = {name: getattr(self, name) for name in names}
+        timing.write_results(self.out, {**settings, "ratio": ratios, "ace_cost": cost, "seconds": samples})
         print(f"written to {self.out}")
 
     def _batch(self) -> dict[str, np.ndarray]:
         """A noisy image of the labels it goes with, so that probabilities spread over the bins."""
         rng = np.random.default_rng(0)
         label = rng.integers(0, self.classes, (self.batch_size, *self.patch), dtype=np.int32)
-        return {"image": rng.normal(label[..., None], 1.0).astype(np.float32), "label": label}
+        noise = rng.standard_normal((*label.shape, self.channels), np.float32)
+        return {"image": noise + label[..., None].astype(np.float32), "label": label}
 
     def _data(self) -> DataInfo:
-        return DataInfo("random", tuple(map(str, range(self.classes))), num_channels=1, spatial_dims=3)
+        names = tuple(map(str, range(self.classes)))
+        return DataInfo("random", names, self.channels, spatial_dims=len(self.patch))
 
     def _config(self, loss: str) -> RunConfig:
         training = TrainingConfig(
-            batch_size=self.batch_size, learning_rate=1e-3, schedule="constant", ace_delay=0.0, ace_ramp=0.0
+            batch_size=self.batch_size,
+            learning_rate=1e-3,
+            schedule="constant",
+            ace_delay=0.0,
+            ace_ramp=0.0,
+            precision=self.precision,
         )
         return RunConfig(loss, training=training, augment=NO_AUGMENTATION)
 
@@ -106,8 +128,20 @@ class Step:
         return program
 
 
+@dataclass(frozen=True)
+class Step2D(Step):
+    """The same as `step` for slices instead of volumes."""
+
+    patch: tuple[int, ...] = (192, 192)
+    """Pixels along each axis."""
+    batch_size: int = 16
+    """Patches in a step."""
+    out: Path = Path("benchmarks/results/step-2d.json")
+    """Where the results go, as JSON."""
+
+
 def _reference_step(
-    loss: "reference.Loss", network: Any, batch: dict[str, np.ndarray]
+    loss: "reference.Loss", network: Any, batch: dict[str, np.ndarray], precision: Precision = "float32"
 ) -> Callable[[], float]:
     """The reference's step, which returns the loss before it."""
     import torch
@@ -115,17 +149,35 @@ def _reference_step(
     from benchmarks import reference
 
     images = reference.channel_first(batch["image"])
-    labels = torch.tensor(batch["label"], dtype=torch.int64)
+    labels = reference.class_ids(batch["label"])
     optimizer = torch.optim.Adam(network.parameters(), 1e-3)
 
     def program() -> float:
         optimizer.zero_grad()
-        value = loss(network(images), labels)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            logits = network(images)
+        value = loss(logits.float(), labels)
         value.backward()
         optimizer.step()
+        reference.wait()
         return value.item()
 
     return program
+
+
+def _compiled_step(
+    name: str, loss: "reference.Loss", network: Any, batch: dict[str, np.ndarray], precision: Precision
+) -> dict[str, Callable[[], float]]:
+    """The reference's step with its network under `torch.compile`; nothing where that fails."""
+    import torch
+
+    program = _reference_step(loss, torch.compile(copy.deepcopy(network), dynamic=False), batch, precision)
+    try:
+        program()
+    except Exception as error:  # a compiler may fail in any way, and the others are still to be timed
+        print(f"torch.compile failed: {timing.first_line(error)}")
+        return {}
+    return {f"compiled {name}": program}
 
 
 def _check_agreement(

@@ -97,6 +97,11 @@ def write_results(file: Path, results: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(kept, indent=1) + "\n")
 
 
+def first_line(error: Exception) -> str:
+    """What kind of error, and how it begins."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
     names = [line for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
