@@ -1,6 +1,7 @@
 """Layouts of public data sets, written small, read back, and told apart from broken ones; axes turned to RAS."""
 
 import json
+import re
 
 import nibabel as nib
 import numpy as np
@@ -206,6 +207,23 @@ def test_a_label_that_the_layout_does_not_know_is_told(tmp_path):
         InputError, match=r"_seg.nii.gz holds the label value 3 .* \[0, 1, 2, 4\] are declared"
     ):
         open_dataset(f"brats:{tmp_path}").load(0)
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_broken_files_are_named_in_every_layout(name, tmp_path):
+    """A truncated image and a label value that no data set has."""
+    layout, write_folder, *_ = WRITTEN[name]
+    write_folder(tmp_path)
+    dataset = open_dataset(f"{layout}:{tmp_path}")
+    assert isinstance(dataset, VolumeDataset)
+    first, second = dataset.layout.entries[:2]
+    image, label = first.images[-1], second.labels[0]
+    image.write_bytes(image.read_bytes()[:-40])
+    with pytest.raises(InputError, match=re.escape(image.name)):
+        dataset.load(0)
+    write(label, np.full(SHAPE, 77, np.uint8))
+    with pytest.raises(InputError, match=rf"{re.escape(label.name)} holds the label value 77"):
+        dataset.load(1)
 
 
 # Axes.

@@ -237,6 +237,21 @@ def test_fit_ends_with_the_published_table(folders, tmp_path, capsys):
     assert main([*command, "--resume"]) == 0
 
 
+@pytest.mark.parametrize("data", ["acdc", "amos", "kits"])
+def test_the_followups_train_in_their_layouts(folders, tmp_path, data):
+    """Everything of the recipe but its sizes: SegResNet with deep supervision, AdamW, affine augmentation."""
+    recipe = RECIPES[f"followup_{data}_dice_ce_softace"]
+    out = tmp_path / "run"
+    small = "--patch 8 8 8 --eval-patch 16 16 16 --spacing 1 1 1 --steps 2 --init-filters 8 "
+    small += "--blocks-down 1 1 1 --deep-supervision 2 --batch-size 8"
+    command = ["fit", "--recipe", recipe.name, "--data", f"{recipe.layout}:{folders / recipe.layout}"]
+    command += [*small.split(), "--out", str(out)]
+    assert main(command) == 0
+    (table,) = out.glob("evaluate-test*/published.json")
+    assert any("dice_ce_softace" in row["name"] for row in json.loads(table.read_text()))
+    assert len((out / "log.csv").read_text().splitlines()) == 3
+
+
 def test_figures_are_means_and_spreads_of_the_cases_means():
     class Result:
         name, case_names, class_names = "m", ("a", "b", "c"), ("x", "y")
