@@ -261,27 +261,23 @@ def _shifted(x: Array, start: int, size: int) -> Array:
 def _kernel_gradient(x: Array, g: Array, shape: tuple[int, ...], padding: Padding) -> Array:
     """Gradient of `_dense` with respect to a kernel of that shape.
 
-    For each chunk of planes, the x under every tap of the window's last two axes becomes one long row, and
-    the rows meet g, displaced by each tap of the first axis, in a matrix product.
+    For each chunk of planes (of a 2-D image, of rows), the x under every tap of the window's other axes becomes
+    one long row, and the rows meet g, displaced by each tap of the first axis, in a matrix product.
     """
-    if len(padding) == 2:
-        inserted = (shape[0], 1, *shape[1:])
-        return _kernel_gradient(x[:, :, None], g[:, :, None], inserted, (padding[0], (0, 0), padding[1]))[
-            :, 0
-        ]
     (taps, *window, channels, out), (before, _) = shape, padding[0]
-    batch, depth, height, width = *x.shape[:2], *g.shape[2:4]
-    size = _chunk(depth, height * width, 3072)
+    batch, depth, *plane = *x.shape[:2], *g.shape[2:-1]
+    size = _chunk(depth, prod(plane), 3072)
     first, last = taps - 1 - before, depth + before - g.shape[1]
-    g = lax.pad(g, jnp.zeros((), g.dtype), [(0, 0, 0), (first, last, 0), *[(0, 0, 0)] * 3])
+    g = lax.pad(g, jnp.zeros((), g.dtype), [(0, 0, 0), (first, last, 0), *[(0, 0, 0)] * (len(plane) + 1)])
 
     def add_chunk(total: Array, chunk: tuple[Array, Array, Array]) -> tuple[Array, None]:
         planes, image, start = chunk
         planes = jnp.moveaxis(jnp.pad(planes, ((0, 0), *padding[1:], (0, 0))), -1, 0)
-        windows = [planes[:, :, i : i + height, j : j + width] for i, j in product(*map(range, window))]
-        rows = jnp.concatenate(windows).reshape(prod(window) * channels, -1)
-        here = [(image, start + taps - 1 - k, 0, 0, 0) for k in range(taps)]
-        gs = [lax.dynamic_slice(g, corner, (1, size, height, width, out)).reshape(-1, out) for corner in here]
+        corners = product(*map(range, window))
+        boxes = [tuple(slice(i, i + n) for i, n in zip(corner, plane, strict=True)) for corner in corners]
+        rows = jnp.concatenate([planes[:, :, *box] for box in boxes]).reshape(prod(window) * channels, -1)
+        here = [(image, start + taps - 1 - k, *[0] * (len(plane) + 1)) for k in range(taps)]
+        gs = [lax.dynamic_slice(g, corner, (1, size, *plane, out)).reshape(-1, out) for corner in here]
         return total + jnp.stack([rows @ g for g in gs]), None
 
     image, start = jnp.divmod(jnp.arange(batch * depth // size), depth // size)
