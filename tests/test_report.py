@@ -395,6 +395,13 @@ class TestPage:
     def test_leaks_no_figure(self, written):
         assert plt.get_fignums() == []
 
+    def test_many_models(self, tmp_path):
+        """Two seeds of six losses with long names, as a comparison with temperature scaling has them."""
+        many = [random_result(f"dice+ce+{i}*softace with a long name", 0.1, seed=i) for i in range(12)]
+        page = write_report(tmp_path, many, title="t").read_text(encoding="utf-8")
+        assert all(one.name in page for one in many)
+        assert (tmp_path / "figures" / "cases.png").exists()
+
     def test_one_model_one_class_and_nothing_else(self, tmp_path):
         page = Page(
             write_report(tmp_path, [result("m", [0.1, np.nan])], title="t").read_text(encoding="utf-8")

@@ -113,17 +113,21 @@ def _per_class(
 
 def _paired_figure(results: Sequence[Result]) -> ReportFigure:
     shown = ("ACE", "MCE", "Dice")
-    figure = Figure(figsize=(_WIDTH, 3.7), layout="constrained")
-    names = [_plain(textwrap.fill(result.name, 48 // len(results), max_lines=3)) for result in results]
+    names, legend = [result.name for result in results], []
+    if len(names) <= 3:
+        ticks = [_plain(textwrap.fill(name, 48 // len(names), max_lines=3)) for name in names]
+    else:  # numbers, which a legend explains
+        ticks = [str(i + 1) for i in range(len(names))]
+        legend = [f"{tick}  {_in_legend(name)}" for tick, name in zip(ticks, names, strict=True)]
+    height = 3.7 + 0.2 * (-(-len(legend) // 3))
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
     for ax, metric in zip(_row(figure, len(shown)), shown, strict=True):
-        plots.paired_cases(_by_case(results, metric), names, ax=ax)
+        plots.paired_cases(_by_case(results, metric), ticks, ax=ax)
         better = "higher is better" if metric in HIGHER_IS_BETTER else "lower is better"
         ax.set_title(f"{metric}, {better}", loc="left", fontweight="bold", color=plots.INK)
-        if len(results) > 3:
-            ax.set_xticks([])
-    if len(results) > 3:
-        legend = plots.model_legend([_in_legend(result.name) for result in results])
-        figure.legend(handles=legend, loc="outside lower center", ncols=3, frameon=False)
+    if legend:
+        handles = plots.model_legend(legend)
+        figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
     return ReportFigure(
         name="cases",
         section="Case by case",
