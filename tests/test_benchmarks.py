@@ -19,7 +19,7 @@ with warnings.catch_warnings():
     import torch
 
     from benchmarks import __main__ as command_line
-    from benchmarks import loss, memory, parts, plots, reference, scaling, timing
+    from benchmarks import inference, loss, memory, parts, plots, reference, scaling, step, timing
 
 SHAPE = "2x3x6x5x4"
 EVERYWHERE = {"command", "cores", "machine", "device", "python", "versions"}
@@ -56,6 +56,31 @@ def test_parts(tmp_path):
     assert written["ratio"]["parts"] == seconds["segmentation_loss"] / apart
     with pytest.raises(AssertionError, match="sum of its parts"):
         parts.check_agreement({"segmentation_loss": 2.0, "reference": 2.0, "dice": 1.0})
+
+
+def test_step(monkeypatch, tmp_path, capsys):
+    """Both sides' steps, after a check that losses and gradients agree; a reference that does not compile."""
+
+    class Uncompiled(torch.nn.Conv2d):
+        def forward(self, input):
+            raise RuntimeError("no compiler\nat all")
+
+    monkeypatch.setattr(torch, "compile", lambda network, dynamic: Uncompiled(1, 1, 1))
+    file = tmp_path / "step.json"
+    step.Step2D((16, 16), 8, precision="bfloat16", rounds=2, warmup=0, out=file).run()
+    kept, printed = json.loads(file.read_text()), capsys.readouterr().out
+    assert kept["precision"] == "bfloat16"
+    assert set(kept["ratio"]) == {"reference"}
+    assert all(len(samples) == 2 for samples in kept["seconds"].values())
+    assert "dice+ace: same loss" in printed
+    assert "torch.compile failed: RuntimeError: no compiler\n" in printed
+
+
+def test_inference(tmp_path, capsys):
+    file = tmp_path / "inference.json"
+    inference.Inference((20, 16, 16), 1, 3, (16, 16, 16), rounds=1, warmup=0, out=file).run()
+    assert json.loads(file.read_text())["windows"] == 2
+    assert "24x16x16: same statistics" in capsys.readouterr().out
 
 
 def test_loss(tmp_path, capsys):
