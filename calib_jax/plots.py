@@ -36,7 +36,10 @@ History = Mapping[str, Sequence[float | int | None] | np.ndarray]
 # direction of an error, the others always a model.
 OVER: Final = "#D55E00"
 UNDER: Final = "#0072B2"
-MODEL_COLORS: Final = ("#5B5B5B", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
+MODEL_COLORS: Final = (
+    *("#5B5B5B", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31"),
+    *("#6A3D9A", "#8C1C13", "#A8C545", "#1B3A6B", "#0B7A75", "#FF9E80"),
+)
 
 _GAP_ALPHA: Final = 0.42
 _TICKS: Final = (0, 0.25, 0.5, 0.75, 1)

@@ -190,11 +190,18 @@ def _histogram_figure(results: Sequence[Result], index: int | None, title: str) 
 
 def _history_figure(names: Sequence[str], histories: Mapping[str, plots.History]) -> ReportFigure:
     metrics = _measured_metrics(histories)
-    figure = Figure(figsize=(min(_WIDTH, 1.2 + 4.9 * len(metrics)), 3.2), layout="constrained")
+    figure = Figure(figsize=(min(_WIDTH, 1.2 + 4.9 * len(metrics)), 3.7), layout="constrained")
+    legends = {}  # one for all axes, below them, where it hides no curve
     in_order = {_in_legend(name): histories.get(name, {}) for name in dict.fromkeys([*names, *histories])}
     for ax, metric in zip(_row(figure, len(metrics)), metrics, strict=True):
         plots.loss_curves(in_order, metric=metric, ax=ax)
         ax.set_ylabel(_SPELLED.get(metric, metric.replace("_", " ")))
+        legend = ax.get_legend()
+        assert legend is not None
+        texts = [text.get_text() for text in legend.get_texts()]
+        legends |= dict(zip(texts, legend.legend_handles, strict=True))
+        legend.remove()
+    figure.legend(legends.values(), legends, loc="outside lower center", ncols=4, frameon=False)
     return ReportFigure(
         name="training",
         section="Training",
