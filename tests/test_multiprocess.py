@@ -16,7 +16,7 @@ PROGRAM = Path(__file__).with_name("train_processes.py")
 OPTIONS = [
     *["fit", "--data", "phantom2d", "--num-test", "3", "--num-val", "3", "--batch-size", "8"],
     *["--channels", "4", "8", "--strides", "2", "--warmup-steps", "1", "--dropout", "0.2"],
-    *["--steps", "60", "--validate-every", "20", "--learning-rate", "1e-3"],
+    *["--steps", "60", "--validate-every", "20", "--learning-rate", "1e-4"],
     *["--mesh", "data=4,fsdp=2"],
 ]
 
@@ -65,11 +65,8 @@ def test_two_processes_stop_together_and_one_goes_on(one_process: Path, tmp_path
     assert_same(expected[:stopped], found, 1e-5)
     assert max(int(path.name) for path in (out / "checkpoints").iterdir()) == stopped
     assert main([*OPTIONS, "--mesh", "data=8", "--out", str(out), "--resume"]) == 0
-    resumed = rows(out, "log.csv")
-    assert_same(expected[: stopped + 10], resumed[: stopped + 10], 1e-4)
-    # Afterwards a probability beside a bin's edge may have changed sides, which shows in ACE.
-    assert_same(expected, resumed, 1e-2)
-    assert_same(rows(one_process, "validation.csv"), rows(out, "validation.csv"), 1e-2)
+    assert_same(expected, rows(out, "log.csv"), 1e-4)
+    assert_same(rows(one_process, "validation.csv"), rows(out, "validation.csv"), 1e-3)
 
 
 def assert_same(expected: list[dict[str, float]], found: list[dict[str, float]], tolerance: float) -> None:

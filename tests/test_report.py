@@ -396,7 +396,7 @@ class TestPage:
         assert plt.get_fignums() == []
 
     def test_many_models(self, tmp_path):
-        """Two seeds of six losses with long names, as a comparison with temperature scaling has them."""
+        """Twelve with long names, as six losses with and without temperature scaling are."""
         many = [random_result(f"dice+ce+{i}*softace with a long name", 0.1, seed=i) for i in range(12)]
         page = write_report(tmp_path, many, title="t").read_text(encoding="utf-8")
         assert all(one.name in page for one in many)
