@@ -209,21 +209,21 @@ def test_evaluation_of_a_data_set_by_regions() -> None:
 
 
 def arguments(predict: VolumePredictor, shape: tuple[int, ...], channels: int) -> tuple[Any, ...]:
-    """What `volume_summary` is called with, but for its static arguments, as shapes."""
+    """What the program of `volume_summary` is called with, as shapes."""
     plan = plan_windows(shape, predict.patch, predict.overlap, predict.windows_per_batch)
     image = jax.ShapeDtypeStruct((*plan.canvas, channels), jnp.float32)
     label = jax.ShapeDtypeStruct(plan.canvas, jnp.uint8)
     return predict.weights, image, label, np.array(shape, np.int32), plan.corners, plan.counted
 
 
-def static(predict: VolumePredictor) -> dict[str, Any]:
-    return {"forward": predict.forward, "patch": predict.patch, "summary": CaseStatistics()}
+def statistics_program(predict: VolumePredictor) -> Any:
+    return volume_summary(predict.forward, predict.patch, CaseStatistics())
 
 
 def test_no_probability_leaves_the_device() -> None:
     """The program gives statistics and nothing else, and holds the probabilities about twice."""
     predict = VolumePredictor(by_place, 1.0, (32, 32, 32))
-    lowered = volume_summary.lower(*arguments(predict, (160, 160, 160), 1), **static(predict))
+    lowered = statistics_program(predict).lower(*arguments(predict, (160, 160, 160), 1))
     assert max(np.prod(leaf.shape) for leaf in jax.tree.leaves(lowered.out_info)) == 2 * 20
     memory = lowered.compile().memory_analysis()
     assert memory.output_size_in_bytes < 4096
@@ -248,8 +248,8 @@ def test_dropout_is_off() -> None:
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_lowers_for(platform: str) -> None:
     predict = volume_predictor(*tiny_unet(0.1), (8, 8, 8))
-    exported = export.export(volume_summary, platforms=[platform])(
-        *arguments(predict, (12, 8, 9), 2), **static(predict)
+    exported = export.export(statistics_program(predict), platforms=[platform])(
+        *arguments(predict, (12, 8, 9), 2)
     )
     assert exported.platforms == (platform,)
     assert [leaf.shape for leaf in exported.out_avals] == [(2, 20)] * 3 + [(2,)]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 from typing import Any
 
 import chex
@@ -209,7 +210,8 @@ def test_voxels_stay_on_their_device() -> None:
 def test_lowers_for(platform: str) -> None:
     optimizer = make_optimizer(CONFIG.training)
     graphdef, state = init_state(make_model(CONFIG, INFO), optimizer)
-    step = make_train_step(graphdef, optimizer, CONFIG, mesh_of(""))
+    # Without its `jit`, which has compiler options: only a program of its own may have these.
+    step: Any = inspect.unwrap(make_train_step(graphdef, optimizer, CONFIG, mesh_of("")))
     # Graph definitions cannot be exported, so the state travels as its leaves.
     leaves, tree = jax.tree.flatten(state)
 

@@ -19,6 +19,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Shaped, UInt8
 
+from train import cpu
 from train.data import crop_back, pad_to_hold
 
 # (weights, patches [batch, *patch, channels]) -> probabilities [batch, *patch, classes], which sum to 1.
@@ -79,9 +80,8 @@ class VolumePredictor:
         """Class probabilities on the grid of `image`, on the host; they sum to 1 over classes."""
         plan = self.plan(image.shape[:-1])
         padded = pad_to_hold(image, plan.canvas)
-        probs = volume_probabilities(
-            self.weights, padded, plan.corners, plan.counted, forward=self.forward, patch=self.patch
-        )
+        program = volume_probabilities(self.forward, self.patch)
+        probs = program(self.weights, padded, plan.corners, plan.counted)
         return crop_back(np.asarray(probs), image.shape[:-1])
 
     def summary(
@@ -98,16 +98,13 @@ class VolumePredictor:
             label: class ids on the same grid.
         """
         plan = self.plan(image.shape[:-1])
-        return volume_summary(
+        return volume_summary(self.forward, self.patch, summary)(
             self.weights,
             pad_to_hold(image, plan.canvas),
             pad_to_hold(label[..., None], plan.canvas)[..., 0],
             np.array(label.shape, np.int32),
             plan.corners,
             plan.counted,
-            forward=self.forward,
-            patch=self.patch,
-            summary=summary,
         )
 
     def plan(self, shape: Sequence[int]) -> "Plan":
@@ -115,36 +112,37 @@ class VolumePredictor:
         return plan_windows(shape, self.patch, self.overlap, self.windows_per_batch)
 
 
-@functools.partial(jax.jit, static_argnames=("forward", "patch"))
-def volume_probabilities(
-    weights: Any,
-    image: Float[Array, "*canvas channels"],
-    corners: Int[Array, "groups windows axes"],
-    counted: Bool[Array, "groups windows"],
-    *,
-    forward: Forward,
-    patch: tuple[int, ...],
-) -> Float[Array, "*canvas classes"]:
-    """Class probabilities of a padded volume; zero where no window reaches."""
-    return _sliding_window(functools.partial(forward, weights), image, corners, counted, patch)
+@functools.cache
+def volume_probabilities(forward: Forward, patch: tuple[int, ...]) -> Callable[..., Array]:
+    """The compiled program that gives class probabilities of a padded volume; zero where no window reaches."""
+
+    def program(
+        weights: Any,
+        image: Float[Array, "*canvas channels"],
+        corners: Int[Array, "groups windows axes"],
+        counted: Bool[Array, "groups windows"],
+    ) -> Float[Array, "*canvas classes"]:
+        return _sliding_window(functools.partial(forward, weights), image, corners, counted, patch)
+
+    return jax.jit(program, compiler_options=cpu.compiler_options())
 
 
-@functools.partial(jax.jit, static_argnames=("forward", "patch", "summary"))
-def volume_summary(
-    weights: Any,
-    image: Float[Array, "*canvas channels"],
-    label: UInt8[Array, "*canvas"],
-    shape: Int32[Array, "axes"],
-    corners: Int[Array, "groups windows axes"],
-    counted: Bool[Array, "groups windows"],
-    *,
-    forward: Forward,
-    patch: tuple[int, ...],
-    summary: Summary,
-) -> Any:
-    """`summary` of a padded volume's probabilities; `shape` is the volume's without the padding."""
-    probs = _sliding_window(functools.partial(forward, weights), image, corners, counted, patch)
-    return summary(probs, label, inside(shape, label.shape))
+@functools.cache
+def volume_summary(forward: Forward, patch: tuple[int, ...], summary: Summary) -> Callable[..., Any]:
+    """The compiled program that gives `summary` of a padded volume's probabilities."""
+
+    def program(
+        weights: Any,
+        image: Float[Array, "*canvas channels"],
+        label: UInt8[Array, "*canvas"],
+        shape: Int32[Array, "axes"],  # of the volume without the padding
+        corners: Int[Array, "groups windows axes"],
+        counted: Bool[Array, "groups windows"],
+    ) -> Any:
+        probs = _sliding_window(functools.partial(forward, weights), image, corners, counted, patch)
+        return summary(probs, label, inside(shape, label.shape))
+
+    return jax.jit(program, compiler_options=cpu.compiler_options())
 
 
 class Plan(NamedTuple):

@@ -11,6 +11,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
+from train import cpu
 from train.config import RunConfig, TrainingConfig
 from train.data import augment
 from train.losses import Loss, parse_loss
@@ -102,18 +103,8 @@ def make_train_step(
         after = TrainState(state.step + 1, params, rest, opt_state)
         return lax.with_sharding_constraint(after, weight_shardings(after, mesh)), metrics
 
-    return jax.jit(
-        step, donate_argnums=0, compiler_options=_KEEP_BARRIERS if remat and _on_cpu(mesh) else None
-    )
-
-
-# XLA's CPU compiler drops the barriers that part what is computed again from what was computed before, finds both
-# to be the same, and keeps it after all.
-_KEEP_BARRIERS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
-
-
-def _on_cpu(mesh: Mesh) -> bool:
-    return mesh.devices.flat[0].platform == "cpu"
+    options = cpu.compiler_options(mesh.devices.flat[0].platform, remat=remat)
+    return jax.jit(step, donate_argnums=0, compiler_options=options)
 
 
 def _make_gradients(graphdef: nnx.GraphDef, config: RunConfig, mesh: Mesh, remat: bool) -> Gradients:

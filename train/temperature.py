@@ -1,7 +1,7 @@
 """A trained network's logits over one temperature, fitted on cases that it was not trained on."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32, UInt8
 
 import calib_jax
+from train import cpu
 from train.data import CachedCases, Dataset, pad_to_hold
 from train.inference import Network, VolumePredictor, cut_windows, inside
 
@@ -49,7 +50,9 @@ def fit_temperature(
         dataset: where the cases come from.
         case_names: cases that the network was not trained on; kept in memory, their logits are not.
     """
+    assert isinstance(predict.forward, Network)
     cases = CachedCases(dataset, case_names)
+    program = _window_logits(predict.forward, predict.patch)
 
     def batches() -> Iterator[tuple[Array, Array, Array]]:
         for index in range(len(cases)):
@@ -59,34 +62,29 @@ def fit_temperature(
             label = pad_to_hold(case.label[..., None], plan.canvas)[..., 0]
             shape = jnp.array(case.label.shape, jnp.int32)
             for corners, counted in zip(plan.corners, plan.counted, strict=True):
-                yield _window_logits(
-                    predict.weights,
-                    image,
-                    label,
-                    shape,
-                    corners,
-                    counted,
-                    network=predict.forward,
-                    patch=predict.patch,
-                )
+                yield program(predict.weights, image, label, shape, corners, counted)
 
     return calib_jax.fit_temperature(batches)
 
 
-@functools.partial(jax.jit, static_argnames=("network", "patch"))
-def _window_logits(
-    weights: Any,
-    image: Float[Array, "*canvas channels"],
-    label: UInt8[Array, "*canvas"],
-    shape: Int32[Array, "axes"],
-    corners: Int32[Array, "windows axes"],
-    counted: Bool[Array, "windows"],
-    *,
-    network: Network,
-    patch: tuple[int, ...],
-) -> tuple[Array, Array, Array]:
-    """Logits, labels and which voxels to count of a group of windows: `[windows, *patch, ...]`."""
-    logits = network.logits(weights, cut_windows(image, corners, patch))
-    known = jnp.stack([label.astype(jnp.int32), inside(shape, label.shape).astype(jnp.int32)], -1)
-    labels, within = jnp.moveaxis(cut_windows(known, corners, patch), -1, 0)
-    return logits, labels, (within == 1) & jnp.expand_dims(counted, tuple(range(1, labels.ndim)))
+@functools.cache
+def _window_logits(network: Network, patch: tuple[int, ...]) -> Callable[..., tuple[Array, Array, Array]]:
+    """The compiled program that gives logits, labels and which voxels to count of a group of windows.
+
+    They are `[windows, *patch, ...]`.
+    """
+
+    def program(
+        weights: Any,
+        image: Float[Array, "*canvas channels"],
+        label: UInt8[Array, "*canvas"],
+        shape: Int32[Array, "axes"],
+        corners: Int32[Array, "windows axes"],
+        counted: Bool[Array, "windows"],
+    ) -> tuple[Array, Array, Array]:
+        logits = network.logits(weights, cut_windows(image, corners, patch))
+        known = jnp.stack([label.astype(jnp.int32), inside(shape, label.shape).astype(jnp.int32)], -1)
+        labels, within = jnp.moveaxis(cut_windows(known, corners, patch), -1, 0)
+        return logits, labels, (within == 1) & jnp.expand_dims(counted, tuple(range(1, labels.ndim)))
+
+    return jax.jit(program, compiler_options=cpu.compiler_options())
