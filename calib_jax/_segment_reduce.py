@@ -1,8 +1,8 @@
 """How a sum per bin is computed on each platform.
 
 `jax.ops.segment_sum` is the definition; anything else here is a faster and more exact equal of it. Every path
-sums short blocks and adds their sums up together with what float32 rounds away, because a float32 counter
-stops at 2^24 and a running sum of equal numbers drifts long before that.
+sums blocks and adds their sums up together with what float32 rounds away, because a float32 counter stops at 2^24
+and a running sum of equal numbers drifts long before that.
 """
 
 import functools
@@ -24,20 +24,17 @@ Sums = tuple[
 ]
 Bins = Int[Array, "*elements"]
 Columns = tuple[Float[Array, "*elements"], ...]
-BlockSums = tuple[Num[Array, "blocks classes bins"], ...]
-Adder = Callable[[Bins, Columns], BlockSums]
 Pair = tuple[Array, Array]  # a sum as float32, and what did not fit into it
+Adder = Callable[[Bins, Columns], tuple[Pair, ...]]  # sums `[blocks, classes, bins]` of each column
+BlockSums = tuple[Any, ...]  # the same, or integers where they count
 
-_BLOCK = 1792  # voxels in a block
-_RUN = 56  # numbers that one accumulator of a block takes in turn: equal ones drift by up to 9e-7
-_TALLY = 4096  # above _BLOCK: a voxel counts 1, one of the class 4096 more, so one exact float32 holds both
-# On CPU, a scatter takes some blocks of an image, of so many probabilities at least if there are as many, and a
-# step so many scatters: one is one thread's work, several go on side by side. It is less where so many bins and
-# classes would leave the cache (1 MiB at 8 bytes each).
+_BLOCK = 1792  # voxels in a block: float32 holds the exact tally of so many, see `_hard_block_sums`
+_PRODUCTS = 32  # blocks that a matrix unit takes at a time
+# On CPU a block is a piece of an image, of so many probabilities at most, which stay in cache. A scatter takes one,
+# and a step several scatters: one is one thread's work, several go on side by side.
 _PIECE = 1 << 14
 _SCATTERS = 8
-_ACCUMULATORS = 1 << 17
-_PRODUCTS = 32  # blocks that a matrix unit takes at a time
+_APART = 16  # updates between two of one accumulator, so that no addition waits for the one before
 
 
 class Elements(NamedTuple):
@@ -81,7 +78,8 @@ def bin_sums(
         exact, sums within 1e-6 relative of float64. A NaN makes `prob_sum` NaN in the bin that it falls in.
     """
     block_sum = functools.partial(_hard_block_sums, index)
-    return _sums(block_sum, probs, labels, where, edges, num_bins, method)
+    count, prob_sum, label_sum = _sums(block_sum, probs, labels, where, edges, num_bins, method)
+    return count, prob_sum, label_sum.astype(jnp.float32)
 
 
 def soft_bin_sums(
@@ -144,7 +142,9 @@ def _sums(
 ) -> Sums:
     where = where[..., None] if where is not None and where.ndim == 2 else where
 
-    def image_by_image(of_image: Callable[..., Sums], add: Callable[..., BlockSums]) -> Callable[..., Sums]:
+    def image_by_image(
+        of_image: Callable[..., Sums], add: Callable[..., tuple[Pair, ...]]
+    ) -> Callable[..., Sums]:
         add = functools.partial(add, num_bins=num_bins)
         return jax.vmap(functools.partial(of_image, functools.partial(block_sum, add)))
 
@@ -185,9 +185,10 @@ def _in_pieces(
     front of a scatter. The last piece of an image overlaps the one before.
     """
     batch, voxels, classes = probs.shape
-    block, size, together = _piece_size(voxels, classes, num_bins)
+    size = min(voxels, max(1, _PIECE // classes))
+    together = min(_SCATTERS, -(-voxels // size))
     steps = -(-voxels // (size * together))
-    add = functools.partial(_by_scatter, num_bins=num_bins, classes=classes, block=block)
+    add = functools.partial(_by_scatter, num_bins=num_bins, classes=classes)
 
     def row(x: Array, image: Array, start: Array) -> Array:
         cut = lax.dynamic_slice(x, (image, start, 0), (1, size, x.shape[2]))
@@ -206,9 +207,9 @@ def _in_pieces(
         )
         return block_sum(add, elements, _of(image, edges))
 
-    def part(image: Array, step: Array) -> tuple[Any, ...]:
+    def part(image: Array, step: Array) -> BlockSums:
         sums = [piece(image, step * together + k) for k in range(together)]
-        return _add_up(tuple(jnp.concatenate(column) for column in zip(*sums, strict=True)))
+        return _add_up(jax.tree.map(lambda *pieces: jnp.concatenate(pieces), *sums))
 
     def body(i: Array, total: Any) -> Any:
         image, step = i // steps, i % steps
@@ -220,15 +221,6 @@ def _in_pieces(
     of_image = jax.eval_shape(part, zero, zero)
     total = jax.tree.map(lambda x: jnp.zeros_like(x, shape=(batch, *x.shape)), of_image)
     return _rounded(lax.fori_loop(0, batch * steps, body, total))
-
-
-def _piece_size(voxels: int, classes: int, num_bins: int) -> tuple[int, int, int]:
-    """Voxels in a block and in a piece, and pieces in a step."""
-    block = min(voxels, _BLOCK)
-    fitting = max(1, _ACCUMULATORS // (classes * num_bins * _lanes(block)))
-    blocks = max(1, min(-(-_PIECE // (block * classes)), fitting, voxels // block))
-    size = blocks * block
-    return block, size, max(1, min(_SCATTERS, fitting // blocks, -(-voxels // size)))
 
 
 def _of(image: Array, tree: Any) -> Any:
@@ -264,7 +256,7 @@ def _one_after_the_other(
     together = -(-count // steps)
     blocks = _blocks(probs, labels, where, multiple=together)
 
-    def part(i: Array) -> tuple[Any, ...]:
+    def part(i: Array) -> BlockSums:
         cut = functools.partial(lax.dynamic_slice_in_dim, start_index=i * together, slice_size=together)
         some = jax.tree.map(cut, blocks._replace(classes=None))
         return _add_up(block_sum(some._replace(classes=blocks.classes), edges))
@@ -292,23 +284,23 @@ def _blocks(
     )
 
 
-def _add_up(sums: BlockSums) -> tuple[Any, ...]:
-    """Sums over all blocks: of counts as integers, of anything else as pairs."""
-    return tuple(x.sum(0) if jnp.issubdtype(x.dtype, jnp.integer) else _exact_sum(x, 0) for x in sums)
+def _add_up(sums: BlockSums) -> BlockSums:
+    """Sums over all blocks."""
+    return tuple(_exact_sum(x, 0) if isinstance(x, tuple) else x.sum(0) for x in sums)
 
 
-def _merge(a: tuple[Any, ...], b: tuple[Any, ...]) -> tuple[Any, ...]:
+def _merge(a: BlockSums, b: BlockSums) -> BlockSums:
     return tuple(_two_sum(x, y) if isinstance(x, tuple) else x + y for x, y in zip(a, b, strict=True))
 
 
-def _rounded(total: tuple[Any, ...]) -> Any:
+def _rounded(total: BlockSums) -> Any:
     return tuple(x[0] + x[1] if isinstance(x, tuple) else x for x in total)
 
 
-def _exact_sum(x: Array, axis: int) -> Pair:
+def _exact_sum(x: Pair, axis: int) -> Pair:
     """Sum over an axis, in whatever order, with what its additions rounded away."""
     zero = jnp.float32(0)
-    high, low = lax.reduce((x, jnp.zeros_like(x)), (zero, zero), _two_sum, (axis,))
+    high, low = lax.reduce(x, (zero, zero), _two_sum, (axis,))
     return high, low
 
 
@@ -323,18 +315,31 @@ def _two_sum(a: Pair, b: Pair) -> Pair:
 
 
 def _hard_block_sums(index: BinIndex, add: Adder, elements: Elements, edges: Edges) -> BlockSums:
-    """Count, probability sum and label sum of every block; float32 is exact for counts up to _BLOCK."""
+    """Count, probability sum and label sum of every block.
+
+    Where labels are class ids, one sum holds two counts, its tally: a voxel adds 1 to it, and one of the class
+    a power of two above the block's voxels as well.
+    """
     keep, probs = _kept(elements)
     bins = index(probs, edges)
     if elements.classes is None:
         labels = jnp.where(keep, elements.labels.astype(jnp.float32), 0)
         prob_sum, label_sum, count = add(bins, (probs, labels, keep.astype(jnp.float32)))
-        return count.astype(jnp.int32), prob_sum, label_sum
-    hit = _is_of_class(elements)
-    tally = jnp.where(keep, jnp.where(hit, jnp.float32(1 + _TALLY), 1), 0)
+        return _integer(count), prob_sum, label_sum
+    bits = _voxels(elements).bit_length()
+    tally = jnp.where(keep, jnp.where(_is_of_class(elements), jnp.float32(1 + (1 << bits)), 1), 0)
     prob_sum, tally = add(bins, (probs, tally))
-    label_sum = jnp.floor(tally / _TALLY)
-    return (tally - label_sum * _TALLY).astype(jnp.int32), prob_sum, label_sum
+    tally = _integer(tally)
+    return tally & ((1 << bits) - 1), prob_sum, tally >> bits
+
+
+def _voxels(elements: Elements) -> int:
+    """Those in a block, at most."""
+    return elements.probs.shape[1 if elements.probs.ndim == 3 else 0]
+
+
+def _integer(exact: Pair) -> Array:
+    return exact[0].astype(jnp.int32) + exact[1].astype(jnp.int32)
 
 
 def _soft_block_sums(place: Place, num_bins: int, add: Adder, elements: Elements, edges: Edges) -> BlockSums:
@@ -345,13 +350,12 @@ def _soft_block_sums(place: Place, num_bins: int, add: Adder, elements: Elements
     labels = jnp.where(keep, labels.astype(jnp.float32), 0)
     lower, share = place(probs)
 
-    def neighbour(bins: Array, weight: Array) -> BlockSums:
+    def neighbour(bins: Array, weight: Array) -> tuple[Pair, ...]:
         weight = jnp.where(keep, weight, 0)
         return add(bins, (weight * probs, weight * labels, weight))
 
     upper = jnp.minimum(lower + 1, num_bins - 1)
-    both = zip(neighbour(lower, 1 - share), neighbour(upper, share), strict=True)
-    prob_sum, label_sum, weight = (a + b for a, b in both)
+    prob_sum, label_sum, weight = _merge(neighbour(lower, 1 - share), neighbour(upper, share))
     return weight, prob_sum, label_sum
 
 
@@ -365,61 +369,66 @@ def _kept(elements: Elements) -> tuple[Array, Array]:
     return keep, jnp.where(keep, elements.probs.astype(jnp.float32), 0)
 
 
-def _by_segment_sum(bins: Int[Array, "blocks voxels classes"], columns: Columns, num_bins: int) -> BlockSums:
+def _by_segment_sum(
+    bins: Int[Array, "blocks voxels classes"], columns: Columns, num_bins: int
+) -> tuple[Pair, ...]:
     """The definition."""
     add = functools.partial(jax.ops.segment_sum, num_segments=num_bins)
     for axis in (-1, 0):
         add = jax.vmap(add, axis)
-    return tuple(add(column, bins) for column in columns)
+    sums = (add(column, bins) for column in columns)
+    return tuple((x, jnp.zeros_like(x)) for x in sums)
 
 
 def _by_scatter(
-    bins: Int[Array, "elements"], columns: Columns, num_bins: int, classes: int, block: int
-) -> BlockSums:
+    bins: Int[Array, "elements"], columns: Columns, num_bins: int, classes: int
+) -> tuple[Pair, ...]:
     """Two columns as one complex number, because a scatter-add on CPU is a loop over updates.
 
-    Neighbouring voxels go to different accumulators ("lanes"), so that no addition waits for the one before.
+    It adds in float64, in which no sum of a block drifts, in as few accumulators as let neighbouring voxels go to
+    different ones ("lanes").
     """
-    blocks, lanes = bins.size // (block * classes), _lanes(block)
+    lanes = min(-(-_APART // classes), max(1, _PIECE // (4 * num_bins * classes)))
     voxel, label = np.divmod(np.arange(bins.size), classes)
-    # Whose accumulators begin at `first`.
-    first = (voxel // block * lanes + voxel % lanes) * num_bins * classes + label
-    place = bins * classes + jnp.asarray(first, jnp.int32)
+    place = bins * classes + jnp.asarray(voxel % lanes * num_bins * classes + label, jnp.int32)
 
     def add(column: Array) -> Array:
-        zeros = jnp.zeros(blocks * lanes * num_bins * classes, column.dtype)
-        sums = zeros.at[place].add(column, mode="promise_in_bounds", wrap_negative_indices=False)
-        sums = _sum_pairwise(sums.reshape(blocks, lanes, num_bins * classes))
-        return jnp.swapaxes(sums.reshape(blocks, num_bins, classes), 1, 2)
+        wide = jnp.complex128 if jnp.iscomplexobj(column) else jnp.float64
+        # Made wide, not made as wide zeros: a constant would be cut to 32 bits again by whoever transforms this.
+        zeros = jnp.zeros(lanes * num_bins * classes, column.dtype)
+        with jax.enable_x64(True):
+            sums = lax.convert_element_type(zeros, wide)
+            column = lax.convert_element_type(column, wide)
+            sums = sums.at[place].add(column, mode="promise_in_bounds", wrap_negative_indices=False)
+            return sums.reshape(1, lanes, num_bins, classes).sum(1).swapaxes(1, 2)
 
     both = add(lax.complex(columns[0], columns[1]))
-    return (both.real, both.imag, *(add(column) for column in columns[2:]))
+    return tuple(map(_pair, (lax.real(both), lax.imag(both), *map(add, columns[2:]))))
 
 
-def _lanes(size: int) -> int:
-    """Accumulators that a bin needs for none to take more than _RUN of `size` numbers: a power of two."""
-    return 1 << (-(-size // _RUN) - 1).bit_length()
+def _pair(wide: Array) -> Pair:
+    """A float64 as two float32, rounded so that no compiler takes the rounding back."""
+    with jax.enable_x64(True):
+        high = lax.reduce_precision(wide, exponent_bits=8, mantissa_bits=23)
+        rest = wide - high
+        return lax.convert_element_type(high, jnp.float32), lax.convert_element_type(rest, jnp.float32)
 
 
-def _sum_pairwise(x: Array) -> Array:
-    """Sum over axis 1, a power of two long, by halves."""
-    while x.shape[1] > 1:
-        half = x.shape[1] // 2
-        x = x[:, :half] + x[:, half:]
-    return x[:, 0]
-
-
-def _by_masked_sum(bins: Int[Array, "blocks voxels classes"], columns: Columns, num_bins: int) -> BlockSums:
+def _by_masked_sum(
+    bins: Int[Array, "blocks voxels classes"], columns: Columns, num_bins: int
+) -> tuple[Pair, ...]:
     """A comparison per element and bin, fused into the sum: no memory, and no two threads at one address.
 
     Thread and vector units may add in any order, so that each addition keeps its own rounding error.
     """
     chosen = _one_hot(bins, num_bins)
-    pairs = (_exact_sum(jnp.where(chosen, column[..., None], 0), 1) for column in columns)
-    return tuple(high + low for high, low in pairs)
+    terms = (jnp.where(chosen, column[..., None], 0) for column in columns)
+    return tuple(_exact_sum((x, jnp.zeros_like(x)), 1) for x in terms)
 
 
-def _by_product(bins: Int[Array, "blocks voxels classes"], columns: Columns, num_bins: int) -> BlockSums:
+def _by_product(
+    bins: Int[Array, "blocks voxels classes"], columns: Columns, num_bins: int
+) -> tuple[Pair, ...]:
     """A product of one-hot bins with the columns, for a matrix unit.
 
     It multiplies bfloat16 and adds up in float32. Cut into three numbers of 8 bits each, a float32 loses nothing
@@ -434,8 +443,7 @@ def _by_product(bins: Int[Array, "blocks voxels classes"], columns: Columns, num
         preferred_element_type=jnp.float32,
     )
     high, middle, low = (sums[:, :, i::3] for i in range(3))
-    total = high + (middle + low)
-    return tuple(total[:, :, k] for k in range(len(columns)))
+    return tuple((high[:, :, k], (middle + low)[:, :, k]) for k in range(len(columns)))
 
 
 def _cut_in_three(x: Array) -> list[Array]:
