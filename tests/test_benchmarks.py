@@ -3,6 +3,8 @@
 import dataclasses
 import importlib.util
 import json
+import subprocess
+import sys
 import warnings
 
 import jax
@@ -241,22 +243,18 @@ def test_interleaved_takes_turns():
     assert {name: len(seconds) for name, seconds in samples.items()} == {"a": 2, "b": 2}
 
 
-def test_all_runs_every_benchmark_and_goes_on_after_a_disagreement(monkeypatch, tmp_path, capsys):
-    ran = []
+def test_all_runs_every_benchmark_in_its_own_process_and_goes_on_after_a_failure(monkeypatch, tmp_path):
+    commands = []
 
-    class Benchmark:
-        def __init__(self, out):
-            self.out = out
+    def run(command):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 1 if "loss" in command else 0)
 
-        def run(self):
-            ran.append(self.out)
-            assert self.out.stem != "first", "not the same"
-
-    monkeypatch.setattr(command_line, "BENCHMARKS", {"first": Benchmark, "second": Benchmark})
-    with pytest.raises(AssertionError, match="first"):
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(AssertionError, match=r"failed: loss$"):
         command_line.All(tmp_path).run()
-    assert ran == [tmp_path / "first.json", tmp_path / "second.json"]
-    assert "first: not the same" in capsys.readouterr().err
+    module = [sys.executable, "-m", "benchmarks"]
+    assert commands == [[*module, n, "--out", str(tmp_path / f"{n}.json")] for n in command_line.BENCHMARKS]
 
 
 def test_without_a_command_all_is_run(monkeypatch, tmp_path):
