@@ -11,7 +11,8 @@ on CPU everything is brought to that one kind, exactly:
   window is dense; a transposed convolution likewise yields all phases of its output at once;
 - very few channels are widened by a block of neighbours along the last axis (`_in_blocks`);
 - the first axis of a 3-D window becomes output channels, shifted and summed afterwards (`_in_planes`);
-- the kernel's gradient is a sum of matrix products over chunks that stay in cache (`_kernel_gradient`).
+- the kernel's gradient is such a convolution too, of images turned so that channels are the batch
+  (`_kernel_gradient`).
 
 `lax.platform_dependent` chooses when the program is lowered, so exporting for another platform is right too.
 """
@@ -261,29 +262,40 @@ def _shifted(x: Array, start: int, size: int) -> Array:
 def _kernel_gradient(x: Array, g: Array, shape: tuple[int, ...], padding: Padding) -> Array:
     """Gradient of `_dense` with respect to a kernel of that shape.
 
-    For each chunk of planes (of a 2-D image, of rows), the x under every tap of the window's other axes becomes
-    one long row, and the rows meet g, displaced by each tap of the first axis, in a matrix product.
+    The taps of a 3-D window's first axis are channels of g, shifted, which makes it a gradient of planes. They are
+    put together by chunks: of planes or, where these are small, of whole images.
     """
+    if len(padding) == 2:
+        return _kernel_gradient(x[:, None], g[:, None], (1, *shape), ((0, 0), *padding))[0]
     (taps, *window, channels, out), (before, _) = shape, padding[0]
-    batch, depth, *plane = *x.shape[:2], *g.shape[2:-1]
-    size = _chunk(depth, prod(plane), 3072)
+    batch, depth, most = x.shape[0], x.shape[1], 2**21
+    plane = prod(g.shape[2:4]) * max(channels, taps * out)
+    images, size = _chunk(batch, depth * plane, most), _chunk(depth, plane, most)
     first, last = taps - 1 - before, depth + before - g.shape[1]
-    g = lax.pad(g, jnp.zeros((), g.dtype), [(0, 0, 0), (first, last, 0), *[(0, 0, 0)] * (len(plane) + 1)])
+    g = lax.pad(g, jnp.zeros((), g.dtype), [(0, 0, 0), (first, last, 0), *[(0, 0, 0)] * 3])
 
-    def add_chunk(total: Array, chunk: tuple[Array, Array, Array]) -> tuple[Array, None]:
-        planes, image, start = chunk
-        planes = jnp.moveaxis(jnp.pad(planes, ((0, 0), *padding[1:], (0, 0))), -1, 0)
-        corners = product(*map(range, window))
-        boxes = [tuple(slice(i, i + n) for i, n in zip(corner, plane, strict=True)) for corner in corners]
-        rows = jnp.concatenate([planes[:, :, *box] for box in boxes]).reshape(prod(window) * channels, -1)
-        here = [(image, start + taps - 1 - k, *[0] * (len(plane) + 1)) for k in range(taps)]
-        gs = [lax.dynamic_slice(g, corner, (1, size, *plane, out)).reshape(-1, out) for corner in here]
-        return total + jnp.stack([rows @ g for g in gs]), None
+    def add_chunk(total: Array, corner: Array) -> tuple[Array, None]:
+        corner = (*corner, 0, 0, 0)
+        here = lax.dynamic_slice(x, corner, (images, size, *x.shape[2:]))
+        there = lax.dynamic_slice(g, corner, (images, size + taps - 1, *g.shape[2:]))
+        under_taps = jnp.concatenate([there[:, k : k + size] for k in reversed(range(taps))], -1)
+        planes = (a.reshape(-1, *a.shape[2:]) for a in (here, under_taps))
+        return total + _plane_kernel_gradient(*planes, padding[1:]), None
 
-    image, start = jnp.divmod(jnp.arange(batch * depth // size), depth // size)
-    zero = jnp.zeros((taps, prod(window) * channels, out), x.dtype)
-    total, _ = lax.scan(add_chunk, zero, (x.reshape(-1, size, *x.shape[2:]), image, start * size))
-    return total.reshape(shape)
+    corners = jnp.array([*product(range(0, batch, images), range(0, depth, size))], jnp.int32)
+    total, _ = lax.scan(add_chunk, jnp.zeros((*window, channels, taps * out), x.dtype), corners)
+    return jnp.moveaxis(total.reshape(*window, channels, taps, out), -2, 0)
+
+
+def _plane_kernel_gradient(x: Array, g: Array, padding: Padding) -> Array:
+    """A convolution once more, with g as its kernel: x is turned so that its channels are the batch.
+
+    The turning is written out, because XLA would not do it well inside of loops.
+    """
+    if x.shape[0] < 8:  # As channels these are too few for the vectors with which Eigen skips the padding.
+        x, padding = jnp.pad(x, ((0, 0), *padding, (0, 0))), ((0, 0), (0, 0))
+    y = _plain(jnp.swapaxes(x, 0, 3), jnp.moveaxis(g, 0, 2), (1, 1), padding)
+    return jnp.moveaxis(y, 0, 2)
 
 
 def _chunk(depth: int, plane: int, most: int) -> int:
