@@ -48,10 +48,7 @@ class Scaling:
 
         reference.use_all_cores()
         fixed = {"voxels": self.fixed_voxels, "bins": self.fixed_bins, "classes": self.fixed_classes}
-        axes = {
-            axis: [self._measure(axis, **fixed | {axis: value}) for value in getattr(self, axis)]
-            for axis in fixed
-        }
+        axes = {axis: self._measure(axis, fixed) for axis in fixed}
         growths = {
             axis: {who: growth([point["cost"][who]["median"] for point in points]) for who in _WHO}
             for axis, points in axes.items()
@@ -71,26 +68,20 @@ class Scaling:
         )
         print(f"written to {self.out} and {plots.save(plots.scaling(axes, growths), self.out)}")
 
-    def _measure(self, axis: str, *, voxels: int, bins: int, classes: int) -> dict[str, Any]:
-        side = round(voxels ** (1 / 3))
-        programs, errors = _checked_programs((1, classes, side, side, side), bins)
-        elements = classes * side**3
-        repeats = math.ceil(self.least / elements)
-        samples = timing.interleaved(
-            {who: _repeated(program, repeats) for who, program in programs.items()},
-            warmup=self.warmup,
-            rounds=self.rounds,
-            title=f"{side**3} voxels, {bins} bins, {classes} classes",
-        )
-        seconds = {who: [s / repeats for s in values] for who, values in samples.items()}
-        costs = {who: timing.spread([s / elements for s in values]) for who, values in seconds.items()}
-        return {
-            axis: side**3 if axis == "voxels" else {"bins": bins, "classes": classes}[axis],
-            "cost": costs,
-            "ratio": timing.ratio_spread(seconds, *_WHO),
-            "loss_error": errors,
-            "seconds": seconds,
+    def _measure(self, axis: str, fixed: Mapping[str, int]) -> list[dict[str, Any]]:
+        """All points of an axis in every round, so that a machine that changes its speed does so for all."""
+        points = [_Point(axis, **{**fixed, axis: value}) for value in getattr(self, axis)]
+        programs = {
+            (point.value, who): _repeated(program, math.ceil(self.least / point.elements))
+            for point in points
+            for who, program in point.programs.items()
         }
+        samples = timing.interleaved(
+            programs, warmup=self.warmup, rounds=self.rounds, title=f"against {axis}"
+        )
+        return [
+            point.results({who: samples[point.value, who] for who in _WHO}, self.least) for point in points
+        ]
 
 
 _WHO = (loss.OURS, REFERENCE)
@@ -99,6 +90,29 @@ _WHO = (loss.OURS, REFERENCE)
 def growth(costs: Sequence[float]) -> float:
     """Largest rise from a cost to a later one; 1 or less where none rises."""
     return max((after / before for before, after in combinations(costs, 2)), default=1.0)
+
+
+class _Point:
+    """A point of an axis: both programs, checked, and what their times come to."""
+
+    def __init__(self, axis: str, *, voxels: int, bins: int, classes: int) -> None:
+        side = round(voxels ** (1 / 3))
+        self.axis = axis
+        self.value = {"voxels": side**3, "bins": bins, "classes": classes}[axis]
+        self.elements = classes * side**3
+        self.programs, self.errors = _checked_programs((1, classes, side, side, side), bins)
+
+    def results(self, samples: Mapping[str, Sequence[float]], least: int) -> dict[str, Any]:
+        repeats = math.ceil(least / self.elements)
+        seconds = {who: [s / repeats for s in values] for who, values in samples.items()}
+        costs = {who: timing.spread([s / self.elements for s in values]) for who, values in seconds.items()}
+        return {
+            self.axis: self.value,
+            "cost": costs,
+            "ratio": timing.ratio_spread(seconds, *_WHO),
+            "loss_error": self.errors,
+            "seconds": seconds,
+        }
 
 
 def _checked_programs(

@@ -9,16 +9,18 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
+
+Name = TypeVar("Name")
 
 _PACKAGES = ("calib_jax", "jax", "jaxlib", "flax", "optax", "torch", "monai", "numpy")
 
 
 def interleaved(
-    programs: Mapping[str, Callable[[], Any]], *, warmup: int, rounds: int, title: str = "rounds"
-) -> dict[str, list[float]]:
+    programs: Mapping[Name, Callable[[], Any]], *, warmup: int, rounds: int, title: str = "rounds"
+) -> dict[Name, list[float]]:
     """Seconds of each call. A program returns when its work is done.
 
     In its turn each program is called twice and the second call is timed, as one step of many is in training: the
@@ -31,7 +33,7 @@ def interleaved(
         rounds: rounds that are.
         title: what the progress bar is called.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    seconds: dict[Name, list[float]] = {name: [] for name in programs}
     for i in tqdm(range(warmup + rounds), title):
         for name, program in programs.items():
             program()

@@ -185,9 +185,7 @@ def _in_pieces(
     front of a scatter. The last piece of an image overlaps the one before.
     """
     batch, voxels, classes = probs.shape
-    size = min(voxels, max(1, _PIECE // classes))
-    together = min(_SCATTERS, -(-voxels // size))
-    steps = -(-voxels // (size * together))
+    size, together, steps = _cut(voxels, classes)
     add = functools.partial(_by_scatter, num_bins=num_bins, classes=classes)
 
     def row(x: Array, image: Array, start: Array) -> Array:
@@ -221,6 +219,18 @@ def _in_pieces(
     of_image = jax.eval_shape(part, zero, zero)
     total = jax.tree.map(lambda x: jnp.zeros_like(x, shape=(batch, *x.shape)), of_image)
     return _rounded(lax.fori_loop(0, batch * steps, body, total))
+
+
+def _cut(voxels: int, classes: int) -> tuple[int, int, int]:
+    """Voxels of a piece, pieces in a step, and steps for an image of so many voxels: equal pieces, full steps.
+
+    Pieces are of 16 voxels or a multiple, if the image is: XLA turns no odd number into vector instructions.
+    """
+    most = max(1, _PIECE // (16 * classes))
+    blocks = -(-voxels // 16)
+    together = min(_SCATTERS, -(-blocks // most))
+    steps = -(-blocks // (most * together))
+    return min(voxels, 16 * -(-blocks // (together * steps))), together, steps
 
 
 def _of(image: Array, tree: Any) -> Any:

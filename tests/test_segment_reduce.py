@@ -61,6 +61,16 @@ def _draw(shape, seed=0, soft=False):
     return probs, labels.astype(np.float32 if soft else np.int32), rng
 
 
+@pytest.mark.parametrize("classes", [1, 3, 4, 7, 2000])
+@pytest.mark.parametrize("voxels", [1, 15, 16, 17, 36864, 147456, 110592, 10**6, 30_080_231])
+def test_pieces_cover_an_image_with_little_left_over(voxels, classes):
+    size, together, steps = segment_reduce._cut(voxels, classes)
+    assert size == voxels or (size < voxels and size % 16 == 0)
+    assert size * classes <= max(16 * classes, segment_reduce._PIECE)
+    assert together <= segment_reduce._SCATTERS
+    assert 0 <= size * together * steps - voxels < 16 * together * steps
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize(
