@@ -275,12 +275,12 @@ def _kernel_gradient(x: Array, g: Array, shape: tuple[int, ...], padding: Paddin
     g = lax.pad(g, jnp.zeros((), g.dtype), [(0, 0, 0), (first, last, 0), *[(0, 0, 0)] * 3])
 
     def add_chunk(total: Array, corner: Array) -> tuple[Array, None]:
-        corner = (*corner, 0, 0, 0)
-        here = lax.dynamic_slice(x, corner, (images, size, *x.shape[2:]))
-        there = lax.dynamic_slice(g, corner, (images, size + taps - 1, *g.shape[2:]))
+        start = (*corner, 0, 0, 0)
+        here = lax.dynamic_slice(x, start, (images, size, *x.shape[2:]))
+        there = lax.dynamic_slice(g, start, (images, size + taps - 1, *g.shape[2:]))
         under_taps = jnp.concatenate([there[:, k : k + size] for k in reversed(range(taps))], -1)
-        planes = (a.reshape(-1, *a.shape[2:]) for a in (here, under_taps))
-        return total + _plane_kernel_gradient(*planes, padding[1:]), None
+        planes, gs = (a.reshape(-1, *a.shape[2:]) for a in (here, under_taps))
+        return total + _plane_kernel_gradient(planes, gs, padding[1:]), None
 
     corners = jnp.array([*product(range(0, batch, images), range(0, depth, size))], jnp.int32)
     total, _ = lax.scan(add_chunk, jnp.zeros((*window, channels, taps * out), x.dtype), corners)
