@@ -70,18 +70,14 @@ class Scaling:
 
     def _measure(self, axis: str, fixed: Mapping[str, int]) -> list[dict[str, Any]]:
         """All points of an axis in every round, so that a machine that changes its speed does so for all."""
-        points = [_Point(axis, **{**fixed, axis: value}) for value in getattr(self, axis)]
+        points = [_Point(axis, self.least, **{**fixed, axis: value}) for value in getattr(self, axis)]
         programs = {
-            (point.value, who): _repeated(program, math.ceil(self.least / point.elements))
-            for point in points
-            for who, program in point.programs.items()
+            (i, who): program for i, point in enumerate(points) for who, program in point.programs.items()
         }
         samples = timing.interleaved(
             programs, warmup=self.warmup, rounds=self.rounds, title=f"against {axis}"
         )
-        return [
-            point.results({who: samples[point.value, who] for who in _WHO}, self.least) for point in points
-        ]
+        return [point.results({who: samples[i, who] for who in _WHO}) for i, point in enumerate(points)]
 
 
 _WHO = (loss.OURS, REFERENCE)
@@ -93,18 +89,19 @@ def growth(costs: Sequence[float]) -> float:
 
 
 class _Point:
-    """A point of an axis: both programs, checked, and what their times come to."""
+    """A point of an axis: both programs, checked and repeated, and what their times come to."""
 
-    def __init__(self, axis: str, *, voxels: int, bins: int, classes: int) -> None:
+    def __init__(self, axis: str, least: int, *, voxels: int, bins: int, classes: int) -> None:
         side = round(voxels ** (1 / 3))
         self.axis = axis
         self.value = {"voxels": side**3, "bins": bins, "classes": classes}[axis]
         self.elements = classes * side**3
-        self.programs, self.errors = _checked_programs((1, classes, side, side, side), bins)
+        self.repeats = math.ceil(least / self.elements)
+        programs, self.errors = _checked_programs((1, classes, side, side, side), bins)
+        self.programs = {who: _repeated(program, self.repeats) for who, program in programs.items()}
 
-    def results(self, samples: Mapping[str, Sequence[float]], least: int) -> dict[str, Any]:
-        repeats = math.ceil(least / self.elements)
-        seconds = {who: [s / repeats for s in values] for who, values in samples.items()}
+    def results(self, samples: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+        seconds = {who: [s / self.repeats for s in values] for who, values in samples.items()}
         costs = {who: timing.spread([s / self.elements for s in values]) for who, values in seconds.items()}
         return {
             self.axis: self.value,

@@ -30,6 +30,8 @@ from jaxtyping import Array, Float
 Padding = tuple[tuple[int, int], ...]
 Convolution = Callable[[Array, Array], Array]
 
+_CHUNK = 2**21  # elements that stay near the cache
+
 
 def convolve(
     x: Float[Array, "batch *spatial in"], kernel: Float[Array, "*window in out"], strides: Sequence[int]
@@ -232,7 +234,7 @@ def _in_planes(x: Array, kernel: Array, padding: Padding, widen: Callable[[Array
     """
     (taps, *window, channels, out), (before, after) = kernel.shape, padding[0]
     depth = x.shape[1] + before + after - taps + 1
-    size = _chunk(x.shape[1], prod(x.shape[2:4]) * taps * out, 2**21)
+    size = _chunk(x.shape[1], prod(x.shape[2:4]) * taps * out, _CHUNK)
     folded = jnp.moveaxis(kernel, 0, -2).reshape(*window, channels, taps * out)
 
     def contributions(planes: Array) -> list[Array]:
@@ -268,9 +270,9 @@ def _kernel_gradient(x: Array, g: Array, shape: tuple[int, ...], padding: Paddin
     if len(padding) == 2:
         return _kernel_gradient(x[:, None], g[:, None], (1, *shape), ((0, 0), *padding))[0]
     (taps, *window, channels, out), (before, _) = shape, padding[0]
-    batch, depth, most = x.shape[0], x.shape[1], 2**21
+    batch, depth = x.shape[:2]
     plane = prod(g.shape[2:4]) * max(channels, taps * out)
-    images, size = _chunk(batch, depth * plane, most), _chunk(depth, plane, most)
+    images, size = _chunk(batch, depth * plane, _CHUNK), _chunk(depth, plane, _CHUNK)
     first, last = taps - 1 - before, depth + before - g.shape[1]
     g = lax.pad(g, jnp.zeros((), g.dtype), [(0, 0, 0), (first, last, 0), *[(0, 0, 0)] * 3])
 
@@ -298,9 +300,9 @@ def _plane_kernel_gradient(x: Array, g: Array, padding: Padding) -> Array:
     return jnp.moveaxis(y, 0, 2)
 
 
-def _chunk(depth: int, plane: int, most: int) -> int:
-    """How many of `depth` planes to take at once: a divisor, for no more than `most` elements if that can be."""
-    return max(n for n in range(1, depth + 1) if depth % n == 0 and (n == 1 or n * plane <= most))
+def _chunk(count: int, size: int, most: int) -> int:
+    """How many of `count` things to take at once: a divisor, for no more than `most` elements if that can be."""
+    return max(n for n in range(1, count + 1) if count % n == 0 and (n == 1 or n * size <= most))
 
 
 def normalise(
