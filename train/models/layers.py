@@ -168,7 +168,7 @@ def _dense(x: Array, kernel: Array, padding: Padding) -> Array:
     """Convolution of stride 1, the way that suits CPUs."""
     *_, window, channels, out = kernel.shape
     width = x.shape[-2] + sum(padding[-1]) - window + 1
-    most = max(1, 8 // max(channels, out))
+    most = max(1, min(8, 256 // (channels * out))) if channels < 24 else 1
     block = max(b for b in range(1, most + 1) if width % b == 0)
     return _in_blocks(x, kernel, padding, block) if block > 1 else _in_slices(x, kernel, padding)
 
@@ -188,12 +188,15 @@ def _patches(x: Array, block: int, window: int, padding: tuple[int, int]) -> Arr
     """[batch, *spatial, width, c] -> [batch, *spatial, width / block, (block + window - 1) * c], overlapping."""
     *outer, width, channels = x.shape
     side, count = block + window - 1, (width + sum(padding) - window + 1) // block
-    more = -(-side // block)
-    after = (count + more - 1) * block - width - padding[0]
-    x = lax.pad(x, jnp.zeros((), x.dtype), [*[(0, 0, 0)] * len(outer), (padding[0], after, 0), (0, 0, 0)])
-    blocks = x.reshape(*outer, -1, block * channels)
-    parts = [blocks[..., j : j + count, :] for j in range(more)]
-    return jnp.concatenate(parts, -1)[..., : side * channels]
+
+    def part(start: int) -> Array:
+        """What patches hold from `start` on, a block at most."""
+        before = padding[0] - start
+        widths = [*[(0, 0, 0)] * len(outer), (before, count * block - width - before, 0), (0, 0, 0)]
+        blocks = lax.pad(x, jnp.zeros((), x.dtype), widths).reshape(*outer, count, block * channels)
+        return blocks[..., : (side - start) * channels]
+
+    return jnp.concatenate([part(start) for start in range(0, side, block)], -1)
 
 
 def _patch_kernel(kernel: Array, block: int) -> Array:
