@@ -38,8 +38,12 @@ class Convolution(nnx.Module):
         self.bias = nnx.Param(uniform(rngs, (outputs,), bound)) if bias else None
 
     def __call__(self, x: Float[Array, "batch *spatial in"]) -> Float[Array, "batch *resampled out"]:
+        return self.add_bias(self.without_bias(x))
+
+    def without_bias(self, x: Float[Array, "batch *spatial in"]) -> Float[Array, "batch *resampled out"]:
+        """The convolution alone."""
         apply = convolve_transpose if self.transposed else convolve
-        return self.add_bias(apply(x, self.kernel[...], self.strides))
+        return apply(x, self.kernel[...], self.strides)
 
     def add_bias(self, y: Float[Array, "batch *spatial out"]) -> Float[Array, "batch *spatial out"]:
         """The convolution's result with its bias."""
@@ -91,6 +95,7 @@ class Norm(nnx.Module):
                 f"{channels} channels do not fall into {groups} groups: give a divisor of {channels}."
             )
         self.groups, self.eps = groups, eps
+        self.removes_bias = groups == channels  # with the mean of each channel goes whatever was added to it
         self.scale = nnx.Param(jnp.ones(channels, jnp.float32)) if affine else None
         self.offset = nnx.Param(jnp.zeros(channels, jnp.float32)) if affine else None
 

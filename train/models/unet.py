@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from train.models.blocks import Convolution, Option, check_image, make_activation, make_norm
+from train.models.blocks import Convolution, Norm, Option, check_image, make_activation, make_norm
 from train.models.layers import convolve
 from train.models.remat import recomputable
 
@@ -142,10 +142,12 @@ class ConvolutionUnit(nnx.Module):
 
     @recomputable
     def __call__(self, x: Float[Array, "batch *spatial in"]) -> Float[Array, "batch *resampled out"]:
-        return self.finish(self.conv(x))
+        return self.finish(self.conv.without_bias(x))
 
     def finish(self, x: Float[Array, "batch *spatial out"]) -> Float[Array, "batch *spatial out"]:
-        """What follows the convolution."""
+        """What follows the convolution: its bias, unless the norm takes it away again, and the other layers."""
+        if not (isinstance(self.norm, Norm) and self.norm.removes_bias):
+            x = self.conv.add_bias(x)
         for layer in (self.norm, self.dropout, self.act):
             x = x if layer is None else layer(x)
         return x
@@ -198,15 +200,15 @@ class ResidualUnit(nnx.Module):
         return y + shortcut
 
     def _first_convolutions(self, x: Array) -> tuple[Array, Array]:
-        """The first unit's convolution and the shortcut, in one pass over x where their windows agree."""
+        """The first unit's convolution without its bias, and the shortcut: one pass over x where windows agree."""
         conv, shortcut = self.units[0].conv, self.residual
         if shortcut is None:
-            return conv(x), x
+            return conv.without_bias(x), x
         if shortcut.kernel.shape != conv.kernel.shape:
-            return conv(x), shortcut(x)
+            return conv.without_bias(x), shortcut(x)
         both = convolve(x, jnp.concatenate([conv.kernel[...], shortcut.kernel[...]], -1), conv.strides)
         y, z = jnp.split(both, 2, -1)
-        return conv.add_bias(y), shortcut.add_bias(z)
+        return y, shortcut.add_bias(z)
 
 
 def _window(size: int | Sequence[int], spatial_dims: int, name: str) -> tuple[int, ...]:
