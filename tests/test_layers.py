@@ -21,9 +21,13 @@ CASES = [
     ((7, 5, 9), 4, 6, (3, 3, 3), (2, 2, 2)),
     ((6, 8, 9), 3, 4, (5, 3, 3), (2, 1, 3)),
     ((4, 6, 8), 3, 4, (1, 1, 1), (2, 2, 2)),
-    ((4, 3, 12), 1, 2, (3, 3, 5), (1, 1, 1)),  # blocks of 4
+    ((4, 3, 12), 1, 2, (3, 3, 5), (1, 1, 1)),  # blocks of 6
+    ((2, 3, 12), 8, 8, (3, 3, 3), (1, 1, 1)),  # blocks of 4
     ((12, 9), 3, 2, (3, 3), (1, 1)),
     ((5, 9), 2, 1, (3, 3), (1, 1)),  # blocks of 3
+    ((4, 8), 3, 4, (3, 3), (1, 1)),  # blocks of 8
+    ((4, 10), 8, 12, (3, 5), (1, 1)),  # blocks of 2, whose patches reach over three
+    ((3, 8), 24, 2, (3, 3), (1, 1)),  # no blocks
     ((7, 64), 12, 16, (5, 3), (1, 1)),
     ((8, 7), 1, 8, (3, 3), (2, 2)),
     ((9, 12), 5, 3, (3, 5), (3, 2)),
@@ -103,9 +107,10 @@ def test_convolve_transpose_is_the_transpose():
 def test_many_chunks_of_planes(monkeypatch):
     """Planes beyond one chunk: every tap reaches across the chunks' borders, some across several."""
     x, kernel = operands((6, 48, 40), 2, 3, (5, 3, 3), batch=2)
-    assert [layers._chunk(6, 48 * 40, most) for most in (1, 2 * 48 * 40, 10**6)] == [1, 2, 6]
+    contributions = 48 * 40 * 5 * 3  # of one plane: each tap's to each voxel and channel
+    assert [layers._chunk(6, contributions, most) for most in (1, 2 * contributions, 10**6)] == [1, 2, 6]
     for planes in (1, 2, 3):
-        monkeypatch.setattr(layers, "_chunk", lambda count, plane, most, planes=planes: min(planes, count))
+        monkeypatch.setattr(layers, "_CHUNK", planes * contributions)
         assert_same(
             lambda x, k: layers._dense(x, k, ((2, 2), (1, 1), (1, 1))),
             lambda x, k: plain(x, k, (1, 1, 1)),

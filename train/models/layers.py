@@ -166,10 +166,10 @@ def _adjoint(kernel: Array, padding: Padding) -> tuple[Array, Padding]:
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _dense(x: Array, kernel: Array, padding: Padding) -> Array:
     """Convolution of stride 1, the way that suits CPUs."""
-    *_, window, channels, out = kernel.shape
-    width = x.shape[-2] + sum(padding[-1]) - window + 1
-    most = max(1, min(8, 256 // (channels * out))) if channels < 24 else 1
-    block = max(b for b in range(1, most + 1) if width % b == 0)
+    *window, channels, out = kernel.shape
+    width = x.shape[-2] + sum(padding[-1]) - window[-1] + 1
+    # Blocks of up to 8 were fastest, but none where copying patches costs more than it gains.
+    block = _chunk(width, max(32, channels * out), 256) if channels < 24 and prod(window) > 1 else 1
     return _in_blocks(x, kernel, padding, block) if block > 1 else _in_slices(x, kernel, padding)
 
 
@@ -237,11 +237,13 @@ def _in_planes(x: Array, kernel: Array, padding: Padding, widen: Callable[[Array
     """
     (taps, *window, channels, out), (before, after) = kernel.shape, padding[0]
     depth = x.shape[1] + before + after - taps + 1
-    size = _chunk(x.shape[1], prod(x.shape[2:4]) * taps * out, _CHUNK)
     folded = jnp.moveaxis(kernel, 0, -2).reshape(*window, channels, taps * out)
 
     def contributions(planes: Array) -> list[Array]:
         return jnp.split(_plain(widen(planes), folded, (1, 1), padding[1:]), taps, -1)
+
+    plane = jax.eval_shape(contributions, jax.ShapeDtypeStruct((1, *x.shape[2:]), x.dtype))[0].shape[1:]
+    size = _chunk(x.shape[1], taps * prod(plane), _CHUNK)
 
     def add_chunk(unfinished: Array, planes: Array) -> tuple[Array, Array]:
         terms = [_shifted(c, k + 1 - taps, size + taps - 1) for k, c in enumerate(contributions(planes))]
@@ -250,9 +252,8 @@ def _in_planes(x: Array, kernel: Array, padding: Padding, widen: Callable[[Array
 
     def image(planes: Array) -> Array:
         chunks = planes.reshape(-1, size, *planes.shape[1:])
-        plane = jax.eval_shape(contributions, chunks[0])[0]
-        rest, finished = lax.scan(add_chunk, jnp.zeros((taps - 1, *plane.shape[1:]), plane.dtype), chunks)
-        sums = jnp.concatenate([finished.reshape(-1, *plane.shape[1:]), rest])
+        rest, finished = lax.scan(add_chunk, jnp.zeros((taps - 1, *plane), x.dtype), chunks)
+        sums = jnp.concatenate([finished.reshape(-1, *plane), rest])
         return _shifted(sums, taps - 1 - before, depth)
 
     return lax.map(image, x)
