@@ -7,12 +7,12 @@ import jax
 _EIGEN_CONVOLUTIONS: dict[str, str | bool] = {
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"
 }
-# XLA's CPU compiler drops the barriers that part what is computed again from what was computed before, finds both
-# to be the same, and keeps it after all.
+# XLA's CPU compiler drops barriers. It then keeps what was to be computed again, and computes several times what was
+# to be written out once for all its readers, as probabilities are.
 _KEEP_BARRIERS: dict[str, str | bool] = {"xla_disable_hlo_passes": "cse_barrier_expander"}
 
 
-def compiler_options(platform: str | None = None, *, remat: bool = False) -> dict[str, str | bool]:
+def compiler_options(platform: str | None = None) -> dict[str, str | bool]:
     """What to give `jax.jit` as `compiler_options`; nothing on other platforms than CPUs.
 
     YNNPACK is left to matrix products, and Eigen computes convolutions: those of the paper's 2-D network
@@ -20,11 +20,10 @@ def compiler_options(platform: str | None = None, *, remat: bool = False) -> dic
 
     Args:
         platform: of the devices that the program is for; by default JAX's own choice.
-        remat: whether the program is to compute anything again rather than keep it.
     """
     if (platform or jax.default_backend()) != "cpu":
         return {}
-    return (_EIGEN_CONVOLUTIONS if _compiler_knows_ynnpack() else {}) | (_KEEP_BARRIERS if remat else {})
+    return _KEEP_BARRIERS | (_EIGEN_CONVOLUTIONS if _compiler_knows_ynnpack() else {})
 
 
 @functools.cache

@@ -103,7 +103,7 @@ def make_train_step(
         after = TrainState(state.step + 1, params, rest, opt_state)
         return lax.with_sharding_constraint(after, weight_shardings(after, mesh)), metrics
 
-    options = cpu.compiler_options(mesh.devices.flat[0].platform, remat=remat)
+    options = cpu.compiler_options(mesh.devices.flat[0].platform)
     return jax.jit(step, donate_argnums=0, compiler_options=options)
 
 
