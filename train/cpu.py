@@ -7,8 +7,8 @@ import jax
 _EIGEN_CONVOLUTIONS: dict[str, str | bool] = {
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"
 }
-# XLA's CPU compiler drops barriers. It then keeps what was to be computed again, and computes several times what was
-# to be written out once for all its readers, as probabilities are.
+# XLA's CPU compiler drops barriers. It then keeps what was to be computed again, and computes several times what
+# was to be written out once for all its readers, as probabilities are.
 _KEEP_BARRIERS: dict[str, str | bool] = {"xla_disable_hlo_passes": "cse_barrier_expander"}
 
 
