@@ -9,7 +9,7 @@ on CPU everything is brought to that one kind, exactly:
 
 - a stride of s turns s neighbours along an axis into s times the channels (`_to_phases`), after which the
   window is dense; a transposed convolution likewise yields all phases of its output at once;
-- very few channels are widened by a block of neighbours along the last axis (`_in_blocks`);
+- few channels are widened by a block of neighbours along the last axis (`_in_blocks`);
 - the first axis of a 3-D window becomes output channels, shifted and summed afterwards (`_in_planes`);
 - the kernel's gradient is such a convolution too, of images turned so that channels are the batch
   (`_kernel_gradient`).
