@@ -151,6 +151,19 @@ def test_compiles_once():
     assert traces == 1
 
 
+@pytest.mark.parametrize(
+    ("norm", "matters"), [("instance", False), (("group", {"num_groups": 2}), True), (None, True)]
+)
+def test_bias_before_a_norm(norm, matters):
+    """Instance norm takes it away again; groups of several channels do not."""
+    model = UNet(**SMALL, spatial_dims=2, norm=norm)
+    x = jax.random.normal(jax.random.key(0), (1, 8, 8, 2))
+    before = model(x)
+    bias = model.down[0].units[0].conv.bias
+    bias[...] = bias[...].at[0].add(3)
+    assert bool(jnp.array_equal(model(x), before)) is not matters
+
+
 def test_size_not_divided_by_strides():
     model = UNet(**SMALL | {"channels": (4, 8, 8), "strides": (2, 2)}, spatial_dims=2)
     with pytest.raises(ValueError, match=r"Size 10 of axis 2 of the image \(1, 8, 10, 2\) .* by 4"):
