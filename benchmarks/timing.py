@@ -92,6 +92,7 @@ def write_results(file: Path, results: Mapping[str, Any]) -> None:
         "machine": _processor(),
         "device": f"{jax.default_backend()}: {jax.devices()[0].device_kind}",
         "python": platform.python_version(),
+        "glibc_tunables": os.environ.get("GLIBC_TUNABLES", ""),
         "versions": {name: metadata.version(name) for name in _PACKAGES},
         **results,
     }

@@ -7,47 +7,36 @@ and a running sum of equal numbers drifts long before that.
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Num
 
-Edges = Any  # what of `index` differs from image to image: a tree of arrays, batch first, or None
-BinIndex = Callable[[Array, Edges], Array]
-Place = Callable[[Array], tuple[Array, Array]]
+from calib_jax._bin_terms import (
+    BinIndex,
+    Bins,
+    Columns,
+    Edges,
+    Elements,
+    Place,
+    Terms,
+    counts_of,
+    hard_terms,
+    soft_terms,
+)
+from calib_jax._scatter import Pair, sums_in_pieces
+
 Method = Literal["auto", "segment_sum", "scatter", "flat_scatter", "masked", "one_hot"]
 Sums = tuple[
     Num[Array, "batch classes bins"], Float[Array, "batch classes bins"], Float[Array, "batch classes bins"]
 ]
-Bins = Int[Array, "*elements"]
-Columns = tuple[Float[Array, "*elements"], ...]
-Pair = tuple[Array, Array]  # a sum as float32, and what did not fit into it
 Adder = Callable[[Bins, Columns], tuple[Pair, ...]]  # sums `[blocks, classes, bins]` of each column
-BlockSums = tuple[Any, ...]  # the same, or integers where they count
 
-_BLOCK = 1792  # voxels in a block: float32 holds the exact tally of so many, see `_hard_block_sums`
+_BLOCK = 1792  # voxels in a block: float32 holds the exact tally of so many, see `hard_terms`
+_BLOCK_BITS = _BLOCK.bit_length()
 _PRODUCTS = 32  # blocks that a matrix unit takes at a time
-# On CPU a block is a piece of an image, of so many probabilities at most, which stay in cache. A scatter takes one,
-# and a step several scatters: one is one thread's work, several go on side by side.
-_PIECE = 1 << 14
-_SCATTERS = 8
-_APART = 16  # updates between two of one accumulator, so that no addition waits for the one before
-
-
-class Elements(NamedTuple):
-    """Some probabilities of an image, and what goes with them, of shapes that broadcast to theirs."""
-
-    probs: Float[Array, "*elements"]
-    labels: Num[Array, "*elements"]
-    classes: Int[Array, "*elements"] | None
-    """The class that a probability is of, where labels are class ids."""
-    keep: Bool[Array, "*elements"]
-
-
-BlockSum = Callable[[Adder, Elements, Edges], BlockSums]
 
 
 def bin_sums(
@@ -77,9 +66,9 @@ def bin_sums(
         `(count int32, prob_sum float32, label_sum float32)`, each `[batch, classes, num_bins]`. Counts are
         exact, sums within 1e-6 relative of float64. A NaN makes `prob_sum` NaN in the bin that it falls in.
     """
-    block_sum = functools.partial(_hard_block_sums, index)
-    count, prob_sum, label_sum = _sums(block_sum, probs, labels, where, edges, num_bins, method)
-    return count, prob_sum, label_sum.astype(jnp.float32)
+    terms = functools.partial(hard_terms, index)
+    count, prob_sum, label_sum = _sums(terms, probs, labels, where, edges, num_bins, method)
+    return _integer(count), _rounded(prob_sum), _rounded(label_sum)
 
 
 def soft_bin_sums(
@@ -100,8 +89,9 @@ def soft_bin_sums(
     Returns:
         `(weight, prob_sum, label_sum)`, float32 `[batch, classes, bins]` each.
     """
-    block_sum = functools.partial(_soft_block_sums, place, num_bins)
-    return _sums(block_sum, probs, labels, where, None, num_bins, method)
+    terms = functools.partial(soft_terms, place, num_bins)
+    weight, prob_sum, label_sum = _sums(terms, probs, labels, where, None, num_bins, method)
+    return _rounded(weight), _rounded(prob_sum), _rounded(label_sum)
 
 
 def table_lookup(
@@ -132,23 +122,24 @@ def table_lookup(
 
 
 def _sums(
-    block_sum: BlockSum,
+    terms: Terms,
     probs: Array,
     labels: Array,
     where: Array | None,
     edges: Edges,
     num_bins: int,
     method: Method,
-) -> Sums:
+) -> tuple[Pair, Pair, Pair]:
+    """Counts or weights, sums of probabilities and of labels."""
     where = where[..., None] if where is not None and where.ndim == 2 else where
 
     def image_by_image(
-        of_image: Callable[..., Sums], add: Callable[..., tuple[Pair, ...]]
-    ) -> Callable[..., Sums]:
+        of_image: Callable[..., tuple[Pair, ...]], add: Callable[..., tuple[Pair, ...]]
+    ) -> Callable[..., Any]:
         add = functools.partial(add, num_bins=num_bins)
-        return jax.vmap(functools.partial(of_image, functools.partial(block_sum, add)))
+        return jax.vmap(functools.partial(of_image, functools.partial(_block_sums, terms, add)))
 
-    in_pieces = functools.partial(_in_pieces, block_sum, num_bins)
+    in_pieces = functools.partial(sums_in_pieces, terms, num_bins)
     paths = {
         "segment_sum": image_by_image(_all_at_once, _by_segment_sum),
         "scatter": jax.vmap(lambda *image: _first(in_pieces(*jax.tree.map(lambda x: x[None], image)))),
@@ -171,108 +162,41 @@ def _on_one_device() -> bool:
     return manual or (jax.default_backend() == "cpu" and jax.device_count() == 1)
 
 
-def _in_pieces(
-    block_sum: BlockSum,
-    num_bins: int,
-    probs: Float[Array, "batch voxels classes"],
-    labels: Array,
-    where: Array | None,
-    edges: Edges,
-) -> Sums:
-    """A loop over pieces of images, small enough for what is made of them to stay in cache, several in a step.
-
-    A piece is one long row of probabilities: arithmetic on a row is what XLA turns into vector instructions in
-    front of a scatter. The last piece of an image overlaps the one before.
-    """
-    batch, voxels, classes = probs.shape
-    size, together, steps = _cut(voxels, classes)
-    add = functools.partial(_by_scatter, num_bins=num_bins, classes=classes)
-
-    def row(x: Array, image: Array, start: Array) -> Array:
-        cut = lax.dynamic_slice(x, (image, start, 0), (1, size, x.shape[2]))
-        return jnp.broadcast_to(cut, (1, size, classes)).reshape(-1)
-
-    def piece(image: Array, i: Array) -> BlockSums:
-        start = jnp.minimum(i * size, voxels - size)
-        keep = jnp.arange(size * classes, dtype=jnp.int32) >= (i * size - start) * classes
-        keep = keep if where is None else keep & row(where, image, start)
-        ids = labels.ndim == 2
-        elements = Elements(
-            row(probs, image, start),
-            row(labels[..., None] if ids else labels, image, start),
-            jnp.asarray(np.arange(size * classes) % classes, jnp.int32) if ids else None,
-            keep,
-        )
-        return block_sum(add, elements, _of(image, edges))
-
-    def part(image: Array, step: Array) -> BlockSums:
-        sums = [piece(image, step * together + k) for k in range(together)]
-        return _add_up(jax.tree.map(lambda *pieces: jnp.concatenate(pieces), *sums))
-
-    def body(i: Array, total: Any) -> Any:
-        image, step = i // steps, i % steps
-        merged = _merge(_of(image, total), part(image, step))
-        put = functools.partial(lax.dynamic_update_index_in_dim, index=image, axis=0)
-        return jax.tree.map(lambda x, update: put(x, update), total, merged)
-
-    zero = jnp.zeros((), jnp.int32)
-    of_image = jax.eval_shape(part, zero, zero)
-    total = jax.tree.map(lambda x: jnp.zeros_like(x, shape=(batch, *x.shape)), of_image)
-    return _rounded(lax.fori_loop(0, batch * steps, body, total))
-
-
-def _cut(voxels: int, classes: int) -> tuple[int, int, int]:
-    """Voxels of a piece, pieces in a step, and steps for an image of so many voxels: equal pieces, full steps.
-
-    Pieces are of 16 voxels or a multiple, if the image is: XLA turns no odd number into vector instructions.
-    """
-    most = max(1, _PIECE // (16 * classes))
-    blocks = -(-voxels // 16)
-    together = min(_SCATTERS, -(-blocks // most))
-    steps = -(-blocks // (most * together))
-    return min(voxels, 16 * -(-blocks // (together * steps))), together, steps
-
-
-def _of(image: Array, tree: Any) -> Any:
-    """What belongs to an image."""
-    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, image, 0, keepdims=False), tree)
-
-
 def _first(tree: Any) -> Any:
     return jax.tree.map(lambda x: x[0], tree)
 
 
 def _all_at_once(
-    block_sum: Callable[[Elements, Edges], BlockSums],
+    block_sums: Callable[[Elements, Edges], tuple[Pair, ...]],
     probs: Float[Array, "voxels classes"],
     labels: Array,
     where: Array | None,
     edges: Edges,
-) -> Sums:
+) -> tuple[Pair, ...]:
     """All blocks of an image side by side, for machines with threads enough."""
-    return _rounded(_add_up(block_sum(_blocks(probs, labels, where), edges)))
+    return _add_up(block_sums(_blocks(probs, labels, where), edges))
 
 
 def _one_after_the_other(
-    block_sum: Callable[[Elements, Edges], BlockSums],
+    block_sums: Callable[[Elements, Edges], tuple[Pair, ...]],
     probs: Float[Array, "voxels classes"],
     labels: Array,
     where: Array | None,
     edges: Edges,
-) -> Sums:
+) -> tuple[Pair, ...]:
     """A loop over some blocks of an image, for what takes memory of their size times the bins."""
     count = -(-probs.shape[0] // _BLOCK)
     steps = -(-count // _PRODUCTS)
     together = -(-count // steps)
     blocks = _blocks(probs, labels, where, multiple=together)
 
-    def part(i: Array) -> BlockSums:
+    def part(i: Array) -> tuple[Pair, ...]:
         cut = functools.partial(lax.dynamic_slice_in_dim, start_index=i * together, slice_size=together)
         some = jax.tree.map(cut, blocks._replace(classes=None))
-        return _add_up(block_sum(some._replace(classes=blocks.classes), edges))
+        return _add_up(block_sums(some._replace(classes=blocks.classes), edges))
 
     total = jax.tree.map(jnp.zeros_like, jax.eval_shape(part, jnp.zeros((), jnp.int32)))
-    return _rounded(lax.fori_loop(0, steps, lambda i, total: _merge(total, part(i)), total))
+    return lax.fori_loop(0, steps, lambda i, total: _merge(total, part(i)), total)
 
 
 def _blocks(
@@ -294,17 +218,21 @@ def _blocks(
     )
 
 
-def _add_up(sums: BlockSums) -> BlockSums:
+def _add_up(sums: tuple[Pair, ...]) -> tuple[Pair, ...]:
     """Sums over all blocks."""
-    return tuple(_exact_sum(x, 0) if isinstance(x, tuple) else x.sum(0) for x in sums)
+    return tuple(_exact_sum(x, 0) for x in sums)
 
 
-def _merge(a: BlockSums, b: BlockSums) -> BlockSums:
-    return tuple(_two_sum(x, y) if isinstance(x, tuple) else x + y for x, y in zip(a, b, strict=True))
+def _merge(a: tuple[Pair, ...], b: tuple[Pair, ...]) -> tuple[Pair, ...]:
+    return tuple(map(_two_sum, a, b))
 
 
-def _rounded(total: BlockSums) -> Any:
-    return tuple(x[0] + x[1] if isinstance(x, tuple) else x for x in total)
+def _rounded(exact: Pair) -> Array:
+    return exact[0] + exact[1]
+
+
+def _integer(exact: Pair) -> Array:
+    return exact[0].astype(jnp.int32) + exact[1].astype(jnp.int32)
 
 
 def _exact_sum(x: Pair, axis: int) -> Pair:
@@ -321,62 +249,17 @@ def _two_sum(a: Pair, b: Pair) -> Pair:
     return total, a[1] + b[1] + ((a[0] - (total - added)) + (b[0] - added))
 
 
-# Sums within blocks.
+# How it is summed.
 
 
-def _hard_block_sums(index: BinIndex, add: Adder, elements: Elements, edges: Edges) -> BlockSums:
-    """Count, probability sum and label sum of every block.
-
-    Where labels are class ids, one sum holds two counts, its tally: a voxel adds 1 to it, and one of the class
-    a power of two above the block's voxels as well.
-    """
-    keep, probs = _kept(elements)
-    bins = index(probs, edges)
-    if elements.classes is None:
-        labels = jnp.where(keep, elements.labels.astype(jnp.float32), 0)
-        prob_sum, label_sum, count = add(bins, (probs, labels, keep.astype(jnp.float32)))
-        return _integer(count), prob_sum, label_sum
-    bits = _voxels(elements).bit_length()
-    tally = jnp.where(keep, jnp.where(_is_of_class(elements), jnp.float32(1 + (1 << bits)), 1), 0)
-    prob_sum, tally = add(bins, (probs, tally))
-    tally = _integer(tally)
-    return tally & ((1 << bits) - 1), prob_sum, tally >> bits
-
-
-def _voxels(elements: Elements) -> int:
-    """Those in a block, at most."""
-    return elements.probs.shape[1 if elements.probs.ndim == 3 else 0]
-
-
-def _integer(exact: Pair) -> Array:
-    return exact[0].astype(jnp.int32) + exact[1].astype(jnp.int32)
-
-
-def _soft_block_sums(place: Place, num_bins: int, add: Adder, elements: Elements, edges: Edges) -> BlockSums:
-    """Weight, weighted probability and weighted label sums of every block, for either neighbour of a voxel."""
-    del edges  # centres are the same everywhere
-    keep, probs = _kept(elements)
-    labels = elements.labels if elements.classes is None else _is_of_class(elements)
-    labels = jnp.where(keep, labels.astype(jnp.float32), 0)
-    lower, share = place(probs)
-
-    def neighbour(bins: Array, weight: Array) -> tuple[Pair, ...]:
-        weight = jnp.where(keep, weight, 0)
-        return add(bins, (weight * probs, weight * labels, weight))
-
-    upper = jnp.minimum(lower + 1, num_bins - 1)
-    prob_sum, label_sum, weight = _merge(neighbour(lower, 1 - share), neighbour(upper, share))
-    return weight, prob_sum, label_sum
-
-
-def _is_of_class(elements: Elements) -> Array:
-    return elements.labels.astype(jnp.int32) == elements.classes
-
-
-def _kept(elements: Elements) -> tuple[Array, Array]:
-    """Which elements count, and their float32 probabilities, zero elsewhere."""
-    keep = jnp.broadcast_to(elements.keep, elements.probs.shape)
-    return keep, jnp.where(keep, elements.probs.astype(jnp.float32), 0)
+def _block_sums(terms: Terms, add: Adder, elements: Elements, edges: Edges) -> tuple[Pair, ...]:
+    """Counts or weights, sums of probabilities and of labels in every block."""
+    sums = [add(bins, columns) for bins, columns in terms(elements, edges, _BLOCK_BITS)]
+    prob_sum, count, *label_sum = functools.reduce(_merge, sums)
+    if label_sum:
+        return count, prob_sum, *label_sum
+    voxels, of_class = counts_of(_rounded(count), _BLOCK_BITS)
+    return (voxels, jnp.zeros_like(voxels)), prob_sum, (of_class, jnp.zeros_like(of_class))
 
 
 def _by_segment_sum(
@@ -388,40 +271,6 @@ def _by_segment_sum(
         add = jax.vmap(add, axis)
     sums = (add(column, bins) for column in columns)
     return tuple((x, jnp.zeros_like(x)) for x in sums)
-
-
-def _by_scatter(
-    bins: Int[Array, "elements"], columns: Columns, num_bins: int, classes: int
-) -> tuple[Pair, ...]:
-    """Two columns as one complex number, because a scatter-add on CPU is a loop over updates.
-
-    It adds in float64, in which no sum of a block drifts, in as few accumulators as let neighbouring voxels go to
-    different ones ("lanes").
-    """
-    lanes = min(-(-_APART // classes), max(1, _PIECE // (4 * num_bins * classes)))
-    voxel, label = np.divmod(np.arange(bins.size), classes)
-    place = bins * classes + jnp.asarray(voxel % lanes * num_bins * classes + label, jnp.int32)
-
-    def add(column: Array) -> Array:
-        wide = jnp.complex128 if jnp.iscomplexobj(column) else jnp.float64
-        # Made wide, not made as wide zeros: a constant would be cut to 32 bits again by whoever transforms this.
-        zeros = jnp.zeros(lanes * num_bins * classes, column.dtype)
-        with jax.enable_x64(True):
-            sums = lax.convert_element_type(zeros, wide)
-            column = lax.convert_element_type(column, wide)
-            sums = sums.at[place].add(column, mode="promise_in_bounds", wrap_negative_indices=False)
-            return sums.reshape(1, lanes, num_bins, classes).sum(1).swapaxes(1, 2)
-
-    both = add(lax.complex(columns[0], columns[1]))
-    return tuple(map(_pair, (lax.real(both), lax.imag(both), *map(add, columns[2:]))))
-
-
-def _pair(wide: Array) -> Pair:
-    """A float64 as two float32, rounded so that no compiler takes the rounding back."""
-    with jax.enable_x64(True):
-        high = lax.reduce_precision(wide, exponent_bits=8, mantissa_bits=23)
-        rest = wide - high
-        return lax.convert_element_type(high, jnp.float32), lax.convert_element_type(rest, jnp.float32)
 
 
 def _by_masked_sum(

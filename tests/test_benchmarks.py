@@ -20,7 +20,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # whatever PyTorch and MONAI have to say when imported
     import torch
 
-    from benchmarks import __main__ as command_line
+    from benchmarks import cli as command_line
     from benchmarks import inference, loss, memory, parts, plots, reference, scaling, step, timing
 
 SHAPE = "2x3x6x5x4"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from networks import TINY_UNETR, patterned_state
 
-from train.__main__ import main
+from train.cli import main
 from train.config import read_config
 from train.errors import InputError
 from train.fit import load_run

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from train.__main__ import main
+from train.cli import main
 
 PROGRAM = Path(__file__).with_name("train_processes.py")
 OPTIONS = [

@@ -11,7 +11,7 @@ import tyro
 from flax import nnx
 
 from calib_jax.report import METRICS
-from train.__main__ import _command_line, main
+from train.cli import _command_line, main
 from train.config import DataInfo
 from train.data.protocols import PROTOCOLS, partition
 from train.errors import InputError

@@ -14,6 +14,7 @@ import pytest
 from jax import export
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from calib_jax import _scatter
 from calib_jax import _segment_reduce as segment_reduce
 from calib_jax.binning import bin_index
 
@@ -64,10 +65,10 @@ def _draw(shape, seed=0, soft=False):
 @pytest.mark.parametrize("classes", [1, 3, 4, 7, 2000])
 @pytest.mark.parametrize("voxels", [1, 15, 16, 17, 36864, 147456, 110592, 10**6, 30_080_231])
 def test_pieces_cover_an_image_with_little_left_over(voxels, classes):
-    size, together, steps = segment_reduce._cut(voxels, classes)
+    size, together, steps = _scatter._cut(voxels, classes)
     assert size == voxels or (size < voxels and size % 16 == 0)
-    assert size * classes <= max(16 * classes, segment_reduce._PIECE)
-    assert together <= segment_reduce._SCATTERS
+    assert size * classes <= max(16 * classes, _scatter._PIECE)
+    assert together <= _scatter._SCATTERS
     assert 0 <= size * together * steps - voxels < 16 * together * steps
 
 
@@ -88,6 +89,18 @@ def test_equals_the_definition(method, soft, shape, num_bins):
     probs, labels, _ = _draw(shape, soft=soft)
     got = _sums(probs, labels, num_bins=num_bins, method=method)
     _assert_equal(got, _expected(probs, labels, None, num_bins), 1e-5 if method == "segment_sum" else 1e-6)
+
+
+def test_images_of_more_voxels_than_a_tally_holds_are_counted_apart(monkeypatch):
+    probs, labels, _ = _draw((2, 5_000, 3))
+    columns = []
+    monkeypatch.setattr(_scatter, "_SCATTER_BITS", 9)
+    scatter_add = _scatter._scatter_add
+    monkeypatch.setattr(
+        _scatter, "_scatter_add", lambda *args: columns.append(len(args[-1])) or scatter_add(*args)
+    )
+    _assert_equal(_sums(probs, labels, method="flat_scatter"), _expected(probs, labels, None, 20))
+    assert set(columns) == {3}
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -14,7 +14,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from train.__main__ import main
+from train.cli import main
 from train.logs import RunLog
 from train.runs import claimed
 

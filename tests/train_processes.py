@@ -1,4 +1,4 @@
-"""What test_multiprocess.py runs: `train.__main__` on four fake devices, with a SIGTERM to itself if asked.
+"""What test_multiprocess.py runs: `train.cli` on four fake devices, with a SIGTERM to itself if asked.
 
 python tests/train_processes.py SIGTERM_AFTER ARGUMENTS..., 0 for never.
 """
@@ -9,7 +9,7 @@ import sys
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
 
-from train.__main__ import main
+from train.cli import main
 from train.logs import RunLog
 
 if __name__ == "__main__":
