@@ -43,7 +43,7 @@ class Step:
     """Of convolutions and activations in both; with bfloat16 the reference runs under `torch.autocast`."""
     compile: bool = True
     """Time the reference under `torch.compile` as well."""
-    rounds: int = 15
+    rounds: int = 31
     """Timed rounds; each takes one step of every program."""
     warmup: int = 3
     """Rounds before these."""
@@ -76,15 +76,21 @@ class Step:
             who: {loss: timing.ratio(samples, f"calib_jax {loss}", f"{who} {loss}") for loss in LOSSES}
             for who in others
         }
+        spreads = {name: timing.spread(seconds) for name, seconds in samples.items()}
         cost = {
-            who: timing.ratio(samples, f"{who} dice+ace", f"{who} dice") - 1 for who in ("calib_jax", *others)
+            who: {
+                which: spreads[f"{who} dice+ace"][which] / spreads[f"{who} dice"][which] - 1
+                for which in ("median", "q1")
+            }
+            for who in ("calib_jax", *others)
         }
         print(timing.format_samples(samples))
         for who, by_loss in ratios.items():
             for loss, value in by_loss.items():
                 print(f"step with {loss}: {value:.2f} of the time of {who} (1 = equal, lower = faster)")
         for who, value in cost.items():
-            print(f"mL1-ACE adds {100 * value:+.1f}% to the step of {who}")
+            figures = f"{100 * value['median']:+.1f}%, at the lower quartiles {100 * value['q1']:+.1f}%"
+            print(f"mL1-ACE adds {figures} to the step of {who}")
         names = ("patch", "batch_size", "channels", "classes", "precision")
         settings = {name: getattr(self, name) for name in names}
         timing.write_results(self.out, {**settings, "ratio": ratios, "ace_cost": cost, "seconds": samples})
