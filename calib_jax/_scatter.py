@@ -1,5 +1,6 @@
 """The sums in bins on a CPU: scatters over pieces of an image, in float64."""
 
+import functools
 from typing import Any
 
 import jax
@@ -73,8 +74,7 @@ def sums_in_pieces(
     _, columns = jax.eval_shape(piece, zero, zero)[0]
     total = _accumulators(columns, batch * lanes * num_bins * classes)
     totals = lax.fori_loop(0, batch * steps, body, (total,) * together)
-    shape = together, batch, lanes, num_bins, classes
-    return _scattered(totals, bits, shape)
+    return _scattered(totals, bits, (batch, lanes, num_bins, classes))
 
 
 def _cut(voxels: int, classes: int) -> tuple[int, int, int]:
@@ -119,22 +119,26 @@ def _scatter_add(total: Columns, place: Int[Array, "elements"], columns: Columns
 
 
 def _scattered(
-    totals: tuple[Columns, ...], bits: int | None, shape: tuple[int, int, int, int, int]
+    totals: tuple[Columns, ...], bits: int | None, shape: tuple[int, int, int, int]
 ) -> tuple[Pair, ...]:
     """Counts or weights, sums of probabilities and of labels.
 
     Args:
         totals: accumulators, for each of several pieces at a time.
         bits: those of a tally.
-        shape: how many of pieces, images, lanes, bins and classes.
+        shape: how many of images, lanes, bins and classes.
     """
-    with jax.enable_x64(True):
-        both, *third = (jnp.stack(columns) for columns in zip(*totals, strict=True))
-        count, prob_sum = lax.imag(both), lax.real(both)
+
+    def columns(total: Columns) -> Columns:
+        both, *third = total
+        prob_sum, count = lax.real(both), lax.imag(both)
         if bits is not None and not third:
             count, *third = counts_of(count, bits)
-        sums = (x.reshape(shape).sum((0, 2)).swapaxes(1, 2) for x in (count, prob_sum, *third))
-        return tuple(map(_pair, sums))
+        return count, prob_sum, *third
+
+    with jax.enable_x64(True):
+        sums = (functools.reduce(jnp.add, parts) for parts in zip(*map(columns, totals), strict=True))
+        return tuple(_pair(x.reshape(shape).sum(1).swapaxes(1, 2)) for x in sums)
 
 
 def _pair(wide: Array) -> Pair:
