@@ -13,6 +13,7 @@ BinIndex = Callable[[Array, Edges], Array]
 Place = Callable[[Array], tuple[Array, Array]]
 Bins = Int[Array, "*elements"]
 Columns = tuple[Float[Array, "*elements"], ...]  # probabilities, then counts and labels or a tally
+Pair = tuple[Array, Array]  # a sum as float32, and what did not fit into it
 
 
 class Elements(NamedTuple):

@@ -9,9 +9,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from calib_jax._bin_terms import Bins, Columns, Edges, Elements, Terms, counts_of
-
-Pair = tuple[Array, Array]  # a sum as float32, and what did not fit into it
+from calib_jax._bin_terms import Bins, Columns, Edges, Elements, Pair, Terms, counts_of
 
 # An image is taken in pieces of so many probabilities at most, which stay in cache. A scatter takes one, and
 # a step several scatters: one is one thread's work, several go on side by side.

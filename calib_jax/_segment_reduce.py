@@ -1,8 +1,8 @@
 """How a sum per bin is computed on each platform.
 
 `jax.ops.segment_sum` is the definition; anything else here is a faster and more exact equal of it. Every path
-sums blocks and adds their sums up together with what float32 rounds away, because a float32 counter stops at 2^24
-and a running sum of equal numbers drifts long before that.
+but that of CPUs, which adds in float64, sums blocks and adds their sums up together with what float32 rounds away,
+because a float32 counter stops at 2^24 and a running sum of equal numbers drifts long before that.
 """
 
 import functools
@@ -20,13 +20,14 @@ from calib_jax._bin_terms import (
     Columns,
     Edges,
     Elements,
+    Pair,
     Place,
     Terms,
     counts_of,
     hard_terms,
     soft_terms,
 )
-from calib_jax._scatter import Pair, sums_in_pieces
+from calib_jax._scatter import sums_in_pieces
 
 Method = Literal["auto", "segment_sum", "scatter", "flat_scatter", "masked", "one_hot"]
 Sums = tuple[
