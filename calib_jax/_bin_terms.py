@@ -39,7 +39,7 @@ def hard_terms(
     power of two above the voxels' number as well.
     """
     keep, probs = _kept(elements)
-    bins = index(probs, edges)
+    bins, probs = index(probs, edges), probs.astype(jnp.float32)
     if elements.classes is not None and bits is not None:
         return [(bins, (probs, _tally(keep, _is_of_class(elements), bits)))]
     return [(bins, (probs, keep.astype(jnp.float32), _kept_labels(elements, keep)))]
@@ -53,6 +53,7 @@ def soft_terms(
     keep, probs = _kept(elements)
     labels = _kept_labels(elements, keep)
     lower, share = place(probs)
+    probs = probs.astype(jnp.float32)
 
     def neighbour(bins: Array, weight: Array) -> tuple[Bins, Columns]:
         weight = jnp.where(keep, weight, 0)
@@ -83,6 +84,11 @@ def _kept_labels(elements: Elements, keep: Array) -> Array:
 
 
 def _kept(elements: Elements) -> tuple[Array, Array]:
-    """Which elements count, and their float32 probabilities, zero elsewhere."""
+    """Which elements count, and their probabilities, zero elsewhere: float64 as it is, others as float32."""
     keep = jnp.broadcast_to(elements.keep, elements.probs.shape)
-    return keep, jnp.where(keep, elements.probs.astype(jnp.float32), 0)
+    return keep, jnp.where(keep, single_or_double(elements.probs), 0)
+
+
+def single_or_double(x: Array) -> Array:
+    """`x` as float32, unless it is float64: rounding could move it to another bin."""
+    return x if x.dtype == jnp.float64 else x.astype(jnp.float32)

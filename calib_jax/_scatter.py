@@ -44,7 +44,7 @@ def sums_in_pieces(
     ids = labels.ndim == 2
 
     def row(x: Array, image: Array, start: Array) -> Array:
-        cut = lax.dynamic_slice(x, (image, start, 0), (1, size, x.shape[2]))
+        cut = lax.dynamic_slice(x, (image, start, np.int32(0)), (1, size, x.shape[2]))
         return jnp.broadcast_to(cut, (1, size, classes)).reshape(-1)
 
     def piece(image: Array, i: Array) -> list[tuple[Bins, Columns]]:
@@ -65,6 +65,7 @@ def sums_in_pieces(
         return total
 
     def body(i: Array, totals: tuple[Columns, ...]) -> tuple[Columns, ...]:
+        i = i.astype(jnp.int32)  # int64 under x64
         image, step = i // steps, i % steps
         return tuple(add(total, image, step * together + k) for k, total in enumerate(totals))
 

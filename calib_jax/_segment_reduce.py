@@ -109,7 +109,7 @@ def table_lookup(
 
     def by_gather(table: Array, probs: Array) -> Array:
         place = index(probs) + num_bins * lax.broadcasted_iota(jnp.int32, probs.shape, 2)
-        table = jnp.zeros_like(table).at[..., jnp.arange(num_bins)].set(table, mode="promise_in_bounds")
+        table = jnp.zeros_like(table).at[..., jnp.arange(num_bins, dtype=jnp.int32)].set(table, mode="promise_in_bounds")
         take = functools.partial(jnp.take, mode="clip")
         return jax.vmap(take)(table.reshape(-1, classes * num_bins), place)
 
@@ -197,7 +197,7 @@ def _one_after_the_other(
         return _add_up(block_sums(some._replace(classes=blocks.classes), edges))
 
     total = jax.tree.map(jnp.zeros_like, jax.eval_shape(part, jnp.zeros((), jnp.int32)))
-    return lax.fori_loop(0, steps, lambda i, total: _merge(total, part(i)), total)
+    return lax.fori_loop(0, steps, lambda i, total: _merge(total, part(i.astype(jnp.int32))), total)
 
 
 def _blocks(

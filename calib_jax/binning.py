@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Num
 
 from calib_jax import _segment_reduce
+from calib_jax._bin_terms import single_or_double
 from calib_jax._checks import AnyArray, Labels, Mask, Probs, as_inputs, check_choice, check_size
 from calib_jax._devices import AxisName, check_not_split, whole_sum
 
@@ -134,12 +135,12 @@ def bin_index(
     """
     check_size("num_bins", num_bins)
     check_choice("closed", closed, ("right", "left"))
-    probs = jnp.asarray(probs).astype(jnp.float32)
+    probs = single_or_double(jnp.asarray(probs))
     last = num_bins - 1
     # The right bin or the one below it, so that comparing with one edge puts it right. NaN: the last bin.
-    guess = jnp.floor(probs * np.float32(num_bins * (1 - 2.0**-20)))
+    guess = jnp.floor(probs.astype(jnp.float32) * np.float32(num_bins * (1 - 2.0**-20)))
     guess = jnp.maximum(jnp.where(guess < last, guess, last), 0)
-    edge = _upper_edge(guess, num_bins)
+    edge = _upper_edge(guess, num_bins).astype(probs.dtype)
     beyond = probs > edge if closed == "right" else probs >= edge
     return jnp.minimum(jnp.where(beyond, guess + 1, guess), last).astype(jnp.int32)
 
@@ -248,7 +249,7 @@ def adaptive_edges(
 
     Each edge is one of the probabilities and belongs to the bin below it.
     """
-    values = lax.stop_gradient(probs).astype(jnp.float32)
+    values = single_or_double(lax.stop_gradient(probs))
     keep = jnp.ones((1, 1, 1), bool) if where is None else where
     counted = jnp.broadcast_to(keep & ~jnp.isnan(values), values.shape)
     size = counted.sum(1, dtype=jnp.int32)[..., None]
@@ -263,7 +264,7 @@ def _index(probs: Array, edges: Array | None, *, num_bins: int, closed: Closed) 
     """Bins of some probabilities of an image, in any shape but voxel by voxel: equal ones, or between its edges."""
     if edges is None:
         return bin_index(probs, num_bins=num_bins, closed=closed)
-    values = probs.astype(jnp.float32).reshape(-1, edges.shape[0], 1)
+    values = single_or_double(probs).reshape(-1, edges.shape[0], 1)
     bins = jnp.where(jnp.isnan(values), True, values > edges[None]).sum(-1, dtype=jnp.int32)
     return bins.reshape(probs.shape)
 
@@ -354,7 +355,7 @@ def _soft_sums_backward(num_bins: int, residuals: Any, cotangents: Any) -> Any:
     (_, count_step), (prob, prob_step), (label, label_step) = (look_up(table) for table in cotangents)
     values = probs.astype(jnp.float32)
     dense = labels.ndim == probs.ndim
-    target = labels if dense else jax.nn.one_hot(labels, probs.shape[-1])
+    target = labels if dense else jax.nn.one_hot(labels, probs.shape[-1], dtype=jnp.float32)
     share = place(probs)[1]
     position = values * num_bins - 0.5
     slope = jnp.where((position > 0) & (position < num_bins - 1), float(num_bins), 0.0)

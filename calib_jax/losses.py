@@ -383,7 +383,9 @@ def _soft_dice(
 ) -> Array:
     """`optax.losses.dice_loss` of probabilities that are there already, which it refuses under jit."""
     classes = probs.shape[-1]
-    targets = labels.astype(jnp.float32) if labels.ndim == probs.ndim else jax.nn.one_hot(labels, classes)
+    dense = labels.ndim == probs.ndim
+    targets = labels if dense else jax.nn.one_hot(labels, classes, dtype=jnp.float32)
+    targets = targets.astype(jnp.float32)
     if where is not None:
         probs, targets = (jnp.where(where[..., None], x, 0) for x in (probs, targets))
     probs, targets = (x.reshape(x.shape[0], -1, classes) for x in (probs, targets))
@@ -419,7 +421,7 @@ def _reduce(
 ) -> Array:
     check_choice("reduction", reduction, ("mean", "sum", "none"))
     weights = (
-        jnp.ones(errors.shape[1:]) if class_weights is None else jnp.asarray(class_weights, errors.dtype)
+        jnp.ones(errors.shape[1:], errors.dtype) if class_weights is None else jnp.asarray(class_weights, errors.dtype)
     )
     if weights.shape != errors.shape[1:]:
         raise ValueError(

@@ -88,10 +88,10 @@ def fit_temperature(
     """
 
     def affine(log_temperature: Array, classes: int) -> VectorScaling:
-        return VectorScaling(jnp.broadcast_to(jnp.exp(-log_temperature), (classes,)), jnp.zeros(classes))
+        return VectorScaling(jnp.broadcast_to(jnp.exp(-log_temperature), (classes,)), jnp.zeros(classes, jnp.float32))
 
     objective = _Objective(_as_batches(logits, labels, where), affine)
-    return jnp.exp(_minimise(objective, jnp.zeros(()), tolerance, max_steps))
+    return jnp.exp(_minimise(objective, jnp.zeros((), jnp.float32), tolerance, max_steps))
 
 
 def fit_vector_scaling(
@@ -131,7 +131,7 @@ def fit_vector_scaling(
         Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
     """
     objective = _Objective(_as_batches(logits, labels, where), lambda params, classes: params)
-    start = VectorScaling(jnp.ones(objective.classes), jnp.zeros(objective.classes))
+    start = VectorScaling(*(jnp.full(objective.classes, x, jnp.float32) for x in (1, 0)))
     scale, bias = _minimise(objective, start, tolerance, max_steps)
     return VectorScaling(scale, bias - bias.mean())
 
