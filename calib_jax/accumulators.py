@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from calib_jax import _segment_reduce, metrics
 from calib_jax._checks import AnyArray, Labels, Probs, as_inputs, check_choice, check_size, check_voxel_mask
+from calib_jax._eager import compiled
 from calib_jax.binning import BinStatistics, Closed, bin_statistics
 from calib_jax.errors import (
     average_calibration_error,
@@ -165,10 +166,10 @@ def dataset_totals(
     References:
         Barfoot et al., arXiv 2403.06759; the form is that of `optax.GradientTransformation`.
     """
-    sums = _image_sums(num_classes, num_bins, closed, include_background)
+    options = _checked_options(num_classes, num_bins, closed, include_background)
 
     def update(state: State, probs: Probs, labels: Labels, where: VoxelMask | None = None) -> State:
-        return _merge(state, _over_images(sums(probs, labels, where)))
+        return _update_totals(state, probs, labels, where, options=options)
 
     return Accumulator(_init((), num_classes, num_bins, include_background), update, _merge, _compute)
 
@@ -215,7 +216,7 @@ def case_results(
         Barfoot et al., arXiv 2403.06759; the form is that of `optax.GradientTransformation`.
     """
     check_size("num_cases", num_cases)
-    sums = _image_sums(num_classes, num_bins, closed, include_background)
+    options = _checked_options(num_classes, num_bins, closed, include_background)
 
     def update(
         state: State,
@@ -224,8 +225,7 @@ def case_results(
         case: Int[AnyArray, "batch"],
         where: VoxelMask | None = None,
     ) -> State:
-        images = sums(probs, labels, where)
-        return _add_to_rows(state, images, _checked_rows(case, images, num_cases))
+        return _update_rows(state, probs, labels, case, where, num_cases=num_cases, options=options)
 
     return Accumulator(
         _init((num_cases,), num_classes, num_bins, include_background), update, _merge, _compute
@@ -235,35 +235,56 @@ def case_results(
 # Batches to sums per image.
 
 
-def _image_sums(
-    num_classes: int, num_bins: int, closed: Closed, include_background: bool
-) -> Callable[[Any, Any, Any], State]:
-    first = _first_class(num_classes, include_background)
+class _Options(NamedTuple):
+    """What to sum."""
+
+    num_classes: int
+    num_bins: int
+    closed: Closed
+    first_class: int
+
+
+def _checked_options(num_classes: int, num_bins: int, closed: Closed, include_background: bool) -> _Options:
     check_size("num_bins", num_bins)
     check_choice("closed", closed, ("right", "left"))
+    return _Options(num_classes, num_bins, closed, _first_class(num_classes, include_background))
 
-    def sums(probs: Any, labels: Any, where: Any) -> State:
-        probs, labels, where = as_inputs(probs, labels, where)
-        check_voxel_mask(where, probs)
-        if probs.shape[-1] != num_classes:
-            raise ValueError(
-                f"probs must have {num_classes} classes on their last axis, as many as the accumulator was made "
-                f"for; got {probs.shape}."
-            )
-        stats: Any = bin_statistics(probs, labels, num_bins=num_bins, closed=closed, where=where)
-        flat = metrics.flatten(probs, labels, where)
-        squared_error, nll, *counts = metrics.sum_over_chunks(_chunk_sums, *flat)
-        floats = (
-            _pair(stats.prob_sum),
-            _pair(stats.label_sum),
-            _normalised(*squared_error),
-            _normalised(*nll),
+
+@compiled()
+def _update_totals(state: State, probs: Any, labels: Any, where: Any, *, options: _Options) -> State:
+    return _merge(state, _over_images(_image_sums(probs, labels, where, options)))
+
+
+@compiled()
+def _update_rows(
+    state: State, probs: Any, labels: Any, case: Any, where: Any, *, num_cases: int, options: _Options
+) -> State:
+    images = _image_sums(probs, labels, where, options)
+    return _add_to_rows(state, images, _checked_rows(case, images, num_cases))
+
+
+def _image_sums(probs: Any, labels: Any, where: Any, options: _Options) -> State:
+    probs, labels, where = as_inputs(probs, labels, where)
+    check_voxel_mask(where, probs)
+    if probs.shape[-1] != options.num_classes:
+        raise ValueError(
+            f"probs must have {options.num_classes} classes on their last axis, as many as the accumulator was made "
+            f"for; got {probs.shape}."
         )
-        state = State(_split(stats.count), *floats, *map(_split, counts))
-        # Only now, since a slice of the probabilities would be a copy of them.
-        return jax.tree.map(lambda x: x[:, first:] if x.ndim > 1 else x, state)
-
-    return sums
+    stats: Any = bin_statistics(
+        probs, labels, num_bins=options.num_bins, closed=options.closed, where=where
+    )
+    flat = metrics.flatten(probs, labels, where)
+    squared_error, nll, *counts = metrics.sum_over_chunks(_chunk_sums, *flat)
+    floats = (
+        _pair(stats.prob_sum),
+        _pair(stats.label_sum),
+        _normalised(*squared_error),
+        _normalised(*nll),
+    )
+    state = State(_split(stats.count), *floats, *map(_split, counts))
+    # Only now, since a slice of the probabilities would be a copy of them.
+    return jax.tree.map(lambda x: x[:, options.first_class :] if x.ndim > 1 else x, state)
 
 
 def _chunk_sums(probs: Array, labels: Array, where: Array | None) -> tuple[Array, ...]:
@@ -343,7 +364,7 @@ def _over_images(images: State) -> State:
     """The state of a batch from those of its images."""
 
     def count(x: Count) -> Count:
-        return _carried(x.high.sum(0), x.low.sum(0))
+        return _carried(x.high.sum(0, dtype=jnp.int32), x.low.sum(0, dtype=jnp.int32))
 
     def total(x: Sum) -> Sum:
         zeros = (np.float32(0), np.float32(0))

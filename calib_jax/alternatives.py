@@ -16,12 +16,14 @@ from jaxtyping import Array, Bool, Float
 
 from calib_jax._checks import AnyArray, Labels, check_choice
 from calib_jax._devices import AxisName, whole_sum
+from calib_jax._eager import compiled
 from calib_jax._voxels import one_hot_labels, voxel_cross_entropy, voxel_inputs, voxel_mean
 
 Logits = Float[AnyArray, "batch *spatial classes"]
 VoxelMask = Bool[AnyArray, "batch *spatial"]
 
 
+@compiled()
 def focal_loss(
     logits: Logits,
     labels: Labels,
@@ -67,6 +69,7 @@ def focal_loss(
     return voxel_mean(_focal(voxel_cross_entropy(inputs), gamma), inputs)
 
 
+@compiled()
 def label_smoothing_loss(
     logits: Logits,
     labels: Labels,
@@ -109,6 +112,7 @@ def label_smoothing_loss(
     return voxel_mean(optax.losses.softmax_cross_entropy(inputs.logits, targets), inputs)
 
 
+@compiled(keeps_shape=True)
 def spatially_varying_label_smoothing_loss(
     logits: Logits,
     labels: Labels,
@@ -156,6 +160,7 @@ def spatially_varying_label_smoothing_loss(
     return voxel_mean(optax.losses.softmax_cross_entropy(inputs.logits, targets), inputs)
 
 
+@compiled()
 def margin_label_smoothing_loss(
     logits: Logits,
     labels: Labels,
@@ -202,6 +207,7 @@ def margin_label_smoothing_loss(
     return voxel_mean(voxel_cross_entropy(inputs) + weight * penalty, inputs)
 
 
+@compiled(keeps_shape=True)
 def neighbor_aware_loss(
     logits: Logits,
     labels: Labels,
@@ -256,6 +262,7 @@ def neighbor_aware_loss(
     return voxel_mean(voxel_cross_entropy(inputs) + weight * distance.mean(-1), inputs)
 
 
+@compiled()
 def dsc_plus_plus_loss(
     logits: Logits,
     labels: Labels,

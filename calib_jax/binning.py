@@ -14,6 +14,7 @@ from calib_jax import _segment_reduce
 from calib_jax._bin_terms import single_or_double
 from calib_jax._checks import AnyArray, Labels, Mask, Probs, as_inputs, check_choice, check_size
 from calib_jax._devices import AxisName, check_not_split, whole_sum
+from calib_jax._eager import compiled
 
 Closed = Literal["right", "left"]
 Binning = Literal["hard", "soft", "adaptive"]
@@ -109,6 +110,7 @@ def bin_edges(num_bins: int) -> Float[np.ndarray, "edges"]:
     return edges.astype(np.float32)
 
 
+@compiled(keeps_shape=True)
 def bin_index(
     probs: Float[AnyArray, "*shape"], *, num_bins: int = 20, closed: Closed = "right"
 ) -> Int[Array, "*shape"]:
@@ -161,6 +163,7 @@ def _upper_edge(index: Float[Array, "*shape"], num_bins: int) -> Float[Array, "*
     return jnp.where(above < (num_bins + 1) // 2, step * above, down)
 
 
+@compiled()
 def bin_statistics(
     probs: Probs,
     labels: Labels,

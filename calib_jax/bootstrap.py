@@ -9,6 +9,8 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 Cases = TypeVar("Cases")
 
+_AT_ONCE = 100  # resamples that are held at a time
+
 
 def bootstrap_interval(
     key: PRNGKeyArray,
@@ -55,10 +57,17 @@ def bootstrap_interval(
         )
 
     def one(key: PRNGKeyArray) -> PyTree:
-        drawn = jax.random.randint(key, (size,), 0, size)
+        drawn = jax.random.randint(key, (size,), 0, size, jnp.int32)
         return statistic(jax.tree.map(lambda leaf: leaf[drawn], cases))
 
-    values = jax.lax.map(one, jax.random.split(key, num_resamples), batch_size=min(num_resamples, 100))
+    keys = jax.random.split(key, num_resamples)
+    if isinstance(keys, jax.core.Tracer):
+        values = jax.lax.map(one, keys, batch_size=min(num_resamples, _AT_ONCE))
+    else:  # a loop in a program would be compiled anew for each new `statistic`, operations are not
+        chunks = [
+            jax.vmap(one)(keys[start : start + _AT_ONCE]) for start in range(0, num_resamples, _AT_ONCE)
+        ]
+        values = jax.tree.map(lambda *parts: jnp.concatenate(parts), *chunks)
     ends = jnp.array([(1 - level) / 2, (1 + level) / 2])
     bounds = jax.tree.map(lambda x: jnp.nanquantile(x, ends, axis=0), values)
     return jax.tree.map(lambda x: x[0], bounds), jax.tree.map(lambda x: x[1], bounds)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from calib_jax._checks import Labels, Mask, Probs, as_inputs, check_choice, check_voxel_mask
+from calib_jax._eager import compiled
 from calib_jax.binning import Binning, BinStatistics, Closed, bin_statistics
 
 Average = Literal["none", "macro", "micro"]
@@ -141,6 +142,7 @@ def debiased_calibration_error(
     return _averaged(_debiased, stats, average)
 
 
+@compiled()
 def top_label_statistics(
     probs: Probs,
     labels: Labels,

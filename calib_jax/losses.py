@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float
 
 from calib_jax._checks import AnyArray, Labels, Mask, Probs, as_inputs, check_choice
 from calib_jax._devices import AxisName, check_not_split, whole_sum
+from calib_jax._eager import compiled
 from calib_jax._softmax import softmax, softmax_and_cross_entropy, voxel_sums
 from calib_jax._voxels import Inputs, voxel_inputs, voxel_mean
 from calib_jax.alternatives import (
@@ -29,6 +30,7 @@ from calib_jax.errors import (
 Reduction = Literal["mean", "sum", "none"]
 
 
+@compiled()
 def mL1_ace(
     probs: Probs,
     labels: Labels,
@@ -99,6 +101,7 @@ def mL1_ace(
     )
 
 
+@compiled()
 def mL1_ece(
     probs: Probs,
     labels: Labels,
@@ -140,6 +143,7 @@ def mL1_ece(
     )
 
 
+@compiled()
 def mL1_mce(
     probs: Probs,
     labels: Labels,
@@ -196,6 +200,7 @@ def _marginal_l1(
     return _reduce(error(stats), stats, class_weights, ignore_empty_classes, reduction)
 
 
+@compiled(keeps_shape=lambda options: bool(options.get("svls") or options.get("nacl")))
 def segmentation_loss(
     logits: Float[AnyArray, "batch *spatial classes"],
     labels: Labels,
@@ -302,6 +307,7 @@ def segmentation_loss(
     return sum(weighted[1:], start=weighted[0])
 
 
+@compiled(keeps_shape=lambda options: bool({"svls", "nacl"} & set(options.get("parts", ()))))
 def segmentation_loss_parts(
     logits: Float[AnyArray, "batch *spatial classes"],
     labels: Labels,

@@ -17,11 +17,13 @@ from jaxtyping import Array, Bool, Float, Int, Integer, Num
 
 from calib_jax import _segment_reduce
 from calib_jax._checks import AnyArray, Labels, Mask, Probs, as_inputs, check_voxel_mask
+from calib_jax._eager import compiled
 
 _CHUNK = 2**17  # voxels of which intermediate values exist at a time
 _BLOCK = 2**15  # voxels: the square root of 2^30, so that neither level of a sum has more terms than that
 
 
+@compiled()
 def dice_score(
     predictions: Integer[AnyArray, "batch *spatial"],
     labels: Integer[AnyArray, "batch *spatial"],
@@ -64,6 +66,7 @@ def dice_score(
     return dice_of_counts(*overlap_counts(predicted, true, keep))
 
 
+@compiled()
 def brier_score(probs: Probs, labels: Labels, *, where: Mask | None = None) -> Float[Array, "batch classes"]:
     """Mean squared error of the probabilities of each class: BS_c = mean over voxels of (p_c - y_c)^2.
 
@@ -99,6 +102,7 @@ def brier_score(probs: Probs, labels: Labels, *, where: Mask | None = None) -> F
     return ratio(total, jnp.broadcast_to(count, total.shape))
 
 
+@compiled()
 def negative_log_likelihood(
     logits: Float[AnyArray, "batch *spatial classes"],
     labels: Labels,

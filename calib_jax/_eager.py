@@ -1,0 +1,122 @@
+"""Public functions outside of `jit`: one compiled program each, for a few sizes of images.
+
+Outside of `jit`, JAX compiles a loop inside a function anew at every call, and every operation for every new shape.
+`compiled` keeps one program for each set of options. Where all arguments are concrete it also fills images up with
+masked voxels to a few sizes, so that a data set of many sizes needs a few programs.
+"""
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+import numpy as np
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_LEAST_VOXELS = 1 << 12
+_COARSE_UP_TO = 1 << 20  # voxels of an image up to which the next power of two costs no noticeable time
+_IMAGES = ("probs", "logits", "predictions", "labels", "where")  # arguments with an axis for each axis of voxels
+
+
+def compiled(
+    *, keeps_shape: bool | Callable[[Mapping[str, Any]], bool] = False
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorates a public function of images, which then runs as one compiled program wherever it is called.
+
+    Under `jit` the program is inlined: nothing changes there. Positional arguments and `where` are arrays or pytrees
+    of arrays. Keyword-only arguments are static unless they are arrays.
+
+    Args:
+        keeps_shape: whether the function looks at more of a voxel than its values, such as its neighbors, so that
+            images are not filled up; or a function that tells it from the static options.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        signature = inspect.signature(function)
+        call: Callable[..., R] = function
+
+        def run(arrays: dict[str, Any], options: tuple[tuple[str, type, Any], ...]) -> R:
+            return call(**arrays, **{name: value for name, _, value in options})
+
+        program = jax.jit(run, static_argnums=1, inline=True)
+
+        @functools.wraps(function)
+        def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+            arrays, options = _split(signature, signature.bind(*args, **kwargs).arguments)
+            keep = keeps_shape(options) if callable(keeps_shape) else keeps_shape
+            if not (keep or jax.config.jax_disable_jit) and _are_concrete(arrays):
+                arrays = _filled_up(arrays)
+            # The type is part of the key: 20.0 and True must not pass for 20 and 1.
+            return program(arrays, tuple((name, type(value), value) for name, value in options.items()))
+
+        return wrapped
+
+    return decorate
+
+
+def filled_size(voxels: int) -> int:
+    """Voxels that an image is filled up to: the next power of two, above a million the next eighth of one.
+
+    Example:
+        >>> filled_size(50_000), filled_size(1_100_000)
+        (65536, 1310720)
+    """
+    power = 1 << (max(voxels, _LEAST_VOXELS) - 1).bit_length()
+    step = power if power <= _COARSE_UP_TO else power // 8
+    return -(-voxels // step) * step
+
+
+def fill_up(x: Any, axes: int, size: int) -> np.ndarray:
+    """`[batch, *axes, ...]` with so many axes of voxels as `[batch, size, ...]`, zeros behind the image's voxels."""
+    x = np.asarray(x)
+    voxels, rest = math.prod(x.shape[1 : 1 + axes]), x.shape[1 + axes :]
+    filled = np.zeros((x.shape[0], size, *rest), x.dtype)
+    filled[:, :voxels] = x.reshape(x.shape[0], voxels, *rest)
+    return filled
+
+
+def _split(
+    signature: inspect.Signature, arguments: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arrays and static options. Lists of numbers become arrays, lists of names tuples."""
+    arrays: dict[str, Any] = {}
+    options: dict[str, Any] = {}
+    for name, value in arguments.items():
+        keyword_only = signature.parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
+        if isinstance(value, list | tuple) and value and all(isinstance(entry, str) for entry in value):
+            options[name] = tuple(value)
+        elif isinstance(value, list):
+            arrays[name] = np.asarray(value)
+        elif keyword_only and not isinstance(value, jax.Array | np.ndarray | None):
+            options[name] = value
+        else:
+            arrays[name] = value
+    return arrays, options
+
+
+def _are_concrete(arrays: Mapping[str, Any]) -> bool:
+    """Whether all arrays have values, each on one device."""
+    return all(
+        not isinstance(leaf, jax.core.Tracer)
+        and (not isinstance(leaf, jax.Array) or len(leaf.sharding.device_set) == 1)
+        for leaf in jax.tree.leaves(dict(arrays))
+    )
+
+
+def _filled_up(arrays: dict[str, Any]) -> dict[str, Any]:
+    """Images with masked voxels behind their own; as they are where they do not fit, to be refused by the function."""
+    images = {name: arrays[name] for name in _IMAGES if arrays.get(name) is not None}
+    first = next(iter(images.values()))
+    shape = np.shape(first) if "predictions" in images else np.shape(first)[:-1]
+    where = images.setdefault("where", np.ones(shape, bool))
+    if not shape or 0 in shape or any(np.shape(x)[: len(shape)] != shape for x in images.values()):
+        return arrays
+    if where.dtype != np.bool_:
+        return arrays
+    axes, size = len(shape) - 1, filled_size(math.prod(shape[1:]))
+    device = first.sharding if isinstance(first, jax.Array) and first.committed else None
+    return arrays | {name: jax.device_put(fill_up(x, axes, size), device) for name, x in images.items()}
