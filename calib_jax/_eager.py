@@ -5,6 +5,7 @@ Outside of `jit`, JAX compiles a loop inside a function anew at every call, and 
 masked voxels to a few sizes, so that a data set of many sizes needs a few programs.
 """
 
+import contextlib
 import functools
 import inspect
 import math
@@ -48,14 +49,28 @@ def compiled(
         def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
             arrays, options = _split(signature, signature.bind(*args, **kwargs).arguments)
             keep = keeps_shape(options) if callable(keeps_shape) else keeps_shape
-            if not (keep or jax.config.jax_disable_jit) and _are_concrete(arrays):
-                arrays = _filled_up(arrays)
             # The type is part of the key: 20.0 and True must not pass for 20 and 1.
-            return program(arrays, tuple((name, type(value), value) for name, value in options.items()))
+            static = tuple((name, type(value), value) for name, value in options.items())
+            if not (keep or jax.config.jax_disable_jit) and _are_concrete(arrays):
+                # What the function refuses it refuses below, naming the shapes that the caller gave.
+                with contextlib.suppress(TypeError, ValueError):
+                    return program(_filled_up(arrays), static)
+            return program(arrays, static)
 
         return wrapped
 
     return decorate
+
+
+def nan_where_undefined(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorates a function whose results are NaN where nothing was counted: `jax_debug_nans` lets them pass."""
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        with jax.debug_nans(False), jax.debug_infs(False):
+            return function(*args, **kwargs)
+
+    return wrapped
 
 
 def filled_size(voxels: int) -> int:

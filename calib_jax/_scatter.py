@@ -65,7 +65,7 @@ def sums_in_pieces(
         return total
 
     def body(i: Array, totals: tuple[Columns, ...]) -> tuple[Columns, ...]:
-        i = i.astype(jnp.int32)  # int64 under x64
+        i = jnp.asarray(i, jnp.int32)  # int64 under x64
         image, step = i // steps, i % steps
         return tuple(add(total, image, step * together + k) for k, total in enumerate(totals))
 

@@ -197,7 +197,7 @@ def _one_after_the_other(
         return _add_up(block_sums(some._replace(classes=blocks.classes), edges))
 
     total = jax.tree.map(jnp.zeros_like, jax.eval_shape(part, jnp.zeros((), jnp.int32)))
-    return lax.fori_loop(0, steps, lambda i, total: _merge(total, part(i.astype(jnp.int32))), total)
+    return lax.fori_loop(0, steps, lambda i, total: _merge(total, part(jnp.asarray(i, jnp.int32))), total)
 
 
 def _blocks(

@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from calib_jax import _segment_reduce, metrics
 from calib_jax._checks import AnyArray, Labels, Probs, as_inputs, check_choice, check_size, check_voxel_mask
-from calib_jax._eager import compiled
+from calib_jax._eager import compiled, nan_where_undefined
 from calib_jax.binning import BinStatistics, Closed, bin_statistics
 from calib_jax.errors import (
     average_calibration_error,
@@ -421,6 +421,7 @@ def _normalised(high: Array, low: Array) -> Sum:
 # States to results.
 
 
+@nan_where_undefined
 def _compute(state: State) -> Results:
     *bins, squared_error, nll, labelled, overlap, predicted, true = _each(_voxels, _total, _as_jax(state))
     stats = BinStatistics(*bins)

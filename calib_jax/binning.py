@@ -14,7 +14,7 @@ from calib_jax import _segment_reduce
 from calib_jax._bin_terms import single_or_double
 from calib_jax._checks import AnyArray, Labels, Mask, Probs, as_inputs, check_choice, check_size
 from calib_jax._devices import AxisName, check_not_split, whole_sum
-from calib_jax._eager import compiled
+from calib_jax._eager import compiled, nan_where_undefined
 
 Closed = Literal["right", "left"]
 Binning = Literal["hard", "soft", "adaptive"]
@@ -59,6 +59,7 @@ class BinStatistics:
         """`count` as float32, to divide by; NumPy's 64-bit counts of a whole data set do not overflow in it."""
         return jnp.asarray(self.count, jnp.float32)
 
+    @nan_where_undefined
     def _per_voxel(self, total: AnyArray) -> Array:
         filled = self.weight > 0
         return jnp.where(filled, jnp.asarray(total, jnp.float32) / jnp.where(filled, self.weight, 1), jnp.nan)

@@ -7,11 +7,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray, PyTree
 
+from calib_jax._eager import nan_where_undefined
+
 Cases = TypeVar("Cases")
 
 _AT_ONCE = 100  # resamples that are held at a time
 
 
+@nan_where_undefined
 def bootstrap_interval(
     key: PRNGKeyArray,
     cases: Cases,

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from calib_jax._checks import Labels, Mask, Probs, as_inputs, check_choice, check_voxel_mask
-from calib_jax._eager import compiled
+from calib_jax._eager import compiled, nan_where_undefined
 from calib_jax.binning import Binning, BinStatistics, Closed, bin_statistics
 
 Average = Literal["none", "macro", "micro"]
@@ -190,6 +190,7 @@ def top_label_statistics(
     )
 
 
+@nan_where_undefined
 def _averaged(error: Callable[[BinStatistics], Array], stats: BinStatistics, average: Average) -> Array:
     check_choice("average", average, ("none", "macro", "micro"))
     if average == "micro":

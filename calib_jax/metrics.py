@@ -17,12 +17,13 @@ from jaxtyping import Array, Bool, Float, Int, Integer, Num
 
 from calib_jax import _segment_reduce
 from calib_jax._checks import AnyArray, Labels, Mask, Probs, as_inputs, check_voxel_mask
-from calib_jax._eager import compiled
+from calib_jax._eager import compiled, nan_where_undefined
 
 _CHUNK = 2**17  # voxels of which intermediate values exist at a time
 _BLOCK = 2**15  # voxels: the square root of 2^30, so that neither level of a sum has more terms than that
 
 
+@nan_where_undefined
 @compiled()
 def dice_score(
     predictions: Integer[AnyArray, "batch *spatial"],
@@ -66,6 +67,7 @@ def dice_score(
     return dice_of_counts(*overlap_counts(predicted, true, keep))
 
 
+@nan_where_undefined
 @compiled()
 def brier_score(probs: Probs, labels: Labels, *, where: Mask | None = None) -> Float[Array, "batch classes"]:
     """Mean squared error of the probabilities of each class: BS_c = mean over voxels of (p_c - y_c)^2.
@@ -102,6 +104,7 @@ def brier_score(probs: Probs, labels: Labels, *, where: Mask | None = None) -> F
     return ratio(total, jnp.broadcast_to(count, total.shape))
 
 
+@nan_where_undefined
 @compiled()
 def negative_log_likelihood(
     logits: Float[AnyArray, "batch *spatial classes"],

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num, PRNGKeyArray
 
 from calib_jax._checks import AnyArray
+from calib_jax._eager import nan_where_undefined
 from calib_jax.binning import BinStatistics, bin_index
 from calib_jax.bootstrap import bootstrap_interval
 
@@ -83,6 +84,7 @@ def reliability_band(
     return bootstrap_interval(key, stats, frequency, num_resamples=num_resamples, level=level)
 
 
+@nan_where_undefined
 def reliability_histogram(stats: BinStatistics) -> Int[Array, "classes frequency_bins prob_bins"]:
     """Dataset reliability histogram: how many images have which observed frequency in which bin.
 
