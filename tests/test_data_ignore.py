@@ -173,8 +173,8 @@ def test_a_voxel_counts_by_those_who_labelled_it():
     np.testing.assert_array_equal(majority(votes, 3), [0, 2, IGNORE, 2])
 
 
-def test_interpolated_shares_count_where_more_than_half_of_a_voxel_is_labelled():
-    shares = jnp.array([[0.0, 0.0], [0.2, 0.3], [0.2, 0.4], [0.25, 0.75]])
+def test_interpolated_shares_count_where_half_of_a_voxel_is_labelled():
+    shares = jnp.array([[0.0, 0.0], [0.1, 0.3], [0.2, 0.4], [0.25, 0.75]])
     label, where = mask_ignored(shares)
     np.testing.assert_array_equal(where, [False, False, True, True])
     np.testing.assert_allclose(label[2:], [[1 / 3, 2 / 3], [0.25, 0.75]], rtol=1e-6)
@@ -211,6 +211,15 @@ def test_resampled_and_kept_labels_stay_ignored(folder, geometry, tmp_path_facto
     classes = open_dataset(f"nnunet:{folder}", geometry=geometry, cache_dir=str(cache))
     assert set(np.unique(classes.load(0).label)) == {0, 1, 2, 3}
     assert isinstance(classes._store, CaseStore)
+
+
+def test_a_resampled_voxel_is_ignored_where_more_than_half_of_it_is():
+    """At the middle of four voxels: of two classes and two ignored, and of one class and three ignored."""
+    few = np.array([[0, 1], [IGNORE, IGNORE]], np.uint8)[..., None]
+    fewer = np.where(few == 0, IGNORE, few)
+    for label, expected in ((few, 0), (fewer, IGNORE)):
+        placement = Geometry((2.0, 2.0, 1.0)).place(np.ones((*label.shape, 1), np.float32), np.eye(4))
+        np.testing.assert_array_equal(placement.label(label), expected)
 
 
 def test_crops_are_centred_on_what_is_annotated():

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import inspect
-import sys
 from typing import Any
 
 import chex
@@ -132,7 +131,7 @@ def test_ignored_voxels_are_left_out_alike_on_every_mesh(monkeypatch: pytest.Mon
     share = np.linspace(0, 1, len(sparse["label"]))[:, None, None]
     ignored = np.random.default_rng(1).random(sparse["label"].shape) < share
     sparse["label"][ignored] = IGNORE
-    monkeypatch.setattr(sys.modules[__name__], "batch", lambda *_: sparse)
+    monkeypatch.setitem(globals(), "batch", lambda *_: sparse)
     alone = one_step(CONFIG, FLAT, "", has_ignore=True)
     assert_same_step(alone, one_step(CONFIG, FLAT, "data=2,space=2,fsdp", accumulate=2, has_ignore=True))
 

@@ -19,8 +19,8 @@ def mask_ignored(
             labelled: 0 or 1, and between them where augmentation interpolated.
 
     Returns:
-        The label, and where it counts. A voxel with shares counts where more than half of it is labelled; its
-        shares are then scaled to sum to 1.
+        The label, and where it counts. A voxel with shares counts where at least half of it is labelled; its shares
+        are then scaled to sum to 1.
 
     >>> shares = jnp.array([[0.0, 0.0], [0.1, 0.3], [0.2, 0.6]])
     >>> [x.tolist() for x in mask_ignored(jnp.array([0, 255, 2]))]
@@ -31,5 +31,5 @@ def mask_ignored(
     if not jnp.issubdtype(label.dtype, jnp.floating):
         return label, label != IGNORE
     total = label.sum(-1)
-    where = total > 0.5
+    where = total >= 0.5
     return label / jnp.where(where, total, 1)[..., None], where
