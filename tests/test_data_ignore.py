@@ -17,8 +17,10 @@ import twin
 from flax import nnx
 
 import calib_jax
+from train.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from train.data import (
     IGNORE,
+    NO_AUGMENTATION,
     AugmentConfig,
     CaseStore,
     Geometry,
@@ -32,7 +34,8 @@ from train.data import (
 from train.data.annotators import majority, soft_label
 from train.errors import InputError
 from train.evaluate import evaluate, evaluate_posterior, foreground
-from train.fit import volume_predictor
+from train.fit import fit, open_task, volume_predictor
+from train.logs import read_log
 from train.losses import TERMS, parse_loss
 from train.step import init_state
 from train.temperature import fit_temperature
@@ -361,3 +364,22 @@ def test_the_true_posterior_is_measured_without_ignored_voxels():
 def test_background_of_unsigned_labels_is_no_class(dtype):
     label = foreground(jnp.zeros((2, 3)), jnp.array([0, 2], dtype))[1]
     np.testing.assert_array_equal(label, [-1, 1])
+
+
+def test_training_on_nothing_costs_nothing(folder, tmp_path_factory):
+    """All voxels of all cases are ignored: the loss of a run is 0, and its validation has no figure."""
+    for file in (folder / "labelsTr").iterdir():
+        write(file, np.full(SHAPE, 3, np.uint8))
+    config = RunConfig(
+        "dice",
+        data=DataConfig(f"nnunet:{folder}", num_test=1, num_val=1),
+        model=ModelConfig(channels=(2, 4), strides=(2,), num_res_units=0),
+        training=TrainingConfig(steps=1, batch_size=8),
+        augment=NO_AUGMENTATION,
+    )
+    run = tmp_path_factory.mktemp("runs") / "run"
+    fit(open_task(config), run)
+    (row,) = read_log(run / "log.csv")
+    assert (row["loss"], row["grad_norm"]) == (0, 0)
+    (validated,) = read_log(run / "validation.csv")
+    assert np.isnan([validated[name] for name in ("Dice", "ACE")]).all()
