@@ -314,11 +314,10 @@ def _declared_labels(file: Path, description: dict[str, Any]) -> dict[str, Any]:
             f"{file} declares the labels {declared}: give 0 for the background, then 1, 2, ... without a gap"
             f"{', and any other number for ignore' if ignored else ''}."
         )
+    regions = {label.name: label.numbers for label in labels if label.numbers != (0,)}
     return {
         "class_names": tuple(names[number] for number in range(len(names))),
-        "regions": {label.name: label.numbers for label in labels if label.numbers != (0,)}
-        if has_regions
-        else {},
+        "regions": regions if has_regions else {},
         "ignore_values": ignore_values,
     }
 

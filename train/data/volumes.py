@@ -185,8 +185,8 @@ class VolumeDataset:
         files = [file.resolve() for file in (*entry.images, *self._label_files(entry))]
         stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         layout = self.layout
-        labels = layout.class_values, layout.ignore_values, layout.class_names
-        return repr((stats, (*labels, layout.window, self.geometry, self.all_annotators)))
+        done = (layout.label_values, layout.class_names, layout.window, self.geometry, self.all_annotators)
+        return repr((stats, (*done, *layout.ignore_values)))
 
     def _read(self, entry: Entry) -> Case:
         layout = self.layout
