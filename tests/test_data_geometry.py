@@ -172,6 +172,15 @@ def test_predictions_are_on_the_files_grid(folder, tmp_path, monkeypatch):
     assert (labels["fine"] == labels["plain"]).mean() > 0.8
 
 
+def test_ids_of_many_classes_are_written_whole(folder, tmp_path, monkeypatch):
+    """Id 299 does not fit into 8 bits."""
+    info = DataInfo("many", tuple(map(str, range(300))), 1, 3)
+    predict = lambda image: np.broadcast_to(np.eye(300, dtype=np.float32)[299], (*image.shape[:-1], 300))  # noqa: E731
+    monkeypatch.setattr("train.predict.load_run", lambda *_: (None, info, predict))
+    volume = nib.load(predict_folder(tmp_path, folder / "imagesTr", tmp_path / "out")[0])
+    assert (np.asarray(volume.dataobj) == 299).all()
+
+
 def test_the_hippocampus_goes_there_and_back(hippocampus):
     dataset = open_at(hippocampus, 0.8, 1.3, 1.1)
     for index in range(3):

@@ -2,15 +2,20 @@
 
 import json
 import re
+import struct
 
 import nibabel as nib
 import numpy as np
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from train.config import DataInfo
-from train.data import LAYOUTS, VolumeDataset, open_dataset
-from train.data.nifti import Grid, read_channels
+from train.data import IGNORE, LAYOUTS, VolumeDataset, open_dataset
+from train.data.nifti import Grid, read_channels, read_label
+from train.data.volumes import Entry, Layout
 from train.errors import InputError
+from train.evaluate import regions_of
 from train.predict import list_cases
 
 SHAPE = (6, 5, 4)
@@ -149,6 +154,187 @@ def test_regions_of_nnunet(tmp_path):
     dataset = open_dataset(f"nnunet:{tmp_path}")
     assert dataset.class_names == ("background", "label 1", "label 2")
     assert dataset.regions == {"whole": (1, 2), "core": (2,)}
+
+
+# What "labels" of dataset.json may say.
+
+
+def declared(folder, label_names):
+    description = {"channel_names": {"0": "T1"}, "labels": label_names, "file_ending": ".nii.gz"}
+    text = label_names if isinstance(label_names, str) else json.dumps(description)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "dataset.json").write_text(text)
+    write(folder / "imagesTr" / "a_0000.nii.gz", scan(0))
+    write(folder / "labelsTr" / "a.nii.gz", labels(0, (0, 1)))
+    return open_dataset(f"nnunet:{folder}")
+
+
+def test_a_region_of_one_number_is_evaluated_beside_the_others(tmp_path):
+    dataset = declared(tmp_path, {"background": [0], "whole": [1, 2, 3], "core": [3, 2], "enhancing": 3})
+    assert regions_of(dataset)[1] == ("whole", "core", "enhancing")
+    assert dataset.regions == {"whole": (1, 2, 3), "core": (3, 2), "enhancing": (3,)}
+    assert dataset.class_names == ("background", "label 1", "label 2", "enhancing")
+
+
+def written(number, form):
+    """A whole number as JSON may hold it."""
+    return {"int": number, "float": float(number), "text": str(number), "list": [number]}[form]
+
+
+FORMS = st.sampled_from(["int", "float", "text", "list"])
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    data=st.data(), classes=st.integers(2, 5), ignored=st.none() | st.integers(-3, 300), order=st.randoms()
+)
+def test_numbers_are_read_in_every_form(tmp_path_factory, data, classes, ignored, order):
+    """Regions of random classes, single or nested, each number as an integer, a float, text or a list of one."""
+    groups = st.lists(st.integers(1, classes), min_size=1, max_size=4)
+    regions = {f"r{i}": numbers for i, numbers in enumerate(data.draw(st.lists(groups, max_size=3)))}
+    regions["whole"] = list(range(1, classes + 1))
+    said = {name: [written(n, data.draw(FORMS)) for n in numbers] for name, numbers in regions.items()}
+    said["bg"] = written(0, data.draw(FORMS))
+    if ignored is not None:
+        said["ignore"] = written(ignored, data.draw(FORMS))
+    items = list(said.items())
+    order.shuffle(items)
+    folder = tmp_path_factory.mktemp("data")
+    if ignored is not None and 0 <= ignored <= classes:
+        with pytest.raises(InputError, match="give each a number of its own"):
+            declared(folder, dict(items))
+        return
+    dataset = declared(folder, dict(items))
+    assert dataset.regions == {name: tuple(dict.fromkeys(numbers)) for name, numbers in regions.items()}
+    assert dataset.class_names == ("bg", *(f"label {n}" for n in range(1, classes + 1)))
+    assert dataset.layout.ignore_values == (() if ignored is None else (ignored,))
+
+
+@pytest.mark.parametrize(
+    ("label_names", "message"),
+    [
+        ({"background": 0, "x": True}, "declares the label 'x' as true: give a whole number"),
+        ({"background": 0, "x": 1.5}, "declares the label 'x' as 1.5: give a whole number"),
+        ({"background": 0, "x": float("nan")}, "declares the label 'x' as NaN: give a whole number"),
+        ({"background": 0, "x": None}, "declares the label 'x' as null: give a whole number"),
+        ({"background": 0, "x": []}, r"declares the label 'x' as \[\]: give a whole number"),
+        ({"background": 0, "x": [1, []]}, "declares the label 'x' as"),
+        ({"background": 0, "x": {"y": 1}}, "declares the label 'x' as"),
+        ({"background": 0, "x": "one"}, "declares the label 'x' as \"one\": give a whole number"),
+        ({"background": 0, "x": "9" * 5000}, "declares the label 'x' as"),
+        ({"background": 0, "x": 1, "y": 1}, "give each a number of its own"),
+        ({"background": 0, "x": 1, "ignore": 1}, "give each a number of its own"),
+        ({"background": 0, "x": [1, 2], "ignore": 2}, "give each a number of its own"),
+        ({"ignore": 0, "x": 1}, "give 0 for the background"),
+        ({"background": 0, "x": 1, "ignore": 2, "y": 3}, "without a gap, and any other number for ignore"),
+        ({"background": 0, "ignore": 1}, "give 0 for the background"),
+        ({"background": 0, "x": [1, 3], "y": 3}, "without a gap"),
+        (
+            {"background": 0, "x": 1, "ignore": 70000},
+            "label value 70000: give whole numbers from -32768 to 65535",
+        ),
+        ({"background": 0, **{f"c{i}": i for i in range(1, 256)}}, "declares 256 classes: at most 255"),
+        ({"0": "background", "1": "x", "2": "x"}, "names two classes 'x'"),
+        ('{"labels": {"background": 0, "x": 1, "x": 2}}', "gives 'x' twice, as 1 and as 2: keep one"),
+    ],
+)
+def test_labels_that_cannot_be_told_apart_are_refused(label_names, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        declared(tmp_path, label_names)
+
+
+def test_255_classes_are_told_apart_and_one_ignored(tmp_path):
+    values = np.array([0, 1, 254, 300], np.uint16)[np.arange(120).reshape(SHAPE) % 4]
+    names = {"background": 0, **{f"c{i}": i for i in range(1, 255)}, "ignore": 300}
+    declared(tmp_path, names)
+    write(tmp_path / "labelsTr" / "a.nii.gz", values)
+    label = open_dataset(f"nnunet:{tmp_path}").load(0).label
+    np.testing.assert_array_equal(label, np.where(values == 300, IGNORE, values))
+
+
+@settings(max_examples=20, deadline=None)
+@given(data=st.data(), slope=st.sampled_from([1, 0.1, 3]), order=st.sampled_from("<>"))
+def test_label_values_are_exact_in_every_type(tmp_path_factory, data, slope, order):
+    """Integers and floats of both byte orders, scaled by the header or not; what is not declared is named."""
+    kind = np.dtype(data.draw(st.sampled_from(["i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f4", "f8"])))
+    info = np.iinfo(kind if kind.kind in "iu" else "i4")
+    raws = st.integers(int(max(info.min, -(2**15) / slope)), int(min(info.max, 2**16 / slope) - 1))
+    step = 1 if slope > 0.5 else 10
+    raw = np.array(data.draw(st.lists(raws.map(lambda x: x // step * step), min_size=3, unique=True)))
+    raw = raw[(raw >= info.min) & (raw * slope >= -(2**15))]
+    assume(raw.size >= 2)
+    values = [round(value) for value in raw * slope]
+    places = np.arange(120).reshape(SHAPE) % raw.size
+    file = tmp_path_factory.mktemp("data") / "label.nii"
+    header = nib.Nifti1Header(endianness=order)
+    nib.save(nib.Nifti1Image(raw[places].astype(kind), AFFINE, header, dtype=kind), file)
+    content = bytearray(file.read_bytes())
+    content[112:116] = struct.pack(f"{order}f", slope)  # scl_slope
+    file.write_bytes(content)
+    np.testing.assert_array_equal(read_label(file, values), np.array(values)[places])
+    found = re.escape(f"label.nii holds the label value {values[-1]} (found")
+    with pytest.raises(InputError, match=found):
+        read_label(file, values[:-1])
+
+
+@pytest.mark.parametrize(
+    ("stored", "message"),
+    [
+        (np.float32(1.01), "holds the label value 1.01: labels must be whole numbers"),
+        (np.float64(0.5), "holds the label value 0.5: labels must be whole numbers"),
+        (np.float64("nan"), "holds 120 voxels that are NaN or infinite"),
+        (np.float64(1e300), "holds 120 voxels that are NaN or infinite"),
+        (np.int64(2**62), r"holds the label value 46116860184\d+ .*declared"),
+        (np.int64(2**32 + 1), r"holds the label value 4294967296 .*declared"),
+        (np.uint16(257), "holds the label value 257 .*declared"),
+        (np.int16(-255), "holds the label value -255 .*declared"),
+    ],
+)
+def test_other_values_never_become_classes(stored, message, tmp_path):
+    nib.save(nib.Nifti1Image(np.full(SHAPE, stored), AFFINE, dtype=stored.dtype), tmp_path / "label.nii.gz")
+    with pytest.raises(InputError, match=f"label.nii.gz {message}"):
+        read_label(tmp_path / "label.nii.gz", (0, 1, 2))
+
+
+def test_labels_a_rounding_away_from_whole_numbers_are_those(tmp_path):
+    near = np.resize(np.array([0.0, 0.9999999, 2.0000002, 0.9995, -1e-7]), SHAPE)
+    for dtype in (np.float32, np.float64):
+        write(tmp_path / "label.nii.gz", near.astype(dtype))
+        np.testing.assert_array_equal(read_label(tmp_path / "label.nii.gz", (0, 1, 2)), np.rint(near))
+
+
+def a_layout(folder, **changes):
+    write(folder / "image.nii.gz", scan(0))
+    write(folder / "label.nii.gz", np.resize(np.array([0, 1035, 2], np.int16), SHAPE))
+    entry = Entry("a", (folder / "image.nii.gz",), (folder / "label.nii.gz",))
+    return Layout("Tiny", folder, ("background", "x", "y"), 1, (entry,), **changes)
+
+
+def test_label_values_of_a_layout_may_be_large(tmp_path):
+    dataset = VolumeDataset(a_layout(tmp_path, label_values=(0, 2, 1035)))
+    np.testing.assert_array_equal(dataset.load(0).label, np.resize([0, 2, 1], SHAPE))
+    dataset = VolumeDataset(a_layout(tmp_path, label_values=(0, 2, 7), ignore_values=(1035, -1)))
+    np.testing.assert_array_equal(dataset.load(0).label, np.resize([0, IGNORE, 1], SHAPE))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"label_values": (0, 1)}, "give each class a value of its own"),
+        ({"label_values": (0, 1, 1)}, "give each class a value of its own"),
+        ({"ignore_values": (2,)}, "give each class a value of its own"),
+        ({"label_values": (0, 1, 2**16)}, "declares the label value 65536"),
+        ({"regions": {"r": ()}}, r"makes the region 'r' of the classes \[\]"),
+        (
+            {"regions": {"r": (1, 3)}},
+            r"makes the region 'r' of the classes \[1, 3\]: give different ones, 0 to 2",
+        ),
+        ({"regions": {"r": (1, 1)}}, r"makes the region 'r' of the classes \[1, 1\]"),
+    ],
+)
+def test_a_layout_whose_labels_cannot_be_told_apart_is_refused(changes, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        VolumeDataset(a_layout(tmp_path, **changes))
 
 
 def test_ct_is_cut_off_to_soft_tissue_and_mri_of_amos_is_not(tmp_path):

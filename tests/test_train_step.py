@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from calib_jax import bin_statistics
 from train.config import DataInfo, ModelConfig, RunConfig, TrainingConfig
-from train.data import NO_AUGMENTATION
+from train.data import IGNORE, NO_AUGMENTATION
 from train.fit import make_model
 from train.sharding import batch_spec, device_mesh, put_batch, weight_shardings
 from train.step import TrainState, TrainStep, init_state, make_optimizer, make_train_step
@@ -123,6 +123,17 @@ def test_every_loss_term_on_split_volumes() -> None:
 
 def test_accumulated_parts_take_the_step_of_the_whole_batch() -> None:
     assert_same_step(on_one_device(CONFIG, FLAT), one_step(CONFIG, FLAT, "data=2,space=2,fsdp", accumulate=2))
+
+
+def test_ignored_voxels_are_left_out_alike_on_every_mesh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images of which all to none of the voxels are labelled: each counts alike, whichever device holds it."""
+    sparse = batch(0)
+    share = np.linspace(0, 1, len(sparse["label"]))[:, None, None]
+    ignored = np.random.default_rng(1).random(sparse["label"].shape) < share
+    sparse["label"][ignored] = IGNORE
+    monkeypatch.setitem(globals(), "batch", lambda *_: sparse)
+    alone = one_step(CONFIG, FLAT, "", has_ignore=True)
+    assert_same_step(alone, one_step(CONFIG, FLAT, "data=2,space=2,fsdp", accumulate=2, has_ignore=True))
 
 
 def test_recomputed_activations_take_the_same_step() -> None:

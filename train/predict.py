@@ -22,9 +22,9 @@ def predict_folder(run: Path, images: Path, out: Path, which: Which = "last") ->
     A case is a NIfTI volume, with its channels along the fourth axis if there are several, or as nnU-Net has it
     one volume for each channel, `NAME_0000.nii.gz` and on.
 
-    `NAME_label.nii.gz` holds the most probable class ids (uint8), `NAME_probs.nii.gz` the class probabilities
-    (float32, classes along the fourth axis, background first), both on the grid and with the affine of
-    the image.
+    `NAME_label.nii.gz` holds the most probable class ids (uint8, or uint16 of more than 256 classes),
+    `NAME_probs.nii.gz` the class probabilities (float32, classes along the fourth axis, background first), both on
+    the grid and with the affine of the image.
 
     Returns:
         The files written.
@@ -38,13 +38,14 @@ def predict_folder(run: Path, images: Path, out: Path, which: Which = "last") ->
         raise InputError(f"{run} was trained on {info.spatial_dims}-D images: NIfTI volumes need a 3-D run.")
     cases = list_cases(images, info)
     _check_out(out)
+    ids = np.min_scalar_type(len(info.class_names) - 1)
     written = []
     for name, files in tqdm(cases.items(), "predicting", unit="case"):
         image, grid = read_channels(files, info.window)
         placement = info.geometry.place(image, grid.affine, windowed=info.window is not None)
         probs = placement.back(predict(placement.image(image, info.geometry.interpolation)))
         written += [
-            _write(out / f"{name}_label.nii.gz", probs.argmax(-1).astype(np.uint8), grid),
+            _write(out / f"{name}_label.nii.gz", probs.argmax(-1).astype(ids), grid),
             _write(out / f"{name}_probs.nii.gz", probs.astype(np.float32), grid),
         ]
     return written

@@ -10,6 +10,7 @@ from jaxtyping import Float, Float32, UInt8
 from nibabel.affines import voxel_sizes
 from scipy.ndimage import find_objects, zoom
 
+from train.data.ignore import IGNORE
 from train.errors import InputError
 
 
@@ -113,14 +114,17 @@ class Placement:
         return _resample(image[self.box], self.shape, order={"linear": 1, "cubic": 3}[interpolation])
 
     def label(self, label: UInt8[np.ndarray, "*spatial"]) -> UInt8[np.ndarray, "*resampled"]:
-        """Class ids on the network's grid: the class with the largest share, the lower id of equals."""
+        """Class ids on the network's grid: the class with the largest share, the lower id of equals.
+
+        A voxel is `IGNORE` where more than half of it is, as in `mask_ignored`.
+        """
         cut = label[self.box]
         if cut.shape == self.shape:
             return cut
         ids, largest = np.zeros(self.shape, np.uint8), np.zeros(self.shape, np.float32)
-        for value in np.unique(cut):
+        for value in np.unique(cut):  # `IGNORE` is the last
             share = _resample((cut == value).astype(np.float32)[..., None], self.shape, order=1)[..., 0]
-            ids[share > largest] = value
+            ids[share > (0.5 if value == IGNORE else largest)] = value
             largest = np.maximum(share, largest)
         return ids
 

@@ -11,10 +11,13 @@ from train.data.annotators import majority
 from train.data.cache import CaseStore
 from train.data.case import Case, Source
 from train.data.geometry import Geometry
+from train.data.ignore import IGNORE
 from train.data.nifti import Grid, affine_of, open_nifti, read_channels, read_label, spatial_and_channels
 from train.errors import InputError
 
 AFFINE_TOLERANCE = 1e-3
+# What label files hold in int16 or uint16, and float32 exactly.
+_LABEL_RANGE = range(-(2**15), 2**16)
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,9 @@ class Layout:
         class_names: by class id, background first.
         num_channels: of each image.
         entries: the cases.
-        label_values: the number that stands for each class in the files; BraTS 2021 has no 3, but a 4.
+        label_values: the number that stands for each class in the files, -32768 to 65535; BraTS 2021 has no 3,
+            but a 4. Empty where the numbers are the class ids.
+        ignore_values: numbers in the files of voxels that nobody labelled.
         regions: names of evaluation regions, each with the class ids that make it up; empty for the classes.
         window: intensities are cut off to this range before they are normalised, as is usual in CT; None
             normalises over the non-zero voxels.
@@ -60,6 +65,12 @@ class Layout:
     label_values: tuple[int, ...] = ()
     regions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     window: tuple[float, float] | None = None
+    ignore_values: tuple[int, ...] = ()
+
+    @property
+    def class_values(self) -> tuple[int, ...]:
+        """The number that stands for each class in the files."""
+        return self.label_values or tuple(range(len(self.class_names)))
 
 
 def in_order(layout: Layout, channels: Sequence[int]) -> Layout:
@@ -129,6 +140,7 @@ class VolumeDataset:
         self.class_names = layout.class_names
         self.num_channels = layout.num_channels
         self.regions = layout.regions
+        self.has_ignore = bool(layout.ignore_values)
         self.window = layout.window
         self.case_names = tuple(entry.name for entry in layout.entries)
         self.held_out = tuple(entry.name for entry in layout.entries if entry.held_out)
@@ -136,6 +148,7 @@ class VolumeDataset:
         if not layout.entries:
             raise InputError(f"{layout.source} holds no case.")
         _check_unique(layout)
+        _check_labels(layout)
         _check_existence(layout)
         grids = [_checked_grid(entry, layout) for entry in layout.entries]
         affines = [grid.affine for grid in grids]
@@ -173,7 +186,7 @@ class VolumeDataset:
         stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         layout = self.layout
         done = (layout.label_values, layout.class_names, layout.window, self.geometry, self.all_annotators)
-        return repr((stats, done))
+        return repr((stats, (*done, *layout.ignore_values)))
 
     def _read(self, entry: Entry) -> Case:
         layout = self.layout
@@ -205,11 +218,11 @@ class VolumeDataset:
         return majority(annotations, len(self.class_names)), annotations
 
     def _read_label(self, file: Path) -> UInt8[np.ndarray, "*spatial"]:
-        values = self.layout.label_values or tuple(range(len(self.class_names)))
-        found = read_label(file, values)
-        ids = np.zeros(max(values) + 1, np.uint8)
-        ids[list(values)] = np.arange(len(values))
-        return ids[found]
+        classes, ignored = self.layout.class_values, self.layout.ignore_values
+        values = np.array((*classes, *ignored))
+        ids = np.zeros(np.ptp(values) + 1, np.uint8)
+        ids[values - values.min()] = (*range(len(classes)), *(IGNORE for _ in ignored))
+        return ids[read_label(file, values.tolist()) - values.min()]
 
 
 def _check_unique(layout: Layout) -> None:
@@ -217,6 +230,36 @@ def _check_unique(layout: Layout) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise InputError(f"{layout.source} lists {twice[0]} more than once: list each case once.")
+
+
+def _check_labels(layout: Layout) -> None:
+    """Every class has a name and a number of its own, an id below `IGNORE`, and regions are made of such ids."""
+    names, values = layout.class_names, (*layout.class_values, *layout.ignore_values)
+    if len(names) > IGNORE:
+        raise InputError(
+            f"{layout.source} declares {len(names)} classes: at most {IGNORE}, background included, can be told "
+            "apart; leave out or join some."
+        )
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(
+            f"{layout.source} names two classes {twice[0]!r}: give each class a name of its own."
+        )
+    if len(layout.class_values) != len(names) or len(set(values)) < len(values):
+        raise InputError(
+            f"{layout.source} gives its {len(names)} classes the label values {list(layout.class_values)} and "
+            f"ignores {list(layout.ignore_values)}: give each class a value of its own."
+        )
+    if beyond := [value for value in values if value not in _LABEL_RANGE]:
+        raise InputError(
+            f"{layout.source} declares the label value {beyond[0]}: give whole numbers from {_LABEL_RANGE[0]} to "
+            f"{_LABEL_RANGE[-1]}."
+        )
+    for region, ids in layout.regions.items():
+        if not ids or len(set(ids)) < len(ids) or not set(ids) <= set(range(len(names))):
+            raise InputError(
+                f"{layout.source} makes the region {region!r} of the classes {list(ids)}: give different ones, "
+                f"0 to {len(names) - 1}."
+            )
 
 
 def _check_existence(layout: Layout) -> None:
