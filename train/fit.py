@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from calib_jax.report import ModelResult
 from train.checkpoint import Checkpoints, Which
@@ -44,6 +43,7 @@ from train.logs import RunLog
 from train.losses import check_splittable, parse_loss
 from train.models import make_network
 from train.processes import is_first, on_first
+from train.progress import progress
 from train.runs import claimed, open_run, stop_on_signal
 from train.sharding import (
     check_split,
@@ -236,10 +236,9 @@ def _loop(
     start = int(state.step)
     validate_every = training.validate_every or -(-training.steps // 4)
     checkpoint_every = training.checkpoint_every or validate_every
-    bar = tqdm(
+    bar = progress(
         range(start, training.steps),
-        task.config.loss,
-        training.steps,
+        desc=task.config.loss,
         initial=start,
         unit="step",
         disable=not is_first(),

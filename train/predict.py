@@ -5,13 +5,13 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from tqdm import tqdm
 
 from train.checkpoint import Which
 from train.config import DataInfo
 from train.data.nifti import Grid, open_nifti, read_channels, spatial_and_channels
 from train.errors import InputError
 from train.fit import load_run
+from train.progress import progress
 
 _CHANNEL = re.compile(r"_\d{4}$")  # how nnU-Net ends the names of a case's files
 
@@ -39,7 +39,7 @@ def predict_folder(run: Path, images: Path, out: Path, which: Which = "last") ->
     cases = list_cases(images, info)
     _check_out(out)
     written = []
-    for name, files in tqdm(cases.items(), "predicting", unit="case"):
+    for name, files in progress(cases.items(), desc="predicting"):
         image, grid = read_channels(files, info.window)
         placement = info.geometry.place(image, grid.affine, windowed=info.window is not None)
         probs = placement.back(predict(placement.image(image, info.geometry.interpolation)))
