@@ -17,7 +17,7 @@ import tyro
 
 from train.config import DataConfig, DataInfo, DeviceConfig, ModelConfig, RunConfig, TrainingConfig
 from train.data import AugmentConfig
-from train.errors import InputError, Stopped
+from train.errors import CasesFailed, InputError, Stopped
 from train.published import Row
 from train.recipes import RECIPES, describe, find_recipe
 
@@ -189,6 +189,9 @@ class Predict:
     """Label maps and class probabilities of a folder of NIfTI volumes, with each volume's own affine.
 
     python -m train predict runs/ace --images scans --out predictions
+
+    Scans that cannot be predicted are named at the end, and the exit status is then 1. The same command goes on in
+    the same --out with the scans that are not predicted yet.
     """
 
     run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="run", metavar="RUN")]
@@ -196,7 +199,7 @@ class Predict:
     images: Path
     """Folder of .nii or .nii.gz volumes."""
     out: Path
-    """Output folder, new or empty."""
+    """Output folder: new, empty, or one that the same command has begun to fill."""
     checkpoint: Literal["last", "best"] = "last"
     """Weights of the newest checkpoint, or the best one's of a run with --keep-best."""
 
@@ -372,6 +375,9 @@ def main(arguments: list[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except CasesFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except Stopped as stopped:
         print(f"\n{stopped}", file=sys.stderr)
         return stopped.exit_status

@@ -1,6 +1,6 @@
 """The exceptions that mean something to the user."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 class InputError(Exception):
@@ -27,3 +27,20 @@ class Stopped(Exception):
     def __init__(self, message: str, exit_status: int):
         super().__init__(message)
         self.exit_status = exit_status
+
+
+class CasesFailed(Exception):
+    """Some cases failed and the others went through: a message, then each case with one sentence.
+
+    `python -m train` prints it and exits with status 1.
+    """
+
+    def __init__(self, message: str, problems: Mapping[str, str]):
+        super().__init__("\n".join([message, *(f"  {case}: {problem}" for case, problem in problems.items())]))
+
+
+def describe(error: Exception) -> str:
+    """What went wrong, in one line: an InputError's own sentence, or the kind and first line of another exception."""
+    if isinstance(error, InputError):
+        return str(error)
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])

@@ -23,7 +23,7 @@ from train.errors import InputError, Stopped
 from train.processes import is_first, on_first
 
 _PROCESS = "process.json"
-_PARTIAL = ".partial"
+PARTIAL = ".partial"
 _STOPPING = (signal.SIGTERM, signal.SIGINT)
 PACKAGES = ("calib_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -126,7 +126,23 @@ def _lock(file: TextIO, folder: Path) -> None:
     )
 
 
-def _try_lock(file: TextIO, kind: int) -> bool:
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """While in this context no other process is in this context of the same folder; leaves no file behind.
+
+    Raises:
+        InputError: if another process is.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        if not _try_lock(handle, fcntl.LOCK_EX):
+            raise InputError(f"Another process is writing to {folder}: wait for its end, or stop it first.")
+        yield
+    finally:
+        os.close(handle)
+
+
+def _try_lock(file: TextIO | int, kind: int) -> bool:
     """False if another process has a lock that excludes this one."""
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
@@ -221,14 +237,19 @@ def write_json(file: Path, values: Any) -> None:
 @contextlib.contextmanager
 def written_whole(file: Path) -> Iterator[Path]:
     """A path beside `file` to write to, which then takes its place: a reader never sees half a file."""
-    partial = file.with_name(f"{file.name}{_PARTIAL}")
-    yield partial
-    partial.replace(file)
+    partial = file.with_name(f"{file.name}{PARTIAL}")
+    try:
+        yield partial
+        partial.replace(file)
+    except OSError:  # such as a full disk, on which the half would take room
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
 
 
 def _holds_something(folder: Path) -> bool:
     """Anything but what a run killed at its very start leaves."""
-    return any(path.suffix != _PARTIAL for path in folder.iterdir())
+    return any(path.suffix != PARTIAL for path in folder.iterdir())
 
 
 def _check_same(file: Path, wanted: Any) -> None:
