@@ -10,6 +10,7 @@ from jaxtyping import UInt8
 from train.data.annotators import majority
 from train.data.cache import CaseStore
 from train.data.case import Case, Source
+from train.data.faults import Fault, refuse
 from train.data.geometry import Geometry
 from train.data.nifti import Grid, affine_of, open_nifti, read_channels, read_label, spatial_and_channels
 from train.errors import InputError
@@ -135,9 +136,8 @@ class VolumeDataset:
         self.subjects = tuple(entry.subject or entry.name for entry in layout.entries)
         if not layout.entries:
             raise InputError(f"{layout.source} holds no case.")
-        _check_unique(layout)
-        _check_existence(layout)
-        grids = [_checked_grid(entry, layout) for entry in layout.entries]
+        grids, faults = _inspect(layout)
+        refuse(faults)
         affines = [grid.affine for grid in grids]
         self.geometry = (geometry or Geometry()).resolved(affines)
         shapes = [
@@ -212,22 +212,33 @@ class VolumeDataset:
         return ids[found]
 
 
-def _check_unique(layout: Layout) -> None:
+def header_faults(layout: Layout) -> list[Fault]:
+    """Every fault that names, existence and headers show; reads no voxels."""
+    return _inspect(layout)[1]
+
+
+def _inspect(layout: Layout) -> tuple[list[Grid], list[Fault]]:
+    """The grid of each case without faults, and the faults of the others. Reads each header once."""
     names = [entry.name for entry in layout.entries]
     twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise InputError(f"{layout.source} lists {twice[0]} more than once: list each case once.")
-
-
-def _check_existence(layout: Layout) -> None:
-    missing = [
-        file for entry in layout.entries for file in (*entry.images, *entry.labels) if not file.is_file()
+    faults = [
+        Fault(name, str(layout.source), f"lists {name} more than once: list each case once.") for name in twice
     ]
-    if missing:
-        raise InputError(
-            f"{missing[0]} does not exist, the first of {len(missing)} files that {layout.source} "
-            "asks for and that are not there: complete the folder or correct the list."
-        )
+    grids = []
+    for entry in layout.entries:
+        missing = [file for file in (*entry.images, *entry.labels) if not file.is_file()]
+        faults += [
+            Fault(entry.name, str(file), "does not exist: complete the folder or correct the list.")
+            for file in missing
+        ]
+        if missing:
+            continue
+        try:
+            grids.append(_checked_grid(entry, layout))
+        except InputError as error:
+            file, _, problem = str(error).partition(" ")
+            faults.append(Fault(entry.name, file, problem))
+    return grids, faults
 
 
 def _checked_grid(entry: Entry, layout: Layout) -> Grid:
