@@ -211,6 +211,31 @@ class Predict:
 
 
 @dataclass(frozen=True)
+class Check:
+    """Read every voxel of a data set and list what is wrong with its files, before a run stops at them.
+
+    python -m train check msd:Task04_Hippocampus
+
+    The exit status is 0 without faults, 1 with some, and 2 if there is no such data set.
+    """
+
+    data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
+    """LAYOUT:PATH, as --data of the other commands."""
+    out: Path = Path("faults.csv")
+    """File that the faults are written to: case, file, problem. An earlier list of faults is replaced."""
+
+    def run(self) -> int:
+        from train.check import check_data, faults_file
+
+        with faults_file(self.out) as write:
+            report = check_data(self.data)
+            print(report.summary())
+            write(report.faults)
+        print(f"\nList of faults: {self.out}")
+        return 1 if report.faults else 0
+
+
+@dataclass(frozen=True)
 class ImportMonai:
     """Make a run of a network that was trained with MONAI: UNet, SegResNet, SegResNetDS or UNETR.
 
@@ -299,6 +324,7 @@ COMMANDS = {
     "fit": Fit,
     "recipes": Recipes,
     "import-monai": ImportMonai,
+    "check": Check,
     "evaluate": Evaluate,
     "predict": Predict,
     "status": Status,
@@ -355,7 +381,10 @@ def _command_line(arguments: Sequence[str]) -> Any:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command; 0 if it succeeded, 2 after bad input, which ends in one sentence on stderr."""
+    """Runs a command; 0 if it succeeded, 2 after bad input, which ends in one sentence on stderr.
+
+    1 if a check found faults, or some cases failed.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     # Orbax tells of a failure in the traceback of each of its threads; what fails is raised as well.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -371,7 +400,7 @@ def main(arguments: list[str] | None = None) -> int:
             description=__doc__,
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
         )
-        command.run()
+        return command.run() or 0
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -384,4 +413,3 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted; add --resume to the same command with --out to go on", file=sys.stderr)
         return 130
-    return 0

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +17,13 @@ from calib_jax.report import (
     format_table,
     write_report,
 )
+from train.check import check_cases
 from train.checkpoint import Which
 from train.config import DataInfo, DeviceConfig, RunConfig, check_same_data, to_json
 from train.data import Dataset, read_splits, write_splits
 from train.errors import InputError
 from train.evaluate import evaluate, evaluate_posterior
-from train.fit import Task, fit, load_run, open_cases, open_task
+from train.fit import Task, check_task, fit, load_run, open_cases, open_task
 from train.inference import VolumePredictor
 from train.logs import read_log
 from train.losses import check_splittable, parse_loss
@@ -80,7 +82,7 @@ def compare(
     if which == "best" and (config.training.keep_best == "none" or not task.splits.val):
         raise InputError("--checkpoint best needs --keep-best and validation cases (--num-val): give both.")
     plan = Plan(tuple(names), task.config, tuple(seeds), temperature, which)
-    open_run(folder, plan, resume=resume)
+    open_run(folder, plan, resume=resume, check=partial(check_task, task))
     with claimed(folder):
         on_first(lambda: write_splits(folder / "splits.json", task.splits))
         results: list[Result] = []
@@ -177,7 +179,8 @@ def evaluate_run(
     folder = out or run / f"evaluate-{split if own else found.name}{'' if which == 'last' else f'-{which}'}"
     if temperature and splits and not splits.val:
         raise InputError(f"{run} has no validation cases to fit a temperature on: leave out --temperature.")
-    open_run(folder, config, resume=resume, data=to_json(found))
+    read = (*cases, *(splits.val if temperature and splits else ()))
+    open_run(folder, config, resume=resume, check=partial(check_cases, dataset, read), data=to_json(found))
     results, more = [evaluate(config.loss, predict, dataset, cases)], _weights(which, config)
     if temperature and splits:
         value = fit_temperature(predict, dataset, splits.val)
@@ -198,7 +201,7 @@ def _evaluated(task: Task, plan: Plan, run: PlannedRun, resume: bool) -> list[Mo
     """
     files = [run.folder / "test.npz", *([run.folder / "test-temperature.npz"] if plan.temperature else [])]
     if not (resume and all(file.exists() for file in files)):
-        predict = fit(dataclasses.replace(task, config=run.config), run.folder, resume=resume)
+        predict = fit(dataclasses.replace(task, config=run.config), run.folder, resume=resume, check=False)
         if plan.which == "best":
             _, _, predict = load_run(run.folder, plan.which)
         _evaluate_into(files[0], run.name(""), predict, task)

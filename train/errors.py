@@ -36,11 +36,13 @@ class CasesFailed(Exception):
     """
 
     def __init__(self, message: str, problems: Mapping[str, str]):
-        super().__init__("\n".join([message, *(f"  {case}: {problem}" for case, problem in problems.items())]))
+        super().__init__(
+            "\n".join([message, *(f"  {case}: {problem}" for case, problem in problems.items())])
+        )
 
 
 def describe(error: Exception) -> str:
-    """What went wrong, in one line: an InputError's own sentence, or the kind and first line of another exception."""
+    """What went wrong, in one line: the sentence of an InputError, or kind and first line of another exception."""
     if isinstance(error, InputError):
         return str(error)
     return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from calib_jax.report import ModelResult
+from train.check import check_cases
 from train.checkpoint import Checkpoints, Which
 from train.config import (
     DataConfig,
@@ -171,8 +173,27 @@ def _as_initial(config: RunConfig, info: DataInfo) -> RunConfig:
     return dataclasses.replace(config, model=initial.model, data=data)
 
 
-def fit(task: Task, folder: Path, *, resume: bool = False) -> VolumePredictor:
+def check_task(task: Task) -> None:
+    """Reads what a run depends on late: validation and test cases whole, and the labels of training cases.
+
+    Training images are read in the first epoch. With a `cache_dir`, which keeps them for it, they are read here.
+
+    Raises:
+        InputError: lists the faults that were found.
+    """
+    splits = task.splits
+    cached = splits.train if task.config.data.cache_dir else ()
+    check_cases(task.dataset, (*splits.val, *splits.test, *cached), labels=splits.train)
+
+
+def fit(task: Task, folder: Path, *, resume: bool = False, check: bool = True) -> VolumePredictor:
     """Trains, validates and checkpoints into `folder`; returns the trained network, ready for whole volumes.
+
+    Args:
+        task: what is trained.
+        folder: of the run, new or empty.
+        resume: go on with the run in `folder`.
+        check: call `check_task` before a new run.
 
     Raises:
         InputError: on bad options, data or folders, before anything is written; if the loss stops being a
@@ -180,7 +201,8 @@ def fit(task: Task, folder: Path, *, resume: bool = False) -> VolumePredictor:
     """
     config = task.config
     info = DataInfo.of(task.dataset)
-    open_run(folder, config, resume=resume, data=to_json(info))
+    before = partial(check_task, task) if check else lambda: None
+    open_run(folder, config, resume=resume, check=before, data=to_json(info))
     optimizer = make_optimizer(config.training)
     graphdef, state = init_state(make_model(config, info), optimizer)
     state = place_weights(state, task.mesh)

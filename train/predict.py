@@ -76,7 +76,7 @@ def predict_folder(run: Path, images: Path, out: Path, which: Which = "last") ->
                 break
     if failed:
         raise CasesFailed(
-            f"{len(failed)} of {len(cases)} cases could not be predicted, the others are in {out}. Mend or remove "
+            f"{len(failed)} of {len(cases)} cases could not be predicted, any others are in {out}. Mend or remove "
             "these and start the same command again:",
             failed,
         )
@@ -155,7 +155,7 @@ def _predict(
     placement = info.geometry.place(image, grid.affine, windowed=info.window is not None)
     probs = placement.back(predict(placement.image(image, info.geometry.interpolation)))
     if not np.isfinite(probs).all():
-        raise InputError(f"{files[0]} has intensities for which the network's probabilities are not finite.")
+        raise InputError(f"the network's probabilities of {files[0]} are not finite: check its weights.")
     label = probs.argmax(-1).astype(np.uint8)
     return _volume(label, grid, description), _volume(probs.astype(np.float32), grid, description)
 

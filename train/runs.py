@@ -9,7 +9,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 
 from train.config import from_json, to_json
 from train.errors import InputError, Stopped
-from train.processes import is_first, on_first
+from train.processes import first_says, is_first, on_all, on_first
 
 _PROCESS = "process.json"
 PARTIAL = ".partial"
@@ -33,17 +33,26 @@ def default_folder(name: str) -> Path:
     return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def open_run(folder: Path, config: Any, *, resume: bool, **more: Any) -> None:
+def open_run(
+    folder: Path, config: Any, *, resume: bool, check: Callable[[], None] = lambda: None, **more: Any
+) -> None:
     """Claims `folder` for a run of `config`, new or to be resumed; `more` is kept beside the configuration.
+
+    A new run calls `check` in every process, after the folder was found free and before anything is written to it.
 
     Raises:
         InputError: if the folder holds something and `resume` is False, or holds a run of another
-            configuration, or cannot be written to.
+            configuration, or cannot be written to, or if `check` does.
     """
-    on_first(lambda: _open_run(folder, config, resume, more))
+    file = folder / "config.json"
+    on_first(lambda: _refuse_others(folder, config, resume))
+    if first_says(resume and file.exists()):
+        return
+    on_all(check)
+    on_first(lambda: _write_config(folder, config, more))
 
 
-def _open_run(folder: Path, config: Any, resume: bool, more: dict[str, Any]) -> None:
+def _refuse_others(folder: Path, config: Any, resume: bool) -> None:
     file = folder / "config.json"
     if resume and file.exists():
         _check_same(file, config)
@@ -52,10 +61,13 @@ def _open_run(folder: Path, config: Any, resume: bool, more: dict[str, Any]) -> 
         found = "another run" if file.exists() else "something else"
         hint = " or add --resume to go on with it" if file.exists() else ""
         raise InputError(f"Output folder {folder} already holds {found}: choose another --out{hint}.")
+
+
+def _write_config(folder: Path, config: Any, more: dict[str, Any]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         kept = {"config": to_json(config), **more, "command": command(), "versions": versions()}
-        write_json(file, kept)
+        write_json(folder / "config.json", kept)
     except OSError as error:
         raise InputError(
             f"Output folder {folder} cannot be written ({error.strerror}): choose another."
@@ -241,7 +253,7 @@ def written_whole(file: Path) -> Iterator[Path]:
     try:
         yield partial
         partial.replace(file)
-    except OSError:  # such as a full disk, on which the half would take room
+    except BaseException:  # such as a full disk, on which the half would take room
         with contextlib.suppress(OSError):
             partial.unlink()
         raise

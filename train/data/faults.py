@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from train.errors import InputError
+from train.errors import InputError, describe
 
 _SHOWN = 20
 
@@ -22,6 +23,17 @@ class Fault:
     file: str
     problem: str
 
+    @classmethod
+    def of(cls, case: str, files: Sequence[Path], error: Exception) -> "Fault":
+        """The fault of the file that the error's sentence begins with; of the first of `files` if it names none."""
+        sentence = describe(error)
+        named = [str(file) for file in files if sentence.startswith(f"{file} ")]
+        if not named:
+            return cls(
+                case, str(files[0]), f"cannot be read ({sentence.rstrip('.')}): mend or leave out this file."
+            )
+        return cls(case, named[0], sentence.removeprefix(f"{named[0]} "))
+
 
 def refuse(faults: Sequence[Fault]) -> None:
     """Does nothing without faults.
@@ -34,7 +46,7 @@ def refuse(faults: Sequence[Fault]) -> None:
     first, *others = faults
     if not others:
         raise InputError(f"{first.file} {first.problem}")
-    found, _, remedy = first.problem.partition(": ")
+    found, _, remedy = first.problem.rpartition(": ")
     listed = "; ".join(f"{fault.file} {_found(fault)}" for fault in others[: _SHOWN - 1])
     hidden = len(faults) - _SHOWN
     more = f"; and {hidden} more, which `python -m train check` lists" if hidden > 0 else ""
@@ -44,4 +56,4 @@ def refuse(faults: Sequence[Fault]) -> None:
 
 
 def _found(fault: Fault) -> str:
-    return fault.problem.partition(": ")[0]
+    return fault.problem.rpartition(": ")[0]

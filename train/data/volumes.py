@@ -164,12 +164,13 @@ class VolumeDataset:
             self._store.write(key, case)
         return case
 
-    def _label_files(self, entry: Entry) -> tuple[Path, ...]:
+    def label_files(self, entry: Entry) -> tuple[Path, ...]:
+        """The label files of a case that are read."""
         return entry.labels if self.all_annotators else entry.labels[:1]
 
     def _key(self, entry: Entry) -> str:
         """Changes with the case's files and with whatever is done to them."""
-        files = [file.resolve() for file in (*entry.images, *self._label_files(entry))]
+        files = [file.resolve() for file in (*entry.images, *self.label_files(entry))]
         stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         layout = self.layout
         done = (layout.label_values, layout.class_names, layout.window, self.geometry, self.all_annotators)
@@ -179,7 +180,8 @@ class VolumeDataset:
         layout = self.layout
         image, grid = read_channels(entry.images, layout.window)
         labels = [
-            grid.to_ras(self._read_label(file).reshape(grid.file_shape)) for file in self._label_files(entry)
+            grid.to_ras(read_class_ids(file, layout).reshape(grid.file_shape))
+            for file in self.label_files(entry)
         ]
         own = self._combined(labels)
         if not self.geometry:
@@ -204,12 +206,18 @@ class VolumeDataset:
         annotations = np.stack(labels, axis=-1)
         return majority(annotations, len(self.class_names)), annotations
 
-    def _read_label(self, file: Path) -> UInt8[np.ndarray, "*spatial"]:
-        values = self.layout.label_values or tuple(range(len(self.class_names)))
-        found = read_label(file, values)
-        ids = np.zeros(max(values) + 1, np.uint8)
-        ids[list(values)] = np.arange(len(values))
-        return ids[found]
+
+def read_class_ids(file: Path, layout: Layout) -> UInt8[np.ndarray, "*spatial"]:
+    """Reads a label map as class ids, in the file's own order of axes.
+
+    Raises:
+        InputError: missing, corrupt, or with a value that the layout declares for no class.
+    """
+    values = layout.label_values or tuple(range(len(layout.class_names)))
+    found = read_label(file, values)
+    ids = np.zeros(max(values) + 1, np.uint8)
+    ids[list(values)] = np.arange(len(values))
+    return ids[found]
 
 
 def header_faults(layout: Layout) -> list[Fault]:
@@ -222,7 +230,8 @@ def _inspect(layout: Layout) -> tuple[list[Grid], list[Fault]]:
     names = [entry.name for entry in layout.entries]
     twice = sorted({name for name in names if names.count(name) > 1})
     faults = [
-        Fault(name, str(layout.source), f"lists {name} more than once: list each case once.") for name in twice
+        Fault(name, str(layout.source), f"lists {name} more than once: list each case once.")
+        for name in twice
     ]
     grids = []
     for entry in layout.entries:
@@ -236,8 +245,7 @@ def _inspect(layout: Layout) -> tuple[list[Grid], list[Fault]]:
         try:
             grids.append(_checked_grid(entry, layout))
         except InputError as error:
-            file, _, problem = str(error).partition(" ")
-            faults.append(Fault(entry.name, file, problem))
+            faults.append(Fault.of(entry.name, (*entry.images, *entry.labels), error))
     return grids, faults
 
 
