@@ -182,6 +182,7 @@ def test_classes_that_never_occur_are_told(folder: Path, capsys: pytest.CaptureF
     [
         ({"training": []}, "empty list"),
         ({"labels": {"0": "background", "2": "gap"}}, "without a gap"),
+        ({"labels": {"0": "background", "1": "x", "2": "x"}}, "names two classes 'x'"),
         ({"training": [{"image": "imagesTr/a.nii.gz", "label": "labelsTr/a.nii.gz"}] * 2}, "more than once"),
     ],
 )
@@ -215,6 +216,14 @@ def test_an_earlier_list_is_replaced_and_nothing_else(
     assert "no list of faults" in capsys.readouterr().err
     assert out.read_text().startswith("patient")
     assert main(["check", f"msd:{folder}", "--out", str(tmp_path)]) == 2
+
+
+def test_a_key_that_occurs_twice_is_a_fault(folder: Path, tmp_path: Path) -> None:
+    file = folder / "dataset.json"
+    file.write_text(file.read_text().replace('"1": "x"', '"1": "x", "1": "y"'))
+    status, (row,) = check(folder, tmp_path / "faults.csv")
+    assert status == 1
+    assert "gives '1' twice" in row["problem"]
 
 
 # Before a run.

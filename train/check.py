@@ -97,7 +97,7 @@ def check_data(spec: str) -> DataReport:
     faults = [fault for report in reports for fault in report.faults]
     counts = np.sum([report.class_voxels for report in reports], axis=0).tolist()
     return DataReport(
-        (*_layout_faults(layout, faults), *faults),
+        tuple(dict.fromkeys([*_layout_faults(layout, faults), *faults])),
         len(layout.entries),
         dict(zip(layout.class_names, counts, strict=True)) if reports else {},
     )

@@ -266,6 +266,7 @@ def _report(
             provenance={
                 "command": command(),
                 "data": f"{dataset.name}, {len(cases)} cases held out of {len(dataset)}",
+                **({"not counted": "voxels that are labelled ignore"} if dataset.has_ignore else {}),
                 **provenance,
                 **versions(),
             },

@@ -58,7 +58,7 @@ class DataConfig:
     average with random weights drawn anew for each patch. But for first, evaluation is by the plain shares."""
     foreground_crops: float = 0.0
     """Share of the training patches that are centred on a random voxel of a random foreground class (0.33 in
-    nnU-Net); the others lie anywhere."""
+    nnU-Net); the others lie anywhere, or in a scan with ignored voxels around one that has a label."""
     cache_dir: str = ""
     """Folder in which decoded and preprocessed volumes are kept, for this and other runs. It takes as much as they
     do uncompressed, and may be deleted at any time; left out, nothing is kept beyond the run."""

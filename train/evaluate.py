@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Num, UInt8
+from jaxtyping import Array, Bool, Float, Integer, Num, UInt8
 
 import calib_jax
 from calib_jax import BinStatistics, metrics
 from calib_jax.report import ModelResult
-from train.data import Case, Dataset
+from train.data import Case, Dataset, mask_ignored
 from train.inference import VolumePredictor
 from train.processes import is_first, join_shares, own_share
 from train.progress import progress
@@ -21,7 +21,7 @@ NUM_BINS = 20
 _VOXELS = 2**16
 
 # Class ids, or their shares among several annotators.
-Label = Int[Array, "*voxels"] | Float[Array, "*voxels classes"]
+Label = Integer[Array, "*voxels"] | Float[Array, "*voxels classes"]
 # What is reported in place of the classes: (probs [..., classes], labels) -> (probs [..., regions], labels,
 # either ids of regions [...] or an array like those probs). Linear in probs: a region's probability is a sum
 # of class probabilities.
@@ -32,7 +32,7 @@ def foreground(
     probs: Float[Array, "*voxels classes"], label: Label
 ) -> tuple[Float[Array, "*voxels foreground"], Label]:
     """Every class but background, whose voxels get id -1: they are of no class."""
-    return probs[..., 1:], label[..., 1:] if label.ndim == probs.ndim else label - 1
+    return probs[..., 1:], label[..., 1:] if label.ndim == probs.ndim else label.astype(jnp.int32) - 1
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,11 @@ class CaseStatistics:
 
     Attributes:
         regions: what is reported; a function that stays the same one, since programs are kept by it.
+        has_ignore: whether voxels may have no label; these are left out.
     """
 
     regions: Regions = foreground
+    has_ignore: bool = False
 
     def __call__(
         self,
@@ -81,6 +83,9 @@ class CaseStatistics:
         where: Bool[Array, "*spatial"],
     ) -> tuple[BinStatistics, Float[Array, "regions"]]:
         """Bins are filled with the shares of a soft label; Dice is that of its most frequent class."""
+        if self.has_ignore:
+            label, labelled = mask_ignored(label)
+            where = where & labelled
         shares = label.reshape(1, -1, probs.shape[-1]) if label.ndim == probs.ndim else None
         ids = label if shares is None else label.argmax(-1)
         probs = probs.reshape(1, -1, probs.shape[-1])
@@ -112,6 +117,7 @@ def evaluate(name: str, predict: VolumePredictor, dataset: Dataset, case_names: 
 
     They are those of the file's own grid, to which probabilities are interpolated where the network sees another
     one: figures then mean the same whatever the spacing. Several annotators count by their shares of each class.
+    Voxels without a label are left out; a case without any other has NaN.
 
     Args:
         name: how the model is called in tables.
@@ -120,14 +126,16 @@ def evaluate(name: str, predict: VolumePredictor, dataset: Dataset, case_names: 
         case_names: the cases to evaluate.
     """
     regions, names = regions_of(dataset)
-    summary = CaseStatistics(regions)
+    summary = CaseStatistics(regions, dataset.has_ignore)
 
     def statistics(case: Case) -> tuple[BinStatistics, Array]:
         if case.source is None and case.annotations is None:
             return predict.summary(summary, case.image, case.label)
         probs = predict(case.image)
         on_own_grid = probs if case.source is None else case.source.placement.back(probs)
-        return case_statistics(on_own_grid, case.truth(probs.shape[-1]), regions=regions)
+        return case_statistics(
+            on_own_grid, case.truth(probs.shape[-1]), regions=regions, has_ignore=dataset.has_ignore
+        )
 
     return _collect(name, statistics, dataset, case_names, names)
 
@@ -143,7 +151,9 @@ def evaluate_posterior(dataset: Dataset, case_names: Sequence[str]) -> ModelResu
     regions, names = regions_of(dataset)
     return _collect(
         "true posterior",
-        lambda case: case_statistics(np.asarray(case.posterior), case.label, regions=regions),
+        lambda case: case_statistics(
+            np.asarray(case.posterior), case.label, regions=regions, has_ignore=dataset.has_ignore
+        ),
         dataset,
         case_names,
         names,
@@ -177,6 +187,7 @@ def case_statistics(
     label: UInt8[np.ndarray, "*spatial"] | Float[np.ndarray, "*spatial classes"],
     *,
     regions: Regions = foreground,
+    has_ignore: bool = False,
 ) -> tuple[BinStatistics, Float[Array, "regions"]]:
     """Bin statistics and Dice of a case whose probabilities are at hand."""
     voxels = np.prod(probs.shape[:-1], dtype=int)
@@ -184,4 +195,4 @@ def case_statistics(
     where = np.arange(voxels + padding) < voxels
     flat = [array.reshape(voxels, *array.shape[probs.ndim - 1 :]) for array in (probs, label)]
     padded = [np.pad(array, [(0, padding), *[(0, 0)] * (array.ndim - 1)]) for array in flat]
-    return _statistics(CaseStatistics(regions), *padded, where)
+    return _statistics(CaseStatistics(regions, has_ignore), *padded, where)

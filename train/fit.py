@@ -254,6 +254,7 @@ def _loop(
         task.mesh,
         accumulate=task.devices.accumulate,
         remat=task.devices.remat,
+        has_ignore=task.dataset.has_ignore,
     )
     start = int(state.step)
     validate_every = training.validate_every or -(-training.steps // 4)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 import calib_jax
 from train.errors import InputError
@@ -42,6 +42,7 @@ class Loss:
         logits: Float[Array, "batch *spatial classes"] | tuple[Float[Array, "batch *_ classes"], ...],
         labels: Int[Array, "batch *spatial"] | Float[Array, "batch *spatial classes"],
         axis_name: str | None = None,
+        where: Bool[Array, "batch *spatial"] | None = None,
     ) -> dict[str, Array]:
         """Each term by name, unweighted; of several logits (deep supervision) the mean weighted by `level_weights`.
 
@@ -49,22 +50,40 @@ class Loss:
             logits: of one level, or of several, the finest first.
             labels: class ids or soft labels on the finest level's grid; coarser ones take the nearest voxels.
             axis_name: inside `shard_map`, the mesh axis over which images are split.
+            where: voxels to count, on the grid of the labels; None counts all. Given, each term is the mean over
+                images of that of one image: images count alike however many of their voxels do, and the loss does
+                not depend on which device holds which image. An image of which no voxel counts costs nothing.
         """
-        if not isinstance(logits, tuple):
+        if isinstance(logits, tuple):
+            levels = [
+                self.parts(
+                    level,
+                    nearest(labels, level.shape[1:-1]),
+                    axis_name,
+                    None if where is None else nearest(where, level.shape[1:-1]),
+                )
+                for level in logits
+            ]
+            weights = jnp.array(level_weights(len(levels)))
+            return jax.tree.map(lambda *terms: jnp.dot(weights, jnp.stack(terms)), *levels)
+        if where is None:
             return self._parts_of_level(logits, labels, axis_name)
-        levels = [
-            self._parts_of_level(level, nearest(labels, level.shape[1:-1]), axis_name) for level in logits
-        ]
-        weights = jnp.array(level_weights(len(levels)))
-        return jax.tree.map(lambda *terms: jnp.dot(weights, jnp.stack(terms)), *levels)
 
-    def _parts_of_level(self, logits: Array, labels: Array, axis_name: str | None) -> dict[str, Array]:
+        def of_image(logits: Array, labels: Array, where: Array) -> dict[str, Array]:
+            return self._parts_of_level(logits[None], labels[None], axis_name, where[None])
+
+        return jax.tree.map(jnp.mean, jax.vmap(of_image)(logits, labels, where))
+
+    def _parts_of_level(
+        self, logits: Array, labels: Array, axis_name: str | None, where: Array | None = None
+    ) -> dict[str, Array]:
         names = [name for name, _ in self.weights]
         binning = "soft" if "softace" in names else "hard"
         parts = calib_jax.segmentation_loss_parts(
             logits,
             labels,
             [TERMS[name] for name in names],
+            where=where,
             binning=binning,
             ignore_empty_classes=self.ignore_empty_classes,
             axis_name=axis_name,

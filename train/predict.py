@@ -33,9 +33,10 @@ def predict_folder(run: Path, images: Path, out: Path, which: Which = "last") ->
     A case is a NIfTI volume, with its channels along the fourth axis if there are several, or as nnU-Net has it
     one volume for each channel, `NAME_0000.nii.gz` and on.
 
-    `NAME_label.nii.gz` holds the most probable class ids (uint8), `NAME_probs.nii.gz` the class probabilities
-    (float32, classes along the fourth axis, background first), both on the grid and with the affine of
-    the image. Their header field `descrip` holds digests of the network and of the image.
+    `NAME_label.nii.gz` holds the most probable class ids (uint8, or uint16 of more than 256 classes),
+    `NAME_probs.nii.gz` the class probabilities (float32, classes along the fourth axis, background first), both on
+    the grid and with the affine of the image. Their header field `descrip` holds digests of the network and of the
+    image.
 
     A case that cannot be predicted does not stop the others. The same call goes on in the same `out`: it skips the
     cases that are there already.
@@ -156,7 +157,7 @@ def _predict(
     probs = placement.back(predict(placement.image(image, info.geometry.interpolation)))
     if not np.isfinite(probs).all():
         raise InputError(f"the network's probabilities of {files[0]} are not finite: check its weights.")
-    label = probs.argmax(-1).astype(np.uint8)
+    label = probs.argmax(-1).astype(np.min_scalar_type(len(info.class_names) - 1))
     return _volume(label, grid, description), _volume(probs.astype(np.float32), grid, description)
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Int
 
 from train import cpu
 from train.config import RunConfig, TrainingConfig
-from train.data import augment
+from train.data import augment, mask_ignored
 from train.losses import Loss, parse_loss
 from train.models.remat import rematerialised
 from train.sharding import BATCH, SPACE, batch_parts, batch_spec, replicated, weight_shardings
@@ -73,6 +73,7 @@ def make_train_step(
     *,
     accumulate: int = 1,
     remat: bool = False,
+    has_ignore: bool = False,
 ) -> TrainStep:
     """The compiled step over `mesh`: (state, batch) -> (state, metrics).
 
@@ -80,10 +81,11 @@ def make_train_step(
     memory is used again for the new one. Metrics are scalars: `loss`, each of its parts, `grad_norm` and
     `learning_rate`; means over the whole batch, whatever the mesh. With `accumulate` above 1 the batch is taken
     in so many parts, one after the other, which need so much less memory; with `remat` the model's units are
-    computed again in the backward pass, and only what goes in and out of them is kept.
+    computed again in the backward pass, and only what goes in and out of them is kept. With `has_ignore` the loss
+    leaves out voxels without a label, see `train.data.mask_ignored`.
     """
     schedule = learning_rate(config.training)
-    gradients = _in_turn(_make_gradients(graphdef, config, mesh, remat), accumulate, mesh)
+    gradients = _in_turn(_make_gradients(graphdef, config, mesh, remat, has_ignore), accumulate, mesh)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.key(config.training.seed), state.step)
@@ -107,13 +109,15 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0, compiler_options=options)
 
 
-def _make_gradients(graphdef: nnx.GraphDef, config: RunConfig, mesh: Mesh, remat: bool) -> Gradients:
+def _make_gradients(
+    graphdef: nnx.GraphDef, config: RunConfig, mesh: Mesh, remat: bool, has_ignore: bool
+) -> Gradients:
     """(params, rest, examples, ace_scale) -> gradients, loss with its parts, and the rest afterwards.
 
     The compiler splits the model as its inputs are split: it moves the rims of split volumes and, since the
     parameters are asked for whole, gathers these. The loss is no such plain arithmetic; it is split by hand.
     """
-    loss = _make_loss(parse_loss(config.loss, config.training.ignore_empty_classes), mesh)
+    loss = _make_loss(parse_loss(config.loss, config.training.ignore_empty_classes), mesh, has_ignore)
     dtype = jnp.dtype(config.training.precision)
 
     def gradients(params: Any, rest: Any, examples: Examples, ace_scale: Array) -> tuple[Any, Any, Any]:
@@ -138,7 +142,9 @@ def _make_gradients(graphdef: nnx.GraphDef, config: RunConfig, mesh: Mesh, remat
     return gradients
 
 
-def _make_loss(loss: Loss, mesh: Mesh) -> Callable[[Any, Array, Array], tuple[dict[str, Array], Any]]:
+def _make_loss(
+    loss: Loss, mesh: Mesh, has_ignore: bool
+) -> Callable[[Any, Array, Array], tuple[dict[str, Array], Any]]:
     """(logits, labels, ace_scale) -> loss with its parts, and its gradient with respect to the logits.
 
     Every part of the loss is a mean over images of what sums over an image's voxels say. So each device
@@ -148,8 +154,10 @@ def _make_loss(loss: Loss, mesh: Mesh) -> Callable[[Any, Array, Array], tuple[di
     """
 
     def local(logits: Any, labels: Array, ace_scale: Array) -> tuple[dict[str, Array], Any]:
+        labels, where = mask_ignored(labels) if has_ignore else (labels, None)
+
         def objective(logits: Any) -> tuple[Array, dict[str, Array]]:
-            parts = loss.parts(logits, labels, SPACE if mesh.shape[SPACE] > 1 else None)
+            parts = loss.parts(logits, labels, SPACE if mesh.shape[SPACE] > 1 else None, where)
             return loss.total(parts, ace_scale), parts
 
         (total, parts), d_logits = jax.value_and_grad(objective, has_aux=True)(logits)

@@ -11,7 +11,8 @@ from jaxtyping import Array, Bool, Float, Float32, Int32, UInt8
 
 import calib_jax
 from train import cpu
-from train.data import CachedCases, Dataset, pad_to_hold
+from train.data import CachedCases, Dataset, mask_ignored, pad_to_hold
+from train.errors import InputError
 from train.inference import Network, VolumePredictor, cut_windows, inside
 
 
@@ -44,15 +45,19 @@ def fit_temperature(
     """The temperature that minimises the mean negative log-likelihood over the voxels of whole cases.
 
     Of volumes larger than the patch these are the windows' voxels, each window by itself, as the network sees them.
+    Voxels without a label are left out.
 
     Args:
         predict: a trained `Network`.
         dataset: where the cases come from.
         case_names: cases that the network was not trained on; kept in memory, their logits are not.
+
+    Raises:
+        InputError: nothing in these cases can be fitted to, as where no voxel has a label.
     """
     assert isinstance(predict.forward, Network)
     cases = CachedCases(dataset, case_names)
-    program = _window_logits(predict.forward, predict.patch)
+    program = _window_logits(predict.forward, predict.patch, dataset.has_ignore)
 
     def batches() -> Iterator[tuple[Array, Array, Array]]:
         for index in range(len(cases)):
@@ -64,11 +69,16 @@ def fit_temperature(
             for corners, counted in zip(plan.corners, plan.counted, strict=True):
                 yield program(predict.weights, image, label, shape, corners, counted)
 
-    return calib_jax.fit_temperature(batches)
+    try:
+        return calib_jax.fit_temperature(batches)
+    except ValueError as error:
+        raise InputError(f"No temperature can be fitted on {', '.join(case_names)}: {error}") from error
 
 
 @functools.cache
-def _window_logits(network: Network, patch: tuple[int, ...]) -> Callable[..., tuple[Array, Array, Array]]:
+def _window_logits(
+    network: Network, patch: tuple[int, ...], has_ignore: bool
+) -> Callable[..., tuple[Array, Array, Array]]:
     """The compiled program that gives logits, labels and which voxels to count of a group of windows.
 
     They are `[windows, *patch, ...]`.
@@ -85,6 +95,7 @@ def _window_logits(network: Network, patch: tuple[int, ...]) -> Callable[..., tu
         logits = network.logits(weights, cut_windows(image, corners, patch))
         known = jnp.stack([label.astype(jnp.int32), inside(shape, label.shape).astype(jnp.int32)], -1)
         labels, within = jnp.moveaxis(cut_windows(known, corners, patch), -1, 0)
-        return logits, labels, (within == 1) & jnp.expand_dims(counted, tuple(range(1, labels.ndim)))
+        where = (within == 1) & jnp.expand_dims(counted, tuple(range(1, labels.ndim)))
+        return logits, labels, where & mask_ignored(labels)[1] if has_ignore else where
 
     return jax.jit(program, compiler_options=cpu.compiler_options())

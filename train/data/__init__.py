@@ -11,6 +11,7 @@ from train.data.augment import NO_AUGMENTATION, AugmentConfig, augment
 from train.data.cache import CaseStore
 from train.data.case import Case, Dataset
 from train.data.geometry import Geometry
+from train.data.ignore import IGNORE, mask_ignored
 from train.data.layouts import LAYOUTS
 from train.data.phantom import PhantomDataset
 from train.data.pipeline import CachedCases, train_batches
@@ -21,6 +22,7 @@ from train.data.volumes import Layout, VolumeDataset, in_order, with_intensities
 from train.errors import InputError
 
 __all__ = [
+    "IGNORE",
     "LAYOUTS",
     "NO_AUGMENTATION",
     "PROTOCOLS",
@@ -38,6 +40,7 @@ __all__ = [
     "crop_back",
     "cut_patch",
     "draw_crop",
+    "mask_ignored",
     "open_dataset",
     "open_layout",
     "pad_to_hold",

@@ -3,36 +3,45 @@
 import numpy as np
 from jaxtyping import Float, Float32, UInt8
 
+from train.data.ignore import IGNORE
+
 
 def soft_label(
     annotations: UInt8[np.ndarray, "*spatial annotators"],
     num_classes: int,
     weights: Float[np.ndarray, " annotators"] | None = None,
 ) -> Float32[np.ndarray, "*spatial classes"]:
-    """The share of each class among the annotators.
+    """The share of each class among the annotators who labelled a voxel; zeros where none did.
 
     Args:
-        annotations: each annotator's class ids.
+        annotations: each annotator's class ids, `IGNORE` where an annotator gave none.
         num_classes: with background.
         weights: of the annotators, which sum to 1; None counts all alike.
 
     >>> soft_label(np.array([[0, 1], [1, 1]], np.uint8), 2).tolist()
     [[0.5, 0.5], [0.0, 1.0]]
+    >>> soft_label(np.array([[IGNORE, 1], [IGNORE, IGNORE]], np.uint8), 2).tolist()
+    [[0.0, 1.0], [0.0, 0.0]]
     """
     number = annotations.shape[-1]
     weights = np.full(number, 1 / number) if weights is None else weights
-    shares = [(annotations == value) @ weights for value in range(num_classes)]
-    return np.stack(shares, axis=-1).astype(np.float32)
+    shares = np.stack([(annotations == value) @ weights for value in range(num_classes)], axis=-1)
+    labelled = annotations != IGNORE
+    if not labelled.all():
+        share = labelled @ weights
+        shares /= np.where(share > 0, share, 1)[..., None]
+    return shares.astype(np.float32)
 
 
 def majority(
     annotations: UInt8[np.ndarray, "*spatial annotators"], num_classes: int
 ) -> UInt8[np.ndarray, "*spatial"]:
-    """The class that most annotators give to each voxel, the lower id of equals.
+    """The class that most annotators give to each voxel, the lower id of equals; `IGNORE` where none gives one.
 
     >>> majority(np.array([[0, 1], [2, 1], [2, 2]], np.uint8), 3).tolist()
     [0, 1, 2]
     """
     if annotations.shape[-1] == 1:
         return annotations[..., 0]
-    return soft_label(annotations, num_classes).argmax(-1).astype(np.uint8)
+    ids = soft_label(annotations, num_classes).argmax(-1).astype(np.uint8)
+    return np.where((annotations == IGNORE).all(-1), np.uint8(IGNORE), ids)

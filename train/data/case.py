@@ -33,7 +33,7 @@ class Case:
     Attributes:
         name: unique within its data set.
         image: intensities, z-scored per channel over the non-zero voxels (see `z_score_nonzero`).
-        label: class ids, 0 is background; of several annotators the majority.
+        label: class ids, 0 is background and `IGNORE` a voxel without a label; of several annotators the majority.
         affine: voxel index to millimetres, as in NIfTI.
         posterior: the probabilities the label was drawn from, where they are known (phantoms only).
         annotations: each annotator's class ids, where they are kept apart.
@@ -59,7 +59,10 @@ class Case:
     def truth(
         self, num_classes: int
     ) -> UInt8[np.ndarray, "*spatial"] | Float32[np.ndarray, "*spatial classes"]:
-        """What a prediction is measured by, on the file's own grid: class ids or, of several annotators, shares."""
+        """What a prediction is measured by, on the file's own grid: class ids or, of several annotators, shares.
+
+        `mask_ignored` tells which voxels have a label.
+        """
         own = self.source or self
         return own.label if own.annotations is None else soft_label(own.annotations, num_classes)
 
@@ -92,6 +95,11 @@ class Dataset(Protocol):
     @property
     def regions(self) -> Mapping[str, tuple[int, ...]]:
         """Evaluation regions by name, each with the class ids that make it up; empty for the classes themselves."""
+        ...
+
+    @property
+    def has_ignore(self) -> bool:
+        """Whether labels may hold `IGNORE`, whose voxels are then masked everywhere."""
         ...
 
     @property

@@ -113,7 +113,10 @@ class Placement:
         return _resample(image[self.box], self.shape, order={"linear": 1, "cubic": 3}[interpolation])
 
     def label(self, label: UInt8[np.ndarray, "*spatial"]) -> UInt8[np.ndarray, "*resampled"]:
-        """Class ids on the network's grid: the class with the largest share, the lower id of equals."""
+        """Class ids on the network's grid: the class with the largest share, the lower id of equals.
+
+        `IGNORE` is resampled as if it were a class.
+        """
         cut = label[self.box]
         if cut.shape == self.shape:
             return cut

@@ -7,15 +7,17 @@
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from train.data.volumes import Entry, Layout
 from train.errors import InputError
 
 # Soft tissue, in Hounsfield units.
 CT_WINDOW = (-200.0, 300.0)
+_NUMBER = re.compile(r"\s*[+-]?[0-9]+\s*")
 _ANNOTATOR = re.compile(r"_annotator\d+$")
 # The modalities of BraTS in the papers' order, in the file names of 2021 and of 2023 and later.
 _BRATS_MODALITIES = (("flair", "t1", "t1ce", "t2"), ("t2f", "t1n", "t1c", "t2w"))
@@ -51,7 +53,8 @@ def nnunet(path: str | Path) -> Layout:
 
     Of several annotators `labelsTr/CASE_annotator1.nii.gz` and on.
 
-    Region-based labels (`"whole tumour": [1, 2, 3]`) become evaluation regions of the classes they are made of.
+    Region-based labels (`"whole tumour": [1, 2, 3]`) become evaluation regions of the classes they are made of;
+    beside them a single class (`"enhancing tumour": 3`) is a region too. `"ignore"` marks voxels without a label.
     """
     root, description = _read_description(path)
     channels = description.get("channel_names", description.get("modality"))
@@ -70,11 +73,16 @@ def nnunet(path: str | Path) -> Layout:
         tuple(root / "imagesTr" / f"{name}_{channel:04d}{ending}" for channel in range(len(channels)))
         for name in names
     ]
-    class_names, regions = _classes_and_regions(root, description)
+    labels = _declared_labels(root / "dataset.json", description)
     entries = tuple(Entry(*parts) for parts in zip(names, files, cases.values(), strict=True))
-    window = _window(channels)
-    name = str(description.get("name", root.name))
-    return Layout(name, root / "dataset.json", class_names, len(channels), entries, (), regions, window)
+    return Layout(
+        name=str(description.get("name", root.name)),
+        source=root / "dataset.json",
+        num_channels=len(channels),
+        entries=entries,
+        window=_window(channels),
+        **labels,
+    )
 
 
 def brats(path: str | Path) -> Layout:
@@ -207,7 +215,7 @@ def _read_description(path: str | Path) -> tuple[Path, dict[str, Any]]:
     if not file.is_file():
         raise InputError(f"{root} holds no dataset.json: give a folder in the layout of the MSD or nnU-Net.")
     try:
-        description = json.loads(file.read_text())
+        description = json.loads(file.read_text(), object_pairs_hook=partial(_unique_keys, file))
     except ValueError as error:
         raise InputError(f"{file} is not valid JSON ({error}): mend or fetch it again.") from error
     if not isinstance(description, dict):
@@ -227,9 +235,14 @@ def _listed(root: Path, description: dict[str, Any]) -> Layout:
             'give {"image": path, "label": path} for every case.'
         ) from error
     entries = tuple(Entry(_stem(image), (image,), labels) for image, labels in pairs)
-    class_names, regions = _classes_and_regions(root, description)
-    name = str(description.get("name", root.name))
-    return Layout(name, file, class_names, len(channels), entries, regions=regions, window=_window(channels))
+    return Layout(
+        name=str(description.get("name", root.name)),
+        source=file,
+        num_channels=len(channels),
+        entries=entries,
+        window=_window(channels),
+        **_declared_labels(file, description),
+    )
 
 
 def _paths(root: Path, listed: Any) -> tuple[Path, ...]:
@@ -251,27 +264,96 @@ def _required(file: Path, description: dict[str, Any], key: str, kind: type) -> 
     return value
 
 
-def _classes_and_regions(
-    root: Path, description: dict[str, Any]
-) -> tuple[tuple[str, ...], dict[str, tuple[int, ...]]]:
-    """Class names by id and regions, from {"0": "background"} (MSD) or {"background": 0} (nnU-Net)."""
-    labels = _required(root / "dataset.json", description, "labels", dict)
-    try:
-        regions = {str(name): tuple(map(int, ids)) for name, ids in labels.items() if isinstance(ids, list)}
-        single = {name: value for name, value in labels.items() if not isinstance(value, list)}
-        if all(isinstance(value, int) for value in single.values()):
-            single = {value: name for name, value in single.items()}
-        names = {int(value): str(name) for value, name in single.items()}
-    except (TypeError, ValueError):
-        names, regions = {}, {}
-    for value in (value for ids in regions.values() for value in ids):
-        names.setdefault(value, f"label {value}")
+def _unique_keys(file: Path, pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of the file; a key that it gives two values would lose one of them."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if found.setdefault(key, value) != value:
+            raise InputError(
+                f"{file} gives {key!r} twice, as {found[key]} and as {value}: keep one of the two."
+            )
+    return found
+
+
+class _Label(NamedTuple):
+    """An entry of "labels".
+
+    Attributes:
+        name: of a class, of a region, or ignore.
+        numbers: that stand for it in the files, all different.
+        is_region: whether it is a list, and not that of the background.
+    """
+
+    name: str
+    numbers: tuple[int, ...]
+    is_region: bool
+
+
+def _declared_labels(file: Path, description: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a `Layout` that "labels" declares: {"0": "background"} (MSD) or {"background": 0} (nnU-Net).
+
+    One list makes the data set region-based, as in nnU-Net: every label but the background is then a region. The
+    label "ignore" is no class, but the number of voxels without a label.
+    """
+    declared = _required(file, description, "labels", dict)
+    by_number = all(isinstance(name, str) and _NUMBER.fullmatch(number) for number, name in declared.items())
+    pairs = [(name, number) for number, name in declared.items()] if by_number else declared.items()
+    labels = [_label(file, name, value) for name, value in pairs]
+    ignored = [label for label in labels if label.name.strip().lower() == "ignore"]
+    labels = [label for label in labels if label not in ignored]
+    has_regions = any(label.is_region for label in labels)
+    names = _names_by_number(labels)
+    ignore_values = tuple(dict.fromkeys(number for label in ignored for number in label.numbers))
+    singles = [label.numbers[0] for label in labels if not label.is_region]
+    twice = len(set(singles)) < len(singles) and not has_regions
+    if twice or not names.keys().isdisjoint(ignore_values):
+        raise InputError(f"{file} declares the labels {declared}: give each a number of its own.")
     if sorted(names) != list(range(len(names))) or len(names) < 2:
         raise InputError(
-            f"{root / 'dataset.json'} declares the labels {description['labels']}: "
-            "give 0 for the background, then 1, 2, ... without a gap."
+            f"{file} declares the labels {declared}: give 0 for the background, then 1, 2, ... without a gap"
+            f"{', and any other number for ignore' if ignored else ''}."
         )
-    return tuple(names[value] for value in range(len(names))), regions
+    return {
+        "class_names": tuple(names[number] for number in range(len(names))),
+        "regions": {label.name: label.numbers for label in labels if label.numbers != (0,)}
+        if has_regions
+        else {},
+        "ignore_values": ignore_values,
+    }
+
+
+def _label(file: Path, name: str, value: Any) -> _Label:
+    try:
+        numbers = _numbers(value)
+    except ValueError as error:
+        raise InputError(
+            f"{file} declares the label {name!r} as {json.dumps(value)}: give a whole number, or for a region "
+            "a list of them."
+        ) from error
+    return _Label(name, numbers, isinstance(value, list) and numbers != (0,))
+
+
+def _numbers(value: Any) -> tuple[int, ...]:
+    """One number, or the different ones of a list, which may hold lists."""
+    if isinstance(value, list) and value:
+        return tuple(dict.fromkeys(number for part in value for number in _numbers(part)))
+    if isinstance(value, str) and _NUMBER.fullmatch(value):
+        return (int(value),)
+    if type(value) is int or (isinstance(value, float) and value.is_integer()):
+        return (int(value),)
+    raise ValueError(value)
+
+
+def _names_by_number(labels: Sequence[_Label]) -> dict[int, str]:
+    """The name of each class: that of its label or, where it is only part of regions, its number."""
+    names: dict[int, str] = {}
+    for label in labels:
+        if not label.is_region:
+            names.setdefault(label.numbers[0], label.name)
+    for label in labels:
+        for number in label.numbers:
+            names.setdefault(number, f"label {number}")
+    return names
 
 
 def _stem(file: Path) -> str:

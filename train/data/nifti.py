@@ -9,13 +9,16 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Float, Float32, Int32
 from nibabel.filebasedimages import ImageFileError
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation, ornt_transform
 from nibabel.spatialimages import HeaderDataError
 
 from train.data.transforms import z_score_nonzero, z_score_window
 from train.errors import InputError
+
+LABEL_TOLERANCE = 1e-3
+"""By how much a label may differ from a whole number, as after a float32 copy or a scaled header."""
 
 _UNREADABLE = (ImageFileError, HeaderDataError, EOFError, OSError, ValueError, TypeError, zlib.error)
 
@@ -108,24 +111,30 @@ def read_channels(
     return z_score_nonzero(voxels) if window is None else z_score_window(voxels, window), grid
 
 
-def read_label(path: Path, values: Sequence[int]) -> UInt8[np.ndarray, "*spatial"]:
-    """Reads a label map, in the file's own order of axes.
+def read_label(path: Path, values: Sequence[int]) -> Int32[np.ndarray, "*spatial"]:
+    """Reads a label map, in the file's own order of axes, and rounds what is nearly a whole number.
+
+    Args:
+        path: of the file.
+        values: what it may hold, whole numbers below 2^23, which float32 tells apart.
 
     Raises:
-        InputError: missing, corrupt, or with others than these values.
+        InputError: missing, corrupt, with others than these values, or further than `LABEL_TOLERANCE` from them.
     """
-    voxels = _read_voxels(path, open_nifti(path))
+    with np.errstate(over="ignore"):  # beyond float32 is infinite, which is told
+        voxels = _read_voxels(path, open_nifti(path))
     found = np.unique(voxels)
-    broken = found[found != np.rint(found)]
+    broken = found[np.abs(found - np.rint(found)) > LABEL_TOLERANCE]
     if broken.size:
         raise InputError(f"{path} holds the label value {broken[0]:g}: labels must be whole numbers.")
+    found = np.unique(np.rint(found))
     unknown = found[~np.isin(found, values)]
     if unknown.size:
         raise InputError(
-            f"{path} holds the label value {unknown[0]:g} (found: {_some(found)}), "
+            f"{path} holds the label value {_some(unknown[:1])} (found: {_some(found)}), "
             f"but {list(values)} are declared: correct the file or its data set's list of labels."
         )
-    return voxels.astype(np.uint8)
+    return np.rint(voxels).astype(np.int32)
 
 
 def spatial_and_channels(path: Path, volume: nib.Nifti1Image) -> tuple[tuple[int, ...], int]:
@@ -163,7 +172,7 @@ def _read_voxels(path: Path, volume: nib.Nifti1Image) -> Float32[np.ndarray, "..
 
 
 def _some(values: np.ndarray) -> str:
-    shown = ", ".join(f"{value:g}" for value in values[:8])
+    shown = ", ".join(f"{value:.0f}" for value in values[:8])
     return shown + (", ..." if len(values) > 8 else "")
 
 

@@ -63,6 +63,10 @@ class PhantomDataset:
         return {}
 
     @property
+    def has_ignore(self) -> bool:
+        return False
+
+    @property
     def window(self) -> None:
         return None
 

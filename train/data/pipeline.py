@@ -12,6 +12,7 @@ import numpy as np
 
 from train.data.annotators import soft_label
 from train.data.case import Case, Dataset
+from train.data.ignore import IGNORE
 from train.data.transforms import cut_patch, draw_crop
 from train.errors import InputError
 
@@ -78,7 +79,8 @@ def train_batches(
     Returns:
         Yields `{"image": float32 [batch, *patch, channels], "label": int32 [batch, *patch], "index": int32
         [batch]}`, the index being the case's in the data set; where annotators are kept apart the label is
-        float32 [batch, *patch, classes]. `get_state()` is a small dictionary that
+        float32 [batch, *patch, classes]. Labels are background beyond a volume's rim, and `IGNORE` (or zeros, of
+        annotators) where the data set has voxels without a label. `get_state()` is a small dictionary that
         JSON can hold; `set_state()` resumes exactly there.
 
     Raises:
@@ -99,16 +101,20 @@ def train_batches(
     if not 0 <= foreground_crops <= 1:
         raise InputError(f"foreground_crops is {foreground_crops}: give a share from 0 to 1.")
 
+    fill = IGNORE if dataset.has_ignore else 0
+
     def target(case: Case, crop: tuple[slice, ...], rng: np.random.Generator) -> np.ndarray:
         if case.annotations is None:
-            return cut_patch(case.label, crop, patch).astype(np.int32)
-        annotations = cut_patch(case.annotations, crop, patch)
+            return cut_patch(case.label, crop, patch, fill=fill).astype(np.int32)
+        annotations = cut_patch(case.annotations, crop, patch, fill=fill)
         weights = rng.dirichlet(np.ones(annotations.shape[-1])) if random_annotators else None
         return soft_label(annotations, len(dataset.class_names), weights)
 
     def to_example(element: tuple[int, Case], rng: np.random.Generator) -> dict[str, np.ndarray]:
         index, case = element
-        crop = draw_crop(case.label, patch, rng, foreground_share=foreground_crops)
+        crop = draw_crop(
+            case.label, patch, rng, foreground_share=foreground_crops, has_ignore=dataset.has_ignore
+        )
         return {
             "image": cut_patch(case.image, crop, patch),
             "label": target(case, crop, rng),

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float, Float32, Int, Shaped, UInt8
 
+from train.data.ignore import IGNORE
+
 
 def z_score_nonzero(
     image: Float[np.ndarray, "*spatial channels"],
@@ -59,6 +61,7 @@ def draw_crop(
     rng: np.random.Generator,
     *,
     foreground_share: float = 0.0,
+    has_ignore: bool = False,
 ) -> tuple[slice, ...]:
     """Where to cut a patch, or as much of one as there is, out of a volume.
 
@@ -68,6 +71,8 @@ def draw_crop(
         rng: draws the corner, uniformly among those that there are.
         foreground_share: share of the crops that are instead centred, as far as the volume reaches, on a random
             voxel of a random class among those present but background.
+        has_ignore: whether voxels may be `IGNORE`. If some are, the other crops are centred likewise, on a random
+            voxel that has a label, since a crop without one would teach nothing.
 
     Returns:
         A slice for each spatial axis, for `cut_patch`.
@@ -76,6 +81,8 @@ def draw_crop(
     # A share of 0 draws nothing, so that it does not change which corners are drawn.
     foreground = foreground_share > 0 and rng.random() < foreground_share
     centre = _random_foreground_voxel(label, rng) if foreground else None
+    if centre is None and has_ignore:
+        centre = _random_labelled_voxel(label, rng)
     middle = np.array(patch) // 2
     corner = rng.integers(0, room + 1) if centre is None else np.clip(centre - middle, 0, room)
     return tuple(slice(start, start + size) for start, size in zip(corner.tolist(), patch, strict=True))
@@ -86,17 +93,32 @@ def _random_foreground_voxel(
 ) -> Int[np.ndarray, " axes"] | None:
     """Each class present is as likely as the others, however small; None where there is only background."""
     places = np.flatnonzero(label)
-    if not places.size:
-        return None
     ids = label.reshape(-1)[places]
-    of_class = places[ids == rng.choice(np.unique(ids))]
+    classes = np.setdiff1d(ids, IGNORE)
+    if not classes.size:
+        return None
+    of_class = places[ids == rng.choice(classes)]
     return np.array(np.unravel_index(rng.choice(of_class), label.shape))
 
 
+def _random_labelled_voxel(
+    label: UInt8[np.ndarray, "*spatial"], rng: np.random.Generator
+) -> Int[np.ndarray, " axes"] | None:
+    """Each voxel with a label is as likely as the others; None where all voxels have one, or none has."""
+    labelled = label != IGNORE
+    counts = labelled.reshape(len(labelled), -1).sum(1)
+    if counts.sum() in (0, labelled.size):
+        return None
+    # A slice first: places of all voxels would take eight times the memory of the label.
+    first = rng.choice(len(counts), p=counts / counts.sum())
+    place = rng.choice(np.flatnonzero(labelled[first]))
+    return np.array((first, *np.unravel_index(place, label.shape[1:])))
+
+
 def cut_patch(
-    array: Shaped[np.ndarray, "..."], crop: Sequence[slice], patch: Sequence[int]
+    array: Shaped[np.ndarray, "..."], crop: Sequence[slice], patch: Sequence[int], *, fill: int = 0
 ) -> Shaped[np.ndarray, "..."]:
-    """Cuts a crop out of an array and pads it with centred zeros to a patch.
+    """Cuts a crop out of an array and pads it to a patch, the array in the centre.
 
     Zero is the mean of a z-scored image, and background in a label.
 
@@ -104,11 +126,12 @@ def cut_patch(
         array: leading axes are the spatial ones, any axes may follow (channels, annotators).
         crop: from `draw_crop`.
         patch: voxels along each spatial axis.
+        fill: value of the padding.
 
     >>> cut_patch(np.array([1, 2, 3]), (slice(1, 6),), (5,)).tolist()
     [0, 2, 3, 0, 0]
     """
-    return _pad_centred(array[tuple(crop)], patch)
+    return _pad_centred(array[tuple(crop)], patch, fill)
 
 
 def pad_to_hold(
@@ -141,8 +164,8 @@ def crop_back(array: Shaped[np.ndarray, "..."], spatial_shape: Sequence[int]) ->
     return array[tuple(slice(start, start + size) for start, size in zip(starts, spatial_shape, strict=True))]
 
 
-def _pad_centred(array: np.ndarray, spatial_shape: Sequence[int] | np.ndarray) -> np.ndarray:
-    """Zero-pads the leading axes to `spatial_shape`, the odd voxel at the end."""
+def _pad_centred(array: np.ndarray, spatial_shape: Sequence[int] | np.ndarray, fill: int = 0) -> np.ndarray:
+    """Pads the leading axes to `spatial_shape`, the odd voxel at the end."""
     missing = np.subtract(spatial_shape, array.shape[: len(spatial_shape)])
     widths = [(int(n) // 2, int(n) - int(n) // 2) for n in missing]
-    return np.pad(array, widths + [(0, 0)] * (array.ndim - len(widths)))
+    return np.pad(array, widths + [(0, 0)] * (array.ndim - len(widths)), constant_values=fill)

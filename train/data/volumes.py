@@ -12,10 +12,13 @@ from train.data.cache import CaseStore
 from train.data.case import Case, Source
 from train.data.faults import Fault, refuse
 from train.data.geometry import Geometry
+from train.data.ignore import IGNORE
 from train.data.nifti import Grid, affine_of, open_nifti, read_channels, read_label, spatial_and_channels
 from train.errors import InputError
 
 AFFINE_TOLERANCE = 1e-3
+# What label files hold in int16 or uint16, and float32 exactly.
+_LABEL_RANGE = range(-(2**15), 2**16)
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,9 @@ class Layout:
         class_names: by class id, background first.
         num_channels: of each image.
         entries: the cases.
-        label_values: the number that stands for each class in the files; BraTS 2021 has no 3, but a 4.
+        label_values: the number that stands for each class in the files, -32768 to 65535; BraTS 2021 has no 3,
+            but a 4. Empty where the numbers are the class ids.
+        ignore_values: numbers in the files of voxels that nobody labelled.
         regions: names of evaluation regions, each with the class ids that make it up; empty for the classes.
         window: intensities are cut off to this range before they are normalised, as is usual in CT; None
             normalises over the non-zero voxels.
@@ -61,6 +66,12 @@ class Layout:
     label_values: tuple[int, ...] = ()
     regions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     window: tuple[float, float] | None = None
+    ignore_values: tuple[int, ...] = ()
+
+    @property
+    def class_values(self) -> tuple[int, ...]:
+        """The number that stands for each class in the files."""
+        return self.label_values or tuple(range(len(self.class_names)))
 
 
 def in_order(layout: Layout, channels: Sequence[int]) -> Layout:
@@ -130,6 +141,7 @@ class VolumeDataset:
         self.class_names = layout.class_names
         self.num_channels = layout.num_channels
         self.regions = layout.regions
+        self.has_ignore = bool(layout.ignore_values)
         self.window = layout.window
         self.case_names = tuple(entry.name for entry in layout.entries)
         self.held_out = tuple(entry.name for entry in layout.entries if entry.held_out)
@@ -173,8 +185,8 @@ class VolumeDataset:
         files = [file.resolve() for file in (*entry.images, *self.label_files(entry))]
         stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         layout = self.layout
-        done = (layout.label_values, layout.class_names, layout.window, self.geometry, self.all_annotators)
-        return repr((stats, done))
+        labels = layout.class_values, layout.ignore_values, layout.class_names
+        return repr((stats, (*labels, layout.window, self.geometry, self.all_annotators)))
 
     def _read(self, entry: Entry) -> Case:
         layout = self.layout
@@ -213,11 +225,11 @@ def read_class_ids(file: Path, layout: Layout) -> UInt8[np.ndarray, "*spatial"]:
     Raises:
         InputError: missing, corrupt, or with a value that the layout declares for no class.
     """
-    values = layout.label_values or tuple(range(len(layout.class_names)))
-    found = read_label(file, values)
-    ids = np.zeros(max(values) + 1, np.uint8)
-    ids[list(values)] = np.arange(len(values))
-    return ids[found]
+    classes, ignored = layout.class_values, layout.ignore_values
+    values = np.array((*classes, *ignored))
+    ids = np.zeros(np.ptp(values) + 1, np.uint8)
+    ids[values - values.min()] = (*range(len(classes)), *(IGNORE for _ in ignored))
+    return ids[read_label(file, values.tolist()) - values.min()]
 
 
 def header_faults(layout: Layout) -> list[Fault]:
@@ -233,6 +245,10 @@ def _inspect(layout: Layout) -> tuple[list[Grid], list[Fault]]:
         Fault(name, str(layout.source), f"lists {name} more than once: list each case once.")
         for name in twice
     ]
+    try:
+        _check_labels(layout)
+    except InputError as error:
+        faults.append(Fault.of("", [layout.source], error))
     grids = []
     for entry in layout.entries:
         missing = [file for file in (*entry.images, *entry.labels) if not file.is_file()]
@@ -247,6 +263,36 @@ def _inspect(layout: Layout) -> tuple[list[Grid], list[Fault]]:
         except InputError as error:
             faults.append(Fault.of(entry.name, (*entry.images, *entry.labels), error))
     return grids, faults
+
+
+def _check_labels(layout: Layout) -> None:
+    """Every class has a name and a number of its own, an id below `IGNORE`, and regions are made of such ids."""
+    names, values = layout.class_names, (*layout.class_values, *layout.ignore_values)
+    if len(names) > IGNORE:
+        raise InputError(
+            f"{layout.source} declares {len(names)} classes: at most {IGNORE}, background included, can be told "
+            "apart; leave out or join some."
+        )
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(
+            f"{layout.source} names two classes {twice[0]!r}: give each class a name of its own."
+        )
+    if len(layout.class_values) != len(names) or len(set(values)) < len(values):
+        raise InputError(
+            f"{layout.source} gives its {len(names)} classes the label values {list(layout.class_values)} and "
+            f"ignores {list(layout.ignore_values)}: give each class a value of its own."
+        )
+    if beyond := [value for value in values if value not in _LABEL_RANGE]:
+        raise InputError(
+            f"{layout.source} declares the label value {beyond[0]}: give whole numbers from {_LABEL_RANGE[0]} to "
+            f"{_LABEL_RANGE[-1]}."
+        )
+    for region, ids in layout.regions.items():
+        if not ids or len(set(ids)) < len(ids) or not set(ids) <= set(range(len(names))):
+            raise InputError(
+                f"{layout.source} makes the region {region!r} of the classes {list(ids)}: give different ones, "
+                f"0 to {len(names) - 1}."
+            )
 
 
 def _checked_grid(entry: Entry, layout: Layout) -> Grid:
