@@ -256,26 +256,18 @@ def test_a_new_run_is_refused_before_its_first_step(
 def test_a_comparison_is_checked_once_and_not_when_resumed(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checked = []
+    checked, fitted = [], []
+
+    def fit(*_: object, **options: object) -> None:
+        fitted.append(options)
+        raise InputError("enough")
+
     monkeypatch.setattr("train.fit.check_cases", lambda *arguments, **_: checked.append(arguments))
+    monkeypatch.setattr("train.compare.fit", fit)
     command = ["compare", *TINY, *split(folder), "--losses", "dice", "ce", "--out", str(tmp_path / "out")]
-    assert main(command) == 0
-    assert len(checked) == 1
-    assert main([*command, "--resume"]) == 0
-    assert len(checked) == 1
-
-
-def test_an_evaluation_is_checked_before_it_starts(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "run"
-    assert main(["fit", *TINY, *split(folder), "--out", str(out)]) == 0
-    write(folder / "labelsTr/d.nii.gz", label(9))
-    assert main(["evaluate", str(out)]) == 2
-    assert "label value 2" in capsys.readouterr().err
-    assert not (out / "evaluate-test").exists()
-    write(folder / "labelsTr/d.nii.gz", label())
-    assert main(["evaluate", str(out)]) == 0
+    assert [main(command), main([*command, "--resume"])] == [2, 2]
+    assert [names for _, names in checked] == [("c", "d")]
+    assert [options["check"] for options in fitted] == [False, False]
 
 
 def test_what_is_checked_fills_the_cache(
@@ -329,6 +321,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed in ("0", "1"):
         assert main(["fit", *TINY, *options, "--seed", seed, "--out", str(root / f"run{seed}")]) == 0
     return root
+
+
+def test_an_evaluation_is_checked_before_it_starts(
+    trained: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(folder / "labelsTr/d.nii.gz", label(9))
+    command = ["evaluate", str(trained / "run0"), "--data", f"msd:{folder}", "--out", str(tmp_path / "out")]
+    assert main(command) == 2
+    assert "label value 2" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture
