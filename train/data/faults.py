@@ -1,7 +1,9 @@
 """What is wrong with the files of a data set, collected before anything is read from them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from train.errors import InputError
 
@@ -21,6 +23,15 @@ class Fault:
     case: str
     file: str
     problem: str
+
+
+@contextmanager
+def collected(faults: list[Fault], case: str, file: Path) -> Iterator[None]:
+    """Turns an `InputError` about a file into a fault, so that the next file is looked at."""
+    try:
+        yield
+    except InputError as error:
+        faults.append(Fault(case, str(file), str(error).removeprefix(f"{file} ")))
 
 
 def refuse(faults: Sequence[Fault]) -> None:

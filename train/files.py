@@ -1,0 +1,27 @@
+"""Looks for files and reads JSON, whatever system wrote them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def visible(folder: Path, pattern: str = "*") -> list[Path]:
+    """What matches in a folder, sorted, without hidden names such as the `._NAME` that macOS leaves in archives."""
+    return sorted(
+        path
+        for path in folder.glob(pattern)
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+
+
+def read_json(file: Path) -> Any:
+    """Reads JSON in UTF-8, UTF-16 or UTF-32, with or without a byte order mark.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no JSON, or in another encoding.
+    """
+    try:
+        return json.loads(file.read_bytes())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"its text is no UTF-8 from byte {error.start} on, save it as UTF-8") from error
