@@ -7,14 +7,13 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
 from train.data import LAYOUTS, Dataset, VolumeDataset, open_layout
-from train.data.faults import Fault, refuse
+from train.data.faults import Fault, collected, refuse
 from train.data.nifti import read_channels
 from train.data.volumes import Entry, Layout, header_faults, read_class_ids
 from train.errors import InputError
@@ -92,7 +91,7 @@ def check_data(spec: str) -> DataReport:
         if kind not in LAYOUTS or not path or not root.is_dir():
             raise
         description = root / "dataset.json"
-        return DataReport((Fault.of("", [description if description.exists() else root], error),))
+        return DataReport((Fault.of("", description if description.exists() else root, error),))
     reports = _in_threads(lambda entry: inspect_case(layout, entry), layout.entries, "checking")
     faults = [fault for report in reports for fault in report.faults]
     counts = np.sum([report.class_voxels for report in reports], axis=0).tolist()
@@ -149,23 +148,15 @@ def inspect_case(layout: Layout, entry: Entry) -> CaseReport:
     """Reads every file of a case; whatever goes wrong with one is a fault of it, and the others are read."""
     faults: list[Fault] = []
     class_voxels = np.zeros(len(layout.class_names), int)
-
-    def attempt(files: Sequence[Path], read: Callable[[], object]) -> None:
-        try:
-            read()
-        except Exception as error:
-            faults.append(Fault.of(entry.name, files, error))
-
-    def count_classes(file: Path) -> None:
-        counts = np.bincount(read_class_ids(file, layout).ravel(), minlength=len(class_voxels))
-        np.add(class_voxels, counts[: len(class_voxels)], out=class_voxels)
-
-    files = (*entry.images, *entry.labels)
-    attempt(files, lambda: faults.extend(header_faults(replace(layout, entries=(entry,)))))
+    with collected(faults, entry.name, entry.images[0]):
+        faults += header_faults(replace(layout, entries=(entry,)))
     for file in filter(Path.is_file, entry.images):
-        attempt([file], partial(read_channels, [file], layout.window))
+        with collected(faults, entry.name, file):
+            read_channels([file], layout.window)
     for file in filter(Path.is_file, entry.labels):
-        attempt([file], partial(count_classes, file))
+        with collected(faults, entry.name, file):
+            counts = np.bincount(read_class_ids(file, layout).ravel(), minlength=len(class_voxels))
+            class_voxels += counts[: len(class_voxels)]
     # An unreadable header is found twice.
     return CaseReport(tuple(dict.fromkeys(faults)), tuple(class_voxels.tolist()))
 
@@ -179,7 +170,7 @@ def _layout_faults(layout: Layout, faults: Sequence[Fault]) -> list[Fault]:
     try:
         VolumeDataset(replace(layout, entries=entries))
     except Exception as error:
-        return [Fault.of("", [layout.source], error)]
+        return [Fault.of("", layout.source, error)]
     return []
 
 
@@ -195,7 +186,7 @@ def _load_faults(dataset: VolumeDataset, index: int, whole: bool) -> Sequence[Fa
                 read_class_ids(file, dataset.layout)
     except Exception as error:
         inspected = inspect_case(dataset.layout, entry if whole else replace(entry, images=entry.images[:1]))
-        return inspected.faults or [Fault.of(entry.name, entry.images, error)]
+        return inspected.faults or [Fault.of(entry.name, entry.images[0], error)]
     return []
 
 

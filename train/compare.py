@@ -1,7 +1,6 @@
 """The main job: the same network from the same weights under several losses, side by side on held-out cases."""
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +22,7 @@ from train.config import DataInfo, DeviceConfig, RunConfig, check_same_data, to_
 from train.data import Dataset, read_splits, write_splits
 from train.errors import InputError
 from train.evaluate import evaluate, evaluate_posterior
+from train.files import read_json, visible
 from train.fit import Task, check_task, fit, load_run, open_cases, open_task
 from train.inference import VolumePredictor
 from train.logs import read_log
@@ -310,8 +310,8 @@ def _weights(which: Which, config: RunConfig) -> dict[str, str]:
 
 def _temperatures(folder: Path) -> dict[str, str]:
     """The temperatures of a comparison's networks in a line for the page, if there are any."""
-    files = sorted(folder.glob("*/temperature.json"))
-    found = [f"{file.parent.name} {json.loads(file.read_text())['temperature']:.3f}" for file in files]
+    files = visible(folder, "*/temperature.json")
+    found = [f"{file.parent.name} {read_json(file)['temperature']:.3f}" for file in files]
     return {_TEMPERATURE: ", ".join(found)} if found else {}
 
 

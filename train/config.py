@@ -327,7 +327,7 @@ def read_config(folder: Path) -> tuple[RunConfig, DataInfo]:
     """
     file = folder / "config.json"
     try:
-        kept = json.loads(file.read_text())
+        kept = json.loads(file.read_text(encoding="utf-8"))
         return from_json(RunConfig, kept["config"]), from_json(DataInfo, kept["data"])
     except FileNotFoundError as error:
         raise InputError(f"{folder} holds no run: {file} does not exist.") from error

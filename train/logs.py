@@ -124,7 +124,7 @@ class CsvLog:
         known = bool(self.rows) and all(row.keys() <= self.rows[0].keys() for row in new)
         self.rows += new
         if known:
-            with writing(self._file), self._file.open("a", newline="") as file:
+            with writing(self._file), self._file.open("a", newline="", encoding="utf-8") as file:
                 file.write(self._text(new))
         else:  # the first rows, or those of a version that logs more
             self._write_whole()
@@ -136,7 +136,11 @@ class CsvLog:
         columns = list(dict.fromkeys(name for row in self.rows for name in row))
         self.rows = [{name: row.get(name, np.nan) for name in columns} for row in self.rows]
         with writing(self._file), written_whole(self._file) as partial:
-            partial.write_text(self._text([dict(zip(columns, columns, strict=True)), *self.rows]), newline="")
+            partial.write_text(
+                self._text([dict(zip(columns, columns, strict=True)), *self.rows]),
+                newline="",
+                encoding="utf-8",
+            )
 
     def _text(self, rows: Sequence[Mapping[str, float | str]]) -> str:
         text = io.StringIO()
@@ -203,6 +207,6 @@ def read_log(file: Path) -> list[dict[str, float]]:
     """
     if not file.exists():
         return []
-    text = file.read_text()
+    text = file.read_text(encoding="utf-8")
     lines = text[: text.rfind("\n") + 1].splitlines()
     return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(lines)]

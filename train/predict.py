@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import math
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,11 @@ import numpy as np
 
 from train.checkpoint import Which
 from train.config import DataInfo
-from train.data.nifti import Grid, open_nifti, read_channels, spatial_and_channels
+from train.data.faults import Fault, collected, refuse
+from train.data.nifti import Grid, check_same_grid, read_channels
+from train.data.volume_files import ENDINGS, open_volume, parts_of, stem, volumes_in
 from train.errors import CasesFailed, InputError, describe
+from train.files import visible
 from train.fit import load_run
 from train.inference import VolumePredictor
 from train.progress import progress
@@ -30,8 +34,8 @@ _WRITER = "calib_jax predict"  # starts the description of every output file
 def predict_folder(run: Path, images: Path, out: Path, which: Which = "last") -> list[Path]:
     """Predicts every case in `images` and writes two files for each into `out`.
 
-    A case is a NIfTI volume, with its channels along the fourth axis if there are several, or as nnU-Net has it
-    one volume for each channel, `NAME_0000.nii.gz` and on.
+    A case is one volume, with its channels along the fourth axis if there are several, or as nnU-Net has it one
+    volume for each channel, `NAME_0000.nii.gz` and on, see `find_cases`.
 
     `NAME_label.nii.gz` holds the most probable class ids (uint8, or uint16 of more than 256 classes),
     `NAME_probs.nii.gz` the class probabilities (float32, classes along the fourth axis, background first), both on
@@ -45,26 +49,23 @@ def predict_folder(run: Path, images: Path, out: Path, which: Which = "last") ->
         The files of all cases, `[label, probs, label, probs, ...]`.
 
     Raises:
-        InputError: if there is no image or none fits the network, or if `out` holds anything but predictions of
-            this network and these images. Nothing is written then.
+        InputError: if there is no image, none fits the network or two have the same name, or if `out` holds
+            anything but predictions of this network and these images. Nothing is written then.
         CasesFailed: if some cases could not be predicted. All others are written.
     """
     config, info, predict = load_run(run, which)
     if info.spatial_dims != 3:
         raise InputError(f"{run} was trained on {info.spatial_dims}-D images: NIfTI volumes need a 3-D run.")
-    cases = list_cases(images, info)
-    _check_names(cases)
-    failed = _misfits(cases, info)
-    if len(failed) == len(cases):
-        first, *others = failed.values()
-        raise InputError(f"{first} None of the {len(others)} other cases fits either." if others else first)
+    cases, faults = find_cases(images, info)
+    names = [*cases, *(fault.case for fault in faults)]
+    refuse([fault for fault in faults if names.count(fault.case) > 1 or not cases])
+    failed = {fault.case: f"{fault.file} {fault.problem}" for fault in faults}
     network = _digest([repr((config, info)).encode(), *map(_as_bytes, jax.tree.leaves(predict.weights))])
     with _opened(out):
-        fitting = {name: files for name, files in cases.items() if name not in failed}
-        left = _not_written(out, fitting, network)
+        left = _not_written(out, cases, network)
         for done, name in enumerate(progress(left, desc="predicting")):
             try:
-                volumes = _predict(predict, info, fitting[name], network)
+                volumes = _predict(predict, info, cases[name], network)
             except Exception as error:  # whatever is wrong with this case, the others can go on
                 failed[name] = describe(error)
                 continue
@@ -77,7 +78,7 @@ def predict_folder(run: Path, images: Path, out: Path, which: Which = "last") ->
                 break
     if failed:
         raise CasesFailed(
-            f"{len(failed)} of {len(cases)} cases could not be predicted, any others are in {out}. Mend or remove "
+            f"{len(failed)} of {len(names)} cases could not be predicted, any others are in {out}. Mend or remove "
             "these and start the same command again:",
             failed,
         )
@@ -85,24 +86,62 @@ def predict_folder(run: Path, images: Path, out: Path, which: Which = "last") ->
 
 
 def list_cases(folder: Path, info: DataInfo) -> dict[str, list[Path]]:
-    """The files of each case in a folder, by its name; `check_fits` looks into them.
+    """The files of each case in a folder, by its name; none where no file is a case.
 
     Raises:
-        InputError: if there is none.
+        InputError: there is no volume, or some of them are cases and others are not.
+    """
+    cases, faults = find_cases(folder, info)
+    if cases:
+        refuse(faults)
+    return cases
+
+
+def find_cases(folder: Path, info: DataInfo) -> tuple[dict[str, list[Path]], list[Fault]]:
+    """The files of each case that fits the network, by its name, and what is wrong with the other volumes.
+
+    Files are channels of a case where they are called as by nnU-Net, `NAME_0000` and on without a gap, one for each
+    channel of the network. A network of one channel takes them so only if all files of the folder are called
+    `NAME_0000`: else `NAME_0008` is the name of a case.
+
+    Raises:
+        InputError: there is no volume.
     """
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder: give one with .nii or .nii.gz volumes.")
-    files = sorted(
-        file
-        for file in folder.iterdir()
-        if file.name.endswith((".nii", ".nii.gz")) and not file.name.startswith(".")
-    )
+    files = volumes_in(folder)
     if not files:
-        raise InputError(f"{folder} holds no .nii or .nii.gz volume.")
-    by_channel = all(_CHANNEL.search(_stem(file)) for file in files)
+        raise InputError(f"{folder} holds no {', '.join(ENDINGS)} volume.")
+    _tell_ignored(folder, files)
     cases: dict[str, list[Path]] = {}
-    for file in files:
-        cases.setdefault(_CHANNEL.sub("", _stem(file)) if by_channel else _stem(file), []).append(file)
+    faults: list[Fault] = []
+    for name, parts in group_channels(files, info.num_channels):
+        with collected(faults, name, parts[0]):
+            if name in cases:
+                raise InputError(
+                    f"{parts[0]} has the same name as {cases[name][0].name}: rename one of them."
+                )
+            check_fits(parts, info)
+            cases[name] = parts
+    return cases, faults
+
+
+def group_channels(files: Sequence[Path], channels: int) -> list[tuple[str, list[Path]]]:
+    """Names of cases with their files, from the names of the files alone, see `find_cases`.
+
+    >>> group_channels([Path("a_0000.nii"), Path("a_0001.nii"), Path("b_0007.nii")], 2)
+    [('a', [PosixPath('a_0000.nii'), PosixPath('a_0001.nii')]), ('b_0007', [PosixPath('b_0007.nii')])]
+    """
+    groups: dict[str, list[Path]] = {}
+    for file in sorted(files, key=stem):
+        groups.setdefault(_CHANNEL.sub("", stem(file)), []).append(file)
+    wanted = [f"_{channel:04d}" for channel in range(channels)]
+    whole = {name for name, parts in groups.items() if [stem(f)[len(name) :] for f in parts] == wanted}
+    if channels == 1 and len(whole) < len(groups):
+        whole = set()
+    cases: list[tuple[str, list[Path]]] = []
+    for name, parts in groups.items():
+        cases += [(name, parts)] if name in whole else [(stem(file), [file]) for file in parts]
     return cases
 
 
@@ -110,41 +149,29 @@ def check_fits(files: Sequence[Path], info: DataInfo) -> None:
     """Reads the headers of one case's files.
 
     Raises:
-        InputError: if they do not share a grid, or have other channels than the network was trained on.
+        InputError: they do not share a grid, or have other channels than the network was trained on.
     """
-    grids = [spatial_and_channels(file, open_nifti(file)) for file in files]
-    if (channels := sum(count for _, count in grids)) != info.num_channels:
+    image, *others = volumes = [open_volume(file) for file in files]
+    if (channels := sum(volume.channels for volume in volumes)) != info.num_channels:
         raise InputError(
-            f"{files[0]} has {channels} channels{' with its files' if len(files) > 1 else ''}, the network was "
-            f"trained on {info.num_channels} ({info.name})."
+            f"{files[0]} has {channels} channels{' with its files' if others else ''}, the network was trained on "
+            f"{info.num_channels} ({info.name}): give them as one file, or as {stem(files[0])}_0000 to "
+            f"_{info.num_channels - 1:04d}."
         )
-    for file, (shape, _) in zip(files, grids, strict=True):
-        if shape != grids[0][0]:
-            raise InputError(
-                f"{file} has shape {shape}, {files[0].name} {grids[0][0]}: channels must share a grid."
-            )
+    for other in others:
+        check_same_grid(image, other)
 
 
-def _check_names(cases: Mapping[str, Sequence[Path]]) -> None:
-    """Raises `InputError` if two scans, such as `a.nii` and `a.nii.gz`, would be written to the same files."""
-    for files in cases.values():
-        first_of = {_stem(file): file for file in reversed(files)}
-        for file in files:
-            if (first := first_of[_stem(file)]) != file:
-                raise InputError(
-                    f"{first} and {file.name} would be predicted into the same files: rename or remove one."
-                )
-
-
-def _misfits(cases: Mapping[str, Sequence[Path]], info: DataInfo) -> dict[str, str]:
-    """What is wrong with each case whose headers do not fit the network."""
-    found: dict[str, str] = {}
-    for name, files in cases.items():
-        try:
-            check_fits(files, info)
-        except Exception as error:  # a header may be broken in any way
-            found[name] = describe(error)
-    return found
+def _tell_ignored(folder: Path, files: Sequence[Path]) -> None:
+    """Names what else lies in the folder, but for the voxels of detached headers."""
+    used = {part for file in files for part in parts_of(file)}
+    ignored = [path.name for path in visible(folder) if path not in used]
+    if ignored:
+        more = f" and {len(ignored) - 5} others" if len(ignored) > 5 else ""
+        print(
+            f"{folder} holds what is no volume and is ignored: {', '.join(ignored[:5])}{more}",
+            file=sys.stderr,
+        )
 
 
 def _predict(
@@ -166,6 +193,7 @@ def _volume(voxels: np.ndarray, grid: Grid, description: str) -> nib.Nifti1Image
     header.set_data_dtype(voxels.dtype)
     header["scl_slope"], header["scl_inter"] = 1, 0
     header["cal_max"], header["cal_min"] = 0, 0
+    header.set_intent("none")
     volume = nib.Nifti1Image(grid.to_file(voxels), header.get_best_affine(), header)
     volume.header["descrip"] = description
     return volume
@@ -221,7 +249,9 @@ def _not_written(out: Path, cases: Mapping[str, Sequence[Path]], network: str) -
 def _description(files: Sequence[Path], network: str) -> str:
     """What the outputs of these images say in their `descrip`, of 80 bytes."""
     try:
-        return f"{_WRITER} {network} {_digest(file.read_bytes() for file in files)}"
+        return (
+            f"{_WRITER} {network} {_digest(part.read_bytes() for file in files for part in parts_of(file))}"
+        )
     except OSError as error:
         raise InputError(f"{files[0]} cannot be read ({error.strerror}): check the file.") from error
 
@@ -259,7 +289,3 @@ def _outputs(out: Path, name: str) -> tuple[Path, Path]:
 def _save(file: Path, volume: nib.Nifti1Image) -> None:
     with written_whole(file) as partial, gzip.open(partial, "wb", compresslevel=1) as stream:
         volume.to_stream(stream)
-
-
-def _stem(file: Path) -> str:
-    return file.name.removesuffix(".gz").removesuffix(".nii")

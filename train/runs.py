@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 
 from train.config import from_json, to_json
 from train.errors import InputError, Stopped
+from train.files import visible
 from train.processes import first_says, is_first, on_all, on_first
 
 _PROCESS = "process.json"
@@ -87,7 +88,7 @@ def claimed(folder: Path) -> Iterator[None]:
         yield
         return
     with writing(folder):
-        file = (folder / _PROCESS).open("a+")
+        file = (folder / _PROCESS).open("a+", encoding="utf-8")
     with file:
         _lock(file, folder)
         _note(file, "running")
@@ -119,7 +120,7 @@ class Process:
 def process_of(folder: Path) -> Process | None:
     """The last process that claimed `folder`; None if there is no trace of one."""
     try:
-        with (folder / _PROCESS).open() as file:
+        with (folder / _PROCESS).open(encoding="utf-8") as file:
             alive = not _try_lock(file, fcntl.LOCK_SH)
             said = json.loads(file.read())
             return Process(alive, said["name"], said["state"])
@@ -243,7 +244,7 @@ def versions() -> dict[str, str]:
 def write_json(file: Path, values: Any) -> None:
     """Writes JSON as a whole."""
     with written_whole(file) as partial:
-        partial.write_text(json.dumps(values, indent=2) + "\n")
+        partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -261,12 +262,12 @@ def written_whole(file: Path) -> Iterator[Path]:
 
 def _holds_something(folder: Path) -> bool:
     """Anything but what a run killed at its very start leaves."""
-    return any(path.suffix != PARTIAL for path in folder.iterdir())
+    return any(path.suffix != PARTIAL for path in visible(folder))
 
 
 def _check_same(file: Path, wanted: Any) -> None:
     try:
-        kept = json.loads(file.read_text())["config"]
+        kept = json.loads(file.read_text(encoding="utf-8"))["config"]
         # An option that is newer than the run had its default.
         kept = to_json(from_json(type(wanted), kept))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

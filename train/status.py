@@ -5,6 +5,7 @@ from pathlib import Path
 
 from train.config import RunConfig, TrainingConfig, read_config
 from train.errors import InputError
+from train.files import visible
 from train.logs import read_log
 from train.runs import process_of
 
@@ -19,7 +20,7 @@ def status(folder: Path) -> str:
         raise InputError(f"{folder} holds no run: {folder / 'config.json'} does not exist.")
     if _is_run(folder):
         return _paragraph(folder, *_read(folder))
-    runs = sorted(file.parent for file in folder.glob("*/config.json") if _is_run(file.parent))
+    runs = [file.parent for file in visible(folder, "*/config.json") if _is_run(file.parent)]
     lines = [f"{folder}: comparison, {_process(folder)}" if runs else f"{folder}: nothing trained yet."]
     return "\n\n".join([*lines, *(_paragraph(run, *_read(run)) for run in runs)])
 
@@ -28,7 +29,7 @@ def _is_run(folder: Path) -> bool:
     """A comparison's configuration holds that of its runs, a run's own names one loss."""
     file = folder / "config.json"
     try:
-        return "loss" in json.loads(file.read_text())["config"]
+        return "loss" in json.loads(file.read_text(encoding="utf-8"))["config"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{file} is not a run's configuration ({type(error).__name__}: {error}).") from error
 

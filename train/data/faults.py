@@ -1,6 +1,7 @@
 """What is wrong with the files of a data set, collected before anything is read from them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,15 +25,21 @@ class Fault:
     problem: str
 
     @classmethod
-    def of(cls, case: str, files: Sequence[Path], error: Exception) -> "Fault":
-        """The fault of the file that the error's sentence begins with; of the first of `files` if it names none."""
+    def of(cls, case: str, file: Path, error: Exception) -> "Fault":
+        """The fault that an exception shows: the rest of its sentence where that begins with the file."""
         sentence = describe(error)
-        named = [str(file) for file in files if sentence.startswith(f"{file} ")]
-        if not named:
-            return cls(
-                case, str(files[0]), f"cannot be read ({sentence.rstrip('.')}): mend or leave out this file."
-            )
-        return cls(case, named[0], sentence.removeprefix(f"{named[0]} "))
+        if sentence.startswith(f"{file} "):
+            return cls(case, str(file), sentence.removeprefix(f"{file} "))
+        return cls(case, str(file), f"cannot be read ({sentence.rstrip('.')}): mend or leave out this file.")
+
+
+@contextmanager
+def collected(faults: list[Fault], case: str, file: Path) -> Iterator[None]:
+    """Turns any exception about a file into a fault, so that the next file is looked at."""
+    try:
+        yield
+    except Exception as error:
+        faults.append(Fault.of(case, file, error))
 
 
 def refuse(faults: Sequence[Fault]) -> None:
