@@ -82,6 +82,7 @@ BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (lambda file: file.write_bytes(b""), "truncated or corrupt"),
     "text": (lambda file: file.write_text("no volume"), "truncated or corrupt"),
     "nan": (with_nan, "1 voxels that are NaN or infinite"),
+    "huge": (lambda file: write(file, image().astype(np.float64) * 1e200), "NaN or infinite"),
     "shape": (lambda file: write(file, image()[:5]), "(5, 8, 8)"),
     "channels": (lambda file: write(file, np.stack([image()] * 2, -1)), "2 channels"),
     "folder": (as_folder, "does not exist"),
@@ -449,3 +450,14 @@ def test_probabilities_that_are_not_finite_are_not_written(
     assert "4 of 4 cases could not be predicted" in (told := capsys.readouterr().err)
     assert "b: the network's probabilities of" in told
     assert outputs(scans) == {}
+
+
+def test_an_interrupted_prediction_says_how_to_go_on(
+    trained: Path, scans: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(VolumePredictor, "__call__", interrupted)
+    assert predict(trained, scans) == 130
+    assert "start the same command again" in capsys.readouterr().err

@@ -85,10 +85,11 @@ def check_data(spec: str) -> DataReport:
         )
     kind, _, path = spec.partition(":")
     root = Path(path).expanduser()
+    is_folder = kind in LAYOUTS and bool(path) and root.is_dir()
     try:
         layout = open_layout(spec)
-    except InputError as error:
-        if kind not in LAYOUTS or not path or not root.is_dir():
+    except Exception as error:
+        if not is_folder:
             raise
         description = root / "dataset.json"
         return DataReport((Fault.of("", description if description.exists() else root, error),))
@@ -150,14 +151,14 @@ def inspect_case(layout: Layout, entry: Entry) -> CaseReport:
     class_voxels = np.zeros(len(layout.class_names), int)
     with collected(faults, entry.name, entry.images[0]):
         faults += header_faults(replace(layout, entries=(entry,)))
-    for file in filter(Path.is_file, entry.images):
+    for file in entry.images:
         with collected(faults, entry.name, file):
             read_channels([file], layout.window)
-    for file in filter(Path.is_file, entry.labels):
+    for file in entry.labels:
         with collected(faults, entry.name, file):
             counts = np.bincount(read_class_ids(file, layout).ravel(), minlength=len(class_voxels))
             class_voxels += counts[: len(class_voxels)]
-    # An unreadable header is found twice.
+    # What a header shows is found twice.
     return CaseReport(tuple(dict.fromkeys(faults)), tuple(class_voxels.tolist()))
 
 

@@ -276,6 +276,10 @@ class ImportMonai:
         print(f"\nRun: {self.out}\nNext: python -m train evaluate {self.out}")
 
     def _info(self) -> DataInfo:
+        if len(set(self.class_names)) < len(self.class_names):
+            raise InputError(
+                f"--class-names {' '.join(self.class_names)} names a class twice: give each once."
+            )
         if self.data.spacing == "median":
             raise InputError("Without --data there is no median spacing: give --spacing in millimetres.")
         sizes = self.class_names, self.num_channels, self.spatial_dims
@@ -388,12 +392,13 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     # Orbax tells of a failure in the traceback of each of its threads; what fails is raised as well.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
+    command: Any = None
     first = arguments[0] if arguments else ""
     # Options without a command are those of the main job.
     if not first or (first.startswith("-") and first not in ("-h", "--help")):
         arguments = ["compare", *arguments]
     try:
-        command: Any = tyro.cli(
+        command = tyro.cli(
             _command_line(arguments),
             args=arguments,
             prog="python -m train",
@@ -411,5 +416,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"\n{stopped}", file=sys.stderr)
         return stopped.exit_status
     except KeyboardInterrupt:
-        print("\ninterrupted; add --resume to the same command with --out to go on", file=sys.stderr)
+        hint = (
+            "; add --resume to the same command with --out to go on" if isinstance(command, _Options) else ""
+        )
+        hint = "; start the same command again to go on" if isinstance(command, Predict) else hint
+        print(f"\ninterrupted{hint}", file=sys.stderr)
         return 130
