@@ -4,7 +4,9 @@ import gc
 import json
 import os
 import resource
+import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +15,8 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from calib_jax import BinStatistics
 from calib_jax.report import ModelResult
@@ -84,6 +88,77 @@ def test_the_newest_two_and_the_best_are_kept(tmp_path: Path) -> None:
             restored, data = checkpoints.restore(state(0), which)
             np.testing.assert_array_equal(restored.params["w"], state(step).params["w"])
             assert data == {"n": step}
+
+
+# Characters that mean something in patterns, URLs, shells, and the rest; no name holds a slash or a null.
+NAMES = st.text("[]*?\\{}%#:'\"\n\t ~$&|<>-.=ab09éé日", min_size=1, max_size=12) | st.text(
+    st.characters(exclude_characters="/\0", max_codepoint=0x2FF), min_size=1, max_size=12
+)
+
+
+@settings(max_examples=6, deadline=None)
+@example("fold[0]")
+@example("a*")
+@example("back\\slash")
+@example("gs:")
+@example("s3:")
+@example("ends in dots...")
+@example("\udc80 is no Unicode")
+@example("x" * 255)
+@given(NAMES.filter(lambda name: name not in (".", "..")))
+def test_a_run_folder_may_have_any_name(name: str) -> None:
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent, name, "checkpoints")
+        with Checkpoints(folder, KEEP) as checkpoints:
+            checkpoints.save(state(1), {"n": 1}, {"Dice": 0.5, "ACE": 0.1})
+        with Checkpoints(folder, KEEP, read_only=True) as checkpoints:
+            restored, data = checkpoints.restore(state(0))
+        np.testing.assert_array_equal(restored.params["w"], state(1).params["w"])
+        assert data == {"n": 1}
+
+
+def test_folders_whose_names_are_patterns_of_one_another(tmp_path: Path) -> None:
+    for step, name in enumerate(("run 1", "run ?", "run *", "run [12]", "run 2")):
+        with Checkpoints(tmp_path / name, KEEP) as checkpoints:
+            checkpoints.save(state(step), {}, {})
+    for step, name in enumerate(("run 1", "run ?", "run *", "run [12]", "run 2")):
+        with Checkpoints(tmp_path / name, KEEP, read_only=True) as checkpoints:
+            np.testing.assert_array_equal(
+                checkpoints.restore(state(9))[0].params["w"], state(step).params["w"]
+            )
+
+
+def damage(folder: Path) -> None:
+    """Waits for the checkpoint of step 1, and takes its arrays away."""
+    while not (folder / "1").exists():
+        time.sleep(0.01)
+    for file in (folder / "1" / "state").rglob("*"):
+        if file.is_file() and file.name != "_METADATA":
+            file.write_bytes(b"")
+
+
+def test_the_first_checkpoint_is_read_back(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path, KEEP) as checkpoints:
+        checkpoints.save(state(1), {}, {})
+        damage(tmp_path)
+        with pytest.raises(
+            InputError, match=r"1 was written but cannot be read back \(.*choose another --out"
+        ):
+            check_until_it_fails(checkpoints)
+
+
+def test_the_first_checkpoint_holds_what_was_saved(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path / "other", KEEP) as checkpoints:
+        checkpoints.save(state(1)._replace(opt_state={"m": jnp.float32(7)}), {}, {})
+    with Checkpoints(tmp_path / "run", KEEP) as checkpoints:
+        checkpoints.save(state(1), {}, {})
+        damage(tmp_path / "run")
+        shutil.rmtree(tmp_path / "run" / "1")
+        shutil.copytree(tmp_path / "other" / "1", tmp_path / "run" / "1")
+        with pytest.raises(
+            InputError, match=r"run/1 was written .* \(it holds other numbers than were saved\)"
+        ):
+            checkpoints.save(state(2), {}, {})
 
 
 def test_without_a_best_one_the_newest_two(tmp_path: Path) -> None:
