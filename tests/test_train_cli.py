@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import gzip
 import json
 import os
 import re
@@ -184,12 +185,72 @@ def test_best_weights_of_a_run_that_kept_none(
     assert not (tmp_path / "out").exists()
 
 
-def test_evaluate_another_data_set(trained: Path, msd: Path, tmp_path: Path) -> None:
-    moved = tmp_path / "elsewhere"
-    moved.symlink_to(msd)
-    assert run("evaluate", trained, "--data", f"msd:{moved}", "--out", tmp_path / "out") == 0
-    cases = rows(next((tmp_path / "out" / "cases").glob("*.csv")))
-    assert len(cases) == 6
+def test_evaluate_the_same_data_elsewhere(
+    trained: Path, msd: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy, out = tmp_path / "copy", tmp_path / "out"
+    shutil.copytree(msd, copy)
+    splits = json.loads((trained / "splits.json").read_text())
+    assert run("evaluate", trained, "--data", f"msd:{copy}", "--out", out) == 0
+    assert cases_of(out) == set(splits["test"])
+    assert "Tiny: 2 held-out cases" in (out / "index.html").read_text()
+    assert run("evaluate", trained, "--split", "train", "--out", tmp_path / "train") == 0
+    assert "Tiny: 3 training cases" in (tmp_path / "train" / "index.html").read_text()
+    # New cases among those of the run: these and its test cases are measured, and the page says so.
+    (copy / "imagesTr" / "new.nii.gz").write_bytes(altered(copy / "imagesTr" / "case_0.nii.gz"))
+    shutil.copy(copy / "labelsTr" / "case_0.nii.gz", copy / "labelsTr" / "new.nii.gz")
+    description = json.loads((copy / "dataset.json").read_text())
+    description["training"].append({"image": "imagesTr/new.nii.gz", "label": "labelsTr/new.nii.gz"})
+    (copy / "dataset.json").write_text(json.dumps(description))
+    assert run("evaluate", trained, "--data", f"msd:{copy}", "--out", tmp_path / "more") == 0
+    assert cases_of(tmp_path / "more") == {"new", *splits["test"]}
+    for text in (capsys.readouterr().out, (tmp_path / "more" / "index.html").read_text()):
+        assert "4 cases of" in text
+        assert "left out, since the run was trained or validated on them" in text
+
+
+def cases_of(folder: Path) -> set[str]:
+    """The cases that an evaluation measured."""
+    return {row["case"] for row in rows(next((folder / "cases").glob("*.csv")))}
+
+
+def altered(file: Path) -> bytes:
+    """The volume in `file` with one voxel changed."""
+    volume = nib.load(file)
+    voxels = volume.get_fdata(dtype=np.float32)
+    voxels[0, 0, 0] += 1
+    return gzip.compress(nib.Nifti1Image(voxels, volume.affine).to_bytes())
+
+
+def test_resume_with_paths_spelt_otherwise(
+    trained: Path, msd: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "moved"
+    shutil.copytree(msd, copy)
+    options = [*TINY, "--num-test", 2, "--num-val", 1, "--loss", "dice+0.5*ace", "--resume", "--out", trained]
+    before = (trained / "config.json").read_text()
+    for data in (f"msd:{msd}/", f"msd:{os.path.relpath(msd)}", f"msd:{copy}"):
+        assert run("fit", *options, "--data", data, "--cache-dir", tmp_path / "cache") == 0
+    assert (trained / "config.json").read_text() == before
+    (copy / "imagesTr" / "case_0.nii.gz").write_bytes(altered(copy / "imagesTr" / "case_0.nii.gz"))
+    assert "data.data" in refuses(capsys, "fit", *options, "--data", f"msd:{copy}")
+    options[options.index("--num-val")] = "--split-seed"
+    message = refuses(capsys, "fit", *options, "--data", f"msd:{msd}")
+    assert "splits the cases otherwise" in message
+
+
+def test_init_from_a_run_that_has_seen_the_test_cases(
+    trained: Path, msd: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--steps", 1, "--batch-size", 8, "--loss", "dice", "--init", trained, "--data", f"msd:{msd}"]
+    message = refuses(capsys, "fit", *options, "--num-test", 5, "--num-val", 0, "--out", tmp_path / "refused")
+    assert "of this command's test split" in message
+    assert "--splits" in message
+    assert not (tmp_path / "refused").exists()
+    splits = ["--splits", trained / "splits.json"]
+    assert run("fit", *options, *splits, "--out", tmp_path / "out") == 0
+    kept = json.loads((tmp_path / "out" / "cases.json").read_text())
+    assert len(kept["initial"]) == 4
 
 
 def test_predict_keeps_the_affine(trained: Path, msd: Path, tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ class Fit(_Options):
         best = task.config.training.keep_best != "none" and task.splits.val
         page = evaluate_run(
             folder,
-            None,
+            task.config.data.data,
             "test",
             None,
             "best" if best else "last",
@@ -160,7 +160,8 @@ class Evaluate:
     run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="run", metavar="RUN")]
     """Folder of the run."""
     data: str | None = None
-    """Data set; default: the run's own. Of another data set, all cases are evaluated."""
+    """Data set; default: the run's own. Of another data set all cases are evaluated that the run was not trained or
+    validated on. The run's own is recognised by its images, wherever the folder lies."""
     split: str = "test"
     """train, val or test cases of the run's own data set."""
     out: Path | None = None

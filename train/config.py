@@ -12,6 +12,9 @@ from typing import Any, Literal
 from train.data import AugmentConfig, Dataset, Geometry
 from train.errors import InputError
 
+IMPORTED = "imported"
+"""What stands in place of a loss in the configuration of an imported run, and as its name in tables."""
+
 
 @dataclass(frozen=True)
 class DataConfig:

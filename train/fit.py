@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from calib_jax.report import ModelResult
+from train.cases import as_kept, cases_for, check_initial, note_duplicates, read_cases
 from train.checkpoint import Checkpoints, Which
 from train.config import (
     DataConfig,
@@ -93,6 +94,9 @@ def open_task(config: RunConfig, devices: DeviceConfig = DeviceConfig()) -> Task
             "norm is batch, whose statistics come from imported weights: give --init, or another norm."
         )
     nnx.eval_shape(lambda: make_model(config, info))
+    if config.init:
+        check_initial(Path(config.init), read_cases(Path(config.init)), dataset, splits)
+    note_duplicates(dataset, splits)
     return Task(config, dataset, splits, patch, devices, mesh)
 
 
@@ -180,7 +184,10 @@ def fit(task: Task, folder: Path, *, resume: bool = False) -> VolumePredictor:
     """
     config = task.config
     info = DataInfo.of(task.dataset)
+    if resume:
+        config = as_kept(config, folder, task.dataset, task.splits)
     open_run(folder, config, resume=resume, data=to_json(info))
+    config = task.config
     optimizer = make_optimizer(config.training)
     graphdef, state = init_state(make_model(config, info), optimizer)
     state = place_weights(state, task.mesh)
@@ -201,7 +208,7 @@ def fit(task: Task, folder: Path, *, resume: bool = False) -> VolumePredictor:
         prefetch=config.data.prefetch,
     )
     with claimed(folder), Checkpoints(folder / "checkpoints", config.training) as checkpoints:
-        on_first(lambda: write_splits(folder / "splits.json", task.splits))
+        on_first(lambda: write_split(task, folder))
         if resume and checkpoints.latest_step is not None:
             state, data_state = checkpoints.restore(state)
             batches.set_state(data_state)
@@ -214,6 +221,13 @@ def fit(task: Task, folder: Path, *, resume: bool = False) -> VolumePredictor:
                 "again with a lower --learning-rate or with --clip-norm."
             ) from found
     return volume_predictor(graphdef, state, config.data.window)
+
+
+def write_split(task: Task, folder: Path) -> None:
+    """Keeps with a run who trains, validates and tests, and what the cases are."""
+    write_splits(folder / "splits.json", task.splits)
+    initial = Path(task.config.init) if task.config.init else None
+    cases_for(task.dataset, initial and (initial, read_cases(initial))).write(folder)
 
 
 def _loop(

@@ -54,7 +54,7 @@ def _open_run(folder: Path, config: Any, resume: bool, more: dict[str, Any]) -> 
         raise InputError(f"Output folder {folder} already holds {found}: choose another --out{hint}.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        kept = {"config": to_json(config), **more, "command": command(), "versions": versions()}
+        kept = {"config": to_json(config), **more, **started(), "versions": versions()}
         write_json(file, kept)
     except OSError as error:
         raise InputError(
@@ -200,6 +200,11 @@ class stop_on_signal:
                 raise KeyboardInterrupt
             print("\nstopping with a checkpoint after this step; Ctrl-C again stops at once", file=sys.stderr)
         self.requested = signal.Signals(number)
+
+
+def started() -> dict[str, str]:
+    """The command line, and the folder that its relative paths start from."""
+    return {"command": command(), "directory": os.getcwd()}
 
 
 def command() -> str:
