@@ -234,8 +234,7 @@ def test_resume_with_paths_spelt_otherwise(
     assert (trained / "config.json").read_text() == before
     (copy / "imagesTr" / "case_0.nii.gz").write_bytes(altered(copy / "imagesTr" / "case_0.nii.gz"))
     assert "data.data" in refuses(capsys, "fit", *options, "--data", f"msd:{copy}")
-    options[options.index("--num-val")] = "--split-seed"
-    message = refuses(capsys, "fit", *options, "--data", f"msd:{msd}")
+    message = refuses(capsys, "fit", *options, "--data", f"msd:{msd}", "--split-seed", 1)
     assert "splits the cases otherwise" in message
 
 
@@ -332,6 +331,43 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         (["--batch-size", "0"], ["batch_size is 0"]),
         (["--steps", "0"], ["steps is 0"]),
         (["--strides", "2"], ["strides", "channels"]),
+        (["--ace-delay", "2"], ["ace_delay is 2.0", "from 0 to 1"]),
+        (["--ace-delay", "0.9", "--ace-ramp", "0.5"], ["ace_delay is 0.9", "full weight"]),
+        (["--ace-delay", "nan"], ["ace_delay is nan", "finite"]),
+        (["--learning-rate", "inf"], ["learning_rate is inf", "finite"]),
+        (["--dropout", "1.5"], ["dropout is 1.5", "below 1"]),
+        (["--warmup-steps", "-5"], ["warmup_steps is -5", "0 or more"]),
+        (["--warmup-steps", "50", "--steps", "20"], ["warmup_steps is 50", "20 steps"]),
+        (["--warmup-steps", "0", "--warmup-from", "0.5"], ["warmup_from", "warmup_steps is 0"]),
+        (["--validate-every", "-1"], ["validate_every is -1"]),
+        (["--checkpoint-every", "-1"], ["checkpoint_every is -1"]),
+        (["--weight-decay", "-1"], ["weight_decay is -1"]),
+        (["--clip-norm", "-1"], ["clip_norm is -1"]),
+        (["--seed", "-1"], ["seed is -1"]),
+        (["--seeds", "-1", "0"], ["seed is -1"]),
+        (["--seeds", "1", "2", "--seed", "3"], ["seed does nothing", "--seeds"]),
+        (["--loader-threads", "0"], ["loader_threads is 0"]),
+        (["--prefetch", "0"], ["prefetch is 0"]),
+        (["--fold", "-1"], ["fold is -1"]),
+        (["--foreground-crops", "1.5"], ["foreground_crops is 1.5"]),
+        (["--accumulate", "-1"], ["accumulate is -1"]),
+        (["--channels", "0", "8", "--strides", "2"], ["channels is (0, 8)"]),
+        (["--keep-best", "dice", "--num-val", "0"], ["keep_best is dice", "validation cases"]),
+        (["--losses", "dice", "ce", "--ace-ramp", "0.1"], ["ace_ramp is an option of the loss terms ace"]),
+        (["--losses", "dice", "--ignore-empty-classes"], ["ignore_empty_classes", "neither"]),
+        (
+            ["--architecture", "segresnet", "--channels", "8", "16", "32", "64"],
+            ["channels is an option of unet"],
+        ),
+        (["--num-res-units=2", "--architecture", "unetr"], ["num_res_units is an option of unet"]),
+        (["--zoom", "0.8", "1.2"], ["zoom does nothing", "zoom_prob is 0"]),
+        (["--zoom", "1.2", "0.8", "--zoom-prob", "1"], ["zoom is (1.2, 0.8)"]),
+        (["--gamma", "-1", "1"], ["gamma is (-1.0, 1.0)"]),
+        (["--noise-prob", "2"], ["noise_prob is 2"]),
+        (["--flip-axes", "3"], ["flip_axes is (3,)", "axes 0 to 2"]),
+        (["--flip-axes", "0", "0"], ["flip_axes is (0, 0)", "different"]),
+        (["--interpolation", "linear"], ["interpolation does nothing", "--spacing"]),
+        (["--splits", "splits.json", "--num-test", "40"], ["num_test does nothing", "--splits"]),
     ],
 )
 def test_bad_options(
@@ -340,6 +376,23 @@ def test_bad_options(
     message = refuses(capsys, "compare", *arguments, "--out", tmp_path / "out")
     for word in words:
         assert word in message
+
+
+def test_options_that_do_nothing(
+    trained: Path, msd: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--init", trained, "--data", f"msd:{msd}", "--num-test", 2, "--num-val", 1]
+    message = refuses(capsys, "fit", *given, "--num-res-units", 1, "--out", tmp_path / "out")
+    assert "num_res_units" in message
+    assert "come from --init" in message
+    assert "--out" in refuses(capsys, "fit", *PHANTOM, "--resume")
+    imported = ["import-monai", tmp_path / "model.pt", "--out", tmp_path / "out"]
+    message = refuses(capsys, *imported, "--data", "phantom", "--num-channels", 1)
+    assert "num_channels is for networks without --data" in message
+    message = refuses(capsys, *imported, "--class-names", "background", "box", "--num-val", 2)
+    assert "num_val is about the cases of --data" in message
+    assert "prefetch is for training" in refuses(capsys, *imported, "--data", "phantom", "--prefetch", 2)
+    assert not (tmp_path / "out").exists()
 
 
 def test_output_folder_of_another_run_is_left_alone(

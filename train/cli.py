@@ -7,6 +7,7 @@ explains the options of a command.
 import argparse
 import dataclasses
 import logging
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,8 @@ import tyro
 
 from train.config import DataConfig, DataInfo, DeviceConfig, ModelConfig, RunConfig, TrainingConfig
 from train.data import AugmentConfig
-from train.errors import InputError, Stopped
+from train.errors import InputError, Stopped, check_numbers
+from train.options import check_given, given_options
 from train.published import Row
 from train.recipes import RECIPES, describe, find_recipe
 
@@ -251,6 +253,9 @@ class ImportMonai:
     def _info(self) -> DataInfo:
         if self.data.spacing == "median":
             raise InputError("Without --data there is no median spacing: give --spacing in millimetres.")
+        check_numbers(self, num_channels=(1, math.inf), spatial_dims=(2, 3))
+        if self.window and not self.window[0] < self.window[1]:
+            raise InputError(f"window is {self.window}: give the lowest intensity, then the highest.")
         sizes = self.class_names, self.num_channels, self.spatial_dims
         return DataInfo(self.weights.stem, *sizes, self.window, self.data.geometry)
 
@@ -369,6 +374,7 @@ def main(arguments: list[str] | None = None) -> int:
             description=__doc__,
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
         )
+        check_given(command, given_options(arguments))
         command.run()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

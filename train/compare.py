@@ -24,7 +24,7 @@ from train.errors import InputError
 from train.evaluate import evaluate, evaluate_posterior
 from train.fit import Task, fit, load_run, open_cases, open_task, write_split
 from train.inference import VolumePredictor
-from train.logs import read_log
+from train.logs import divergence, read_log
 from train.losses import check_splittable, parse_loss
 from train.processes import is_first, on_first
 from train.published import HEADER, Row, rows_of, to_markdown, write_table
@@ -87,14 +87,17 @@ def compare(
         on_first(lambda: write_split(task, folder))
         results: list[Result] = []
         histories: dict[str, Mapping[str, Sequence[float]]] = {}
+        diverged: dict[str, str] = {}
         for name in names:
             runs = plan.runs(folder, name)
             evaluated = [_evaluated(task, plan, run, resume) for run in runs.values()]
             for ending, repeats in zip(("", TEMPERED), zip(*evaluated, strict=True), strict=False):
                 results.append(_one_row(name + ending, dict(zip(runs, repeats, strict=True))))
             histories[name] = _mean_history([_history(run.folder, task) for run in runs.values()])
+            for run in runs.values():
+                diverged |= _divergence(run.folder, run.name(""))
         cases = read_cases(folder)
-        more = {**_weights(which, config), **_temperatures(folder), **_unknown(cases)}
+        more = {**_weights(which, config), **_temperatures(folder), **_unknown(cases), **diverged}
         kind = KINDS["test"] if cases.complete else ""
         return _report(task.dataset, task.splits.test, folder, results, histories, more, published, kind=kind)
 
@@ -192,7 +195,7 @@ def evaluate_run(
         value = fit_temperature(predict, dataset, chosen.val)
         more[_TEMPERATURE] = f"{float(value):.3f}"
         results.append(evaluate(config.loss + TEMPERED, temper(predict, value), dataset, chosen.names))
-    more |= _unknown(cases)
+    more |= _unknown(cases) | _divergence(run, config.loss)
     kind = chosen.kind if cases.complete or split != "test" else ""
     return _report(dataset, chosen.names, folder, results, {}, more, published, kind=kind)
 
@@ -291,7 +294,7 @@ def _history(run: Path, task: Task) -> dict[str, list[float]]:
     rows = [
         {
             "epoch": (chunk[-1]["step"] + 1) / per_epoch,
-            "train_loss": float(np.mean([r["loss"] for r in chunk])),
+            "train_loss": float(np.mean([r.get("loss", np.nan) for r in chunk])),
         }
         for chunk in _chunks(read_log(run / "log.csv"), per_epoch)
     ]
@@ -305,11 +308,10 @@ def _history(run: Path, task: Task) -> dict[str, list[float]]:
 
 
 def _mean_history(histories: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, list[float]]:
-    """Curves of the same steps, averaged."""
-    return {
-        column: np.mean([history[column] for history in histories], axis=0).tolist()
-        for column in histories[0]
-    }
+    """Curves of the same steps, averaged; without those of logs that have lost a line."""
+    longest = max(len(history.get("epoch", ())) for history in histories)
+    whole = [history for history in histories if len(history.get("epoch", ())) == longest]
+    return {column: np.mean([history[column] for history in whole], axis=0).tolist() for column in whole[0]}
 
 
 def _weights(which: Which, config: RunConfig) -> dict[str, str]:
@@ -327,8 +329,21 @@ def _unknown(cases: RunCases) -> dict[str, str]:
 def _temperatures(folder: Path) -> dict[str, str]:
     """The temperatures of a comparison's networks in a line for the page, if there are any."""
     files = sorted(folder.glob("*/temperature.json"))
-    found = [f"{file.parent.name} {json.loads(file.read_text())['temperature']:.3f}" for file in files]
+    found = [f"{file.parent.name} {_temperature(file):.3f}" for file in files]
     return {_TEMPERATURE: ", ".join(found)} if found else {}
+
+
+def _temperature(file: Path) -> float:
+    try:
+        return float(json.loads(file.read_text(encoding="utf-8"))["temperature"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file} holds no temperature: remove it and --resume.") from error
+
+
+def _divergence(run: Path, name: str) -> dict[str, str]:
+    """A line for the page where the training has diverged."""
+    sentence = divergence(read_log(run / "log.csv"))
+    return {f"note on {name}": sentence} if sentence else {}
 
 
 def _chunks(rows: Sequence[dict[str, float]], size: int) -> list[Sequence[dict[str, float]]]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +93,15 @@ def open_task(config: RunConfig, devices: DeviceConfig = DeviceConfig()) -> Task
     if config.model.norm == "batch" and not config.init:
         raise InputError(
             "norm is batch, whose statistics come from imported weights: give --init, or another norm."
+        )
+    if config.training.keep_best != "none" and not splits.val:
+        raise InputError(
+            f"keep_best is {config.training.keep_best}, but there are no validation cases: hold some back with "
+            "--num-val, or give --keep-best none."
+        )
+    if config.augment.flip_prob and max(config.augment.flip_axes, default=0) >= info.spatial_dims:
+        raise InputError(
+            f"flip_axes is {config.augment.flip_axes}, but the images have the axes 0 to {info.spatial_dims - 1}."
         )
     nnx.eval_shape(lambda: make_model(config, info))
     if config.init:
@@ -257,6 +267,7 @@ def _loop(
         unit="step",
         disable=not is_first(),
     )
+    diverged = False
     with RunLog(folder, start, training.batch_size) as log, stop_on_signal() as stop:
         for step in bar:
             asked = time.perf_counter()
@@ -276,6 +287,9 @@ def _loop(
             if done % _FLUSH_EVERY == 0 or checkpoint_due:
                 bar.set_postfix(loss=f"{log.flush():.4f}")
                 checkpoints.check()
+                if not diverged and (sentence := log.divergence()):
+                    diverged = True
+                    print(f"\nnote: {sentence}", file=sys.stderr)
             # Before the checkpoint, so that a run resumed from it lacks no validation.
             if validation_due:
                 result = evaluate(

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shlex
 import signal
 import socket
 import sys
@@ -75,7 +76,7 @@ def claimed(folder: Path) -> Iterator[None]:
         yield
         return
     with writing(folder):
-        file = (folder / _PROCESS).open("a+")
+        file = (folder / _PROCESS).open("a+", encoding="utf-8")
     with file:
         _lock(file, folder)
         _note(file, "running")
@@ -107,11 +108,11 @@ class Process:
 def process_of(folder: Path) -> Process | None:
     """The last process that claimed `folder`; None if there is no trace of one."""
     try:
-        with (folder / _PROCESS).open() as file:
+        with (folder / _PROCESS).open(encoding="utf-8") as file:
             alive = not _try_lock(file, fcntl.LOCK_SH)
             said = json.loads(file.read())
-            return Process(alive, said["name"], said["state"])
-    except (OSError, ValueError, KeyError):
+            return Process(alive, str(said["name"]), str(said["state"]))
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -209,7 +210,8 @@ def started() -> dict[str, str]:
 
 def command() -> str:
     """The command line, as a user would type it."""
-    return " ".join(["python -m train", *sys.argv[1:]])
+    text = shlex.join(sys.argv[1:])
+    return f"python -m train {os.fsencode(text).decode(errors='backslashreplace')}".strip()
 
 
 def versions() -> dict[str, str]:
@@ -220,7 +222,7 @@ def versions() -> dict[str, str]:
 def write_json(file: Path, values: Any) -> None:
     """Writes JSON as a whole."""
     with written_whole(file) as partial:
-        partial.write_text(json.dumps(values, indent=2) + "\n")
+        partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -238,7 +240,7 @@ def _holds_something(folder: Path) -> bool:
 
 def _check_same(file: Path, wanted: Any) -> None:
     try:
-        kept = json.loads(file.read_text())["config"]
+        kept = json.loads(file.read_text(encoding="utf-8"))["config"]
         # An option that is newer than the run had its default.
         kept = to_json(from_json(type(wanted), kept))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
