@@ -4,7 +4,7 @@ import csv
 import gzip
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import nibabel as nib
@@ -39,8 +39,8 @@ def label(values: int = 2) -> np.ndarray:
     return (np.arange(512) % values).astype(np.uint8).reshape(SHAPE)
 
 
-def describe(folder: Path, **changes: object) -> None:
-    listed = [{"image": f"imagesTr/{n}.nii.gz", "label": f"labelsTr/{n}.nii.gz"} for n in NAMES]
+def describe(folder: Path, names: Sequence[str] = NAMES, **changes: object) -> None:
+    listed = [{"image": f"imagesTr/{n}.nii.gz", "label": f"labelsTr/{n}.nii.gz"} for n in names]
     labels = {"0": "background", "1": "x"}
     text = json.dumps({"modality": {"0": "MRI"}, "labels": labels, "training": listed} | changes)
     (folder / "dataset.json").write_text(text)
@@ -314,10 +314,11 @@ def test_phantoms_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("trained")
-    for name in NAMES:
-        write(root / f"imagesTr/{name}.nii.gz", image())
+    names = ("p", "q", "r", "s")
+    for seed, name in enumerate(names, 10):
+        write(root / f"imagesTr/{name}.nii.gz", image(seed))
         write(root / f"labelsTr/{name}.nii.gz", label())
-    describe(root)
+    describe(root, names)
     options = ["--data", f"msd:{root}", "--num-val", "0", "--num-test", "0"]
     for seed in ("0", "1"):
         assert main(["fit", *TINY, *options, "--seed", seed, "--out", str(root / f"run{seed}")]) == 0

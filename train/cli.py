@@ -7,6 +7,7 @@ explains the options of a command.
 import argparse
 import dataclasses
 import logging
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,8 @@ import tyro
 
 from train.config import DataConfig, DataInfo, DeviceConfig, ModelConfig, RunConfig, TrainingConfig
 from train.data import AugmentConfig
-from train.errors import CasesFailed, InputError, Stopped
+from train.errors import CasesFailed, InputError, Stopped, check_numbers
+from train.options import check_given, given_options
 from train.published import Row
 from train.recipes import RECIPES, describe, find_recipe
 
@@ -138,7 +140,7 @@ class Fit(_Options):
         best = task.config.training.keep_best != "none" and task.splits.val
         page = evaluate_run(
             folder,
-            None,
+            task.config.data.data,
             "test",
             None,
             "best" if best else "last",
@@ -160,7 +162,8 @@ class Evaluate:
     run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="run", metavar="RUN")]
     """Folder of the run."""
     data: str | None = None
-    """Data set; default: the run's own. Of another data set, all cases are evaluated."""
+    """Data set; default: the run's own. Of another data set all cases are evaluated that the run was not trained or
+    validated on. The run's own is recognised by its images, wherever the folder lies."""
     split: str = "test"
     """train, val or test cases of the run's own data set."""
     out: Path | None = None
@@ -282,6 +285,9 @@ class ImportMonai:
             )
         if self.data.spacing == "median":
             raise InputError("Without --data there is no median spacing: give --spacing in millimetres.")
+        check_numbers(self, num_channels=(1, math.inf), spatial_dims=(2, 3))
+        if self.window and not self.window[0] < self.window[1]:
+            raise InputError(f"window is {self.window}: give the lowest intensity, then the highest.")
         sizes = self.class_names, self.num_channels, self.spatial_dims
         return DataInfo(self.weights.stem, *sizes, self.window, self.data.geometry)
 
@@ -405,6 +411,7 @@ def main(arguments: list[str] | None = None) -> int:
             description=__doc__,
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
         )
+        check_given(command, given_options(arguments))
         return command.run() or 0
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shlex
 import signal
 import socket
 import sys
@@ -67,7 +68,7 @@ def _refuse_others(folder: Path, config: Any, resume: bool) -> None:
 def _write_config(folder: Path, config: Any, more: dict[str, Any]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        kept = {"config": to_json(config), **more, "command": command(), "versions": versions()}
+        kept = {"config": to_json(config), **more, **started(), "versions": versions()}
         write_json(folder / "config.json", kept)
     except OSError as error:
         raise InputError(
@@ -123,8 +124,8 @@ def process_of(folder: Path) -> Process | None:
         with (folder / _PROCESS).open(encoding="utf-8") as file:
             alive = not _try_lock(file, fcntl.LOCK_SH)
             said = json.loads(file.read())
-            return Process(alive, said["name"], said["state"])
-    except (OSError, ValueError, KeyError):
+            return Process(alive, str(said["name"]), str(said["state"]))
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -231,9 +232,15 @@ class stop_on_signal:
         self.requested = signal.Signals(number)
 
 
+def started() -> dict[str, str]:
+    """The command line, and the folder that its relative paths start from."""
+    return {"command": command(), "directory": os.getcwd()}
+
+
 def command() -> str:
     """The command line, as a user would type it."""
-    return " ".join(["python -m train", *sys.argv[1:]])
+    text = shlex.join(sys.argv[1:])
+    return f"python -m train {os.fsencode(text).decode(errors='backslashreplace')}".strip()
 
 
 def versions() -> dict[str, str]:
