@@ -4,7 +4,9 @@ import gc
 import json
 import os
 import resource
+import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,14 +15,17 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
 from calib_jax import BinStatistics
 from calib_jax.report import ModelResult
 from train.checkpoint import Checkpoints
-from train.config import TrainingConfig
+from train.config import TrainingConfig, read_config
 from train.errors import InputError, NotFinite, Stopped
-from train.logs import CsvLog, RunLog, read_log
+from train.logs import CsvLog, RunLog, divergence, parse_log, read_log
 from train.runs import claimed, open_run, process_of, stop_on_signal, writing
+from train.status import status
 from train.step import TrainState
 
 KEEP = TrainingConfig(keep_best="dice-ace")
@@ -84,6 +89,77 @@ def test_the_newest_two_and_the_best_are_kept(tmp_path: Path) -> None:
             restored, data = checkpoints.restore(state(0), which)
             np.testing.assert_array_equal(restored.params["w"], state(step).params["w"])
             assert data == {"n": step}
+
+
+# Characters that mean something in patterns, URLs, shells, and the rest; no name holds a slash or a null.
+NAMES = st.text("[]*?\\{}%#:'\"\n\t ~$&|<>-.=ab09éé日", min_size=1, max_size=12) | st.text(
+    st.characters(exclude_characters="/\0", max_codepoint=0x2FF), min_size=1, max_size=12
+)
+
+
+@settings(max_examples=6, deadline=None)
+@example("fold[0]")
+@example("a*")
+@example("back\\slash")
+@example("gs:")
+@example("s3:")
+@example("ends in dots...")
+@example("\udc80 is no Unicode")
+@example("x" * 255)
+@given(NAMES.filter(lambda name: name not in (".", "..")))
+def test_a_run_folder_may_have_any_name(name: str) -> None:
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent, name, "checkpoints")
+        with Checkpoints(folder, KEEP) as checkpoints:
+            checkpoints.save(state(1), {"n": 1}, {"Dice": 0.5, "ACE": 0.1})
+        with Checkpoints(folder, KEEP, read_only=True) as checkpoints:
+            restored, data = checkpoints.restore(state(0))
+        np.testing.assert_array_equal(restored.params["w"], state(1).params["w"])
+        assert data == {"n": 1}
+
+
+def test_folders_whose_names_are_patterns_of_one_another(tmp_path: Path) -> None:
+    for step, name in enumerate(("run 1", "run ?", "run *", "run [12]", "run 2")):
+        with Checkpoints(tmp_path / name, KEEP) as checkpoints:
+            checkpoints.save(state(step), {}, {})
+    for step, name in enumerate(("run 1", "run ?", "run *", "run [12]", "run 2")):
+        with Checkpoints(tmp_path / name, KEEP, read_only=True) as checkpoints:
+            np.testing.assert_array_equal(
+                checkpoints.restore(state(9))[0].params["w"], state(step).params["w"]
+            )
+
+
+def damage(folder: Path) -> None:
+    """Waits for the checkpoint of step 1, and takes its arrays away."""
+    while not (folder / "1").exists():
+        time.sleep(0.01)
+    for file in (folder / "1" / "state").rglob("*"):
+        if file.is_file() and file.name != "_METADATA":
+            file.write_bytes(b"")
+
+
+def test_the_first_checkpoint_is_read_back(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path, KEEP) as checkpoints:
+        checkpoints.save(state(1), {}, {})
+        damage(tmp_path)
+        with pytest.raises(
+            InputError, match=r"1 was written but cannot be read back \(.*choose another --out"
+        ):
+            check_until_it_fails(checkpoints)
+
+
+def test_the_first_checkpoint_holds_what_was_saved(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path / "other", KEEP) as checkpoints:
+        checkpoints.save(state(1)._replace(opt_state={"m": jnp.float32(7)}), {}, {})
+    with Checkpoints(tmp_path / "run", KEEP) as checkpoints:
+        checkpoints.save(state(1), {}, {})
+        damage(tmp_path / "run")
+        shutil.rmtree(tmp_path / "run" / "1")
+        shutil.copytree(tmp_path / "other" / "1", tmp_path / "run" / "1")
+        with pytest.raises(
+            InputError, match=r"run/1 was written .* \(it holds other numbers than were saved\)"
+        ):
+            checkpoints.save(state(2), {}, {})
 
 
 def test_without_a_best_one_the_newest_two(tmp_path: Path) -> None:
@@ -216,6 +292,87 @@ def test_half_a_line_is_no_row(cut: int, tmp_path: Path) -> None:
     assert [r["step"] for r in read_log(tmp_path / "log.csv")] == [0, 1]
     CsvLog(tmp_path / "log.csv", before_step=2).add([row(2)])
     assert (tmp_path / "log.csv").read_bytes() == whole
+
+
+GARBLED = [
+    "",
+    "x",
+    "1,2",
+    "1,2,3,4",
+    "1,two,3",
+    "\0\0\0",
+    ",,",
+    '"',
+    "nan,1,1",
+    "0.5,1,1",
+    "\ufffd",
+    "-1,0,0",
+]
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.sampled_from(GARBLED) | st.text("01,.e\"'\0é\x1c", max_size=6), min_size=1, max_size=4),
+    st.data(),
+)
+def test_garbled_lines_are_left_out(tmp_path: Path, garbled: list[str], data: st.DataObject) -> None:
+    file = tmp_path / "log.csv"
+    file.unlink(missing_ok=True)
+    CsvLog(file).add([row(step) for step in range(3)])
+    header, *lines = file.read_text().split("\n")[:-1]
+    for text in garbled:
+        # A line of three numbers is a row, whoever wrote it.
+        lines.insert(data.draw(st.integers(0, len(lines))), text + ("," if text.count(",") == 2 else ""))
+    file.write_text("\n".join([header, *lines]) + "\n", newline="")
+    rows, broken = parse_log(file)
+    assert [r["step"] for r in rows] == [0, 1, 2]
+    assert len(broken) == len(garbled)
+    CsvLog(file, before_step=2).add([row(2)])
+    assert parse_log(file)[1] == []
+    assert [r["step"] for r in read_log(file)] == [0, 1, 2]
+    assert "\n".join(lines) in (tmp_path / "log.csv.damaged").read_bytes().decode()
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"\xff\xfe\n1\n", b"loss\n0.5\n", b"\0" * 9 + b"\n1,2\n"])
+def test_a_log_whose_header_is_garbled_has_no_row(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_bytes(content)
+    assert read_log(tmp_path / "log.csv") == []
+    CsvLog(tmp_path / "log.csv").add([row(0)])
+    assert [r["step"] for r in read_log(tmp_path / "log.csv")] == [0]
+
+
+def losses(*values: float, **more: float) -> list[dict[str, float]]:
+    return [{"step": step, "loss": 0.0, "ce": ce, **more} for step, ce in enumerate(values)]
+
+
+def test_a_training_that_has_diverged_is_told() -> None:
+    falling, noise = np.geomspace(0.7, 0.01, 100), np.random.default_rng(0).uniform(0.5, 2, 100)
+    assert divergence(losses(*falling, ace=1.0)) == ""
+    assert divergence(losses(*falling * noise)) == ""
+    assert divergence(losses(*[0.7] * 39, 1e9)) == ""  # one batch is no training
+    assert divergence(losses(*[1e-3] * 50, *[0.7] * 50)) == ""  # nor is an uncertain network a broken one
+    assert divergence(losses(*[1e9] * 30)) == ""
+    assert "ce is 1e+09 at step 99 and was 0.7" in divergence(losses(*[0.7] * 50, *[1e9] * 50))
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "{}", "null", '"', "\0", '{"name": []}', '{"name": 1, "state": 2}']
+)
+def test_a_garbled_process_file(content: str, tmp_path: Path) -> None:
+    (tmp_path / "process.json").write_text(content)
+    found = process_of(tmp_path)
+    assert found is None or not found.running
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "null", '"config"', '{"config": [1]}', '{"config": {"loss": 1, "data": []}}', "\0", "\ud800"],
+)
+def test_a_garbled_configuration(content: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(content.encode(errors="surrogatepass"))
+    for action in (status, read_config, lambda folder: open_run(folder, KEEP, resume=True)):
+        with pytest.raises(InputError, match=r"config\.json"):
+            action(tmp_path)
 
 
 def test_a_log_of_a_version_that_logged_less(tmp_path: Path) -> None:

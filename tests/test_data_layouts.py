@@ -16,7 +16,7 @@ from train.data.nifti import Grid, read_channels, read_label
 from train.data.volumes import Entry, Layout
 from train.errors import InputError
 from train.evaluate import regions_of
-from train.predict import list_cases
+from train.predict import check_fits, list_cases
 
 SHAPE = (6, 5, 4)
 AFFINE = np.diag([1.0, 1.5, 2.0, 1.0])
@@ -459,7 +459,7 @@ def test_cases_to_predict_may_have_a_file_for_each_channel(tmp_path):
     assert [file.name for file in cases["liver_001"]] == ["liver_001_0000.nii.gz", "liver_001_0001.nii.gz"]
     write(tmp_path / "imagesTr" / "liver_002_0001.nii.gz", np.ones((6, 5, 5), np.float32))
     with pytest.raises(InputError, match=r"liver_002_0001.nii.gz has shape \(6, 5, 5\).*share a grid"):
-        list_cases(tmp_path / "imagesTr", info)
+        check_fits(cases["liver_002"], info)
     (tmp_path / "imagesTr" / "liver_002_0001.nii.gz").unlink()
     with pytest.raises(InputError, match="has 1 channels, the network was trained on 2"):
-        list_cases(tmp_path / "imagesTr", info)
+        check_fits(list_cases(tmp_path / "imagesTr", info)["liver_002"], info)

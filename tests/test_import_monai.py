@@ -148,6 +148,8 @@ def test_without_a_data_set(
     file = write(tmp_path / "model.safetensors", segresnet)
     options = [file, *SEGRESNET, "--out", tmp_path / "run"]
     assert "either --data or --class-names" in refuses(capsys, "import-monai", *options)
+    twice = ["--class-names", "background", "box", "box"]
+    assert "names a class twice" in refuses(capsys, "import-monai", *options, *twice)
     classes = ["--class-names", "background", "box"]
     assert "give its --patch" in refuses(capsys, "import-monai", *options, *classes)
     assert not (tmp_path / "run").exists()

@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import gzip
 import json
 import os
 import re
@@ -184,12 +185,71 @@ def test_best_weights_of_a_run_that_kept_none(
     assert not (tmp_path / "out").exists()
 
 
-def test_evaluate_another_data_set(trained: Path, msd: Path, tmp_path: Path) -> None:
-    moved = tmp_path / "elsewhere"
-    moved.symlink_to(msd)
-    assert run("evaluate", trained, "--data", f"msd:{moved}", "--out", tmp_path / "out") == 0
-    cases = rows(next((tmp_path / "out" / "cases").glob("*.csv")))
-    assert len(cases) == 6
+def test_evaluate_the_same_data_elsewhere(
+    trained: Path, msd: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy, out = tmp_path / "copy", tmp_path / "out"
+    shutil.copytree(msd, copy)
+    splits = json.loads((trained / "splits.json").read_text())
+    assert run("evaluate", trained, "--data", f"msd:{copy}", "--out", out) == 0
+    assert cases_of(out) == set(splits["test"])
+    assert "Tiny: 2 held-out cases" in (out / "index.html").read_text()
+    assert run("evaluate", trained, "--split", "train", "--out", tmp_path / "train") == 0
+    assert "Tiny: 3 training cases" in (tmp_path / "train" / "index.html").read_text()
+    # New cases among those of the run: these and its test cases are measured, and the page says so.
+    (copy / "imagesTr" / "new.nii.gz").write_bytes(altered(copy / "imagesTr" / "case_0.nii.gz"))
+    shutil.copy(copy / "labelsTr" / "case_0.nii.gz", copy / "labelsTr" / "new.nii.gz")
+    description = json.loads((copy / "dataset.json").read_text())
+    description["training"].append({"image": "imagesTr/new.nii.gz", "label": "labelsTr/new.nii.gz"})
+    (copy / "dataset.json").write_text(json.dumps(description))
+    assert run("evaluate", trained, "--data", f"msd:{copy}", "--out", tmp_path / "more") == 0
+    assert cases_of(tmp_path / "more") == {"new", *splits["test"]}
+    for text in (capsys.readouterr().out, (tmp_path / "more" / "index.html").read_text()):
+        assert "4 cases of" in text
+        assert "left out, since the run was trained or validated on them" in text
+
+
+def cases_of(folder: Path) -> set[str]:
+    """The cases that an evaluation measured."""
+    return {row["case"] for row in rows(next((folder / "cases").glob("*.csv")))}
+
+
+def altered(file: Path) -> bytes:
+    """The volume in `file` with one voxel changed."""
+    volume = nib.load(file)
+    voxels = volume.get_fdata(dtype=np.float32)
+    voxels[0, 0, 0] += 1
+    return gzip.compress(nib.Nifti1Image(voxels, volume.affine).to_bytes())
+
+
+def test_resume_with_paths_spelt_otherwise(
+    trained: Path, msd: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "moved"
+    shutil.copytree(msd, copy)
+    options = [*TINY, "--num-test", 2, "--num-val", 1, "--loss", "dice+0.5*ace", "--resume", "--out", trained]
+    before = (trained / "config.json").read_text()
+    for data in (f"msd:{msd}/", f"msd:{os.path.relpath(msd)}", f"msd:{copy}"):
+        assert run("fit", *options, "--data", data, "--cache-dir", tmp_path / "cache") == 0
+    assert (trained / "config.json").read_text() == before
+    (copy / "imagesTr" / "case_0.nii.gz").write_bytes(altered(copy / "imagesTr" / "case_0.nii.gz"))
+    assert "data.data" in refuses(capsys, "fit", *options, "--data", f"msd:{copy}")
+    message = refuses(capsys, "fit", *options, "--data", f"msd:{msd}", "--split-seed", 1)
+    assert "splits the cases otherwise" in message
+
+
+def test_init_from_a_run_that_has_seen_the_test_cases(
+    trained: Path, msd: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--steps", 1, "--batch-size", 8, "--loss", "dice", "--init", trained, "--data", f"msd:{msd}"]
+    message = refuses(capsys, "fit", *options, "--num-test", 5, "--num-val", 0, "--out", tmp_path / "refused")
+    assert "of this command's test split" in message
+    assert "--splits" in message
+    assert not (tmp_path / "refused").exists()
+    splits = ["--splits", trained / "splits.json"]
+    assert run("fit", *options, *splits, "--out", tmp_path / "out") == 0
+    kept = json.loads((tmp_path / "out" / "cases.json").read_text())
+    assert len(kept["initial"]) == 4
 
 
 def test_predict_keeps_the_affine(trained: Path, msd: Path, tmp_path: Path) -> None:
@@ -271,6 +331,43 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         (["--batch-size", "0"], ["batch_size is 0"]),
         (["--steps", "0"], ["steps is 0"]),
         (["--strides", "2"], ["strides", "channels"]),
+        (["--ace-delay", "2"], ["ace_delay is 2.0", "from 0 to 1"]),
+        (["--ace-delay", "0.9", "--ace-ramp", "0.5"], ["ace_delay is 0.9", "full weight"]),
+        (["--ace-delay", "nan"], ["ace_delay is nan", "finite"]),
+        (["--learning-rate", "inf"], ["learning_rate is inf", "finite"]),
+        (["--dropout", "1.5"], ["dropout is 1.5", "below 1"]),
+        (["--warmup-steps", "-5"], ["warmup_steps is -5", "0 or more"]),
+        (["--warmup-steps", "50", "--steps", "20"], ["warmup_steps is 50", "20 steps"]),
+        (["--warmup-steps", "0", "--warmup-from", "0.5"], ["warmup_from", "warmup_steps is 0"]),
+        (["--validate-every", "-1"], ["validate_every is -1"]),
+        (["--checkpoint-every", "-1"], ["checkpoint_every is -1"]),
+        (["--weight-decay", "-1"], ["weight_decay is -1"]),
+        (["--clip-norm", "-1"], ["clip_norm is -1"]),
+        (["--seed", "-1"], ["seed is -1"]),
+        (["--seeds", "-1", "0"], ["seed is -1"]),
+        (["--seeds", "1", "2", "--seed", "3"], ["seed does nothing", "--seeds"]),
+        (["--loader-threads", "0"], ["loader_threads is 0"]),
+        (["--prefetch", "0"], ["prefetch is 0"]),
+        (["--fold", "-1"], ["fold is -1"]),
+        (["--foreground-crops", "1.5"], ["foreground_crops is 1.5"]),
+        (["--accumulate", "-1"], ["accumulate is -1"]),
+        (["--channels", "0", "8", "--strides", "2"], ["channels is (0, 8)"]),
+        (["--keep-best", "dice", "--num-val", "0"], ["keep_best is dice", "validation cases"]),
+        (["--losses", "dice", "ce", "--ace-ramp", "0.1"], ["ace_ramp is an option of the loss terms ace"]),
+        (["--losses", "dice", "--ignore-empty-classes"], ["ignore_empty_classes", "neither"]),
+        (
+            ["--architecture", "segresnet", "--channels", "8", "16", "32", "64"],
+            ["channels is an option of unet"],
+        ),
+        (["--num-res-units=2", "--architecture", "unetr"], ["num_res_units is an option of unet"]),
+        (["--zoom", "0.8", "1.2"], ["zoom does nothing", "zoom_prob is 0"]),
+        (["--zoom", "1.2", "0.8", "--zoom-prob", "1"], ["zoom is (1.2, 0.8)"]),
+        (["--gamma", "-1", "1"], ["gamma is (-1.0, 1.0)"]),
+        (["--noise-prob", "2"], ["noise_prob is 2"]),
+        (["--flip-axes", "3"], ["flip_axes is (3,)", "axes 0 to 2"]),
+        (["--flip-axes", "0", "0"], ["flip_axes is (0, 0)", "different"]),
+        (["--interpolation", "linear"], ["interpolation does nothing", "--spacing"]),
+        (["--splits", "splits.json", "--num-test", "40"], ["num_test does nothing", "--splits"]),
     ],
 )
 def test_bad_options(
@@ -279,6 +376,23 @@ def test_bad_options(
     message = refuses(capsys, "compare", *arguments, "--out", tmp_path / "out")
     for word in words:
         assert word in message
+
+
+def test_options_that_do_nothing(
+    trained: Path, msd: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--init", trained, "--data", f"msd:{msd}", "--num-test", 2, "--num-val", 1]
+    message = refuses(capsys, "fit", *given, "--num-res-units", 1, "--out", tmp_path / "out")
+    assert "num_res_units" in message
+    assert "come from --init" in message
+    assert "--out" in refuses(capsys, "fit", *PHANTOM, "--resume")
+    imported = ["import-monai", tmp_path / "model.pt", "--out", tmp_path / "out"]
+    message = refuses(capsys, *imported, "--data", "phantom", "--num-channels", 1)
+    assert "num_channels is for networks without --data" in message
+    message = refuses(capsys, *imported, "--class-names", "background", "box", "--num-val", 2)
+    assert "num_val is about the cases of --data" in message
+    assert "prefetch is for training" in refuses(capsys, *imported, "--data", "phantom", "--prefetch", 2)
+    assert not (tmp_path / "out").exists()
 
 
 def test_output_folder_of_another_run_is_left_alone(

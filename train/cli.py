@@ -7,6 +7,7 @@ explains the options of a command.
 import argparse
 import dataclasses
 import logging
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,8 @@ import tyro
 
 from train.config import DataConfig, DataInfo, DeviceConfig, ModelConfig, RunConfig, TrainingConfig
 from train.data import AugmentConfig
-from train.errors import InputError, Stopped
+from train.errors import CasesFailed, InputError, Stopped, check_numbers
+from train.options import check_given, given_options
 from train.published import Row
 from train.recipes import RECIPES, describe, find_recipe
 
@@ -138,7 +140,7 @@ class Fit(_Options):
         best = task.config.training.keep_best != "none" and task.splits.val
         page = evaluate_run(
             folder,
-            None,
+            task.config.data.data,
             "test",
             None,
             "best" if best else "last",
@@ -160,7 +162,8 @@ class Evaluate:
     run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="run", metavar="RUN")]
     """Folder of the run."""
     data: str | None = None
-    """Data set; default: the run's own. Of another data set, all cases are evaluated."""
+    """Data set; default: the run's own. Of another data set all cases are evaluated that the run was not trained or
+    validated on. The run's own is recognised by its images, wherever the folder lies."""
     split: str = "test"
     """train, val or test cases of the run's own data set."""
     out: Path | None = None
@@ -189,6 +192,9 @@ class Predict:
     """Label maps and class probabilities of a folder of NIfTI volumes, with each volume's own affine.
 
     python -m train predict runs/ace --images scans --out predictions
+
+    Scans that cannot be predicted are named at the end, and the exit status is then 1. The same command goes on in
+    the same --out with the scans that are not predicted yet.
     """
 
     run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="run", metavar="RUN")]
@@ -196,7 +202,7 @@ class Predict:
     images: Path
     """Folder of .nii or .nii.gz volumes."""
     out: Path
-    """Output folder, new or empty."""
+    """Output folder: new, empty, or one that the same command has begun to fill."""
     checkpoint: Literal["last", "best"] = "last"
     """Weights of the newest checkpoint, or the best one's of a run with --keep-best."""
 
@@ -205,6 +211,31 @@ class Predict:
 
         written = predict_folder(self.run_folder, self.images, self.out, self.checkpoint)
         print(f"\n{len(written)} files in {self.out}")
+
+
+@dataclass(frozen=True)
+class Check:
+    """Read every voxel of a data set and list what is wrong with its files, before a run stops at them.
+
+    python -m train check msd:Task04_Hippocampus
+
+    The exit status is 0 without faults, 1 with some, and 2 if there is no such data set.
+    """
+
+    data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
+    """LAYOUT:PATH, as --data of the other commands."""
+    out: Path = Path("faults.csv")
+    """File that the faults are written to: case, file, problem. An earlier list of faults is replaced."""
+
+    def run(self) -> int:
+        from train.check import check_data, faults_file
+
+        with faults_file(self.out) as write:
+            report = check_data(self.data)
+            print(report.summary())
+            write(report.faults)
+        print(f"\nList of faults: {self.out}")
+        return 1 if report.faults else 0
 
 
 @dataclass(frozen=True)
@@ -248,8 +279,15 @@ class ImportMonai:
         print(f"\nRun: {self.out}\nNext: python -m train evaluate {self.out}")
 
     def _info(self) -> DataInfo:
+        if len(set(self.class_names)) < len(self.class_names):
+            raise InputError(
+                f"--class-names {' '.join(self.class_names)} names a class twice: give each once."
+            )
         if self.data.spacing == "median":
             raise InputError("Without --data there is no median spacing: give --spacing in millimetres.")
+        check_numbers(self, num_channels=(1, math.inf), spatial_dims=(2, 3))
+        if self.window and not self.window[0] < self.window[1]:
+            raise InputError(f"window is {self.window}: give the lowest intensity, then the highest.")
         sizes = self.class_names, self.num_channels, self.spatial_dims
         return DataInfo(self.weights.stem, *sizes, self.window, self.data.geometry)
 
@@ -296,6 +334,7 @@ COMMANDS = {
     "fit": Fit,
     "recipes": Recipes,
     "import-monai": ImportMonai,
+    "check": Check,
     "evaluate": Evaluate,
     "predict": Predict,
     "status": Status,
@@ -352,30 +391,41 @@ def _command_line(arguments: Sequence[str]) -> Any:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command; 0 if it succeeded, 2 after bad input, which ends in one sentence on stderr."""
+    """Runs a command; 0 if it succeeded, 2 after bad input, which ends in one sentence on stderr.
+
+    1 if a check found faults, or some cases failed.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     # Orbax tells of a failure in the traceback of each of its threads; what fails is raised as well.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
+    command: Any = None
     first = arguments[0] if arguments else ""
     # Options without a command are those of the main job.
     if not first or (first.startswith("-") and first not in ("-h", "--help")):
         arguments = ["compare", *arguments]
     try:
-        command: Any = tyro.cli(
+        command = tyro.cli(
             _command_line(arguments),
             args=arguments,
             prog="python -m train",
             description=__doc__,
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
         )
-        command.run()
+        check_given(command, given_options(arguments))
+        return command.run() or 0
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except CasesFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except Stopped as stopped:
         print(f"\n{stopped}", file=sys.stderr)
         return stopped.exit_status
     except KeyboardInterrupt:
-        print("\ninterrupted; add --resume to the same command with --out to go on", file=sys.stderr)
+        hint = (
+            "; add --resume to the same command with --out to go on" if isinstance(command, _Options) else ""
+        )
+        hint = "; start the same command again to go on" if isinstance(command, Predict) else hint
+        print(f"\ninterrupted{hint}", file=sys.stderr)
         return 130
-    return 0

@@ -1,9 +1,9 @@
 """The main job: the same network from the same weights under several losses, side by side on held-out cases."""
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +16,17 @@ from calib_jax.report import (
     format_table,
     write_report,
 )
+from train.cases import KINDS, RunCases, as_kept, choose_cases, own_data, read_cases, resolved
+from train.check import check_cases
 from train.checkpoint import Which
 from train.config import DataInfo, DeviceConfig, RunConfig, check_same_data, to_json
-from train.data import Dataset, read_splits, write_splits
+from train.data import Dataset
 from train.errors import InputError
 from train.evaluate import evaluate, evaluate_posterior
-from train.fit import Task, fit, load_run, open_cases, open_task
+from train.files import read_json, visible
+from train.fit import Task, check_task, fit, load_run, open_cases, open_task, write_split
 from train.inference import VolumePredictor
-from train.logs import read_log
+from train.logs import divergence, read_log
 from train.losses import check_splittable, parse_loss
 from train.processes import is_first, on_first
 from train.published import HEADER, Row, rows_of, to_markdown, write_table
@@ -80,19 +83,26 @@ def compare(
     if which == "best" and (config.training.keep_best == "none" or not task.splits.val):
         raise InputError("--checkpoint best needs --keep-best and validation cases (--num-val): give both.")
     plan = Plan(tuple(names), task.config, tuple(seeds), temperature, which)
-    open_run(folder, plan, resume=resume)
+    kept = as_kept(task.config, folder, task.dataset, task.splits) if resume else task.config
+    check = partial(check_task, task)
+    open_run(folder, dataclasses.replace(plan, run=kept), resume=resume, check=check)
     with claimed(folder):
-        on_first(lambda: write_splits(folder / "splits.json", task.splits))
+        on_first(lambda: write_split(task, folder))
         results: list[Result] = []
         histories: dict[str, Mapping[str, Sequence[float]]] = {}
+        diverged: dict[str, str] = {}
         for name in names:
             runs = plan.runs(folder, name)
             evaluated = [_evaluated(task, plan, run, resume) for run in runs.values()]
             for ending, repeats in zip(("", TEMPERED), zip(*evaluated, strict=True), strict=False):
                 results.append(_one_row(name + ending, dict(zip(runs, repeats, strict=True))))
             histories[name] = _mean_history([_history(run.folder, task) for run in runs.values()])
-        more = {**_weights(which, config), **_temperatures(folder)}
-        return _report(task.dataset, task.splits.test, folder, results, histories, more, published)
+            for run in runs.values():
+                diverged |= _divergence(run.folder, run.name(""))
+        cases = read_cases(folder)
+        more = {**_weights(which, config), **_temperatures(folder), **_unknown(cases), **diverged}
+        kind = KINDS["test"] if cases.complete else ""
+        return _report(task.dataset, task.splits.test, folder, results, histories, more, published, kind=kind)
 
 
 @dataclass(frozen=True)
@@ -148,7 +158,8 @@ def evaluate_run(
 
     Args:
         run: folder of the run.
-        data: another data set than the run's, of which all cases are evaluated; None for the run's own.
+        data: a data set; None for the run's own. Of the run's own data, wherever they lie, the split is
+            evaluated; of others all cases that the run was not trained or validated on.
         split: `train`, `val` or `test`, of the run's own data set.
         out: a new folder; None for `evaluate-<split>` in the run's.
         which: of its weights, the last or the best.
@@ -160,30 +171,37 @@ def evaluate_run(
         InputError: if the run, the data set, the split or the folder do not fit.
     """
     config, info, predict = load_run(run, which)
-    dataset = open_cases(
-        dataclasses.replace(config.data, data=data or config.data.data, spacing=info.geometry.spacing)
-    )
-    found = DataInfo.of(dataset)
-    check_same_data(data or config.data.data, found, run, info)
-    if split not in ("train", "val", "test"):
+    if split not in KINDS:
         raise InputError(f"split is {split!r}: give train, val or test.")
-    own = data in (None, config.data.data)
-    if temperature and not own:
+    own = own_data(run, config.data.data)
+    spec = data or own
+    dataset = open_cases(dataclasses.replace(config.data, data=spec, spacing=info.geometry.spacing))
+    found = DataInfo.of(dataset)
+    check_same_data(spec, found, run, info)
+    cases = read_cases(run)
+    chosen = choose_cases(run, cases, dataset, split, given=None if resolved(spec) == own else spec)
+    if temperature and not chosen.own:
         raise InputError("--temperature is fitted on the run's own validation cases: leave out --data.")
-    splits = read_splits(run / "splits.json") if own else None
-    cases = getattr(splits, split) if splits else dataset.case_names
-    if not cases:
-        raise InputError(f"The {split} split of {run} holds no case: choose another --split.")
-    folder = out or run / f"evaluate-{split if own else found.name}{'' if which == 'last' else f'-{which}'}"
-    if temperature and splits and not splits.val:
-        raise InputError(f"{run} has no validation cases to fit a temperature on: leave out --temperature.")
-    open_run(folder, config, resume=resume, data=to_json(found))
-    results, more = [evaluate(config.loss, predict, dataset, cases)], _weights(which, config)
-    if temperature and splits:
-        value = fit_temperature(predict, dataset, splits.val)
+    if temperature and not chosen.val:
+        raise InputError(
+            f"{run} has no validation cases to fit a temperature on, or {spec} lacks some: leave out --temperature."
+        )
+    ending = f"{split if chosen.own else found.name}{'' if which == 'last' else f'-{which}'}"
+    folder = out or run / f"evaluate-{ending}"
+    check = partial(check_cases, dataset, (*chosen.names, *(chosen.val if temperature else ())))
+    open_run(folder, config, resume=resume, check=check, data=to_json(found))
+    notes = {"note": "; ".join(chosen.notes)} if chosen.notes else {}
+    if is_first():
+        for note in chosen.notes:
+            print(f"note: {note}")
+    results, more = [evaluate(config.loss, predict, dataset, chosen.names)], _weights(which, config) | notes
+    if temperature:
+        value = fit_temperature(predict, dataset, chosen.val)
         more[_TEMPERATURE] = f"{float(value):.3f}"
-        results.append(evaluate(config.loss + TEMPERED, temper(predict, value), dataset, cases))
-    return _report(dataset, cases, folder, results, {}, more, published)
+        results.append(evaluate(config.loss + TEMPERED, temper(predict, value), dataset, chosen.names))
+    more |= _unknown(cases) | _divergence(run, config.loss)
+    kind = chosen.kind if cases.complete or split != "test" else ""
+    return _report(dataset, chosen.names, folder, results, {}, more, published, kind=kind)
 
 
 def slug(loss: str) -> str:
@@ -198,7 +216,7 @@ def _evaluated(task: Task, plan: Plan, run: PlannedRun, resume: bool) -> list[Mo
     """
     files = [run.folder / "test.npz", *([run.folder / "test-temperature.npz"] if plan.temperature else [])]
     if not (resume and all(file.exists() for file in files)):
-        predict = fit(dataclasses.replace(task, config=run.config), run.folder, resume=resume)
+        predict = fit(dataclasses.replace(task, config=run.config), run.folder, resume=resume, check=False)
         if plan.which == "best":
             _, _, predict = load_run(run.folder, plan.which)
         _evaluate_into(files[0], run.name(""), predict, task)
@@ -242,12 +260,15 @@ def _report(
     histories: Mapping[str, Mapping[str, Sequence[float]]],
     provenance: Mapping[str, str],
     published: Sequence[Row] = (),
+    *,
+    kind: str = KINDS["test"],
 ) -> Path:
     """Prints the table and writes it with the figures and the page: a full disk does not lose what was measured."""
     reference = evaluate_posterior(dataset, cases)
     if not is_first():
         return folder / "index.html"
     print(format_table(compare_models(results, reference=reference), per_class=True))
+    which = " ".join(filter(None, (str(len(cases)), kind, "cases")))
     rows = [row for result in results for row in rows_of(result)] + list(published)
     tables = {"Beside the published figures": [HEADER, *(row.cells() for row in rows)]} if published else {}
     if published:
@@ -258,11 +279,11 @@ def _report(
         return write_report(
             folder,
             results,
-            title=f"Calibration on {dataset.name}: {len(cases)} held-out cases",
+            title=f"Calibration on {dataset.name}: {which}",
             histories=histories,
             provenance={
                 "command": command(),
-                "data": f"{dataset.name}, {len(cases)} cases held out of {len(dataset)}",
+                "data": f"{dataset.name}, {which} of {len(dataset)}",
                 **({"not counted": "voxels that are labelled ignore"} if dataset.has_ignore else {}),
                 **provenance,
                 **versions(),
@@ -278,7 +299,7 @@ def _history(run: Path, task: Task) -> dict[str, list[float]]:
     rows = [
         {
             "epoch": (chunk[-1]["step"] + 1) / per_epoch,
-            "train_loss": float(np.mean([r["loss"] for r in chunk])),
+            "train_loss": float(np.mean([r.get("loss", np.nan) for r in chunk])),
         }
         for chunk in _chunks(read_log(run / "log.csv"), per_epoch)
     ]
@@ -292,11 +313,10 @@ def _history(run: Path, task: Task) -> dict[str, list[float]]:
 
 
 def _mean_history(histories: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, list[float]]:
-    """Curves of the same steps, averaged."""
-    return {
-        column: np.mean([history[column] for history in histories], axis=0).tolist()
-        for column in histories[0]
-    }
+    """Curves of the same steps, averaged; without those of logs that have lost a line."""
+    longest = max(len(history.get("epoch", ())) for history in histories)
+    whole = [history for history in histories if len(history.get("epoch", ())) == longest]
+    return {column: np.mean([history[column] for history in whole], axis=0).tolist() for column in whole[0]}
 
 
 def _weights(which: Which, config: RunConfig) -> dict[str, str]:
@@ -305,11 +325,30 @@ def _weights(which: Which, config: RunConfig) -> dict[str, str]:
     return {"checkpoint": best} if which == "best" else {}
 
 
+def _unknown(cases: RunCases) -> dict[str, str]:
+    """A line for the page where nobody knows which cases the weights have seen."""
+    text = "the imported weights may have been trained on these cases: nothing here says on which they were"
+    return {} if cases.complete else {"imported": text}
+
+
 def _temperatures(folder: Path) -> dict[str, str]:
     """The temperatures of a comparison's networks in a line for the page, if there are any."""
-    files = sorted(folder.glob("*/temperature.json"))
-    found = [f"{file.parent.name} {json.loads(file.read_text())['temperature']:.3f}" for file in files]
+    files = visible(folder, "*/temperature.json")
+    found = [f"{file.parent.name} {_temperature(file):.3f}" for file in files]
     return {_TEMPERATURE: ", ".join(found)} if found else {}
+
+
+def _temperature(file: Path) -> float:
+    try:
+        return float(read_json(file)["temperature"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file} holds no temperature: remove it and --resume.") from error
+
+
+def _divergence(run: Path, name: str) -> dict[str, str]:
+    """A line for the page where the training has diverged."""
+    sentence = divergence(read_log(run / "log.csv"))
+    return {f"note on {name}": sentence} if sentence else {}
 
 
 def _chunks(rows: Sequence[dict[str, float]], size: int) -> list[Sequence[dict[str, float]]]:

@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from train.data import AugmentConfig, Dataset, Geometry
-from train.errors import InputError
+from train.errors import InputError, check_numbers
+
+IMPORTED = "imported"
+"""What stands in place of a loss in the configuration of an imported run, and as its name in tables."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,21 @@ class DataConfig:
     prefetch: int = 2
     """Batches that each of them has ready or in work, at most."""
 
+    def __post_init__(self) -> None:
+        check_numbers(
+            self,
+            num_test=(0, math.inf),
+            num_val=(0, math.inf),
+            split_seed=(0, math.inf),
+            fold=(0, math.inf),
+            patch=(1, math.inf),
+            eval_patch=(1, math.inf),
+            channel_order=(0, math.inf),
+            foreground_crops=(0, 1),
+            loader_threads=(1, math.inf),
+            prefetch=(1, math.inf),
+        )
+
     @property
     def window(self) -> tuple[int, ...]:
         """What the network sees at once in evaluation."""
@@ -114,6 +132,21 @@ class ModelConfig:
     num_heads: int = 12
     """unetr: heads of attention."""
 
+    def __post_init__(self) -> None:
+        sizes = (
+            "channels",
+            "init_filters",
+            "blocks_down",
+            "blocks_up",
+            "feature_size",
+            "hidden_size",
+            "mlp_dim",
+        )
+        limits = dict.fromkeys((*sizes, "num_heads"), (1, math.inf))
+        check_numbers(self, num_res_units=(0, math.inf), deep_supervision=(0, math.inf), **limits)
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"dropout is {self.dropout}: give a rate from 0 to below 1.")
+
     @property
     def divisor(self) -> int:
         """What every side of a patch must be a multiple of."""
@@ -123,7 +156,7 @@ class ModelConfig:
 
     def check(self) -> None:
         """Raises `InputError` on an option of another architecture, and on strides that are none."""
-        for owner, options in _OPTIONS.items():
+        for owner, options in ARCHITECTURE_OPTIONS.items():
             for option in options if owner != self.architecture else ():
                 if getattr(self, option) != getattr(ModelConfig, option):
                     raise InputError(
@@ -138,7 +171,7 @@ class ModelConfig:
 
 
 # Options that only one architecture has.
-_OPTIONS = {
+ARCHITECTURE_OPTIONS = {
     "unet": ("channels", "strides", "num_res_units"),
     "segresnet": ("init_filters", "blocks_down", "blocks_up", "deep_supervision"),
     "unetr": ("feature_size", "hidden_size", "mlp_dim", "num_heads"),
@@ -183,6 +216,29 @@ class TrainingConfig:
     """Besides the newest checkpoints keep the best by this metric of the validation cases (dice-ace: Dice minus
     ACE); every validation then makes a checkpoint."""
 
+    def __post_init__(self) -> None:
+        check_numbers(
+            self,
+            steps=(1, math.inf),
+            batch_size=(1, math.inf),
+            warmup_steps=(0, math.inf),
+            warmup_from=(0, 1),
+            weight_decay=(0, math.inf),
+            clip_norm=(0, math.inf),
+            ace_delay=(0, 1),
+            ace_ramp=(0, 1),
+            seed=(0, 2**32 - 1),
+            validate_every=(0, math.inf),
+            checkpoint_every=(0, math.inf),
+        )
+        if not self.learning_rate > 0:
+            raise InputError(f"learning_rate is {self.learning_rate}: give a positive number.")
+        if self.ace_delay + self.ace_ramp > 1 + 1e-9 or self.ace_delay == 1:
+            raise InputError(
+                f"ace_delay is {self.ace_delay} and ace_ramp {self.ace_ramp}, so that mL1-ACE never has its full "
+                "weight: give shares of the steps whose sum is 1 or less, and a delay below 1."
+            )
+
     def score(self, metrics: Mapping[str, float]) -> float:
         """How good a network is by `keep_best`, more being better; -inf where that was not measured.
 
@@ -218,6 +274,11 @@ class DeviceConfig:
     process_id: int | None = None
     """Which of them this one is, from 0 on; only 0 writes logs and pages."""
 
+    def __post_init__(self) -> None:
+        last = math.inf if self.num_processes is None else self.num_processes - 1
+        limits = {"accumulate": (0, math.inf), "num_processes": (1, math.inf), "process_id": (0, last)}
+        check_numbers(self, **limits)
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -231,13 +292,6 @@ class RunConfig:
     init: str = ""  # folder of the run whose weights it starts from
 
     def __post_init__(self) -> None:
-        for option in ("steps", "batch_size"):
-            if getattr(self.training, option) < 1:
-                raise InputError(f"{option} is {getattr(self.training, option)}: give 1 or more.")
-        if not 0 <= self.training.warmup_from <= 1:
-            raise InputError(f"warmup_from is {self.training.warmup_from}: give a share from 0 to 1.")
-        if not self.training.learning_rate > 0:
-            raise InputError(f"learning_rate is {self.training.learning_rate}: give a positive number.")
         self.model.check()
 
 
@@ -309,6 +363,8 @@ def to_json(config: Any) -> dict[str, Any]:
 
 def from_json(kind: Any, values: dict[str, Any]) -> Any:
     """The configuration that `to_json` wrote, an instance of `kind`; newer options keep their defaults."""
+    if not isinstance(values, dict):
+        raise TypeError(f"a {type(values).__name__} in place of options")
     known = [f for f in dataclasses.fields(kind) if f.name in values]
     return kind(**{f.name: _restore(f.type, values[f.name]) for f in known})
 
@@ -327,9 +383,11 @@ def read_config(folder: Path) -> tuple[RunConfig, DataInfo]:
     """
     file = folder / "config.json"
     try:
-        kept = json.loads(file.read_text())
+        kept = json.loads(file.read_text(encoding="utf-8"))
         return from_json(RunConfig, kept["config"]), from_json(DataInfo, kept["data"])
     except FileNotFoundError as error:
         raise InputError(f"{folder} holds no run: {file} does not exist.") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except InputError as error:
+        raise InputError(f"{file} holds an option that cannot be: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{file} is not a run's configuration ({type(error).__name__}: {error}).") from error

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Integer, Num, UInt8
-from tqdm import tqdm
 
 import calib_jax
 from calib_jax import BinStatistics, metrics
@@ -15,6 +14,7 @@ from calib_jax.report import ModelResult
 from train.data import Case, Dataset, mask_ignored
 from train.inference import VolumePredictor
 from train.processes import is_first, join_shares, own_share
+from train.progress import progress
 
 NUM_BINS = 20
 # Voxels are padded to a multiple of this, so that cases of many sizes share a few compiled programs.
@@ -169,8 +169,8 @@ def _collect(
 ) -> ModelResult:
     index_of = {case: index for index, case in enumerate(dataset.case_names)}
     rows: list[tuple[BinStatistics, Array]] = []
-    progress = {"desc": f"evaluating {name}", "unit": "case", "leave": False, "disable": not is_first()}
-    for case_name in tqdm(own_share(case_names), **progress):
+    share = own_share(case_names)
+    for case_name in progress(share, desc=f"evaluating {name}", leave=False, disable=not is_first()):
         case = dataset.load(index_of[case_name])
         # Waits for the case before only now that this one is read; and no more than two are held at a time.
         rows[-1:] = jax.device_get(rows[-1:])

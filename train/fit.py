@@ -2,8 +2,10 @@
 
 import dataclasses
 import math
+import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from calib_jax.report import ModelResult
+from train.cases import as_kept, cases_for, check_initial, note_duplicates, read_cases
+from train.check import check_cases
 from train.checkpoint import Checkpoints, Which
 from train.config import (
     DataConfig,
@@ -44,6 +47,7 @@ from train.logs import RunLog
 from train.losses import check_splittable, parse_loss
 from train.models import make_network
 from train.processes import is_first, on_first
+from train.progress import progress
 from train.runs import claimed, open_run, stop_on_signal
 from train.sharding import (
     check_split,
@@ -92,7 +96,19 @@ def open_task(config: RunConfig, devices: DeviceConfig = DeviceConfig()) -> Task
         raise InputError(
             "norm is batch, whose statistics come from imported weights: give --init, or another norm."
         )
+    if config.training.keep_best != "none" and not splits.val:
+        raise InputError(
+            f"keep_best is {config.training.keep_best}, but there are no validation cases: hold some back with "
+            "--num-val, or give --keep-best none."
+        )
+    if config.augment.flip_prob and max(config.augment.flip_axes, default=0) >= info.spatial_dims:
+        raise InputError(
+            f"flip_axes is {config.augment.flip_axes}, but the images have the axes 0 to {info.spatial_dims - 1}."
+        )
     nnx.eval_shape(lambda: make_model(config, info))
+    if config.init:
+        check_initial(Path(config.init), read_cases(Path(config.init)), dataset, splits)
+    note_duplicates(dataset, splits)
     return Task(config, dataset, splits, patch, devices, mesh)
 
 
@@ -171,8 +187,27 @@ def _as_initial(config: RunConfig, info: DataInfo) -> RunConfig:
     return dataclasses.replace(config, model=initial.model, data=data)
 
 
-def fit(task: Task, folder: Path, *, resume: bool = False) -> VolumePredictor:
+def check_task(task: Task) -> None:
+    """Reads what a run depends on late: validation and test cases whole, and the labels of training cases.
+
+    Training images are read in the first epoch. With a `cache_dir`, which keeps them for it, they are read here.
+
+    Raises:
+        InputError: lists the faults that were found.
+    """
+    splits = task.splits
+    cached = splits.train if task.config.data.cache_dir else ()
+    check_cases(task.dataset, (*splits.val, *splits.test, *cached), labels=splits.train)
+
+
+def fit(task: Task, folder: Path, *, resume: bool = False, check: bool = True) -> VolumePredictor:
     """Trains, validates and checkpoints into `folder`; returns the trained network, ready for whole volumes.
+
+    Args:
+        task: what is trained.
+        folder: of the run, new or empty.
+        resume: go on with the run in `folder`.
+        check: call `check_task` before a new run.
 
     Raises:
         InputError: on bad options, data or folders, before anything is written; if the loss stops being a
@@ -180,7 +215,11 @@ def fit(task: Task, folder: Path, *, resume: bool = False) -> VolumePredictor:
     """
     config = task.config
     info = DataInfo.of(task.dataset)
-    open_run(folder, config, resume=resume, data=to_json(info))
+    if resume:
+        config = as_kept(config, folder, task.dataset, task.splits)
+    before = partial(check_task, task) if check else lambda: None
+    open_run(folder, config, resume=resume, check=before, data=to_json(info))
+    config = task.config
     optimizer = make_optimizer(config.training)
     graphdef, state = init_state(make_model(config, info), optimizer)
     state = place_weights(state, task.mesh)
@@ -201,7 +240,7 @@ def fit(task: Task, folder: Path, *, resume: bool = False) -> VolumePredictor:
         prefetch=config.data.prefetch,
     )
     with claimed(folder), Checkpoints(folder / "checkpoints", config.training) as checkpoints:
-        on_first(lambda: write_splits(folder / "splits.json", task.splits))
+        on_first(lambda: write_split(task, folder))
         if resume and checkpoints.latest_step is not None:
             state, data_state = checkpoints.restore(state)
             batches.set_state(data_state)
@@ -214,6 +253,13 @@ def fit(task: Task, folder: Path, *, resume: bool = False) -> VolumePredictor:
                 "again with a lower --learning-rate or with --clip-norm."
             ) from found
     return volume_predictor(graphdef, state, config.data.window)
+
+
+def write_split(task: Task, folder: Path) -> None:
+    """Keeps with a run who trains, validates and tests, and what the cases are."""
+    write_splits(folder / "splits.json", task.splits)
+    initial = Path(task.config.init) if task.config.init else None
+    cases_for(task.dataset, initial and (initial, read_cases(initial))).write(folder)
 
 
 def _loop(
@@ -237,14 +283,14 @@ def _loop(
     start = int(state.step)
     validate_every = training.validate_every or -(-training.steps // 4)
     checkpoint_every = training.checkpoint_every or validate_every
-    bar = tqdm(
+    bar = progress(
         range(start, training.steps),
-        task.config.loss,
-        training.steps,
+        desc=task.config.loss,
         initial=start,
         unit="step",
         disable=not is_first(),
     )
+    diverged = False
     with RunLog(folder, start, training.batch_size) as log, stop_on_signal() as stop:
         for step in bar:
             asked = time.perf_counter()
@@ -264,6 +310,9 @@ def _loop(
             if done % _FLUSH_EVERY == 0 or checkpoint_due:
                 bar.set_postfix(loss=f"{log.flush():.4f}")
                 checkpoints.check()
+                if not diverged and (sentence := log.divergence()):
+                    diverged = True
+                    print(f"\nnote: {sentence}", file=sys.stderr)
             # Before the checkpoint, so that a run resumed from it lacks no validation.
             if validation_due:
                 result = evaluate(

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from flax import nnx
 
+from train.cases import RunCases, identify
 from train.checkpoint import Checkpoints
-from train.config import DataConfig, DataInfo, ModelConfig, RunConfig, resolve_patch, to_json
+from train.config import IMPORTED, DataConfig, DataInfo, ModelConfig, RunConfig, resolve_patch, to_json
 from train.data import write_splits
 from train.errors import InputError
 from train.fit import make_model, open_data
@@ -15,9 +16,6 @@ from train.models.identify import find_network, fitting_options
 from train.runs import open_run
 from train.step import init_state, make_optimizer
 from train.weights import read_weights
-
-LOSS = "imported"
-"""What stands in place of a loss in the configuration of an imported run, and as its name in tables."""
 
 
 def import_monai(
@@ -41,14 +39,15 @@ def import_monai(
         info = DataInfo.of(dataset)
         patch = resolve_patch(data.patch, dataset.largest_shape, model.divisor)
     else:
-        splits = None
+        dataset = splits = None
         patch = resolve_patch(_given(data.patch), (1,) * info.spatial_dims, model.divisor)
-    config = RunConfig(LOSS, dataclasses.replace(data, patch=patch), model)
+    config = RunConfig(IMPORTED, dataclasses.replace(data, patch=patch), model)
     network = make_model(config, info)
     _load(network, file, model.architecture, info)
     open_run(folder, config, resume=False, data=to_json(info), weights=str(file))
-    if splits is not None:
+    if dataset is not None and splits is not None:
         write_splits(folder / "splits.json", splits)
+    RunCases(identify(dataset) if dataset else (), complete=False, trained=False).write(folder)
     _, state = init_state(network, make_optimizer(config.training))
     with Checkpoints(folder / "checkpoints", config.training) as checkpoints:
         checkpoints.save(state, {}, {})

@@ -4,6 +4,8 @@ import contextlib
 import csv
 import io
 import os
+import shutil
+import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,10 +22,12 @@ from tensorboardX.proto import event_pb2
 from calib_jax import plots
 from calib_jax.report import ModelResult
 from train.errors import NotFinite
+from train.losses import TERMS
 from train.processes import is_first
 from train.runs import writing, written_whole
 
 _EVENTS: Any = event_pb2  # its classes are made at run time
+_MEDIAN_OF = 20  # steps
 
 
 class RunLog:
@@ -81,6 +85,10 @@ class RunLog:
             _check_finite(row, names)
         return float(rows[-1]["loss"])
 
+    def divergence(self) -> str:
+        """See `divergence`; nothing in processes that write no log."""
+        return divergence(self._steps.rows) if self._writes else ""
+
     def validation(self, step: int, metrics: Mapping[str, float], result: ModelResult) -> None:
         """Logs a validation, with its reliability diagram.
 
@@ -114,7 +122,13 @@ class CsvLog:
 
     def __init__(self, file: Path, *, before_step: int = 0):
         self._file = file
-        self.rows = [row for row in read_log(file) if row["step"] < before_step]
+        rows, broken = parse_log(file)
+        self.rows = [row for row in rows if row["step"] < before_step]
+        if broken:
+            damaged = file.with_name(f"{file.name}.damaged")
+            with writing(damaged):
+                shutil.copyfile(file, damaged)
+            print(f"note: {broken_lines(file, broken)}; the file as it was is {damaged}", file=sys.stderr)
         if file.exists():
             self._write_whole()
 
@@ -124,7 +138,7 @@ class CsvLog:
         known = bool(self.rows) and all(row.keys() <= self.rows[0].keys() for row in new)
         self.rows += new
         if known:
-            with writing(self._file), self._file.open("a", newline="") as file:
+            with writing(self._file), self._file.open("a", encoding="utf-8", newline="") as file:
                 file.write(self._text(new))
         else:  # the first rows, or those of a version that logs more
             self._write_whole()
@@ -136,7 +150,8 @@ class CsvLog:
         columns = list(dict.fromkeys(name for row in self.rows for name in row))
         self.rows = [{name: row.get(name, np.nan) for name in columns} for row in self.rows]
         with writing(self._file), written_whole(self._file) as partial:
-            partial.write_text(self._text([dict(zip(columns, columns, strict=True)), *self.rows]), newline="")
+            text = self._text([dict(zip(columns, columns, strict=True)), *self.rows])
+            partial.write_text(text, encoding="utf-8", newline="")
 
     def _text(self, rows: Sequence[Mapping[str, float | str]]) -> str:
         text = io.StringIO()
@@ -197,12 +212,74 @@ class TensorBoardLog:
 
 
 def read_log(file: Path) -> list[dict[str, float]]:
-    """The rows of a log; none if there is no such file.
+    """The rows of a log that can be read; none if there is no such file."""
+    return parse_log(file)[0]
 
-    A last line that a killed run, or a full disk, left without its end is no row.
+
+def parse_log(file: Path) -> tuple[list[dict[str, float]], list[int]]:
+    """The rows of a log, and the numbers of the lines that are none.
+
+    A last line that a killed run, or a full disk, left without its end is neither.
     """
     if not file.exists():
-        return []
-    text = file.read_text()
-    lines = text[: text.rfind("\n") + 1].splitlines()
-    return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(lines)]
+        return [], []
+    header, *lines = file.read_text(encoding="utf-8-sig", errors="replace").split("\n")[:-1] or [""]
+    columns = header.rstrip("\r").split(",")
+    rows, broken = [], []
+    for number, line in enumerate(lines, 2):
+        row = _row(columns, line)
+        if row is None:
+            broken.append(number)
+        else:
+            rows.append(row)
+    return rows, broken
+
+
+def _row(columns: list[str], line: str) -> dict[str, float] | None:
+    """A line's numbers; None if it has other than one for each column, or no step."""
+    try:
+        row = dict(zip(columns, map(float, line.split(",")), strict=True))
+        return row if row["step"] >= 0 and row["step"].is_integer() else None
+    except (ValueError, KeyError):
+        return None
+
+
+def broken_lines(file: Path, broken: Sequence[int]) -> str:
+    """Says which lines of a log are left out; nothing for none."""
+    if not broken:
+        return ""
+    some = ", ".join(map(str, broken[:5])) + (", ..." if len(broken) > 5 else "")
+    return f"{file} has {len(broken)} lines that cannot be read ({some}) and are left out"
+
+
+def divergence(rows: Sequence[Mapping[str, float]]) -> str:
+    """Says which terms of the loss have grown far beyond where they began, as under too high a learning rate.
+
+    A term has if its median over the last 20 steps is more than 10 times that over the first 20, and than 10. Dice
+    and calibration errors never do: they lie between 0 and 1. Terms are compared without their weights, so that
+    one which sets in late changes nothing.
+
+    Args:
+        rows: of `log.csv`.
+
+    Returns:
+        A sentence, or nothing.
+
+    Example:
+        >>> losses = [0.7] * 50 + [5e6] * 50
+        >>> divergence([{"step": step, "ce": loss} for step, loss in enumerate(losses)]).partition(";")[0]
+        'the training has diverged: ce is 5e+06 at step 99 and was 0.7 at first'
+    """
+    if len(rows) < 2 * _MEDIAN_OF:
+        return ""
+    grown = []
+    for term in TERMS.keys() & rows[-1].keys():
+        first, last = (
+            float(np.nanmedian([row.get(term, np.nan) for row in part]))
+            for part in (rows[:_MEDIAN_OF], rows[-_MEDIAN_OF:])
+        )
+        if last > 10 * max(first, 1.0):
+            grown.append(f"{term} is {last:.3g} at step {rows[-1]['step']:.0f} and was {first:.3g} at first")
+    if not grown:
+        return ""
+    return f"the training has diverged: {', '.join(sorted(grown))}; lower --learning-rate or give --clip-norm"

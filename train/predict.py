@@ -1,113 +1,291 @@
 """A trained network on images without labels: label maps and class probabilities as NIfTI."""
 
+import contextlib
+import gzip
+import hashlib
+import math
 import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import nibabel as nib
 import numpy as np
-from tqdm import tqdm
 
 from train.checkpoint import Which
 from train.config import DataInfo
-from train.data.nifti import Grid, open_nifti, read_channels, spatial_and_channels
-from train.errors import InputError
+from train.data.faults import Fault, collected, refuse
+from train.data.nifti import Grid, check_same_grid, read_channels
+from train.data.volume_files import ENDINGS, open_volume, parts_of, stem, volumes_in
+from train.errors import CasesFailed, InputError, describe
+from train.files import visible
 from train.fit import load_run
+from train.inference import VolumePredictor
+from train.progress import progress
+from train.runs import PARTIAL, locked, written_whole
 
 _CHANNEL = re.compile(r"_\d{4}$")  # how nnU-Net ends the names of a case's files
+_WRITER = "calib_jax predict"  # starts the description of every output file
 
 
 def predict_folder(run: Path, images: Path, out: Path, which: Which = "last") -> list[Path]:
     """Predicts every case in `images` and writes two files for each into `out`.
 
-    A case is a NIfTI volume, with its channels along the fourth axis if there are several, or as nnU-Net has it
-    one volume for each channel, `NAME_0000.nii.gz` and on.
+    A case is one volume, with its channels along the fourth axis if there are several, or as nnU-Net has it one
+    volume for each channel, `NAME_0000.nii.gz` and on, see `find_cases`.
 
     `NAME_label.nii.gz` holds the most probable class ids (uint8, or uint16 of more than 256 classes),
     `NAME_probs.nii.gz` the class probabilities (float32, classes along the fourth axis, background first), both on
-    the grid and with the affine of the image.
+    the grid and with the affine of the image. Their header field `descrip` holds digests of the network and of the
+    image.
+
+    A case that cannot be predicted does not stop the others. The same call goes on in the same `out`: it skips the
+    cases that are there already.
 
     Returns:
-        The files written.
+        The files of all cases, `[label, probs, label, probs, ...]`.
 
     Raises:
-        InputError: if there is no image, or one does not fit the network; all are checked before the first
-            is predicted.
+        InputError: if there is no image, none fits the network or two have the same name, or if `out` holds
+            anything but predictions of this network and these images. Nothing is written then.
+        CasesFailed: if some cases could not be predicted. All others are written.
     """
-    _, info, predict = load_run(run, which)
+    config, info, predict = load_run(run, which)
     if info.spatial_dims != 3:
         raise InputError(f"{run} was trained on {info.spatial_dims}-D images: NIfTI volumes need a 3-D run.")
-    cases = list_cases(images, info)
-    _check_out(out)
-    ids = np.min_scalar_type(len(info.class_names) - 1)
-    written = []
-    for name, files in tqdm(cases.items(), "predicting", unit="case"):
-        image, grid = read_channels(files, info.window)
-        placement = info.geometry.place(image, grid.affine, windowed=info.window is not None)
-        probs = placement.back(predict(placement.image(image, info.geometry.interpolation)))
-        written += [
-            _write(out / f"{name}_label.nii.gz", probs.argmax(-1).astype(ids), grid),
-            _write(out / f"{name}_probs.nii.gz", probs.astype(np.float32), grid),
-        ]
-    return written
+    cases, faults = find_cases(images, info)
+    names = [*cases, *(fault.case for fault in faults)]
+    refuse([fault for fault in faults if names.count(fault.case) > 1 or not cases])
+    failed = {fault.case: f"{fault.file} {fault.problem}" for fault in faults}
+    network = _digest([repr((config, info)).encode(), *map(_as_bytes, jax.tree.leaves(predict.weights))])
+    with _opened(out):
+        left = _not_written(out, cases, network)
+        for done, name in enumerate(progress(left, desc="predicting")):
+            try:
+                volumes = _predict(predict, info, cases[name], network)
+            except Exception as error:  # whatever is wrong with this case, the others can go on
+                failed[name] = describe(error)
+                continue
+            try:
+                for file, volume in zip(_outputs(out, name), volumes, strict=True):
+                    _save(file, volume)
+            except OSError as error:
+                reason = f"{out} could not be written ({error.strerror or error})"
+                failed |= dict.fromkeys(left[done:], f"{reason}: make room, or make the folder writable.")
+                break
+    if failed:
+        raise CasesFailed(
+            f"{len(failed)} of {len(names)} cases could not be predicted, any others are in {out}. Mend or remove "
+            "these and start the same command again:",
+            failed,
+        )
+    return [file for name in cases for file in _outputs(out, name)]
 
 
 def list_cases(folder: Path, info: DataInfo) -> dict[str, list[Path]]:
-    """The files of each case in a folder, by its name, checked against the network.
+    """The files of each case in a folder, by its name; none where no file is a case.
 
     Raises:
-        InputError: if there is none, or one does not fit the network.
+        InputError: there is no volume, or some of them are cases and others are not.
     """
-    if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder: give one with .nii or .nii.gz volumes.")
-    files = sorted(
-        file
-        for file in folder.iterdir()
-        if file.name.endswith((".nii", ".nii.gz")) and not file.name.startswith(".")
-    )
-    if not files:
-        raise InputError(f"{folder} holds no .nii or .nii.gz volume.")
-    by_channel = all(_CHANNEL.search(_stem(file)) for file in files)
-    cases: dict[str, list[Path]] = {}
-    for file in files:
-        cases.setdefault(_CHANNEL.sub("", _stem(file)) if by_channel else _stem(file), []).append(file)
-    for parts in cases.values():
-        _check_fits(parts, info)
+    cases, faults = find_cases(folder, info)
+    if cases:
+        refuse(faults)
     return cases
 
 
-def _check_fits(files: list[Path], info: DataInfo) -> None:
-    grids = [spatial_and_channels(file, open_nifti(file)) for file in files]
-    if (channels := sum(count for _, count in grids)) != info.num_channels:
+def find_cases(folder: Path, info: DataInfo) -> tuple[dict[str, list[Path]], list[Fault]]:
+    """The files of each case that fits the network, by its name, and what is wrong with the other volumes.
+
+    Files are channels of a case where they are called as by nnU-Net, `NAME_0000` and on without a gap, one for each
+    channel of the network. A network of one channel takes them so only if all files of the folder are called
+    `NAME_0000`: else `NAME_0008` is the name of a case.
+
+    Raises:
+        InputError: there is no volume.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder: give one with .nii or .nii.gz volumes.")
+    files = volumes_in(folder)
+    if not files:
+        raise InputError(f"{folder} holds no {', '.join(ENDINGS)} volume.")
+    _tell_ignored(folder, files)
+    cases: dict[str, list[Path]] = {}
+    faults: list[Fault] = []
+    for name, parts in group_channels(files, info.num_channels):
+        with collected(faults, name, parts[0]):
+            if name in cases:
+                raise InputError(
+                    f"{parts[0]} has the same name as {cases[name][0].name}: rename one of them."
+                )
+            check_fits(parts, info)
+            cases[name] = parts
+    return cases, faults
+
+
+def group_channels(files: Sequence[Path], channels: int) -> list[tuple[str, list[Path]]]:
+    """Names of cases with their files, from the names of the files alone, see `find_cases`.
+
+    >>> group_channels([Path("a_0000.nii"), Path("a_0001.nii"), Path("b_0007.nii")], 2)
+    [('a', [PosixPath('a_0000.nii'), PosixPath('a_0001.nii')]), ('b_0007', [PosixPath('b_0007.nii')])]
+    """
+    groups: dict[str, list[Path]] = {}
+    for file in sorted(files, key=stem):
+        groups.setdefault(_CHANNEL.sub("", stem(file)), []).append(file)
+    wanted = [f"_{channel:04d}" for channel in range(channels)]
+    whole = {name for name, parts in groups.items() if [stem(f)[len(name) :] for f in parts] == wanted}
+    if channels == 1 and len(whole) < len(groups):
+        whole = set()
+    cases: list[tuple[str, list[Path]]] = []
+    for name, parts in groups.items():
+        cases += [(name, parts)] if name in whole else [(stem(file), [file]) for file in parts]
+    return cases
+
+
+def check_fits(files: Sequence[Path], info: DataInfo) -> None:
+    """Reads the headers of one case's files.
+
+    Raises:
+        InputError: they do not share a grid, or have other channels than the network was trained on.
+    """
+    image, *others = volumes = [open_volume(file) for file in files]
+    if (channels := sum(volume.channels for volume in volumes)) != info.num_channels:
         raise InputError(
-            f"{files[0]} has {channels} channels{' with its files' if len(files) > 1 else ''}, the network was "
-            f"trained on {info.num_channels} ({info.name})."
+            f"{files[0]} has {channels} channels{' with its files' if others else ''}, the network was trained on "
+            f"{info.num_channels} ({info.name}): give them as one file, or as {stem(files[0])}_0000 to "
+            f"_{info.num_channels - 1:04d}."
         )
-    for file, (shape, _) in zip(files, grids, strict=True):
-        if shape != grids[0][0]:
-            raise InputError(
-                f"{file} has shape {shape}, {files[0].name} {grids[0][0]}: channels must share a grid."
-            )
+    for other in others:
+        check_same_grid(image, other)
 
 
-def _check_out(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"Output folder {folder} is not empty: choose another --out.")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"Output folder {folder} cannot be made ({error.strerror}): choose another."
-        ) from error
+def _tell_ignored(folder: Path, files: Sequence[Path]) -> None:
+    """Names what else lies in the folder, but for the voxels of detached headers."""
+    used = {part for file in files for part in parts_of(file)}
+    ignored = [path.name for path in visible(folder) if path not in used]
+    if ignored:
+        more = f" and {len(ignored) - 5} others" if len(ignored) > 5 else ""
+        print(
+            f"{folder} holds what is no volume and is ignored: {', '.join(ignored[:5])}{more}",
+            file=sys.stderr,
+        )
 
 
-def _stem(file: Path) -> str:
-    return file.name.removesuffix(".gz").removesuffix(".nii")
+def _predict(
+    predict: VolumePredictor, info: DataInfo, files: Sequence[Path], network: str
+) -> tuple[nib.Nifti1Image, nib.Nifti1Image]:
+    """Label map and class probabilities of one case, ready to be written."""
+    description = _description(files, network)
+    image, grid = read_channels(files, info.window)
+    placement = info.geometry.place(image, grid.affine, windowed=info.window is not None)
+    probs = placement.back(predict(placement.image(image, info.geometry.interpolation)))
+    if not np.isfinite(probs).all():
+        raise InputError(f"the network's probabilities of {files[0]} are not finite: check its weights.")
+    label = probs.argmax(-1).astype(np.min_scalar_type(len(info.class_names) - 1))
+    return _volume(label, grid, description), _volume(probs.astype(np.float32), grid, description)
 
 
-def _write(file: Path, voxels: np.ndarray, grid: Grid) -> Path:
+def _volume(voxels: np.ndarray, grid: Grid, description: str) -> nib.Nifti1Image:
     header = grid.header.copy()
     header.set_data_dtype(voxels.dtype)
     header["scl_slope"], header["scl_inter"] = 1, 0
     header["cal_max"], header["cal_min"] = 0, 0
-    nib.save(nib.Nifti1Image(grid.to_file(voxels), header.get_best_affine(), header), file)
-    return file
+    header.set_intent("none")
+    volume = nib.Nifti1Image(grid.to_file(voxels), header.get_best_affine(), header)
+    volume.header["descrip"] = description
+    return volume
+
+
+# The output folder.
+
+
+@contextlib.contextmanager
+def _opened(out: Path) -> Iterator[None]:
+    """While in this context no other prediction writes to `out`, which is made if it is not there.
+
+    Raises:
+        InputError: if it cannot be made, or another process has it.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"Output folder {out} cannot be made ({error.strerror}): choose another.") from error
+    with locked(out):
+        for partial in out.glob(f"*{PARTIAL}"):
+            partial.unlink(missing_ok=True)
+        yield
+
+
+def _not_written(out: Path, cases: Mapping[str, Sequence[Path]], network: str) -> list[str]:
+    """The cases without whole predictions in `out`.
+
+    Raises:
+        InputError: if `out` holds anything else than predictions of this network and these images.
+    """
+    case_of = {file: name for name in cases for file in _outputs(out, name)}
+    whole: set[Path] = set()
+    for file in sorted(file for file in out.iterdir() if not file.name.startswith(".")):
+        found = _read_description(file)
+        if found is None and file in case_of:  # cut off, or corrupt
+            continue
+        if found is None or not found.startswith(_WRITER):
+            raise InputError(f"Output folder {out} is not empty, it holds {file.name}: choose another --out.")
+        if not found.startswith(f"{_WRITER} {network}"):
+            raise InputError(
+                f"Output folder {out} holds predictions of other weights or settings ({file.name}): choose "
+                "another --out."
+            )
+        if file in case_of and found != _description(images := cases[case_of[file]], network):
+            raise InputError(
+                f"{file} was predicted from another image than {images[0]}: remove it, or choose another --out."
+            )
+        whole.add(file)
+    return [name for name in cases if not whole.issuperset(_outputs(out, name))]
+
+
+def _description(files: Sequence[Path], network: str) -> str:
+    """What the outputs of these images say in their `descrip`, of 80 bytes."""
+    try:
+        return (
+            f"{_WRITER} {network} {_digest(part.read_bytes() for file in files for part in parts_of(file))}"
+        )
+    except OSError as error:
+        raise InputError(f"{files[0]} cannot be read ({error.strerror}): check the file.") from error
+
+
+def _read_description(file: Path) -> str | None:
+    """The `descrip` of a NIfTI file; None if it is none, or cut off."""
+    try:
+        volume: Any = nib.load(file)
+        length = volume.dataobj.offset + math.prod(volume.shape) * volume.get_data_dtype().itemsize
+        with file.open("rb") as stream:
+            stream.seek(-4, 2)  # gzip ends with the length of what it holds
+            whole = int.from_bytes(stream.read(), "little") == length % 2**32
+        return volume.header["descrip"].item().decode("latin1") if whole else None
+    except Exception:
+        return None
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(hashlib.sha256(part).digest())
+    return digest.hexdigest()[:16]
+
+
+def _as_bytes(leaf: jax.Array) -> bytes:
+    """The content of an array, or of a random key."""
+    is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return np.asarray(jax.random.key_data(leaf) if is_key else leaf).tobytes()
+
+
+def _outputs(out: Path, name: str) -> tuple[Path, Path]:
+    return out / f"{name}_label.nii.gz", out / f"{name}_probs.nii.gz"
+
+
+def _save(file: Path, volume: nib.Nifti1Image) -> None:
+    with written_whole(file) as partial, gzip.open(partial, "wb", compresslevel=1) as stream:
+        volume.to_stream(stream)

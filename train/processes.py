@@ -49,18 +49,33 @@ def on_first(action: Callable[[], None]) -> None:
     Raises:
         InputError: in every process, if it did in the first.
     """
+    on_all(action if is_first() else lambda: None)
+
+
+def on_all(action: Callable[[], None]) -> None:
+    """Runs `action` in every process.
+
+    Raises:
+        InputError: in every process, if it did in one.
+    """
     failure: InputError | None = None
-    if is_first():
-        try:
-            action()
-        except InputError as error:
-            failure = error
+    try:
+        action()
+    except InputError as error:
+        failure = error
     if jax.process_count() > 1:
-        failed = multihost_utils.process_allgather(np.asarray(failure is not None)).any()
-        if failed and failure is None:
-            failure = InputError("Process 0 could not go on: see its message.")
+        failed = multihost_utils.process_allgather(np.asarray(failure is not None))
+        if failed.any() and failure is None:
+            failure = InputError(f"Process {failed.argmax()} could not go on: see its message.")
     if failure is not None:
         raise failure
+
+
+def first_says(value: bool) -> bool:
+    """The value of the first process, in every process."""
+    return (
+        value if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+    )
 
 
 def own_share(items: Any) -> Any:

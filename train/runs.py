@@ -4,12 +4,13 @@ import contextlib
 import fcntl
 import json
 import os
+import shlex
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -20,10 +21,11 @@ from jax.experimental import multihost_utils
 
 from train.config import from_json, to_json
 from train.errors import InputError, Stopped
-from train.processes import is_first, on_first
+from train.files import visible
+from train.processes import first_says, is_first, on_all, on_first
 
 _PROCESS = "process.json"
-_PARTIAL = ".partial"
+PARTIAL = ".partial"
 _STOPPING = (signal.SIGTERM, signal.SIGINT)
 PACKAGES = ("calib_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -33,17 +35,26 @@ def default_folder(name: str) -> Path:
     return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def open_run(folder: Path, config: Any, *, resume: bool, **more: Any) -> None:
+def open_run(
+    folder: Path, config: Any, *, resume: bool, check: Callable[[], None] = lambda: None, **more: Any
+) -> None:
     """Claims `folder` for a run of `config`, new or to be resumed; `more` is kept beside the configuration.
+
+    A new run calls `check` in every process, after the folder was found free and before anything is written to it.
 
     Raises:
         InputError: if the folder holds something and `resume` is False, or holds a run of another
-            configuration, or cannot be written to.
+            configuration, or cannot be written to, or if `check` does.
     """
-    on_first(lambda: _open_run(folder, config, resume, more))
+    file = folder / "config.json"
+    on_first(lambda: _refuse_others(folder, config, resume))
+    if first_says(resume and file.exists()):
+        return
+    on_all(check)
+    on_first(lambda: _write_config(folder, config, more))
 
 
-def _open_run(folder: Path, config: Any, resume: bool, more: dict[str, Any]) -> None:
+def _refuse_others(folder: Path, config: Any, resume: bool) -> None:
     file = folder / "config.json"
     if resume and file.exists():
         _check_same(file, config)
@@ -52,10 +63,13 @@ def _open_run(folder: Path, config: Any, resume: bool, more: dict[str, Any]) -> 
         found = "another run" if file.exists() else "something else"
         hint = " or add --resume to go on with it" if file.exists() else ""
         raise InputError(f"Output folder {folder} already holds {found}: choose another --out{hint}.")
+
+
+def _write_config(folder: Path, config: Any, more: dict[str, Any]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        kept = {"config": to_json(config), **more, "command": command(), "versions": versions()}
-        write_json(file, kept)
+        kept = {"config": to_json(config), **more, **started(), "versions": versions()}
+        write_json(folder / "config.json", kept)
     except OSError as error:
         raise InputError(
             f"Output folder {folder} cannot be written ({error.strerror}): choose another."
@@ -75,7 +89,7 @@ def claimed(folder: Path) -> Iterator[None]:
         yield
         return
     with writing(folder):
-        file = (folder / _PROCESS).open("a+")
+        file = (folder / _PROCESS).open("a+", encoding="utf-8")
     with file:
         _lock(file, folder)
         _note(file, "running")
@@ -107,11 +121,11 @@ class Process:
 def process_of(folder: Path) -> Process | None:
     """The last process that claimed `folder`; None if there is no trace of one."""
     try:
-        with (folder / _PROCESS).open() as file:
+        with (folder / _PROCESS).open(encoding="utf-8") as file:
             alive = not _try_lock(file, fcntl.LOCK_SH)
             said = json.loads(file.read())
-            return Process(alive, said["name"], said["state"])
-    except (OSError, ValueError, KeyError):
+            return Process(alive, str(said["name"]), str(said["state"]))
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -126,7 +140,23 @@ def _lock(file: TextIO, folder: Path) -> None:
     )
 
 
-def _try_lock(file: TextIO, kind: int) -> bool:
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """While in this context no other process is in this context of the same folder; leaves no file behind.
+
+    Raises:
+        InputError: if another process is.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        if not _try_lock(handle, fcntl.LOCK_EX):
+            raise InputError(f"Another process is writing to {folder}: wait for its end, or stop it first.")
+        yield
+    finally:
+        os.close(handle)
+
+
+def _try_lock(file: TextIO | int, kind: int) -> bool:
     """False if another process has a lock that excludes this one."""
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
@@ -202,9 +232,15 @@ class stop_on_signal:
         self.requested = signal.Signals(number)
 
 
+def started() -> dict[str, str]:
+    """The command line, and the folder that its relative paths start from."""
+    return {"command": command(), "directory": os.getcwd()}
+
+
 def command() -> str:
     """The command line, as a user would type it."""
-    return " ".join(["python -m train", *sys.argv[1:]])
+    text = shlex.join(sys.argv[1:])
+    return f"python -m train {os.fsencode(text).decode(errors='backslashreplace')}".strip()
 
 
 def versions() -> dict[str, str]:
@@ -215,25 +251,30 @@ def versions() -> dict[str, str]:
 def write_json(file: Path, values: Any) -> None:
     """Writes JSON as a whole."""
     with written_whole(file) as partial:
-        partial.write_text(json.dumps(values, indent=2) + "\n")
+        partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager
 def written_whole(file: Path) -> Iterator[Path]:
     """A path beside `file` to write to, which then takes its place: a reader never sees half a file."""
-    partial = file.with_name(f"{file.name}{_PARTIAL}")
-    yield partial
-    partial.replace(file)
+    partial = file.with_name(f"{file.name}{PARTIAL}")
+    try:
+        yield partial
+        partial.replace(file)
+    except BaseException:  # such as a full disk, on which the half would take room
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
 
 
 def _holds_something(folder: Path) -> bool:
     """Anything but what a run killed at its very start leaves."""
-    return any(path.suffix != _PARTIAL for path in folder.iterdir())
+    return any(path.suffix != PARTIAL for path in visible(folder))
 
 
 def _check_same(file: Path, wanted: Any) -> None:
     try:
-        kept = json.loads(file.read_text())["config"]
+        kept = json.loads(file.read_text(encoding="utf-8"))["config"]
         # An option that is newer than the run had its default.
         kept = to_json(from_json(type(wanted), kept))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -1,11 +1,13 @@
 """How far runs have come, read from their folders while they go on or after they ended."""
 
 import json
+import math
 from pathlib import Path
 
-from train.config import RunConfig, TrainingConfig, read_config
+from train.config import TrainingConfig, read_config
 from train.errors import InputError
-from train.logs import read_log
+from train.files import visible
+from train.logs import broken_lines, divergence, parse_log
 from train.runs import process_of
 
 
@@ -18,41 +20,40 @@ def status(folder: Path) -> str:
     if not (folder / "config.json").exists():
         raise InputError(f"{folder} holds no run: {folder / 'config.json'} does not exist.")
     if _is_run(folder):
-        return _paragraph(folder, *_read(folder))
-    runs = sorted(file.parent for file in folder.glob("*/config.json") if _is_run(file.parent))
+        return _paragraph(folder)
+    runs = [file.parent for file in visible(folder, "*/config.json") if _is_run(file.parent)]
     lines = [f"{folder}: comparison, {_process(folder)}" if runs else f"{folder}: nothing trained yet."]
-    return "\n\n".join([*lines, *(_paragraph(run, *_read(run)) for run in runs)])
+    return "\n\n".join([*lines, *(_paragraph(run) for run in runs)])
 
 
 def _is_run(folder: Path) -> bool:
     """A comparison's configuration holds that of its runs, a run's own names one loss."""
     file = folder / "config.json"
     try:
-        return "loss" in json.loads(file.read_text())["config"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return "loss" in dict(json.loads(file.read_text(encoding="utf-8"))["config"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{file} is not a run's configuration ({type(error).__name__}: {error}).") from error
 
 
-def _read(run: Path) -> tuple[RunConfig, list[dict[str, float]], list[dict[str, float]]]:
-    return read_config(run)[0], read_log(run / "log.csv"), read_log(run / "validation.csv")
-
-
-def _paragraph(
-    run: Path, config: RunConfig, rows: list[dict[str, float]], validations: list[dict[str, float]]
-) -> str:
+def _paragraph(run: Path) -> str:
+    config = read_config(run)[0]
+    log, validation = run / "log.csv", run / "validation.csv"
+    (rows, broken), (validations, broken_validations) = parse_log(log), parse_log(validation)
     steps = config.training.steps
     done = int(rows[-1]["step"]) + 1 if rows else 0
     lines = [f"{run}: {config.loss} on {config.data.data}, step {done} of {steps}{_time_left(rows, steps)}"]
     lines.append(f"  {_process(run)}")
     if rows:
-        lines.append(f"  training loss {rows[-1]['loss']:.4f}, learning rate {rows[-1]['learning_rate']:.2e}")
+        loss, rate = (rows[-1].get(name, math.nan) for name in ("loss", "learning_rate"))
+        lines.append(f"  training loss {loss:.4f}, learning rate {rate:.2e}")
     if validations:
         lines.append(f"  validation at {_measured(validations[-1])}")
     kept = sorted(int(path.name) for path in (run / "checkpoints").glob("*") if path.name.isdigit())
     lines.append(f"  checkpoints at steps {', '.join(map(str, kept)) or 'none'}")
     if best := _best(config.training, [row for row in validations if row["step"] in kept]):
         lines.append(f"  best by {config.training.keep_best}: {_measured(best)}")
-    return "\n".join(lines)
+    notes = [broken_lines(log, broken), broken_lines(validation, broken_validations), divergence(rows)]
+    return "\n".join([*lines, *(f"  note: {note}" for note in notes if note)])
 
 
 def _process(folder: Path) -> str:

@@ -18,7 +18,7 @@ from train.data.pipeline import CachedCases, train_batches
 from train.data.protocols import PROTOCOLS
 from train.data.splits import Splits, chosen_splits, read_splits, split_cases, write_splits
 from train.data.transforms import crop_back, cut_patch, draw_crop, pad_to_hold, z_score_nonzero
-from train.data.volumes import VolumeDataset, in_order, with_intensities
+from train.data.volumes import Layout, VolumeDataset, in_order, with_intensities
 from train.errors import InputError
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "draw_crop",
     "mask_ignored",
     "open_dataset",
+    "open_layout",
     "pad_to_hold",
     "read_splits",
     "split_cases",
@@ -76,7 +77,6 @@ def open_dataset(
     Raises:
         InputError: another name, or anything wrong with the files.
     """
-    kind, _, path = spec.partition(":")
     if spec.startswith("phantom") and (
         geometry or all_annotators or cache_dir or channel_order or intensities
     ):
@@ -88,10 +88,20 @@ def open_dataset(
         return PhantomDataset(seed=seed)
     if spec == "phantom2d":
         return PhantomDataset(spatial_shape=(64, 64), num_cases=200, seed=seed)
+    layout = with_intensities(in_order(open_layout(spec), channel_order), intensities)
+    store = CaseStore(Path(cache_dir).expanduser()) if cache_dir else None
+    return VolumeDataset(layout, geometry=geometry, all_annotators=all_annotators, store=store)
+
+
+def open_layout(spec: str) -> Layout:
+    """The files of "LAYOUT:PATH", none of which is opened.
+
+    Raises:
+        InputError: no such layout, or a folder that does not lie in it.
+    """
+    kind, _, path = spec.partition(":")
     if kind in LAYOUTS and path:
-        store = CaseStore(Path(cache_dir).expanduser()) if cache_dir else None
-        layout = with_intensities(in_order(LAYOUTS[kind](path), channel_order), intensities)
-        return VolumeDataset(layout, geometry=geometry, all_annotators=all_annotators, store=store)
+        return LAYOUTS[kind](path)
     raise InputError(
         f'data is "{spec}": give "phantom", "phantom2d", or LAYOUT:PATH with one of {", ".join(LAYOUTS)}.'
     )

@@ -74,6 +74,8 @@ class AugmentConfig:
             if not 0 <= value <= largest or math.isinf(value):
                 most = "or more" if math.isinf(largest) else f"to {largest:g} degrees"
                 raise InputError(f"{option} is {value}: give 0 {most}.")
+        if len(set(self.flip_axes)) < len(self.flip_axes) or min(self.flip_axes, default=0) < 0:
+            raise InputError(f"flip_axes is {self.flip_axes}: give different axes, counted from 0.")
         for option, what in (("zoom", "factor"), ("gamma", "exponent"), ("smooth_std", "standard deviation")):
             low, high = getattr(self, option)
             if not 0 < low <= high < math.inf:

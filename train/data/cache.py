@@ -42,7 +42,7 @@ class CaseStore:
         """The case kept under `key`, its arrays mapped into memory; None if there is none that can be read."""
         entry = self._entry(key)
         try:
-            names = json.loads((entry / _NAMES).read_text())
+            names = json.loads((entry / _NAMES).read_text(encoding="utf-8"))
             return _case(name, {array: np.load(entry / f"{array}.npy", mmap_mode="r") for array in names})
         except (OSError, ValueError, KeyError, TypeError):
             return None
@@ -55,7 +55,7 @@ class CaseStore:
             partial = Path(tempfile.mkdtemp(prefix="partial-", dir=self._folder))
             for array, values in arrays.items():
                 np.save(partial / f"{array}.npy", values)
-            (partial / _NAMES).write_text(json.dumps(list(arrays)))
+            (partial / _NAMES).write_text(json.dumps(list(arrays)), encoding="utf-8")
             if self.read(key, case.name) is None:
                 shutil.rmtree(entry, ignore_errors=True)
                 partial.rename(entry)

@@ -6,14 +6,17 @@
 
 import dataclasses
 import json
+import os
 import re
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from train.data.names import name_cases
+from train.data.volume_files import ENDINGS, ending_of, stem, volumes_in
 from train.data.volumes import Entry, Layout
 from train.errors import InputError
+from train.files import read_json, visible
 
 # Soft tissue, in Hounsfield units.
 CT_WINDOW = (-200.0, 300.0)
@@ -21,12 +24,17 @@ _NUMBER = re.compile(r"\s*[+-]?[0-9]+\s*")
 _ANNOTATOR = re.compile(r"_annotator\d+$")
 # The modalities of BraTS in the papers' order, in the file names of 2021 and of 2023 and later.
 _BRATS_MODALITIES = (("flair", "t1", "t1ce", "t2"), ("t2f", "t1n", "t1c", "t2w"))
+_BRATS_SCAN = re.compile(rf"_({'|'.join(_BRATS_MODALITIES[0])})$|-({'|'.join(_BRATS_MODALITIES[1])})$")
+_BRATS_LABEL = re.compile(r"[-_](seg|Segm)$")
+_BRATS_TREATED = re.compile(r"^BraTS-GLI-\d+-[1-9]\d\d$")
 
 
 def msd(path: str | Path) -> Layout:
     """Medical Segmentation Decathlon: `dataset.json` lists an image (channels last) and a label for each case.
 
-    Of several annotators it lists their labels, `"label": [...]`.
+    Of several annotators it lists their labels, `"label": [...]`, and of channels in several files their images,
+    `"image": [...]`. Cases with labels under "validation", "test" or "testing", as in MONAI's datalists, are held
+    out. `name_cases` names the cases.
     """
     root, description = _read_description(path)
     return _listed(root, description)
@@ -53,35 +61,24 @@ def nnunet(path: str | Path) -> Layout:
 
     Of several annotators `labelsTr/CASE_annotator1.nii.gz` and on.
 
+    Where dataset.json has a "dataset", it lists the files of each case: `{CASE: {"images": [...], "label": ...}}`.
+
     Region-based labels (`"whole tumour": [1, 2, 3]`) become evaluation regions of the classes they are made of;
     beside them a single class (`"enhancing tumour": 3`) is a region too. `"ignore"` marks voxels without a label.
     """
     root, description = _read_description(path)
-    channels = description.get("channel_names", description.get("modality"))
-    if not isinstance(channels, dict) or not channels:
-        raise InputError(f'{root / "dataset.json"} names no channels: give them under "channel_names".')
-    ending = str(description.get("file_ending", ".nii.gz"))
-    labels = sorted((root / "labelsTr").glob(f"*{ending}"))
-    if not labels:
-        raise InputError(f"{root / 'labelsTr'} holds no *{ending} file: give a folder in nnU-Net's layout.")
-    cases: dict[str, tuple[Path, ...]] = {}
-    for label in labels:
-        name = _ANNOTATOR.sub("", label.name.removesuffix(ending))
-        cases[name] = (*cases.get(name, ()), label)
-    names = list(cases)
-    files = [
-        tuple(root / "imagesTr" / f"{name}_{channel:04d}{ending}" for channel in range(len(channels)))
-        for name in names
-    ]
-    labels = _declared_labels(root / "dataset.json", description)
-    entries = tuple(Entry(*parts) for parts in zip(names, files, cases.values(), strict=True))
+    channels = _channels(root / "dataset.json", description)
+    if "dataset" in description:
+        names, files, labels = _listed_cases(root, description)
+    else:
+        names, files, labels = _found_cases(root, description, len(channels))
     return Layout(
         name=str(description.get("name", root.name)),
         source=root / "dataset.json",
         num_channels=len(channels),
-        entries=entries,
+        entries=tuple(Entry(*parts) for parts in zip(names, files, labels, strict=True)),
         window=_window(channels),
-        **labels,
+        **_declared_labels(root / "dataset.json", description),
     )
 
 
@@ -89,24 +86,34 @@ def brats(path: str | Path) -> Layout:
     """BraTS glioma, evaluated as enhancing tumour, tumour core and whole tumour.
 
     2021 (`BraTS2021_00000/BraTS2021_00000_flair.nii.gz`, labels 0 1 2 4) or later
-    (`BraTS-GLI-00000-000/BraTS-GLI-00000-000-t2f.nii.gz`, labels 0 1 2 3).
+    (`BraTS-GLI-00000-000/BraTS-GLI-00000-000-t2f.nii.gz`, labels 0 1 2 3). Scans after treatment, as in 2024, are
+    numbered from 100 (`BraTS-GLI-00000-100`): where there are some, 4 is the resection cavity, a class and region
+    of its own (arXiv 2405.18368).
     """
     root = _folder(path)
-    labels = sorted(root.glob("*/*seg.nii.gz"))
+    files = volumes_in(root, "*/*")
+    labels = [file for file in files if _BRATS_LABEL.search(stem(file))]
     if not labels:
         raise InputError(
             f"{root} holds no CASE/CASE_seg.nii.gz or CASE/CASE-seg.nii.gz: give a folder of BraTS cases."
         )
-    later = labels[0].name.endswith("-seg.nii.gz")
-    separator, modalities = ("-", _BRATS_MODALITIES[1]) if later else ("_", _BRATS_MODALITIES[0])
+    labelled = {label.parent for label in labels}
+    scans = {file.parent: file for file in files if _BRATS_SCAN.search(stem(file))}
+    labels += [_missing_label(scan) for folder, scan in scans.items() if folder not in labelled]
+    by_stem = _by_stem(files)
+    entries = tuple(_brats_entry(label, by_stem) for label in labels)
+    later = stem(labels[0]).endswith("-seg")
+    treated = any(_BRATS_TREATED.search(entry.name) for entry in entries)
+    cavity = ("resection cavity",) if treated else ()
+    regions = {"enhancing tumour": (3,), "tumour core": (1, 3), "whole tumour": (1, 2, 3)}
     return Layout(
         name="BraTS",
         source=root,
-        class_names=("background", "necrotic core", "oedema", "enhancing tumour"),
-        num_channels=len(modalities),
-        entries=tuple(_brats_entry(label, separator, modalities) for label in labels),
-        label_values=(0, 1, 2, 3) if later else (0, 1, 2, 4),
-        regions={"enhancing tumour": (3,), "tumour core": (1, 3), "whole tumour": (1, 2, 3)},
+        class_names=("background", "necrotic core", "oedema", "enhancing tumour", *cavity),
+        num_channels=len(_BRATS_MODALITIES[0]),
+        entries=entries,
+        label_values=tuple(range(4 + len(cavity))) if later else (0, 1, 2, 4),
+        regions=regions | dict.fromkeys(cavity, (4,)),
     )
 
 
@@ -117,38 +124,31 @@ def acdc(path: str | Path) -> Layout:
     """
     whole = _folder(path)
     root = _subfolder(whole, "training")
-    labels = sorted(root.glob("patient*/*_frame*_gt.nii.gz"))
-    testing = sorted((whole / "testing").glob("patient*/*_frame*_gt.nii.gz")) if root != whole else []
-    if not labels:
+    entries = _acdc_entries(root)
+    if not entries:
         raise InputError(
             f"{root} holds no patient*/*_frame*_gt.nii.gz: give ACDC's folder, or its training/."
         )
-    entries = tuple(
-        Entry(
-            name=label.name.removesuffix("_gt.nii.gz"),
-            images=(label.with_name(label.name.replace("_gt.nii.gz", ".nii.gz")),),
-            labels=(label,),
-            subject=label.parent.name,
-            held_out=label in testing,
-        )
-        for label in (*labels, *testing)
-    )
+    if root != whole:
+        entries += _acdc_entries(whole / "testing", held_out=True)
     return Layout("ACDC", root, ("background", "right ventricle", "myocardium", "left ventricle"), 1, entries)
 
 
 def kits(path: str | Path) -> Layout:
     """KiTS 2023: `case_00000/imaging.nii.gz`, `segmentation.nii.gz`; three nested regions are evaluated."""
     root = _subfolder(_folder(path), "dataset")
-    labels = sorted(root.glob("case_*/segmentation.nii.gz"))
+    files = volumes_in(root, "case_*/*")
+    labels = [file for file in files if stem(file) == "segmentation"]
     if not labels:
         raise InputError(f"{root} holds no case_*/segmentation.nii.gz: give KiTS' folder, or its dataset/.")
+    by_stem = _by_stem(files)
     return Layout(
         name="KiTS",
         source=root,
         class_names=("background", "kidney", "tumour", "cyst"),
         num_channels=1,
         entries=tuple(
-            Entry(label.parent.name, (label.parent / "imaging.nii.gz",), (label,)) for label in labels
+            Entry(label.parent.name, (_beside(by_stem, label, "imaging"),), (label,)) for label in labels
         ),
         regions={"kidney and masses": (1, 2, 3), "masses": (2, 3), "tumour": (2,)},
         window=CT_WINDOW,
@@ -185,9 +185,16 @@ def _amos(path: str | Path) -> Layout:
     root, description = _read_description(path)
     layout = _listed(root, description)
     listed = {entry.name for entry in layout.entries}
-    labels = [label for label in sorted((root / "labelsVa").glob("*.nii.gz")) if _stem(label) not in listed]
+    images = _by_stem(volumes_in(root / "imagesVa"))
     held_out = tuple(
-        Entry(_stem(label), (root / "imagesVa" / label.name,), (label,), held_out=True) for label in labels
+        Entry(
+            stem(label),
+            (_beside(images, root / "imagesVa" / label.name, stem(label)),),
+            (label,),
+            held_out=True,
+        )
+        for label in volumes_in(root / "labelsVa")
+        if stem(label) not in listed
     )
     return dataclasses.replace(layout, entries=(*layout.entries, *held_out))
 
@@ -197,11 +204,42 @@ def _is_ct(entry: Entry) -> bool:
     return number is not None and int(number[0]) <= 500
 
 
-def _brats_entry(label: Path, separator: str, modalities: tuple[str, ...]) -> Entry:
-    case = label.name.removesuffix(f"{separator}seg.nii.gz")
-    files = tuple(label.with_name(f"{case}{separator}{modality}.nii.gz") for modality in modalities)
+def _brats_entry(label: Path, files: Mapping[Path, Path]) -> Entry:
+    later = stem(label).endswith("-seg")
+    separator, modalities = ("-", _BRATS_MODALITIES[1]) if later else ("_", _BRATS_MODALITIES[0])
+    case = _BRATS_LABEL.sub("", stem(label))
+    if stem(label).endswith("_Segm"):  # one case of 2020 has a label of another name
+        case = label.parent.name
+    images = tuple(_beside(files, label, f"{case}{separator}{modality}") for modality in modalities)
     # From 2023 on a name ends in the number of the visit.
-    return Entry(case, files, (label,), case.rpartition("-")[0])
+    return Entry(case, images, (label,), case.rpartition("-")[0])
+
+
+def _missing_label(scan: Path) -> Path:
+    """What the label in the folder of a scan would be called; opening the data says that it is not there."""
+    separator = "-" if stem(scan).endswith(tuple(f"-{name}" for name in _BRATS_MODALITIES[1])) else "_"
+    return scan.with_name(f"{scan.parent.name}{separator}seg{ending_of(scan)}")
+
+
+def _acdc_entries(root: Path, *, held_out: bool = False) -> tuple[Entry, ...]:
+    files = volumes_in(root, "patient*/*_frame*")
+    labels = [file for file in files if stem(file).endswith("_gt")]
+    by_stem = _by_stem(files)
+    return tuple(
+        Entry(case, (_beside(by_stem, label, case),), (label,), label.parent.name, held_out)
+        for label, case in ((label, stem(label).removesuffix("_gt")) for label in labels)
+    )
+
+
+def _by_stem(files: Iterable[Path]) -> dict[Path, Path]:
+    """Volumes by their paths without the endings."""
+    return {file.with_name(stem(file)): file for file in files}
+
+
+def _beside(files: Mapping[Path, Path], file: Path, name: str) -> Path:
+    """The volume of this name in the folder of `file`: of the same ending or, if there is none, of another."""
+    same = file.with_name(f"{name}{ending_of(file)}")
+    return same if same.is_file() else files.get(file.with_name(name), same)
 
 
 # dataset.json.
@@ -215,7 +253,7 @@ def _read_description(path: str | Path) -> tuple[Path, dict[str, Any]]:
     if not file.is_file():
         raise InputError(f"{root} holds no dataset.json: give a folder in the layout of the MSD or nnU-Net.")
     try:
-        description = json.loads(file.read_text(), object_pairs_hook=partial(_unique_keys, file))
+        description = read_json(file)
     except ValueError as error:
         raise InputError(f"{file} is not valid JSON ({error}): mend or fetch it again.") from error
     if not isinstance(description, dict):
@@ -225,16 +263,26 @@ def _read_description(path: str | Path) -> tuple[Path, dict[str, Any]]:
 
 def _listed(root: Path, description: dict[str, Any]) -> Layout:
     file = root / "dataset.json"
-    listed = _required(file, description, "training", list)
-    channels = _required(file, description, "modality", dict)
-    try:
-        pairs = [(root / entry["image"], _paths(root, entry["label"])) for entry in listed]
-    except (TypeError, KeyError) as error:
+    training = _required(file, description, "training", list)
+    channels = _channels(file, description)
+    bad = [index for index, entry in enumerate(training) if _files(root, entry) is None]
+    if bad:
         raise InputError(
-            f'{file} has an entry under "training" without an image or label: '
-            'give {"image": path, "label": path} for every case.'
-        ) from error
-    entries = tuple(Entry(_stem(image), (image,), labels) for image, labels in pairs)
+            f'{file} has an entry under "training" without an image or label, number {bad[0]} of {len(training)} '
+            f'and {len(bad) - 1} others: give {{"image": path, "label": path}} for every case.'
+        )
+    listed = [(_files(root, entry), False) for entry in training]
+    for section in ("validation", "test", "testing"):
+        others = [_files(root, entry) for entry in _list(description.get(section))]
+        # Images without labels are listed too, and labels that were never published.
+        if any(files and files[1][0].is_file() for files in others):
+            listed += [(files, True) for files in others if files]
+    pairs = [(*files, held_out) for files, held_out in listed if files]
+    names = name_cases([images for images, _, _ in pairs])
+    entries = tuple(
+        Entry(name, images, labels, held_out=held_out)
+        for name, (images, labels, held_out) in zip(names, pairs, strict=True)
+    )
     return Layout(
         name=str(description.get("name", root.name)),
         source=file,
@@ -245,15 +293,86 @@ def _listed(root: Path, description: dict[str, Any]) -> Layout:
     )
 
 
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _files(root: Path, entry: Any) -> tuple[tuple[Path, ...], tuple[Path, ...]] | None:
+    """The images and labels of an entry in a list; None if it is not complete."""
+    try:
+        return _paths(root, entry["image"]), _paths(root, entry["label"])
+    except (TypeError, KeyError):
+        return None
+
+
+def _found_cases(
+    root: Path, description: dict[str, Any], channels: int
+) -> tuple[list[str], list[tuple[Path, ...]], list[tuple[Path, ...]]]:
+    """Names, images and labels of the cases in nnU-Net's folders."""
+    ending = str(description.get("file_ending", ".nii.gz"))
+    if not ending.lower().endswith(ENDINGS):
+        raise InputError(
+            f'{root / "dataset.json"} has the "file_ending" {ending}: volumes of {", ".join(ENDINGS)} can be read.'
+        )
+    files = [file for file in visible(root / "labelsTr") if file.name.lower().endswith(ending.lower())]
+    if not files:
+        raise InputError(f"{root / 'labelsTr'} holds no *{ending} file: give a folder in nnU-Net's layout.")
+    labels: dict[str, tuple[Path, ...]] = {}
+    for file in files:
+        name = _ANNOTATOR.sub("", file.name[: -len(ending)])
+        labels[name] = (*labels.get(name, ()), file)
+    found = _by_stem(volumes_in(root / "imagesTr"))
+    images = [
+        tuple(
+            _beside(found, root / "imagesTr" / f"any{ending}", f"{name}_{channel:04d}")
+            for channel in range(channels)
+        )
+        for name in labels
+    ]
+    return list(labels), images, list(labels.values())
+
+
+def _listed_cases(
+    root: Path, description: dict[str, Any]
+) -> tuple[list[str], list[tuple[Path, ...]], list[tuple[Path, ...]]]:
+    """Names, images and labels of the cases that nnU-Net's dataset.json lists under "dataset"."""
+    file = root / "dataset.json"
+    listed = _required(file, description, "dataset", dict)
+    try:
+        images = [_paths(root, entry["images"]) for entry in listed.values()]
+        labels = [_paths(root, entry["label"]) for entry in listed.values()]
+    except (TypeError, KeyError) as error:
+        raise InputError(
+            f'{file} has an entry under "dataset" without images or label ({error}): '
+            'give {"images": [path, ...], "label": path} for every case.'
+        ) from error
+    return list(listed), images, labels
+
+
 def _paths(root: Path, listed: Any) -> tuple[Path, ...]:
-    """One file, or one of each annotator."""
+    """One file, or one of each annotator or channel."""
     files: list[Any] = listed if isinstance(listed, list) and listed else [listed]
-    return tuple(root / file for file in files)
+    return tuple(_path(root, file) for file in files)
 
 
-def _window(channels: Mapping[str, Any]) -> tuple[float, float] | None:
+def _path(root: Path, text: str) -> Path:
+    """A path as JSON has it, also with backslashes, as Windows writes it, or with environment variables."""
+    path = root / text
+    return path if path.exists() else root / os.path.expandvars(text).replace("\\", "/")
+
+
+def _channels(file: Path, description: dict[str, Any]) -> list[str]:
+    """Names of the channels, from {"0": "T1"} or ["T1"]."""
+    key = next((key for key in ("channel_names", "modality", "modalities") if key in description), "modality")
+    value = description.get(key)
+    if isinstance(value, list) and value:
+        return list(map(str, value))
+    return list(map(str, _required(file, description, key, dict).values()))
+
+
+def _window(channels: Sequence[str]) -> tuple[float, float] | None:
     """Intensities of CT are cut off, if there is nothing else."""
-    return CT_WINDOW if [str(name).upper() for name in channels.values()] == ["CT"] else None
+    return CT_WINDOW if [name.upper() for name in channels] == ["CT"] else None
 
 
 def _required(file: Path, description: dict[str, Any], key: str, kind: type) -> Any:
@@ -262,18 +381,6 @@ def _required(file: Path, description: dict[str, Any], key: str, kind: type) -> 
         found = "nothing" if value is None else f"{'a' if value else 'an empty'} {type(value).__name__}"
         raise InputError(f'{file} holds {found} under "{key}": give a filled {kind.__name__}.')
     return value
-
-
-def _unique_keys(file: Path, pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of the file; a key that it gives two values would lose one of them."""
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found and found[key] != value:
-            raise InputError(
-                f"{file} gives {key!r} twice, as {found[key]} and as {value}: keep one of the two."
-            )
-        found[key] = value
-    return found
 
 
 class _Label(NamedTuple):
@@ -354,7 +461,3 @@ def _names_by_number(labels: Sequence[_Label]) -> dict[int, str]:
         for number in label.numbers:
             names.setdefault(number, f"label {number}")
     return names
-
-
-def _stem(file: Path) -> str:
-    return file.name.removesuffix(".gz").removesuffix(".nii")

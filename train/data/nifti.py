@@ -1,45 +1,25 @@
-"""Reading NIfTI volumes: what is wrong with a file is said in one sentence."""
+"""Scans and label maps as arrays in RAS order, with the grid that takes them back to their files."""
 
-import gzip
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import nibabel as nib
 import numpy as np
 from jaxtyping import Float, Float32, Int32
-from nibabel.filebasedimages import ImageFileError
+from nibabel.affines import apply_affine
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation, ornt_transform
-from nibabel.spatialimages import HeaderDataError
 
 from train.data.transforms import z_score_nonzero, z_score_window
+from train.data.volume_files import VolumeFile, open_volume
 from train.errors import InputError
 
 LABEL_TOLERANCE = 1e-3
 """By how much a label may differ from a whole number, as after a float32 copy or a scaled header."""
 
-_UNREADABLE = (ImageFileError, HeaderDataError, EOFError, OSError, ValueError, TypeError, zlib.error)
-
-
-def open_nifti(path: Path) -> nib.Nifti1Image:
-    """Opens a file and reads its header, not its voxels.
-
-    Raises:
-        InputError: no such file, or not a readable NIfTI header.
-    """
-    if not path.is_file():
-        raise InputError(f"{path} does not exist: check the path.")
-    try:
-        volume: Any = nib.load(path)
-    except _UNREADABLE as error:
-        raise _corrupt(path, error) from error
-    if not isinstance(volume, nib.Nifti1Image):
-        raise InputError(
-            f"{path} is a {type(volume).__name__}, not NIfTI in one file: convert it to .nii.gz."
-        )
-    return volume
+# By how much of a voxel two grids may differ at their farthest corner and still be the same. A spacing rounded to
+# 0.0001 mm adds up to 0.04 voxels of 0.7 mm over 512 of them; a shift of this size moves no voxel to its neighbour.
+GRID_TOLERANCE = 0.05
 
 
 @dataclass(frozen=True)
@@ -55,9 +35,9 @@ class Grid:
     file_shape: tuple[int, ...]
 
     @classmethod
-    def of(cls, header: nib.Nifti1Header, file_shape: Sequence[int]) -> "Grid":
-        """The grid of a file of this header."""
-        return cls(header, tuple(file_shape))
+    def of(cls, volume: VolumeFile) -> "Grid":
+        """The grid of a file."""
+        return cls(volume.header, volume.shape)
 
     @property
     def orientation(self) -> Float[np.ndarray, "3 2"]:
@@ -78,6 +58,29 @@ class Grid:
         """Turns an array whose first axes are the file's to RAS order."""
         return np.ascontiguousarray(apply_orientation(voxels, self.orientation))
 
+    def from_turned(self, voxels: np.ndarray, other: "Grid") -> np.ndarray:
+        """Turns an array whose first axes are those of `other`, a file on the same grid, to this file's axes."""
+        return apply_orientation(voxels, self._turn(other))
+
+    def distance(self, other: "Grid") -> tuple[float, float]:
+        """How far apart the corners of two grids lie at most, in millimetres and in this one's voxels.
+
+        Both are infinite for grids of different shapes. The axes may be flipped and in another order.
+        """
+        turn = self._turn(other)
+        if tuple(other.file_shape[i] for i in np.argsort(turn[:, 0])) != self.file_shape:
+            return np.inf, np.inf
+        affine = affine_of(self.header)
+        turned = affine_of(other.header) @ inv_ornt_aff(turn, other.file_shape)
+        corners = np.stack(np.meshgrid(*((0, size - 1) for size in self.file_shape)), -1).reshape(-1, 3)
+        apart = apply_affine(turned, corners) - apply_affine(affine, corners)
+        in_voxels = apart @ np.linalg.inv(affine[:3, :3]).T
+        return float(np.linalg.norm(apart, axis=1).max()), float(np.abs(in_voxels).max())
+
+    def _turn(self, other: "Grid") -> Float[np.ndarray, "3 2"]:
+        """For each axis of `other` this file's axis, and 1 or -1 for its direction."""
+        return io_orientation(np.linalg.inv(affine_of(self.header)) @ affine_of(other.header))
+
     def to_file(self, voxels: np.ndarray) -> np.ndarray:
         """The inverse of `to_ras`."""
         ras = np.array([[0, 1], [1, 1], [2, 1]])
@@ -90,7 +93,7 @@ def read_channels(
     """Reads a scan of one file for all channels (3-D, or 4-D with the channels last), or one for each.
 
     Args:
-        paths: files on one grid.
+        paths: files on one grid, whose axes may be turned against each other.
         window: smallest and largest intensity, which others are set to.
 
     Returns:
@@ -100,13 +103,9 @@ def read_channels(
     Raises:
         InputError: missing, corrupt, of another rank, or with voxels that are not finite.
     """
-    volumes = [open_nifti(path) for path in paths]
-    shapes = [spatial_and_channels(path, volume)[0] for path, volume in zip(paths, volumes, strict=True)]
-    channels = [
-        _read_voxels(path, volume).reshape(*shape, -1)
-        for path, volume, shape in zip(paths, volumes, shapes, strict=True)
-    ]
-    grid = Grid.of(volumes[0].header, shapes[0])
+    volumes = [open_volume(path) for path in paths]
+    grid = Grid.of(volumes[0])
+    channels = [grid.from_turned(volume.read(), Grid.of(volume)) for volume in volumes]
     voxels = grid.to_ras(np.concatenate(channels, axis=-1) if len(channels) > 1 else channels[0])
     return z_score_nonzero(voxels) if window is None else z_score_window(voxels, window), grid
 
@@ -121,8 +120,7 @@ def read_label(path: Path, values: Sequence[int]) -> Int32[np.ndarray, "*spatial
     Raises:
         InputError: missing, corrupt, with others than these values, or further than `LABEL_TOLERANCE` from them.
     """
-    with np.errstate(over="ignore"):  # beyond float32 is infinite, which is told
-        voxels = _read_voxels(path, open_nifti(path))
+    voxels = open_volume(path).read()[..., 0]
     found = np.unique(voxels)
     broken = found[np.abs(found - np.rint(found)) > LABEL_TOLERANCE]
     if broken.size:
@@ -137,16 +135,22 @@ def read_label(path: Path, values: Sequence[int]) -> Int32[np.ndarray, "*spatial
     return np.rint(voxels).astype(np.int32)
 
 
-def spatial_and_channels(path: Path, volume: nib.Nifti1Image) -> tuple[tuple[int, ...], int]:
-    """Splits a volume's shape into three spatial lengths and the number of channels.
+def check_same_grid(image: VolumeFile, other: VolumeFile) -> None:
+    """Checks that another file of a case has one channel on the grid of its image, within `GRID_TOLERANCE`.
 
     Raises:
-        InputError: neither 3-D nor 4-D, or without voxels.
+        InputError: it does not.
     """
-    shape = tuple(int(n) for n in volume.shape)
-    if len(shape) not in (3, 4) or 0 in shape:
-        raise InputError(f"{path} has shape {shape}: give a 3-D volume, or a 4-D one with the channels last.")
-    return shape[:3], shape[3] if len(shape) == 4 else 1
+    apart, in_voxels = Grid.of(image).distance(Grid.of(other))
+    if other.channels != 1 or apart == np.inf:
+        raise InputError(
+            f"{other.path} has shape {other.stored_shape}, but its image has {image.shape}: they must share a grid."
+        )
+    if in_voxels > GRID_TOLERANCE:
+        raise InputError(
+            f"{other.path} has an affine that differs from its image's by up to {apart:.3g} mm: they must share a "
+            "grid."
+        )
 
 
 def affine_of(header: nib.Nifti1Header) -> Float[np.ndarray, "4 4"]:
@@ -154,28 +158,6 @@ def affine_of(header: nib.Nifti1Header) -> Float[np.ndarray, "4 4"]:
     return np.asarray(header.get_best_affine(), dtype=np.float64)
 
 
-def _read_voxels(path: Path, volume: nib.Nifti1Image) -> Float32[np.ndarray, "..."]:
-    """All voxels as float32, finite."""
-    dtype = np.dtype(volume.get_data_dtype())
-    if dtype.kind not in "uif":
-        raise InputError(f"{path} has voxels of type {dtype}: give real numbers, one per voxel and channel.")
-    try:
-        if path.suffix == ".gz":  # All of it: nibabel alone stops before the checksum at the end.
-            volume = type(volume).from_bytes(gzip.decompress(path.read_bytes()))
-        voxels = volume.get_fdata(caching="unchanged", dtype=np.float32)
-    except _UNREADABLE as error:
-        raise _corrupt(path, error) from error
-    bad = voxels.size - np.count_nonzero(np.isfinite(voxels))
-    if bad:
-        raise InputError(f"{path} holds {bad} voxels that are NaN or infinite: mend or leave out this file.")
-    return voxels
-
-
 def _some(values: np.ndarray) -> str:
     shown = ", ".join(f"{value:.0f}" for value in values[:8])
     return shown + (", ..." if len(values) > 8 else "")
-
-
-def _corrupt(path: Path, error: Exception) -> InputError:
-    kind = type(error).__name__
-    return InputError(f"{path} is truncated or corrupt, or no NIfTI file ({kind}): fetch or export it again.")

@@ -55,7 +55,7 @@ class Protocol:
 
 def _brats_test(names: Sequence[str], held_out: Sequence[str]) -> Sequence[str]:
     """The 200 cases of BraTS 2021 that the paper tested on."""
-    return resources.files("train.data").joinpath("brats2021_test.txt").read_text().split()
+    return resources.files("train.data").joinpath("brats2021_test.txt").read_text(encoding="utf-8").split()
 
 
 def _own_test(names: Sequence[str], held_out: Sequence[str]) -> Sequence[str]:

@@ -4,12 +4,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 
+from train.data.names import known_name, name_cases
 from train.errors import InputError
+from train.files import read_json
 
 
 @dataclass(frozen=True)
@@ -84,9 +86,10 @@ def chosen_splits(
 
     - what `write_splits` writes;
     - nnU-Net's `splits_final.json`, a list of folds, each with "train" and "val";
-    - a datalist of MONAI, in which each entry under "training" has its "fold".
+    - a datalist of MONAI, in which each entry under "training" has its "fold", or which has cases under
+      "validation" or "test" instead. A case is found by the names in the paths of its images.
 
-    In the latter two the cases that `fold` holds back are the test cases, since it is by them that a fold is
+    In the two with folds the cases that `fold` holds back are the test cases, since it is by them that a fold is
     judged; validation cases are drawn from the others, as in `split_cases`.
 
     Args:
@@ -101,7 +104,7 @@ def chosen_splits(
         InputError: the file cannot be read, has no such fold, names a case twice or one that there is not, or
             leaves nothing to train on.
     """
-    found = _read_json(path)
+    found = _by_section(path, _read_json(path), case_names)
     folds = _folds(path, found)
     if folds is None:
         if fold is not None:
@@ -127,7 +130,7 @@ def chosen_splits(
 
 def write_splits(path: Path, splits: Splits) -> None:
     """Writes the splits as JSON: `{"train": [...], "val": [...], "test": [...]}`."""
-    path.write_text(json.dumps(asdict(splits), indent=1) + "\n")
+    path.write_text(json.dumps(asdict(splits), indent=1) + "\n", encoding="utf-8")
 
 
 def read_splits(path: Path) -> Splits:
@@ -147,7 +150,7 @@ def _count(option: str, number: float, cases: int) -> int:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text())
+        return read_json(path)
     except (OSError, ValueError) as error:
         raise _unreadable(path, error) from error
 
@@ -159,35 +162,63 @@ def _as_splits(path: Path, found: Any) -> Splits:
         raise _unreadable(path, error) from error
 
 
-def _folds(path: Path, found: Any) -> list[tuple[tuple[str, ...], tuple[str, ...]]] | None:
-    """What each fold trains on and what it holds back; None if the file is of the kind without folds."""
+def _by_section(path: Path, found: Any, case_names: Sequence[str]) -> Any:
+    """A datalist of MONAI as folds or, where its entries have none, as splits; anything else as it is."""
+    if not (isinstance(found, dict) and "training" in found):
+        return found
     try:
-        if isinstance(found, list):
-            return [(_names(fold["train"]), _names(fold["val"])) for fold in found]
-        if not (isinstance(found, dict) and "training" in found):
-            return None
-        fold_of = {_case_of(entry["image"]): int(entry["fold"]) for entry in found["training"]}
+        others = {key: _labelled(found.get(key)) for key in ("validation", "test", "testing")}
+        sections = {"training": found["training"], **others}
+        entries = [entry for section in sections.values() for entry in section]
+        images = [_image_paths(entry["image"]) for entry in entries]
+        known = frozenset(case_names)
+        names = [
+            known_name(paths, name, known) for paths, name in zip(images, name_cases(images), strict=True)
+        ]
+        left = iter(names)
+        train, val, *test = ([next(left) for _ in section] for section in sections.values())
+        test = [name for section in test for name in section]
+        if (val or test) and not any("fold" in entry for entry in entries):
+            return {"train": train, "val": val, "test": test}
+        folds = [int(entry["fold"]) for entry in sections["training"]]
     except (TypeError, KeyError, ValueError) as error:
         raise _unreadable(path, error) from error
+    pairs = list(zip(train, folds, strict=True))
     return [
-        (
-            tuple(name for name, held in fold_of.items() if held != fold),
-            tuple(name for name, held in fold_of.items() if held == fold),
-        )
-        for fold in range(max(fold_of.values(), default=-1) + 1)
+        {
+            "train": [name for name, held in pairs if held != fold],
+            "val": [name for name, held in pairs if held == fold],
+        }
+        for fold in range(max(folds, default=-1) + 1)
     ]
+
+
+def _labelled(section: Any) -> list[dict[str, Any]]:
+    """The entries of a section but for images without labels, of which there are lists as well."""
+    listed = section if isinstance(section, list) else []
+    return [entry for entry in listed if not isinstance(entry, str) and "label" in entry]
+
+
+def _image_paths(image: Any) -> tuple[PurePath, ...]:
+    """Paths of a case's images, those of Windows as well."""
+    listed: list[Any] = image if isinstance(image, list) and image else [image]
+    return tuple(PurePath(path.replace("\\", "/") if isinstance(path, str) else path) for path in listed)
+
+
+def _folds(path: Path, found: Any) -> list[tuple[tuple[str, ...], tuple[str, ...]]] | None:
+    """What each fold trains on and what it holds back; None if the file is of the kind without folds."""
+    if not isinstance(found, list):
+        return None
+    try:
+        return [(_names(fold["train"]), _names(fold["val"])) for fold in found]
+    except (TypeError, KeyError) as error:
+        raise _unreadable(path, error) from error
 
 
 def _names(listed: Any) -> tuple[str, ...]:
     if not isinstance(listed, list):
         raise TypeError(f"a {type(listed).__name__} in place of a list of names")
     return tuple(map(str, listed))
-
-
-def _case_of(image: Any) -> str:
-    """The case's name in the path of its (first) image."""
-    file = Path(image[0] if isinstance(image, list) else image)
-    return file.name.removesuffix(".gz").removesuffix(".nii")
 
 
 def _disjoint(path: Path, splits: Splits) -> Splits:

@@ -1,5 +1,6 @@
-"""Cases in NIfTI files, whatever the layout of their folder: existence, shapes, grids, labels are checked here."""
+"""Cases in volume files, whatever the layout of their folder: existence, shapes, grids, labels are checked here."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,12 +11,13 @@ from jaxtyping import UInt8
 from train.data.annotators import majority
 from train.data.cache import CaseStore
 from train.data.case import Case, Source
+from train.data.faults import Fault, collected, refuse
 from train.data.geometry import Geometry
 from train.data.ignore import IGNORE
-from train.data.nifti import Grid, affine_of, open_nifti, read_channels, read_label, spatial_and_channels
+from train.data.nifti import Grid, check_same_grid, read_channels, read_label
+from train.data.volume_files import VolumeFile, open_volume, parts_of
 from train.errors import InputError
 
-AFFINE_TOLERANCE = 1e-3
 # What label files hold in int16 or uint16, and float32 exactly.
 _LABEL_RANGE = range(-(2**15), 2**16)
 
@@ -147,10 +149,8 @@ class VolumeDataset:
         self.subjects = tuple(entry.subject or entry.name for entry in layout.entries)
         if not layout.entries:
             raise InputError(f"{layout.source} holds no case.")
-        _check_unique(layout)
-        _check_labels(layout)
-        _check_existence(layout)
-        grids = [_checked_grid(entry, layout) for entry in layout.entries]
+        grids, faults = _inspect(layout)
+        refuse(faults)
         affines = [grid.affine for grid in grids]
         self.geometry = (geometry or Geometry()).resolved(affines)
         shapes = [
@@ -177,12 +177,14 @@ class VolumeDataset:
             self._store.write(key, case)
         return case
 
-    def _label_files(self, entry: Entry) -> tuple[Path, ...]:
+    def label_files(self, entry: Entry) -> tuple[Path, ...]:
+        """The label files of a case that are read."""
         return entry.labels if self.all_annotators else entry.labels[:1]
 
     def _key(self, entry: Entry) -> str:
         """Changes with the case's files and with whatever is done to them."""
-        files = [file.resolve() for file in (*entry.images, *self._label_files(entry))]
+        listed = (*entry.images, *self.label_files(entry))
+        files = [part.resolve() for file in listed for part in parts_of(file)]
         stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         layout = self.layout
         done = (layout.label_values, layout.class_names, layout.window, self.geometry, self.all_annotators)
@@ -192,7 +194,8 @@ class VolumeDataset:
         layout = self.layout
         image, grid = read_channels(entry.images, layout.window)
         labels = [
-            grid.to_ras(self._read_label(file).reshape(grid.file_shape)) for file in self._label_files(entry)
+            grid.to_ras(grid.from_turned(read_class_ids(file, layout), Grid.of(open_volume(file))))
+            for file in self.label_files(entry)
         ]
         own = self._combined(labels)
         if not self.geometry:
@@ -217,19 +220,37 @@ class VolumeDataset:
         annotations = np.stack(labels, axis=-1)
         return majority(annotations, len(self.class_names)), annotations
 
-    def _read_label(self, file: Path) -> UInt8[np.ndarray, "*spatial"]:
-        classes, ignored = self.layout.class_values, self.layout.ignore_values
-        values = np.array((*classes, *ignored))
-        ids = np.zeros(np.ptp(values) + 1, np.uint8)
-        ids[values - values.min()] = (*range(len(classes)), *(IGNORE for _ in ignored))
-        return ids[read_label(file, values.tolist()) - values.min()]
+
+def read_class_ids(file: Path, layout: Layout) -> UInt8[np.ndarray, "*spatial"]:
+    """Reads a label map as class ids, in the file's own order of axes.
+
+    Raises:
+        InputError: missing, corrupt, or with a value that the layout declares for no class.
+    """
+    classes, ignored = layout.class_values, layout.ignore_values
+    values = np.array((*classes, *ignored))
+    ids = np.zeros(np.ptp(values) + 1, np.uint8)
+    ids[values - values.min()] = (*range(len(classes)), *(IGNORE for _ in ignored))
+    return ids[read_label(file, values.tolist()) - values.min()]
 
 
-def _check_unique(layout: Layout) -> None:
-    names = [entry.name for entry in layout.entries]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise InputError(f"{layout.source} lists {twice[0]} more than once: list each case once.")
+def header_faults(layout: Layout) -> list[Fault]:
+    """Every fault that names, existence and headers show; reads no voxels."""
+    return _inspect(layout)[1]
+
+
+def _inspect(layout: Layout) -> tuple[list[Grid], list[Fault]]:
+    """The grids of the cases, but for those without an image that can be opened, and all faults."""
+    counts = Counter(entry.name for entry in layout.entries)
+    faults = [
+        Fault(name, str(layout.source), f"lists {name} more than once: list each case once.")
+        for name, count in counts.items()
+        if count > 1
+    ]
+    with collected(faults, "", layout.source):
+        _check_labels(layout)
+    grids = [_checked_grid(entry, layout, faults) for entry in layout.entries]
+    return [grid for grid in grids if grid is not None], faults
 
 
 def _check_labels(layout: Layout) -> None:
@@ -262,40 +283,39 @@ def _check_labels(layout: Layout) -> None:
             )
 
 
-def _check_existence(layout: Layout) -> None:
-    missing = [
-        file for entry in layout.entries for file in (*entry.images, *entry.labels) if not file.is_file()
-    ]
-    if missing:
-        raise InputError(
-            f"{missing[0]} does not exist, the first of {len(missing)} files that {layout.source} "
-            "asks for and that are not there: complete the folder or correct the list."
-        )
+def _checked_grid(entry: Entry, layout: Layout, faults: list[Fault]) -> Grid | None:
+    """The grid of a case's image; adds whatever is wrong with its files to the faults."""
+    volumes: dict[Path, VolumeFile] = {}
+    for file in (*entry.images, *entry.labels):
+        with collected(faults, entry.name, file):
+            volumes[file] = open_volume(file)
+    first = entry.images[0]
+    image = volumes.pop(first, None)
+    if image is None:
+        return None
+    known = len(faults)
+    with collected(faults, entry.name, first):
+        _check_channels(image, entry, layout)
+    if len(faults) > known:
+        return None
+    for file, volume in volumes.items():
+        with collected(faults, entry.name, file):
+            check_same_grid(image, volume)
+    return Grid.of(image)
 
 
-def _checked_grid(entry: Entry, layout: Layout) -> Grid:
-    """Grid of an image whose channels and label all lie on it."""
-    volumes = [open_nifti(file) for file in entry.images]
-    spatial, channels = spatial_and_channels(entry.images[0], volumes[0])
-    if len(volumes) == 1 and channels != layout.num_channels:
+def _check_channels(image: VolumeFile, entry: Entry, layout: Layout) -> None:
+    declared = f'{layout.source.name} declares {layout.num_channels} under "modality" or "channel_names"'
+    files = len(entry.images)
+    if files not in (1, layout.num_channels):
         raise InputError(
-            f"{entry.images[0]} has {channels} channels, but {layout.source.name} declares "
-            f'{layout.num_channels} under "modality": correct one of the two.'
+            f"{image.path} is one of {files} images of a case, but {declared}: list one file for each."
         )
-    for file in (*entry.images[1:], *entry.labels):
-        _check_same_grid(entry.images[0], file, spatial)
-    return Grid.of(volumes[0].header, spatial)
-
-
-def _check_same_grid(image_path: Path, path: Path, spatial: tuple[int, ...]) -> None:
-    image, other = open_nifti(image_path), open_nifti(path)
-    if spatial_and_channels(path, other) != (spatial, 1):
+    if image.channels * files == layout.num_channels:
+        return
+    if len(image.stored_shape) < 3:
         raise InputError(
-            f"{path} has shape {other.shape}, but its image has {spatial}: they must lie on the same grid."
+            f"{image.path} has shape {image.stored_shape}: give a 3-D volume for each channel, or a 4-D one with "
+            f"{layout.num_channels} channels last."
         )
-    difference = np.abs(affine_of(image.header) - affine_of(other.header)).max()
-    if not difference <= AFFINE_TOLERANCE:
-        raise InputError(
-            f"{path} has an affine that differs from its image's by up to {difference:.3g} mm: "
-            "they must lie on the same grid."
-        )
+    raise InputError(f"{image.path} has {image.channels} channels, but {declared}: correct one of the two.")

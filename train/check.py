@@ -1,0 +1,201 @@
+"""Reads every voxel of a data set before anything depends on it: `python -m train check`, and before a run."""
+
+import contextlib
+import csv
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from train.data import LAYOUTS, Dataset, VolumeDataset, open_layout
+from train.data.faults import Fault, collected, refuse
+from train.data.nifti import read_channels
+from train.data.volumes import Entry, Layout, header_faults, read_class_ids
+from train.errors import InputError
+from train.processes import is_first, own_share
+from train.progress import progress
+from train.runs import written_whole
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_COLUMNS = ("case", "file", "problem")
+_THREADS = min(4, os.cpu_count() or 1)  # each holds one case at a time
+
+
+@dataclass(frozen=True)
+class CaseReport:
+    """What reading a case whole showed.
+
+    Attributes:
+        faults: of its files.
+        class_voxels: voxels of each class in its readable labels.
+    """
+
+    faults: tuple[Fault, ...]
+    class_voxels: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What reading a data set whole showed.
+
+    Attributes:
+        faults: of all its files.
+        num_cases: that it lists.
+        class_voxels: voxels of each class over all readable labels, by its name.
+    """
+
+    faults: tuple[Fault, ...]
+    num_cases: int = 0
+    class_voxels: dict[str, int] = field(default_factory=dict)
+
+    def summary(self) -> str:
+        """Lines for the terminal: faults, cases, and how often each class occurs."""
+        total = sum(self.class_voxels.values())
+        lines = [f"{fault.case or 'data set'}: {fault.file} {fault.problem}" for fault in self.faults]
+        lines.append(f"{len(self.faults)} faults in {self.num_cases} cases, {total} voxels labelled:")
+        lines += [
+            f"  {name}: {voxels} voxels, {voxels / total if total else 0:.3%}"
+            for name, voxels in self.class_voxels.items()
+        ]
+        absent = [name for name, voxels in self.class_voxels.items() if not voxels]
+        if absent:
+            lines.append(f"warning: no label holds {', '.join(absent)}")
+        return "\n".join(lines)
+
+
+def check_data(spec: str) -> DataReport:
+    """Reads every voxel of every image and label of a data set.
+
+    Args:
+        spec: LAYOUT:PATH.
+
+    Raises:
+        InputError: if it names no folder of volumes. Whatever is wrong inside that folder is in the report.
+    """
+    if spec.startswith("phantom"):
+        raise InputError(
+            f"data is {spec}, which is made and not read: give LAYOUT:PATH, a folder of volumes."
+        )
+    kind, _, path = spec.partition(":")
+    root = Path(path).expanduser()
+    is_folder = kind in LAYOUTS and bool(path) and root.is_dir()
+    try:
+        layout = open_layout(spec)
+    except Exception as error:
+        if not is_folder:
+            raise
+        description = root / "dataset.json"
+        return DataReport((Fault.of("", description if description.exists() else root, error),))
+    reports = _in_threads(lambda entry: inspect_case(layout, entry), layout.entries, "checking")
+    faults = [fault for report in reports for fault in report.faults]
+    counts = np.sum([report.class_voxels for report in reports], axis=0).tolist()
+    return DataReport(
+        tuple(dict.fromkeys([*_layout_faults(layout, faults), *faults])),
+        len(layout.entries),
+        dict(zip(layout.class_names, counts, strict=True)) if reports else {},
+    )
+
+
+@contextlib.contextmanager
+def faults_file(file: Path) -> Iterator[Callable[[Sequence[Fault]], None]]:
+    """Opens the CSV of faults, and gives the function that writes one row for each: case, file, problem.
+
+    Raises:
+        InputError: if the file cannot be written, or is there and holds something else.
+    """
+    header = ",".join(_COLUMNS)
+    try:
+        if file.exists() and not file.read_bytes().startswith(header.encode()):
+            raise InputError(f"{file} is there already and no list of faults: choose another --out.")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(file) as partial, partial.open("w", newline="", encoding="utf-8") as stream:
+            yield lambda faults: csv.writer(stream).writerows([_COLUMNS, *map(dataclasses.astuple, faults)])
+    except OSError as error:
+        raise InputError(f"{file} cannot be written ({error.strerror}): choose another --out.") from error
+
+
+def check_cases(dataset: Dataset, whole: Sequence[str], labels: Sequence[str] = ()) -> None:
+    """Reads cases before a run depends on them. Phantoms are not read.
+
+    Several processes share the cases. What is read goes into the data set's `cache_dir`, if it has one.
+
+    Args:
+        dataset: where the cases come from.
+        whole: cases of which images and labels are read.
+        labels: cases of which only the labels are read.
+
+    Raises:
+        InputError: lists the faults that were found.
+    """
+    if not isinstance(dataset, VolumeDataset):
+        return
+    index_of = {name: index for index, name in enumerate(dataset.case_names)}
+    is_whole = dict.fromkeys(labels, False) | dict.fromkeys(whole, True)
+    cases = [(index_of[name], read_whole) for name, read_whole in is_whole.items()]
+    found = _in_threads(
+        lambda case: _load_faults(dataset, *case), own_share(cases) if cases else [], "reading cases"
+    )
+    refuse(list(dict.fromkeys(fault for faults in found for fault in faults)))
+
+
+def inspect_case(layout: Layout, entry: Entry) -> CaseReport:
+    """Reads every file of a case; whatever goes wrong with one is a fault of it, and the others are read."""
+    faults: list[Fault] = []
+    class_voxels = np.zeros(len(layout.class_names), int)
+    with collected(faults, entry.name, entry.images[0]):
+        faults += header_faults(replace(layout, entries=(entry,)))
+    for file in entry.images:
+        with collected(faults, entry.name, file):
+            read_channels([file], layout.window)
+    for file in entry.labels:
+        with collected(faults, entry.name, file):
+            counts = np.bincount(read_class_ids(file, layout).ravel(), minlength=len(class_voxels))
+            class_voxels += counts[: len(class_voxels)]
+    # What a header shows is found twice.
+    return CaseReport(tuple(dict.fromkeys(faults)), tuple(class_voxels.tolist()))
+
+
+def _layout_faults(layout: Layout, faults: Sequence[Fault]) -> list[Fault]:
+    """What is wrong with the data set as a whole, such as a case or a class that is named twice."""
+    faulty = {fault.case for fault in faults}
+    entries = tuple(entry for entry in layout.entries if entry.name not in faulty)
+    if not entries and layout.entries:
+        return []
+    try:
+        VolumeDataset(replace(layout, entries=entries))
+    except Exception as error:
+        return [Fault.of("", layout.source, error)]
+    return []
+
+
+def _load_faults(dataset: VolumeDataset, index: int, whole: bool) -> Sequence[Fault]:
+    """What is wrong with a case, or with its labels, of those files that the data set reads."""
+    entry = dataset.layout.entries[index]
+    entry = replace(entry, labels=dataset.label_files(entry))
+    try:
+        if whole:
+            dataset.load(index)
+        else:
+            for file in entry.labels:
+                read_class_ids(file, dataset.layout)
+    except Exception as error:
+        inspected = inspect_case(dataset.layout, entry if whole else replace(entry, images=entry.images[:1]))
+        return inspected.faults or [Fault.of(entry.name, entry.images[0], error)]
+    return []
+
+
+def _in_threads(function: Callable[[Item], Result], items: Sequence[Item], desc: str) -> list[Result]:
+    """The results in order. Ctrl-C waits for the cases that are being read, not for the others."""
+    pool = ThreadPoolExecutor(_THREADS)
+    try:
+        found = pool.map(function, items)
+        return list(progress(found, desc=desc, total=len(items), leave=False, disable=not is_first()))
+    finally:
+        pool.shutdown(cancel_futures=True)

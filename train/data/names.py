@@ -1,0 +1,59 @@
+"""Names of cases from the paths of their images, where a list of files gives none."""
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePath
+
+from train.data.volume_files import stem
+
+_SEPARATOR = re.compile(r"([-_. ]+)")
+_CHANNEL = re.compile(r"_\d{4}$")  # how nnU-Net ends the names of a case's files
+
+
+def name_cases(cases: Sequence[Sequence[PurePath]]) -> list[str]:
+    """A name for each case: the part of its path that tells it from the others, nearest to the end.
+
+    Of a case with several images it is what their names have in common, `CASE` of `CASE_t1.nii.gz` and
+    `CASE_t2.nii.gz`. Where no part alone tells all cases apart, several are joined. The names do not depend on the
+    order of the cases, and only cases with the same paths have the same name (or, if joining makes parts equal).
+
+    >>> name_cases([[Path("a/t1.nii.gz")], [Path("b/t1.nii.gz")]])
+    ['a', 'b']
+    """
+    parts = [_parts(images) for images in cases]
+    number = len(set(parts))
+    names = [part[-1] for part in parts]
+    return next((found for found in _candidates(parts) if len(set(found)) == number), names)
+
+
+def known_name(images: Sequence[PurePath], name: str, known: frozenset[str]) -> str:
+    """`name` if it is known, else the known name nearest to the end of the case's paths, else `name`."""
+    *folders, last = _parts(images)
+    first = stem(Path(images[0]))
+    guesses = (name, last, first, _CHANNEL.sub("", first), *reversed(folders))
+    return next((guess for guess in guesses if guess in known), name)
+
+
+def _parts(images: Sequence[PurePath]) -> tuple[str, ...]:
+    """The folders of the first image, then what the names of all images begin with."""
+    first = images[0]
+    tokens = [_SEPARATOR.split(stem(Path(image))) for image in images]
+    number = next(
+        (i for i, column in enumerate(zip(*tokens, strict=False)) if len(set(column)) > 1),
+        min(map(len, tokens)),
+    )
+    shared = "".join(tokens[0][:number]) if number < len(tokens[0]) else stem(Path(first))
+    folders = (part for part in first.parts[:-1] if part != first.anchor)
+    return (*folders, shared.rstrip("-_. ") or stem(Path(first)))
+
+
+def _candidates(parts: Sequence[tuple[str, ...]]) -> Iterator[list[str]]:
+    depth = max(map(len, parts), default=0)
+    for level in range(1, depth + 1):
+        if all(len(part) >= level for part in parts):
+            yield [part[-level] for part in parts]
+    for level in range(2, depth + 1):
+        varying = [
+            i for i in range(level, 0, -1) if len({part[-i : len(part) - i + 1] for part in parts}) > 1
+        ]
+        yield ["_".join(part[-i] for i in varying if i <= len(part)) for part in parts]

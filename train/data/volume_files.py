@@ -1,0 +1,382 @@
+"""Opens volumes of any kind of file: what is wrong with a file is said in one sentence.
+
+NIfTI is known by its content, whatever the file is called. SimpleITK reads `.mha`, `.mhd`, `.nrrd` and `.nhdr`,
+nibabel everything else.
+"""
+
+import gzip
+import io
+import logging
+import math
+import struct
+import warnings
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import nibabel as nib
+import numpy as np
+from jaxtyping import Float, Float32
+from nibabel.affines import voxel_sizes
+from nibabel.arrayproxy import ArrayProxy
+from nibabel.filebasedimages import ImageFileError
+from nibabel.nifti1 import Nifti1Header, Nifti1PairHeader
+from nibabel.nifti2 import Nifti2Header, Nifti2PairHeader
+from nibabel.spatialimages import HeaderDataError, SpatialImage
+from nibabel.tripwire import TripWireError
+
+from train.errors import InputError
+from train.files import visible
+
+ITK_ENDINGS = (".mha", ".mhd", ".nrrd", ".nhdr")
+ENDINGS = (".nii.gz", ".nii", ".hdr", ".mgz", ".mgh", ".mnc", *ITK_ENDINGS)
+# Headers whose voxels lie in a file beside them, and the endings of such files.
+_DETACHED = (".hdr", ".mhd", ".nhdr")
+_VOXEL_ENDINGS = (".img", ".img.gz", ".raw", ".raw.gz", ".zraw")
+
+# What the readers of all formats raise at broken content; SimpleITK a RuntimeError, nibabel without h5py the last.
+_UNREADABLE = (
+    ImageFileError,
+    HeaderDataError,
+    EOFError,
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    RuntimeError,
+    ImportError,
+    struct.error,
+    zlib.error,
+    TripWireError,
+)
+
+_GZIP = b"\x1f\x8b"
+_APPLE_DOUBLE = b"\x00\x05\x16\x07"
+_LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+# nibabel logs what it mends in a header; here that is done on purpose.
+_QUIET = logging.Logger("quiet", logging.CRITICAL + 1)
+
+
+@dataclass(frozen=True)
+class VolumeFile:
+    """A file whose header has been read, and whose voxels have not.
+
+    Attributes:
+        path: of the file.
+        stored_shape: as the header has it.
+        shape: three spatial lengths, in the file's order of axes.
+        channels: values of each voxel.
+        header: NIfTI header with the file's affine, made anew where the file has none.
+        decode: reads the array of `stored_shape`.
+    """
+
+    path: Path
+    stored_shape: tuple[int, ...]
+    shape: tuple[int, ...]
+    channels: int
+    header: Nifti1Header
+    decode: Callable[[], np.ndarray]
+
+    def read(self) -> Float32[np.ndarray, "x y z channels"]:
+        """All voxels, finite.
+
+        Raises:
+            InputError: truncated, corrupt, or with voxels that are not finite.
+        """
+        try:
+            with np.errstate(over="ignore"):  # beyond float32 is infinite, which is told
+                voxels = self.decode().astype(np.float32, copy=False)
+            voxels = voxels.reshape(*self.shape, self.channels)
+        except _UNREADABLE as error:
+            raise _corrupt(self.path, error) from error
+        bad = voxels.size - np.count_nonzero(np.isfinite(voxels))
+        if bad:
+            raise InputError(
+                f"{self.path} holds {bad} voxels that are NaN or infinite: mend or leave out this file."
+            )
+        return voxels
+
+
+def open_volume(path: Path) -> VolumeFile:
+    """Opens a file and reads its header, not its voxels.
+
+    Raises:
+        InputError: no such file, not a readable volume, without a usable affine, or of another rank or type.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} does not exist: check the path.")
+    try:
+        if path.name.lower().endswith(ITK_ENDINGS):
+            return _open_itk(path)
+        header = _nifti_header(path)
+        return _open_nibabel(path) if header is None else _open_nifti(path, header)
+    except _UNREADABLE as error:
+        raise _corrupt(path, error) from error
+
+
+def stem(path: Path) -> str:
+    """The file's name without the ending of a volume, in either case.
+
+    >>> stem(Path("scan.v2.NII.GZ"))
+    'scan.v2'
+    """
+    return path.name.removesuffix(ending_of(path))
+
+
+def ending_of(path: Path) -> str:
+    """The ending of a volume as it is written in the name; empty if it has none."""
+    found = next((ending for ending in ENDINGS if path.name.lower().endswith(ending)), "")
+    return path.name[len(path.name) - len(found) :]
+
+
+def volumes_in(folder: Path, pattern: str = "*") -> list[Path]:
+    """The visible volumes in a folder, sorted, by their endings in either case."""
+    return [path for path in visible(folder, pattern) if ending_of(path) and path.is_file()]
+
+
+def parts_of(path: Path) -> tuple[Path, ...]:
+    """The files that hold a volume: a header that is detached from its voxels has others beside it."""
+    if not path.name.lower().endswith(_DETACHED):
+        return (path,)
+    beside = [
+        file
+        for file in visible(path.parent)
+        if file.name.lower() in {f"{stem(path).lower()}{ending}" for ending in _VOXEL_ENDINGS}
+    ]
+    return (path, *beside)
+
+
+# NIfTI.
+
+
+def _nifti_header(path: Path) -> Any:
+    """The header as it is in the file; None if the content is no NIfTI."""
+    with path.open("rb") as file, _content(file) as stream:
+        start = stream.read(348)
+        kind = {
+            b"n+1\0": Nifti1Header,
+            b"ni1\0": Nifti1PairHeader,
+            b"n+2\0": Nifti2Header,
+            b"ni2\0": Nifti2PairHeader,
+        }.get(start[4:8] if start[4:7] in (b"n+2", b"ni2") else start[344:348])
+        stream.seek(0)
+        return kind and kind.from_fileobj(stream, check=False)
+
+
+def _open_nifti(path: Path, header: Any) -> VolumeFile:
+    spacing = header["pixdim"][1:4].astype(float)
+    header.check_fix(logger=_QUIET)
+    header.get_slope_inter()  # raises if they make no sense
+    shape = tuple(map(int, header.get_data_shape()))
+    spatial, channels = _spatial_and_channels(path, shape)
+    _check_type(path, header.get_data_dtype())
+    source = path if header.is_single else _voxels_beside(path)
+    _check_length(source, header)
+    _mend_affine(path, header, spatial, spacing)
+
+    def decode() -> np.ndarray:
+        with source.open("rb") as file:
+            stream = io.BytesIO(_gunzip(file.read())) if _is_gzip(file) else file
+            return np.asanyarray(ArrayProxy(stream, header, mmap=False), dtype=np.float32)
+
+    is_plain = type(header) is Nifti1Header
+    kept = header.as_byteswapped("<") if is_plain else _new_header(spatial, header.get_best_affine())
+    return VolumeFile(path, shape, spatial, channels, kept, decode)
+
+
+def _mend_affine(path: Path, header: Any, shape: tuple[int, ...], spacing: Float[np.ndarray, "3"]) -> None:
+    """Overwrites an sform or qform that is declared and cannot be by the best that the header has.
+
+    Args:
+        path: of the file.
+        header: changed in place.
+        shape: spatial lengths. On an axis of one voxel nothing depends on the spacing.
+        spacing: along each axis as the file has it.
+    """
+    is_spacing = np.isfinite(spacing) & (spacing != 0)
+    has_spacing = bool(np.all(is_spacing | (np.array(shape) == 1)))
+    header["pixdim"][1:4] = np.where(is_spacing, np.abs(spacing), 1)
+    sform = header.get_sform() if header["sform_code"] > 0 else None
+    qform = _qform(header) if header["qform_code"] > 0 and has_spacing else None
+    base = header.get_base_affine() if has_spacing else None
+    best = next((form for form in (sform, qform, base) if form is not None and _is_affine(form)), None)
+    if best is None:
+        raise InputError(
+            f"{path} has no affine that can be inverted and the voxel spacing {tuple(spacing.tolist())} in its "
+            "header: write the spacing or the affine into the header."
+        )
+    if not has_spacing:
+        header["pixdim"][1:4] = voxel_sizes(best)
+    if sform is not None and not _is_affine(sform):
+        header.set_sform(best, int(header["sform_code"]))
+    if header["qform_code"] > 0 and (qform is None or not _is_affine(qform)):
+        header.set_qform(best, int(header["qform_code"]))
+
+
+def _qform(header: Any) -> Float[np.ndarray, "4 4"] | None:
+    try:
+        return header.get_qform()
+    except ValueError:  # no rotation has this quaternion
+        return None
+
+
+def _is_affine(affine: Float[np.ndarray, "4 4"]) -> bool:
+    """Whether the matrix maps voxels to millimetres and back."""
+    lengths = np.linalg.norm(affine[:3, :3], axis=0)
+    return bool(
+        np.isfinite(affine).all() and lengths.all() and abs(np.linalg.det(affine[:3, :3] / lengths)) > 1e-3
+    )
+
+
+def _voxels_beside(path: Path) -> Path:
+    beside = parts_of(path)[1:]
+    if not beside:
+        raise InputError(
+            f"{path} is a header whose voxels, {stem(path)}.img, are not beside it: fetch them too."
+        )
+    return beside[0]
+
+
+def _check_length(path: Path, header: Any) -> None:
+    """Whether a file that is not compressed is as long as its header says."""
+    needed = header.get_data_offset() + math.prod(header.get_data_shape()) * header.get_data_dtype().itemsize
+    with path.open("rb") as file:
+        is_gzip = _is_gzip(file)
+    found = path.stat().st_size
+    if not is_gzip and found < needed:
+        raise InputError(
+            f"{path} is truncated or corrupt, it has {found} bytes of {needed}: fetch or export it again."
+        )
+
+
+# Other kinds.
+
+
+def _open_nibabel(path: Path) -> VolumeFile:
+    volume: Any = nib.load(path)
+    if not isinstance(volume, SpatialImage) or volume.affine is None:
+        raise InputError(f"{path} is a {type(volume).__name__}, not a volume: convert it to .nii.gz.")
+    _check_type(path, volume.get_data_dtype())
+    return _volume(path, volume.shape, volume.affine, lambda: np.asanyarray(volume.dataobj, dtype=np.float32))
+
+
+def _open_itk(path: Path) -> VolumeFile:
+    sitk = _simple_itk(path)
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    reader.ReadImageInformation()
+    kind = sitk.GetPixelIDValueAsString(reader.GetPixelID())
+    if not kind.endswith(("integer", "float")) or kind.startswith("complex"):
+        raise _strange_type(path, kind)
+    dims, components = reader.GetDimension(), reader.GetNumberOfComponents()
+    affine = np.eye(4)
+    used = min(dims, 3)
+    direction = np.reshape(reader.GetDirection(), (dims, dims))[:used, :used]
+    affine[:used, :used] = direction * reader.GetSpacing()[:used]
+    affine[:used, 3] = reader.GetOrigin()[:used]
+    shape = (*reader.GetSize(), *([1] * (3 - dims)), *([components] if components > 1 else []))
+
+    def decode() -> np.ndarray:
+        voxels = sitk.GetArrayFromImage(reader.Execute())  # last axis first, but for the components
+        return voxels.transpose(*reversed(range(dims)), *range(dims, voxels.ndim))
+
+    return _volume(path, shape, _LPS_TO_RAS @ affine, decode)
+
+
+def _simple_itk(path: Path) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            import SimpleITK
+    except ImportError as error:
+        raise InputError(
+            f"{path} is read by SimpleITK, which is not installed: pip install 'calib_jax[itk]'."
+        ) from error
+    SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
+    return SimpleITK
+
+
+def _volume(
+    path: Path, shape: Sequence[int], affine: Float[np.ndarray, "4 4"], decode: Callable[[], np.ndarray]
+) -> VolumeFile:
+    stored = tuple(map(int, shape))
+    spatial, channels = _spatial_and_channels(path, stored)
+    if not _is_affine(affine):
+        raise InputError(
+            f"{path} has an affine that cannot be inverted: write its voxel spacing into the header."
+        )
+    return VolumeFile(path, stored, spatial, channels, _new_header(spatial, affine), decode)
+
+
+def _new_header(shape: Sequence[int], affine: Float[np.ndarray, "4 4"]) -> Nifti1Header:
+    header = Nifti1Header()
+    header.set_data_shape(shape)
+    header.set_sform(affine, "scanner")
+    header.set_qform(affine, "scanner")
+    header.set_xyzt_units("mm")
+    return header
+
+
+# What all kinds share.
+
+
+def _spatial_and_channels(path: Path, shape: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
+    """Three spatial lengths and the number of channels: the one axis behind them that is longer than 1."""
+    channels = [size for size in shape[3:] if size > 1]
+    if len(shape) < 2 or len(channels) > 1 or 0 in shape:
+        raise InputError(f"{path} has shape {shape}: give a 3-D volume, or a 4-D one with the channels last.")
+    return (*shape, 1)[:3], math.prod(channels)
+
+
+def _check_type(path: Path, dtype: np.dtype) -> None:
+    if dtype.kind not in "uif" or dtype.itemsize > 8:
+        raise _strange_type(path, "RGB" if dtype.kind == "V" else str(dtype))
+
+
+def _strange_type(path: Path, kind: str) -> InputError:
+    return InputError(f"{path} has voxels of type {kind}: give real numbers, one per voxel and channel.")
+
+
+def _is_gzip(file: IO[bytes]) -> bool:
+    """Whether the content from the file's start on is compressed, whatever the file is called."""
+    start = file.read(2)
+    file.seek(0)
+    return start == _GZIP
+
+
+def _content(file: IO[bytes]) -> Any:
+    """The file's content, decompressed as it is read."""
+    return gzip.GzipFile(fileobj=file) if _is_gzip(file) else file
+
+
+def _gunzip(content: bytes) -> bytes:
+    """The members of a gzip file, each with its checksum; what follows the last one is ignored, as by nibabel.
+
+    Raises:
+        EOFError: a member is cut off.
+        zlib.error: a member is corrupt.
+    """
+    members = []
+    while not members or content.startswith(_GZIP):
+        member = zlib.decompressobj(16 + zlib.MAX_WBITS)
+        members.append(member.decompress(content))
+        if not member.eof:
+            raise EOFError("the end of the compressed data is missing")
+        content = member.unused_data
+    return members[0] if len(members) == 1 else b"".join(members)
+
+
+def _corrupt(path: Path, error: Exception) -> InputError:
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start == _APPLE_DOUBLE:
+        return InputError(f"{path} holds what macOS keeps beside a file, no volume: remove it.")
+    if isinstance(error, TripWireError):
+        return InputError(f"{path} cannot be read without another package: {error}")
+    kind = type(error).__name__
+    return InputError(
+        f"{path} is truncated or corrupt, or no volume file ({kind}): fetch or export it again."
+    )
