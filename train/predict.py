@@ -1,6 +1,5 @@
 """A trained network on images without labels: label maps and class probabilities as NIfTI."""
 
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,13 +11,12 @@ from tqdm import tqdm
 from train.checkpoint import Which
 from train.config import DataInfo
 from train.data.faults import Fault, collected, refuse
+from train.data.names import CHANNEL
 from train.data.nifti import Grid, check_same_grid, read_channels
 from train.data.volume_files import ENDINGS, open_volume, parts_of, stem, volumes_in
 from train.errors import InputError
 from train.files import visible
 from train.fit import load_run
-
-_CHANNEL = re.compile(r"_\d{4}$")  # how nnU-Net ends the names of a case's files
 
 
 def predict_folder(run: Path, images: Path, out: Path, which: Which = "last") -> list[Path]:
@@ -100,12 +98,13 @@ def find_cases(folder: Path, info: DataInfo) -> tuple[dict[str, list[Path]], lis
 def group_channels(files: Sequence[Path], channels: int) -> list[tuple[str, list[Path]]]:
     """Names of cases with their files, from the names of the files alone, see `find_cases`.
 
-    >>> group_channels([Path("a_0000.nii"), Path("a_0001.nii"), Path("b_0007.nii")], 2)
-    [('a', [PosixPath('a_0000.nii'), PosixPath('a_0001.nii')]), ('b_0007', [PosixPath('b_0007.nii')])]
+    >>> files = [Path("a_0000.nii"), Path("a_0001.nii"), Path("b_0007.nii")]
+    >>> [(name, len(parts)) for name, parts in group_channels(files, 2)]
+    [('a', 2), ('b_0007', 1)]
     """
     groups: dict[str, list[Path]] = {}
     for file in sorted(files, key=stem):
-        groups.setdefault(_CHANNEL.sub("", stem(file)), []).append(file)
+        groups.setdefault(CHANNEL.sub("", stem(file)), []).append(file)
     wanted = [f"_{channel:04d}" for channel in range(channels)]
     whole = {name for name, parts in groups.items() if [stem(f)[len(name) :] for f in parts] == wanted}
     if channels == 1 and len(whole) < len(groups):

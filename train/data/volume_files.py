@@ -106,9 +106,9 @@ def open_volume(path: Path) -> VolumeFile:
     Raises:
         InputError: no such file, not a readable volume, without a usable affine, or of another rank or type.
     """
-    if not path.is_file():
-        raise InputError(f"{path} does not exist: check the path.")
     try:
+        if not path.is_file():
+            raise InputError(f"{path} does not exist: check the path.")
         if path.name.lower().endswith(ITK_ENDINGS):
             return _open_itk(path)
         header = _nifti_header(path)
@@ -256,7 +256,9 @@ def _check_length(path: Path, header: Any) -> None:
 
 
 def _open_nibabel(path: Path) -> VolumeFile:
-    volume: Any = nib.load(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # of the files that nibabel leaves open
+        volume: Any = nib.load(path)
     if not isinstance(volume, SpatialImage) or volume.affine is None:
         raise InputError(f"{path} is a {type(volume).__name__}, not a volume: convert it to .nii.gz.")
     _check_type(path, volume.get_data_dtype())
@@ -326,7 +328,7 @@ def _new_header(shape: Sequence[int], affine: Float[np.ndarray, "4 4"]) -> Nifti
 def _spatial_and_channels(path: Path, shape: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
     """Three spatial lengths and the number of channels: the one axis behind them that is longer than 1."""
     channels = [size for size in shape[3:] if size > 1]
-    if len(shape) < 2 or len(channels) > 1 or 0 in shape:
+    if len(shape) < 2 or len(channels) > 1 or min(shape) < 1:
         raise InputError(f"{path} has shape {shape}: give a 3-D volume, or a 4-D one with the channels last.")
     return (*shape, 1)[:3], math.prod(channels)
 
@@ -365,18 +367,20 @@ def _gunzip(content: bytes) -> bytes:
         members.append(member.decompress(content))
         if not member.eof:
             raise EOFError("the end of the compressed data is missing")
-        content = member.unused_data
+        content = member.unused_data.lstrip(b"\0")
     return members[0] if len(members) == 1 else b"".join(members)
 
 
 def _corrupt(path: Path, error: Exception) -> InputError:
+    if isinstance(error, OSError) and error.errno:
+        return InputError(f"{path} cannot be read ({error.strerror}): check the file and its permissions.")
+    if isinstance(error, TripWireError):
+        return InputError(f"{path} cannot be read without another package: {error}")
     with path.open("rb") as file:
         start = file.read(4)
     if start == _APPLE_DOUBLE:
         return InputError(f"{path} holds what macOS keeps beside a file, no volume: remove it.")
-    if isinstance(error, TripWireError):
-        return InputError(f"{path} cannot be read without another package: {error}")
-    kind = type(error).__name__
+    kind = f"{error}" if isinstance(error, HeaderDataError) else type(error).__name__
     return InputError(
         f"{path} is truncated or corrupt, or no volume file ({kind}): fetch or export it again."
     )
