@@ -226,7 +226,7 @@ def test_broken_files_are_named_in_every_layout(name, tmp_path):
         dataset.load(1)
 
 
-@pytest.mark.parametrize("ending", [".nii", ".NII.GZ", ".mgz"])
+@pytest.mark.parametrize("ending", [".nii", ".NII.GZ", ".mgz", ".nrrd"])
 @pytest.mark.parametrize("name", WRITTEN)
 def test_files_of_every_layout_may_have_other_endings(name, ending, tmp_path):
     layout, write_folder, *_ = WRITTEN[name]
@@ -235,8 +235,13 @@ def test_files_of_every_layout_may_have_other_endings(name, ending, tmp_path):
     case = straight.load(0)
     for file in sorted(tmp_path.rglob("*.nii.gz")):
         volume = nib.load(file)
-        kind = nib.MGHImage if ending == ".mgz" else nib.Nifti1Image
-        nib.save(kind(np.asarray(volume.dataobj), volume.affine), str(file).replace(".nii.gz", ending))
+        other = str(file).replace(".nii.gz", ending)
+        if ending == ".nrrd":
+            sitk = pytest.importorskip("SimpleITK")
+            sitk.WriteImage(sitk.ReadImage(file), other)
+        else:
+            kind = nib.MGHImage if ending == ".mgz" else nib.Nifti1Image
+            nib.save(kind(np.asarray(volume.dataobj), volume.affine), other)
         file.unlink()
     if (tmp_path / "dataset.json").exists():
         text = (tmp_path / "dataset.json").read_text()
