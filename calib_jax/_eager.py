@@ -20,7 +20,13 @@ R = TypeVar("R")
 
 _LEAST_VOXELS = 1 << 12
 _COARSE_UP_TO = 1 << 20  # voxels of an image up to which the next power of two costs no noticeable time
-_IMAGES = ("probs", "logits", "predictions", "labels", "where")  # arguments with an axis for each axis of voxels
+_IMAGES = (
+    "probs",
+    "logits",
+    "predictions",
+    "labels",
+    "where",
+)  # arguments with an axis for each axis of voxels
 
 
 def compiled(

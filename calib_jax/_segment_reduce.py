@@ -109,7 +109,11 @@ def table_lookup(
 
     def by_gather(table: Array, probs: Array) -> Array:
         place = index(probs) + num_bins * lax.broadcasted_iota(jnp.int32, probs.shape, 2)
-        table = jnp.zeros_like(table).at[..., jnp.arange(num_bins, dtype=jnp.int32)].set(table, mode="promise_in_bounds")
+        table = (
+            jnp.zeros_like(table)
+            .at[..., jnp.arange(num_bins, dtype=jnp.int32)]
+            .set(table, mode="promise_in_bounds")
+        )
         take = functools.partial(jnp.take, mode="clip")
         return jax.vmap(take)(table.reshape(-1, classes * num_bins), place)
 

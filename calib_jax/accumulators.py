@@ -271,9 +271,7 @@ def _image_sums(probs: Any, labels: Any, where: Any, options: _Options) -> State
             f"probs must have {options.num_classes} classes on their last axis, as many as the accumulator was made "
             f"for; got {probs.shape}."
         )
-    stats: Any = bin_statistics(
-        probs, labels, num_bins=options.num_bins, closed=options.closed, where=where
-    )
+    stats: Any = bin_statistics(probs, labels, num_bins=options.num_bins, closed=options.closed, where=where)
     flat = metrics.flatten(probs, labels, where)
     squared_error, nll, *counts = metrics.sum_over_chunks(_chunk_sums, *flat)
     floats = (

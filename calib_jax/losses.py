@@ -427,7 +427,9 @@ def _reduce(
 ) -> Array:
     check_choice("reduction", reduction, ("mean", "sum", "none"))
     weights = (
-        jnp.ones(errors.shape[1:], errors.dtype) if class_weights is None else jnp.asarray(class_weights, errors.dtype)
+        jnp.ones(errors.shape[1:], errors.dtype)
+        if class_weights is None
+        else jnp.asarray(class_weights, errors.dtype)
     )
     if weights.shape != errors.shape[1:]:
         raise ValueError(

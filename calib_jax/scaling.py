@@ -88,7 +88,9 @@ def fit_temperature(
     """
 
     def affine(log_temperature: Array, classes: int) -> VectorScaling:
-        return VectorScaling(jnp.broadcast_to(jnp.exp(-log_temperature), (classes,)), jnp.zeros(classes, jnp.float32))
+        return VectorScaling(
+            jnp.broadcast_to(jnp.exp(-log_temperature), (classes,)), jnp.zeros(classes, jnp.float32)
+        )
 
     objective = _Objective(_as_batches(logits, labels, where), affine)
     return jnp.exp(_minimise(objective, jnp.zeros((), jnp.float32), tolerance, max_steps))

@@ -183,6 +183,38 @@ def test_ids_of_many_classes_are_written_whole(folder, tmp_path, monkeypatch):
     assert (np.asarray(volume.dataobj) == 299).all()
 
 
+@pytest.mark.parametrize("name", ["scan.nrrd", "scan.mgz", "scan.hdr", "big.nii", "vector.nii.gz"])
+def test_predictions_for_other_kinds_of_files_are_nifti_on_their_grid(folder, tmp_path, monkeypatch, name):
+    info = DataInfo.of(open_dataset(f"msd:{folder}"))
+    monkeypatch.setattr("train.predict.load_run", lambda *_: (None, info, Oracle()))
+    voxels, images = np.asarray(nib.load(folder / "imagesTr/a.nii.gz").dataobj), tmp_path / "images"
+    images.mkdir()
+    match name:
+        case "scan.nrrd":
+            sitk = pytest.importorskip("SimpleITK")
+            sitk.WriteImage(sitk.ReadImage(folder / "imagesTr/a.nii.gz"), images / name)
+        case "scan.mgz":
+            nib.save(nib.MGHImage(voxels, AFFINE), images / name)
+        case "scan.hdr":
+            nib.save(nib.Nifti1Pair(voxels, AFFINE), images / name)
+        case "big.nii":
+            header = nib.Nifti1Header(endianness=">")
+            header.set_data_dtype(">f4")
+            nib.save(nib.Nifti1Image(voxels, AFFINE, header), images / name)
+        case _:
+            volume = nib.Nifti1Image(voxels[..., None, None], AFFINE)
+            volume.header.set_intent("vector")
+            nib.save(volume, images / name)
+    plain, other = (
+        [nib.load(file) for file in predict_folder(tmp_path, folder, tmp_path / out)]
+        for folder, out in ((folder / "imagesTr", "plain"), (images, "other"))
+    )
+    for expected, found in zip(plain[:2], other, strict=True):
+        np.testing.assert_array_equal(np.asarray(found.dataobj), np.asarray(expected.dataobj))
+        np.testing.assert_allclose(found.affine, AFFINE, atol=1e-4)
+        assert found.header.get_intent()[0] == "none"
+
+
 def test_the_hippocampus_goes_there_and_back(hippocampus):
     dataset = open_at(hippocampus, 0.8, 1.3, 1.1)
     for index in range(3):

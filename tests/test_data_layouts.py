@@ -412,6 +412,107 @@ def test_broken_files_are_named_in_every_layout(name, tmp_path):
         dataset.load(1)
 
 
+@pytest.mark.parametrize("ending", [".nii", ".NII.GZ", ".mgz", ".nrrd"])
+@pytest.mark.parametrize("name", WRITTEN)
+def test_files_of_every_layout_may_have_other_endings(name, ending, tmp_path):
+    layout, write_folder, *_ = WRITTEN[name]
+    write_folder(tmp_path)
+    straight = open_dataset(f"{layout}:{tmp_path}")
+    case = straight.load(0)
+    for file in sorted(tmp_path.rglob("*.nii.gz")):
+        volume = nib.load(file)
+        other = str(file).replace(".nii.gz", ending)
+        if ending == ".nrrd":
+            sitk = pytest.importorskip("SimpleITK")
+            sitk.WriteImage(sitk.ReadImage(file), other)
+        else:
+            kind = nib.MGHImage if ending == ".mgz" else nib.Nifti1Image
+            nib.save(kind(np.asarray(volume.dataobj), volume.affine), other)
+        file.unlink()
+    if (tmp_path / "dataset.json").exists():
+        text = (tmp_path / "dataset.json").read_text()
+        (tmp_path / "dataset.json").write_text(text.replace(".nii.gz", ending))
+    dataset = open_dataset(f"{layout}:{tmp_path}")
+    assert dataset.case_names == straight.case_names
+    np.testing.assert_array_equal(dataset.load(0).label, case.label)
+    np.testing.assert_allclose(dataset.load(0).image, case.image, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_hidden_files_change_no_layout(name, tmp_path):
+    layout, write_folder, *_ = WRITTEN[name]
+    write_folder(tmp_path)
+    before = open_dataset(f"{layout}:{tmp_path}").case_names
+    for file in list(tmp_path.rglob("*.nii.gz")):
+        file.with_name(f"._{file.name}").write_bytes(b"\0\5\26\7\0\2\0\0")
+        hidden = file.parent.with_name(f".{file.parent.name}")
+        hidden.mkdir(exist_ok=True)
+        (hidden / file.name).write_bytes(b"")
+    assert open_dataset(f"{layout}:{tmp_path}").case_names == before
+
+
+def test_image_and_label_may_have_different_endings(tmp_path):
+    write_nnunet(tmp_path)
+    for file in tmp_path.glob("imagesTr/*_0001.nii.gz"):
+        nib.save(nib.load(file), str(file).removesuffix(".gz"))
+        file.unlink()
+    assert open_dataset(f"nnunet:{tmp_path}").load(0).image.shape == (*SHAPE, 2)
+
+
+def test_the_cavity_of_treated_gliomas_is_a_class_where_there_are_some(tmp_path):
+    modalities = ("t2f", "t1n", "t1c", "t2w")
+    write_brats(tmp_path, modalities, "-", (0, 1, 2, 3), ("BraTS-GLI-00000-000", "BraTS-GLI-00000-001"))
+    dataset = open_dataset(f"brats:{tmp_path}")
+    assert len(dataset.class_names) == 4
+    assert "resection cavity" not in dataset.regions
+    write_brats(tmp_path, modalities, "-", (0, 1, 2, 3, 4), ("BraTS-GLI-00005-100", "BraTS-GLI-00005-101"))
+    dataset = open_dataset(f"brats:{tmp_path}")
+    assert dataset.class_names[3:] == ("enhancing tumour", "resection cavity")
+    assert dataset.regions["resection cavity"] == (4,)
+    assert dataset.regions["whole tumour"] == (1, 2, 3)
+    assert dataset.subjects[-1] == "BraTS-GLI-00005"
+    assert set(np.unique(dataset.load(3).label)) == set(range(5))
+
+
+def test_scans_of_brats_without_a_label_are_told(tmp_path):
+    write_brats_2021(tmp_path)
+    (tmp_path / "BraTS2021_00002" / "BraTS2021_00002_seg.nii.gz").unlink()
+    with pytest.raises(InputError, match=r"BraTS2021_00002/BraTS2021_00002_seg.nii.gz does not exist"):
+        open_dataset(f"brats:{tmp_path}")
+    segm = tmp_path / "BraTS2021_00002" / "W39_1998.09.19_Segm.nii"  # as one of 2020 is called
+    write(segm, labels(0, (0, 1, 2, 4)))
+    assert open_dataset(f"brats:{tmp_path}").case_names == ("BraTS2021_00000", "BraTS2021_00002")
+
+
+def test_nnunet_lists_files_anywhere(tmp_path):
+    write_nnunet(tmp_path)
+    expected = open_dataset(f"nnunet:{tmp_path}").load(0)
+    description = json.loads((tmp_path / "dataset.json").read_text())
+    raw = tmp_path / "raw"
+    (tmp_path / "imagesTr").rename(raw)
+    images = [f"raw/liver_001_{channel:04d}.nii.gz" for channel in range(2)]
+    listed = {
+        "one": {"images": images, "label": "labelsTr/liver_001.nii.gz"},
+        "two": {"images": [f"{tmp_path}/{image}" for image in images], "label": "labelsTr/liver_002.nii.gz"},
+    }
+    (tmp_path / "dataset.json").write_text(json.dumps({**description, "dataset": listed}))
+    dataset = open_dataset(f"nnunet:{tmp_path}")
+    assert dataset.case_names == ("one", "two")
+    np.testing.assert_array_equal(dataset.load(0).image, expected.image)
+    del listed["two"]["images"]
+    (tmp_path / "dataset.json").write_text(json.dumps({**description, "dataset": listed}))
+    with pytest.raises(InputError, match=r"an entry under \"dataset\" without images or label"):
+        open_dataset(f"nnunet:{tmp_path}")
+
+
+def test_a_file_ending_of_no_volume_is_told(tmp_path):
+    write_nnunet(tmp_path)
+    text = (tmp_path / "dataset.json").read_text()
+    (tmp_path / "dataset.json").write_text(text.replace(".nii.gz", ".png"))
+    with pytest.raises(InputError, match=r'has the "file_ending" .png: volumes of .nii.gz'):
+        open_dataset(f"nnunet:{tmp_path}")
+
+
 # Axes.
 
 ORIENTATIONS = ["RAS", "LPS", "PIR", "SLA"]

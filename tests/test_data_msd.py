@@ -10,6 +10,8 @@ import pytest
 
 from train.data import LAYOUTS, Dataset, VolumeDataset, open_dataset
 from train.data.nifti import read_channels
+from train.data.volume_files import open_volume
+from train.data.volumes import header_faults
 from train.errors import InputError
 
 SHAPE = (6, 5, 4)
@@ -228,6 +230,133 @@ def test_an_image_for_prediction_that_is_missing_or_no_volume_is_told(tmp_path):
     nib.save(nib.GiftiImage(), tmp_path / "scan.gii")
     with pytest.raises(InputError, match=r"scan.gii is a GiftiImage, not a volume"):
         read_channels([tmp_path / "scan.gii"])
+
+
+# Lists of other tools.
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_a_description_may_be_in_any_encoding_of_unicode(folder, encoding):
+    _describe(folder, name="Gehörgang")
+    text = (folder / "dataset.json").read_text(encoding="utf-8")
+    (folder / "dataset.json").write_text(text.replace("\\u00f6", "ö"), encoding=encoding)
+    assert open_msd(folder).name == "Gehörgang"
+
+
+def test_a_description_in_another_encoding_is_told(folder):
+    (folder / "dataset.json").write_bytes('{"name": "Gehörgang"}'.encode("latin1"))
+    _refuses("its text is no UTF-8 from byte 13 on, save it as UTF-8", folder)
+
+
+@pytest.mark.parametrize(
+    "channels",
+    [{"modality": ["T1", "T2"]}, {"channel_names": {"0": "T1", "1": "T2"}}, {"channel_names": ["T1", "T2"]}],
+)
+def test_channels_are_named_in_several_ways(folder, channels):
+    _describe(folder, **({"modality": None} | channels))
+    assert open_msd(folder).num_channels == 2
+
+
+def test_each_channel_may_have_a_file(folder):
+    """As in MONAI's datalists of BraTS; cases with labels in other sections are held out."""
+    for name in ("c", "d", "e"):
+        for channel in range(2):
+            _write(folder / name / f"{name}_t{channel}.nii.gz", np.full(SHAPE, channel + 1, np.int16))
+        _write(folder / name / "seg.nii.gz", np.ones(SHAPE, np.uint8))
+
+    def entry(name, root):
+        images = [f"{root}{name}/{name}_t{channel}.nii.gz" for channel in range(2)]
+        return {"image": images, "label": f"{root}{name}/seg.nii.gz", "fold": 0}
+
+    _describe(
+        folder,
+        training=[entry("c", ""), entry("d", f"{folder}/")],
+        validation=[entry("e", "")],
+        test=["imagesTs/x.nii.gz", {"image": "imagesTs/y.nii.gz"}],
+        testing=[entry("never published", "")],
+    )
+    dataset = open_msd(folder)
+    assert dataset.case_names == ("c", "d", "e")
+    assert dataset.held_out == ("e",)
+    assert dataset.load(2).image.shape == (*SHAPE, 2)
+    two = [entry("c", "")]
+    two[0]["image"] *= 2
+    _describe(folder, training=two)
+    _refuses('c_t0.nii.gz is one of 4 images of a case, but dataset.json declares 2 under "modality"', folder)
+
+
+def test_paths_of_windows_and_of_variables_are_followed(folder, monkeypatch):
+    monkeypatch.setenv("HERE", str(folder))
+    paths = [
+        ("imagesTr\\a.nii.gz", "labelsTr\\a.nii.gz"),
+        ("$HERE/imagesTr/b.nii.gz", "${HERE}/labelsTr/b.nii.gz"),
+    ]
+    _describe(folder, training=[{"image": image, "label": label} for image, label in paths])
+    assert open_msd(folder).case_names == ("a", "b")
+
+
+# Faults.
+
+
+def test_all_faults_are_told_at_once_and_returned(folder):
+    names = [f"case{i:02d}" for i in range(30)]
+    for name in names:
+        _write(folder / f"imagesTr/{name}.nii.gz", np.ones((*SHAPE, 2), np.float32))
+        _write(folder / f"labelsTr/{name}.nii.gz", np.zeros(SHAPE, np.uint8))
+    _describe(
+        folder,
+        training=[{"image": f"imagesTr/{n}.nii.gz", "label": f"labelsTr/{n}.nii.gz"} for n in names],
+    )
+    assert header_faults(LAYOUTS["msd"](folder)) == []
+    (folder / "labelsTr/case00.nii.gz").unlink()
+    (folder / "imagesTr/case03.nii.gz").write_bytes(b"broken")
+    _write(folder / "labelsTr/case07.nii.gz", np.zeros((6, 5, 3), np.uint8))
+    _write(folder / "imagesTr/case09.nii.gz", np.ones(SHAPE, np.float32))
+    _write(folder / "labelsTr/case11.nii.gz", np.zeros(SHAPE, np.uint8), np.diag([1, 1.5, 2.5, 1]))
+    found = header_faults(LAYOUTS["msd"](folder))
+    assert [fault.case for fault in found] == ["case00", "case03", "case07", "case09", "case11"]
+    with pytest.raises(InputError, match="the first of 5 files with faults") as caught:
+        open_msd(folder)
+    assert all(f"{fault.file} {fault.problem.partition(': ')[0]}" in str(caught.value) for fault in found)
+    for name in names:
+        (folder / f"labelsTr/{name}.nii.gz").unlink(missing_ok=True)
+    with pytest.raises(InputError, match=r"the first of 32 files with faults.*; and 12 more") as caught:
+        open_msd(folder)
+    assert str(caught.value).count("Tr/case") == 20
+
+
+def test_each_header_is_read_once(folder, monkeypatch):
+    opened = []
+    monkeypatch.setattr(
+        "train.data.volumes.open_volume", lambda path: opened.append(path) or open_volume(path)
+    )
+    open_msd(folder)
+    assert sorted(opened) == sorted([*folder.glob("imagesTr/*"), *folder.glob("labelsTr/*")])
+
+
+def test_a_label_with_turned_axes_lies_on_its_image(folder):
+    straight = open_msd(folder).load(0)
+    file = folder / "labelsTr/a.nii.gz"
+    turned = nib.load(file).as_reoriented(nib.orientations.axcodes2ornt(("P", "S", "R")))
+    nib.save(nib.Nifti1Image(np.asarray(turned.dataobj), turned.affine), file)
+    assert turned.shape != SHAPE
+    case = open_msd(folder).load(0)
+    np.testing.assert_array_equal(case.label, straight.label)
+    np.testing.assert_array_equal(case.image, straight.image)
+
+
+def test_a_case_is_read_anew_when_the_voxels_of_its_header_change(folder):
+    for kind in ("imagesTr", "labelsTr"):
+        volume = nib.load(folder / kind / "a.nii.gz")
+        nib.save(nib.Nifti1Pair(np.asarray(volume.dataobj), AFFINE), folder / kind / "a.hdr")
+    _describe(folder, training=[{"image": "imagesTr/a.hdr", "label": "labelsTr/a.hdr"}])
+    first = open_dataset(f"msd:{folder}", cache_dir=str(folder / "cache")).load(0)
+    assert first.name == "a"
+    file = folder / "labelsTr/a.img"
+    file.write_bytes(bytes(len(file.read_bytes())))
+    again = open_dataset(f"msd:{folder}", cache_dir=str(folder / "cache")).load(0)
+    assert first.label.any()
+    assert not again.label.any()
 
 
 def test_the_hippocampus_is_read(hippocampus):

@@ -133,3 +133,49 @@ def test_bad_chosen_splits_are_told(tmp_path, found, fold, message):
     with pytest.raises(InputError, match=message) as caught:
         _chosen(tmp_path / "splits.json", found, fold=fold, num_val=0)
     assert "splits.json" in str(caught.value)
+
+
+BRATS = [f"BraTS2021_{i:05d}" for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        "TrainingData/{case}/{case}_{modality}.nii.gz",
+        "{case}\\{case}_{modality}.nii.gz",
+        "/data/{case}/{modality}.nii",
+    ],
+)
+@pytest.mark.parametrize("modalities", [("flair", "t1", "t1ce", "t2"), ("t1",)])
+def test_a_datalist_finds_its_cases_by_their_paths(tmp_path, form, modalities):
+    """Their names are those of the data set's layout, though the list has more or fewer cases."""
+    listed = [
+        {"fold": i % 2, "image": [form.format(case=case, modality=modality) for modality in modalities]}
+        for i, case in enumerate(BRATS[:3])
+    ]
+    (tmp_path / "folds.json").write_text(json.dumps({"training": listed}), encoding="utf-8-sig")
+    splits = chosen_splits(tmp_path / "folds.json", BRATS, fold=0, num_val=0, seed=0)
+    assert splits == Splits((BRATS[1],), (), (BRATS[0], BRATS[2]))
+
+
+def test_a_datalist_of_sections_is_taken_as_it_is(tmp_path):
+    def entry(name, **more):
+        return {"image": f"imagesTr/{name}.nii.gz", "label": "x", **more}
+
+    found = {
+        "training": [entry(NAMES[0]), entry(NAMES[1])],
+        "validation": [entry(NAMES[2])],
+        "test": [entry(NAMES[3]), "imagesTs/without_label.nii.gz", {"image": "imagesTs/another.nii.gz"}],
+    }
+    assert _chosen(tmp_path / "list.json", found) == Splits(tuple(NAMES[:2]), (NAMES[2],), (NAMES[3],))
+    with pytest.raises(InputError, match="holds no folds, but fold is 0"):
+        _chosen(tmp_path / "list.json", found, fold=0)
+    found["test"].append(entry(NAMES[0]))
+    with pytest.raises(InputError, match="lists case_00 more than once"):
+        _chosen(tmp_path / "list.json", found)
+
+
+def test_a_datalist_that_has_a_case_in_two_folds_is_told(tmp_path):
+    listed = [{"image": [f"{NAMES[0]}/t1.nii.gz"], "fold": fold} for fold in (0, 1)]
+    with pytest.raises(InputError, match="lists case_00 more than once"):
+        _chosen(tmp_path / "list.json", {"training": listed}, fold=0)

@@ -189,7 +189,7 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Predict:
-    """Label maps and class probabilities of a folder of NIfTI volumes, with each volume's own affine.
+    """Label maps and class probabilities of a folder of volumes as NIfTI, with each volume's own affine.
 
     python -m train predict runs/ace --images scans --out predictions
 
@@ -200,7 +200,7 @@ class Predict:
     run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="run", metavar="RUN")]
     """Folder of the run."""
     images: Path
-    """Folder of .nii or .nii.gz volumes."""
+    """Folder of volumes: .nii, .nii.gz, .mgz, .mha, .nrrd and others."""
     out: Path
     """Output folder: new, empty, or one that the same command has begun to fill."""
     checkpoint: Literal["last", "best"] = "last"

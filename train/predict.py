@@ -4,7 +4,6 @@ import contextlib
 import gzip
 import hashlib
 import math
-import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 from train.checkpoint import Which
 from train.config import DataInfo
 from train.data.faults import Fault, collected, refuse
+from train.data.names import CHANNEL
 from train.data.nifti import Grid, check_same_grid, read_channels
 from train.data.volume_files import ENDINGS, open_volume, parts_of, stem, volumes_in
 from train.errors import CasesFailed, InputError, describe
@@ -27,7 +27,6 @@ from train.inference import VolumePredictor
 from train.progress import progress
 from train.runs import PARTIAL, locked, written_whole
 
-_CHANNEL = re.compile(r"_\d{4}$")  # how nnU-Net ends the names of a case's files
 _WRITER = "calib_jax predict"  # starts the description of every output file
 
 
@@ -129,12 +128,13 @@ def find_cases(folder: Path, info: DataInfo) -> tuple[dict[str, list[Path]], lis
 def group_channels(files: Sequence[Path], channels: int) -> list[tuple[str, list[Path]]]:
     """Names of cases with their files, from the names of the files alone, see `find_cases`.
 
-    >>> group_channels([Path("a_0000.nii"), Path("a_0001.nii"), Path("b_0007.nii")], 2)
-    [('a', [PosixPath('a_0000.nii'), PosixPath('a_0001.nii')]), ('b_0007', [PosixPath('b_0007.nii')])]
+    >>> files = [Path("a_0000.nii"), Path("a_0001.nii"), Path("b_0007.nii")]
+    >>> [(name, len(parts)) for name, parts in group_channels(files, 2)]
+    [('a', 2), ('b_0007', 1)]
     """
     groups: dict[str, list[Path]] = {}
     for file in sorted(files, key=stem):
-        groups.setdefault(_CHANNEL.sub("", stem(file)), []).append(file)
+        groups.setdefault(CHANNEL.sub("", stem(file)), []).append(file)
     wanted = [f"_{channel:04d}" for channel in range(channels)]
     whole = {name for name, parts in groups.items() if [stem(f)[len(name) :] for f in parts] == wanted}
     if channels == 1 and len(whole) < len(groups):

@@ -265,11 +265,11 @@ def _listed(root: Path, description: dict[str, Any]) -> Layout:
     file = root / "dataset.json"
     training = _required(file, description, "training", list)
     channels = _channels(file, description)
-    bad = [index for index, entry in enumerate(training) if _files(root, entry) is None]
-    if bad:
+    incomplete = [str(index) for index, entry in enumerate(training, 1) if _files(root, entry) is None]
+    if incomplete:
         raise InputError(
-            f'{file} has an entry under "training" without an image or label, number {bad[0]} of {len(training)} '
-            f'and {len(bad) - 1} others: give {{"image": path, "label": path}} for every case.'
+            f'{file} has an entry under "training" without an image or label (of {len(training)}, number '
+            f'{", ".join(incomplete[:20])}): give {{"image": path, "label": path}} for every case.'
         )
     listed = [(_files(root, entry), False) for entry in training]
     for section in ("validation", "test", "testing"):

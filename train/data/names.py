@@ -7,7 +7,7 @@ from pathlib import Path, PurePath
 from train.data.volume_files import stem
 
 _SEPARATOR = re.compile(r"([-_. ]+)")
-_CHANNEL = re.compile(r"_\d{4}$")  # how nnU-Net ends the names of a case's files
+CHANNEL = re.compile(r"_\d{4}$")  # how nnU-Net ends the names of a case's files
 
 
 def name_cases(cases: Sequence[Sequence[PurePath]]) -> list[str]:
@@ -30,7 +30,7 @@ def known_name(images: Sequence[PurePath], name: str, known: frozenset[str]) -> 
     """`name` if it is known, else the known name nearest to the end of the case's paths, else `name`."""
     *folders, last = _parts(images)
     first = stem(Path(images[0]))
-    guesses = (name, last, first, _CHANNEL.sub("", first), *reversed(folders))
+    guesses = (name, last, first, CHANNEL.sub("", first), *reversed(folders))
     return next((guess for guess in guesses if guess in known), name)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import nibabel as nib
@@ -39,7 +40,7 @@ class Grid:
         """The grid of a file."""
         return cls(volume.header, volume.shape)
 
-    @property
+    @cached_property
     def orientation(self) -> Float[np.ndarray, "3 2"]:
         """For each of the file's axes its axis in RAS order, and 1 or -1 for its direction."""
         return io_orientation(affine_of(self.header))
@@ -67,10 +68,12 @@ class Grid:
 
         Both are infinite for grids of different shapes. The axes may be flipped and in another order.
         """
+        affine = affine_of(self.header)
+        if other.file_shape == self.file_shape and np.array_equal(affine_of(other.header), affine):
+            return 0.0, 0.0
         turn = self._turn(other)
         if tuple(other.file_shape[i] for i in np.argsort(turn[:, 0])) != self.file_shape:
             return np.inf, np.inf
-        affine = affine_of(self.header)
         turned = affine_of(other.header) @ inv_ornt_aff(turn, other.file_shape)
         corners = np.stack(np.meshgrid(*((0, size - 1) for size in self.file_shape)), -1).reshape(-1, 3)
         apart = apply_affine(turned, corners) - apply_affine(affine, corners)

@@ -1,7 +1,7 @@
 """Opens volumes of any kind of file: what is wrong with a file is said in one sentence.
 
-NIfTI is known by its content, whatever the file is called. SimpleITK reads `.mha`, `.mhd`, `.nrrd` and `.nhdr`,
-nibabel everything else.
+NIfTI is known by its content, whatever the file is called. SimpleITK reads `.mha`, `.mhd`, `.nrrd`, `.nhdr` and
+`.gipl`, nibabel everything else.
 """
 
 import gzip
@@ -30,8 +30,8 @@ from nibabel.tripwire import TripWireError
 from train.errors import InputError
 from train.files import visible
 
-ITK_ENDINGS = (".mha", ".mhd", ".nrrd", ".nhdr")
-ENDINGS = (".nii.gz", ".nii", ".hdr", ".mgz", ".mgh", ".mnc", *ITK_ENDINGS)
+ITK_ENDINGS = (".mha", ".mhd", ".nrrd", ".nhdr", ".gipl")
+ENDINGS = (".nii.gz", ".nii", ".nii.bz2", ".hdr", ".mgz", ".mgh", ".mnc", *ITK_ENDINGS)
 # Headers whose voxels lie in a file beside them, and the endings of such files.
 _DETACHED = (".hdr", ".mhd", ".nhdr")
 _VOXEL_ENDINGS = (".img", ".img.gz", ".raw", ".raw.gz", ".zraw")
@@ -106,9 +106,9 @@ def open_volume(path: Path) -> VolumeFile:
     Raises:
         InputError: no such file, not a readable volume, without a usable affine, or of another rank or type.
     """
-    if not path.is_file():
-        raise InputError(f"{path} does not exist: check the path.")
     try:
+        if not path.is_file():
+            raise InputError(f"{path} does not exist: check the path.")
         if path.name.lower().endswith(ITK_ENDINGS):
             return _open_itk(path)
         header = _nifti_header(path)
@@ -190,6 +190,8 @@ def _open_nifti(path: Path, header: Any) -> VolumeFile:
 def _mend_affine(path: Path, header: Any, shape: tuple[int, ...], spacing: Float[np.ndarray, "3"]) -> None:
     """Overwrites an sform or qform that is declared and cannot be by the best that the header has.
 
+    That is the other one, even if it is filled in without being declared, or else the spacing alone.
+
     Args:
         path: of the file.
         header: changed in place.
@@ -199,10 +201,13 @@ def _mend_affine(path: Path, header: Any, shape: tuple[int, ...], spacing: Float
     is_spacing = np.isfinite(spacing) & (spacing != 0)
     has_spacing = bool(np.all(is_spacing | (np.array(shape) == 1)))
     header["pixdim"][1:4] = np.where(is_spacing, np.abs(spacing), 1)
-    sform = header.get_sform() if header["sform_code"] > 0 else None
-    qform = _qform(header) if header["qform_code"] > 0 and has_spacing else None
-    base = header.get_base_affine() if has_spacing else None
-    best = next((form for form in (sform, qform, base) if form is not None and _is_affine(form)), None)
+    forms = {"sform": _sform(header), "qform": _qform(header) if has_spacing else None}
+    declared = [name for name in forms if header[f"{name}_code"] > 0]
+    broken = [name for name in declared if forms[name] is None]
+    candidates = [*map(forms.get, declared), *(forms.values() if broken else ())]
+    if has_spacing:
+        candidates.append(header.get_base_affine())
+    best = next((form for form in candidates if form is not None), None)
     if best is None:
         raise InputError(
             f"{path} has no affine that can be inverted and the voxel spacing {tuple(spacing.tolist())} in its "
@@ -210,15 +215,19 @@ def _mend_affine(path: Path, header: Any, shape: tuple[int, ...], spacing: Float
         )
     if not has_spacing:
         header["pixdim"][1:4] = voxel_sizes(best)
-    if sform is not None and not _is_affine(sform):
+    if "sform" in broken:
         header.set_sform(best, int(header["sform_code"]))
-    if header["qform_code"] > 0 and (qform is None or not _is_affine(qform)):
+    if "qform" in broken:
         header.set_qform(best, int(header["qform_code"]))
+
+
+def _sform(header: Any) -> Float[np.ndarray, "4 4"] | None:
+    return form if _is_affine(form := header.get_sform()) else None
 
 
 def _qform(header: Any) -> Float[np.ndarray, "4 4"] | None:
     try:
-        return header.get_qform()
+        return form if _is_affine(form := header.get_qform()) else None
     except ValueError:  # no rotation has this quaternion
         return None
 
@@ -256,7 +265,9 @@ def _check_length(path: Path, header: Any) -> None:
 
 
 def _open_nibabel(path: Path) -> VolumeFile:
-    volume: Any = nib.load(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # of the files that nibabel leaves open
+        volume: Any = nib.load(path)
     if not isinstance(volume, SpatialImage) or volume.affine is None:
         raise InputError(f"{path} is a {type(volume).__name__}, not a volume: convert it to .nii.gz.")
     _check_type(path, volume.get_data_dtype())
@@ -326,7 +337,7 @@ def _new_header(shape: Sequence[int], affine: Float[np.ndarray, "4 4"]) -> Nifti
 def _spatial_and_channels(path: Path, shape: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
     """Three spatial lengths and the number of channels: the one axis behind them that is longer than 1."""
     channels = [size for size in shape[3:] if size > 1]
-    if len(shape) < 2 or len(channels) > 1 or 0 in shape:
+    if len(shape) < 2 or len(channels) > 1 or min(shape) < 1:
         raise InputError(f"{path} has shape {shape}: give a 3-D volume, or a 4-D one with the channels last.")
     return (*shape, 1)[:3], math.prod(channels)
 
@@ -365,18 +376,20 @@ def _gunzip(content: bytes) -> bytes:
         members.append(member.decompress(content))
         if not member.eof:
             raise EOFError("the end of the compressed data is missing")
-        content = member.unused_data
+        content = member.unused_data.lstrip(b"\0")
     return members[0] if len(members) == 1 else b"".join(members)
 
 
 def _corrupt(path: Path, error: Exception) -> InputError:
+    if isinstance(error, OSError) and error.errno:
+        return InputError(f"{path} cannot be read ({error.strerror}): check the file and its permissions.")
+    if isinstance(error, TripWireError):
+        return InputError(f"{path} cannot be read without another package: {error}")
     with path.open("rb") as file:
         start = file.read(4)
     if start == _APPLE_DOUBLE:
         return InputError(f"{path} holds what macOS keeps beside a file, no volume: remove it.")
-    if isinstance(error, TripWireError):
-        return InputError(f"{path} cannot be read without another package: {error}")
-    kind = type(error).__name__
+    kind = f"{error}" if isinstance(error, HeaderDataError) else type(error).__name__
     return InputError(
         f"{path} is truncated or corrupt, or no volume file ({kind}): fetch or export it again."
     )
