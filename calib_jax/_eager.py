@@ -92,7 +92,7 @@ def filled_size(voxels: int) -> int:
 
 
 def fill_up(x: Any, axes: int, size: int) -> np.ndarray:
-    """`[batch, *axes, ...]` with so many axes of voxels as `[batch, size, ...]`, zeros behind the image's voxels."""
+    """`[batch, *voxels, ...]` with so many `axes` of voxels, as `[batch, size, ...]` with zeros behind them."""
     x = np.asarray(x)
     voxels, rest = math.prod(x.shape[1 : 1 + axes]), x.shape[1 + axes :]
     filled = np.zeros((x.shape[0], size, *rest), x.dtype)
@@ -129,7 +129,7 @@ def _are_concrete(arrays: Mapping[str, Any]) -> bool:
 
 
 def _filled_up(arrays: dict[str, Any]) -> dict[str, Any]:
-    """Images with masked voxels behind their own; as they are where they do not fit, to be refused by the function."""
+    """Images with masked voxels behind their own; unchanged where their shapes do not fit, which is an error."""
     images = {name: arrays[name] for name in _IMAGES if arrays.get(name) is not None}
     first = next(iter(images.values()))
     shape = np.shape(first) if "predictions" in images else np.shape(first)[:-1]

@@ -268,8 +268,8 @@ def _image_sums(probs: Any, labels: Any, where: Any, options: _Options) -> State
     check_voxel_mask(where, probs)
     if probs.shape[-1] != options.num_classes:
         raise ValueError(
-            f"probs must have {options.num_classes} classes on their last axis, as many as the accumulator was made "
-            f"for; got {probs.shape}."
+            f"probs must have {options.num_classes} classes on their last axis, as the accumulator was made for; "
+            f"got {probs.shape}."
         )
     stats: Any = bin_statistics(probs, labels, num_bins=options.num_bins, closed=options.closed, where=where)
     flat = metrics.flatten(probs, labels, where)
