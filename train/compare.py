@@ -17,7 +17,7 @@ from calib_jax.report import (
     write_report,
 )
 from train.checkpoint import Which
-from train.config import DataInfo, DeviceConfig, RunConfig, check_same_data, to_json
+from train.config import DataInfo, DeviceConfig, RunConfig, check_same_data, resolve_regions, to_json
 from train.data import Dataset, read_splits, write_splits
 from train.errors import InputError
 from train.evaluate import evaluate, evaluate_posterior
@@ -165,6 +165,7 @@ def evaluate_run(
     )
     found = DataInfo.of(dataset)
     check_same_data(data or config.data.data, found, run, info)
+    resolve_regions(config.model, dataset)
     if split not in ("train", "val", "test"):
         raise InputError(f"split is {split!r}: give train, val or test.")
     own = data in (None, config.data.data)

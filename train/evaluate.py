@@ -12,7 +12,7 @@ from tqdm import tqdm
 import calib_jax
 from calib_jax import BinStatistics, metrics
 from calib_jax.report import ModelResult
-from train.data import Case, Dataset
+from train.data import Case, Dataset, region_ids
 from train.inference import VolumePredictor
 from train.processes import is_first, join_shares, own_share
 
@@ -50,15 +50,35 @@ class SumsOfClasses:
     ) -> tuple[Float[Array, "*voxels regions"], Num[Array, "*voxels regions"]]:
         if label.ndim == probs.ndim:
             return self._sums(probs), self._sums(label)
+        return self._sums(probs), self.members(label)
+
+    def members(self, label: Int[Array, "*voxels"]) -> UInt8[Array, "*voxels regions"]:
+        """1 where a class id belongs to the region, else 0."""
         members = [jnp.isin(label, jnp.array(ids, label.dtype)) for ids in self.groups]
-        return self._sums(probs), jnp.stack(members, -1).astype(jnp.uint8)
+        return jnp.stack(members, -1).astype(jnp.uint8)
 
     def _sums(self, shares: Float[Array, "*voxels classes"]) -> Float[Array, "*voxels regions"]:
         return jnp.stack([shares[..., list(ids)].sum(-1) for ids in self.groups], -1)
 
 
-def regions_of(dataset: Dataset) -> tuple[Regions, tuple[str, ...]]:
-    """What is reported of a data set, and its names: regions or, without any, the foreground classes."""
+@dataclass(frozen=True)
+class OwnRegions(SumsOfClasses):
+    """Regions whose probabilities the network gives itself, each by a sigmoid; only the labels are of classes."""
+
+    def __call__(
+        self, probs: Float[Array, "*voxels regions"], label: Label
+    ) -> tuple[Float[Array, "*voxels regions"], Num[Array, "*voxels regions"]]:
+        return probs, self.members(label) if label.ndim < probs.ndim else self._sums(label)
+
+
+def regions_of(dataset: Dataset, predicted: Sequence[str] = ()) -> tuple[Regions, tuple[str, ...]]:
+    """What is reported of a data set, and its names: regions or, without any, the foreground classes.
+
+    Of a network with sigmoids these are the regions that it has `predicted`, in that order.
+    """
+    if predicted:
+        ids = region_ids(dataset)
+        return OwnRegions(tuple(ids[name] for name in predicted)), tuple(predicted)
     if not dataset.regions:
         return foreground, dataset.class_names[1:]
     return SumsOfClasses(tuple(dataset.regions.values())), tuple(dataset.regions)
@@ -80,15 +100,19 @@ class CaseStatistics:
         label: UInt8[Array, "*spatial"] | Float[Array, "*spatial classes"],
         where: Bool[Array, "*spatial"],
     ) -> tuple[BinStatistics, Float[Array, "regions"]]:
-        """Bins are filled with the shares of a soft label; Dice is that of its most frequent class."""
-        shares = label.reshape(1, -1, probs.shape[-1]) if label.ndim == probs.ndim else None
+        """Bins are filled with the shares of a soft label; Dice is that of its most frequent class.
+
+        Predicted are the classes of largest probability or, under sigmoids, the regions more probable than not.
+        """
+        shares = label.reshape(1, -1, label.shape[-1]) if label.ndim == probs.ndim else None
         ids = label if shares is None else label.argmax(-1)
         probs = probs.reshape(1, -1, probs.shape[-1])
         ids, where = ids.reshape(1, -1).astype(jnp.int32), where.reshape(1, -1)
         region_probs, region_label = self.regions(probs, ids if shares is None else shares)
         stats = calib_jax.bin_statistics(region_probs, region_label, num_bins=NUM_BINS, where=where)
         # As certain probabilities, the predicted label map falls into regions in the same way.
-        certain = jax.nn.one_hot(probs.argmax(-1), probs.shape[-1])
+        own = isinstance(self.regions, OwnRegions)
+        certain = probs if own else jax.nn.one_hot(probs.argmax(-1), probs.shape[-1])
         certain_regions, region_ids = self.regions(certain, ids)
         members = _members(region_ids, region_probs)
         dice = metrics.dice_of_counts(
@@ -119,15 +143,16 @@ def evaluate(name: str, predict: VolumePredictor, dataset: Dataset, case_names: 
         dataset: where the cases come from.
         case_names: the cases to evaluate.
     """
-    regions, names = regions_of(dataset)
+    regions, names = regions_of(dataset, predict.regions)
     summary = CaseStatistics(regions)
 
     def statistics(case: Case) -> tuple[BinStatistics, Array]:
         if case.source is None and case.annotations is None:
             return predict.summary(summary, case.image, case.label)
         probs = predict(case.image)
-        on_own_grid = probs if case.source is None else case.source.placement.back(probs)
-        return case_statistics(on_own_grid, case.truth(probs.shape[-1]), regions=regions)
+        if case.source is not None:
+            probs = case.source.placement.back(probs, background=not predict.regions)
+        return case_statistics(probs, case.truth(len(dataset.class_names)), regions=regions)
 
     return _collect(name, statistics, dataset, case_names, names)
 

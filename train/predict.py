@@ -1,6 +1,7 @@
 """A trained network on images without labels: label maps and class probabilities as NIfTI."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import nibabel as nib
@@ -24,7 +25,9 @@ def predict_folder(run: Path, images: Path, out: Path, which: Which = "last") ->
 
     `NAME_label.nii.gz` holds the most probable class ids (uint8), `NAME_probs.nii.gz` the class probabilities
     (float32, classes along the fourth axis, background first), both on the grid and with the affine of
-    the image.
+    the image. Under sigmoids the probabilities are those of the regions, without a background, and the label is 1
+    where a region is more probable than not, else 0: one map, or along the fourth axis one for each of several
+    regions, which may overlap.
 
     Returns:
         The files written.
@@ -42,12 +45,21 @@ def predict_folder(run: Path, images: Path, out: Path, which: Which = "last") ->
     for name, files in tqdm(cases.items(), "predicting", unit="case"):
         image, grid = read_channels(files, info.window)
         placement = info.geometry.place(image, grid.affine, windowed=info.window is not None)
-        probs = placement.back(predict(placement.image(image, info.geometry.interpolation)))
+        probs = predict(placement.image(image, info.geometry.interpolation))
+        probs = placement.back(probs, background=not predict.regions)
         written += [
-            _write(out / f"{name}_label.nii.gz", probs.argmax(-1).astype(np.uint8), grid),
+            _write(out / f"{name}_label.nii.gz", _labels(probs, predict.regions), grid),
             _write(out / f"{name}_probs.nii.gz", probs.astype(np.float32), grid),
         ]
     return written
+
+
+def _labels(probs: np.ndarray, regions: Sequence[str]) -> np.ndarray:
+    """Class ids, or which voxels are of each region; the last axis goes unless there are several regions."""
+    if not regions:
+        return probs.argmax(-1).astype(np.uint8)
+    members = (probs > 0.5).astype(np.uint8)
+    return members[..., 0] if len(regions) == 1 else members
 
 
 def list_cases(folder: Path, info: DataInfo) -> dict[str, list[Path]]:

@@ -1,5 +1,6 @@
 """One training step: augment, forward, loss, backward, update, in a single compiled program."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from jaxtyping import Array, Int
 from train import cpu
 from train.config import RunConfig, TrainingConfig
 from train.data import augment
-from train.losses import Loss, parse_loss
+from train.losses import Loss, Regions, parse_loss
 from train.models.remat import rematerialised
 from train.sharding import BATCH, SPACE, batch_parts, batch_spec, replicated, weight_shardings
 
@@ -71,6 +72,7 @@ def make_train_step(
     config: RunConfig,
     mesh: Mesh,
     *,
+    regions: Regions = (),
     accumulate: int = 1,
     remat: bool = False,
 ) -> TrainStep:
@@ -80,10 +82,11 @@ def make_train_step(
     memory is used again for the new one. Metrics are scalars: `loss`, each of its parts, `grad_norm` and
     `learning_rate`; means over the whole batch, whatever the mesh. With `accumulate` above 1 the batch is taken
     in so many parts, one after the other, which need so much less memory; with `remat` the model's units are
-    computed again in the backward pass, and only what goes in and out of them is kept.
+    computed again in the backward pass, and only what goes in and out of them is kept. `regions` are the class ids
+    of each output channel of a network with sigmoids.
     """
     schedule = learning_rate(config.training)
-    gradients = _in_turn(_make_gradients(graphdef, config, mesh, remat), accumulate, mesh)
+    gradients = _in_turn(_make_gradients(graphdef, config, regions, mesh, remat), accumulate, mesh)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.key(config.training.seed), state.step)
@@ -107,13 +110,16 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0, compiler_options=options)
 
 
-def _make_gradients(graphdef: nnx.GraphDef, config: RunConfig, mesh: Mesh, remat: bool) -> Gradients:
+def _make_gradients(
+    graphdef: nnx.GraphDef, config: RunConfig, regions: Regions, mesh: Mesh, remat: bool
+) -> Gradients:
     """(params, rest, examples, ace_scale) -> gradients, loss with its parts, and the rest afterwards.
 
     The compiler splits the model as its inputs are split: it moves the rims of split volumes and, since the
     parameters are asked for whole, gathers these. The loss is no such plain arithmetic; it is split by hand.
     """
-    loss = _make_loss(parse_loss(config.loss, config.training.ignore_empty_classes), mesh)
+    named = parse_loss(config.loss, config.training.ignore_empty_classes)
+    loss = _make_loss(dataclasses.replace(named, regions=regions), mesh)
     dtype = jnp.dtype(config.training.precision)
 
     def gradients(params: Any, rest: Any, examples: Examples, ace_scale: Array) -> tuple[Any, Any, Any]:

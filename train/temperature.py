@@ -11,8 +11,9 @@ from jaxtyping import Array, Bool, Float, Float32, Int32, UInt8
 
 import calib_jax
 from train import cpu
-from train.data import CachedCases, Dataset, pad_to_hold
+from train.data import CachedCases, Dataset, pad_to_hold, region_ids
 from train.inference import Network, VolumePredictor, cut_windows, inside
+from train.losses import Regions, as_pairs
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,12 @@ class Tempered:
     ) -> Float[Array, "batch *patch classes"]:
         network_weights, temperature = weights
         logits = self.network.logits(network_weights, images)
-        return jax.nn.softmax(calib_jax.apply_temperature(logits, temperature))
+        return self.network.probabilities(calib_jax.apply_temperature(logits, temperature))
+
+    @property
+    def regions(self) -> tuple[str, ...]:
+        """As of the network."""
+        return self.network.regions
 
 
 def temper(predict: VolumePredictor, temperature: Float32[Array, ""]) -> VolumePredictor:
@@ -44,6 +50,7 @@ def fit_temperature(
     """The temperature that minimises the mean negative log-likelihood over the voxels of whole cases.
 
     Of volumes larger than the patch these are the windows' voxels, each window by itself, as the network sees them.
+    Sigmoids share one temperature: the likelihood is that of all regions.
 
     Args:
         predict: a trained `Network`.
@@ -52,7 +59,8 @@ def fit_temperature(
     """
     assert isinstance(predict.forward, Network)
     cases = CachedCases(dataset, case_names)
-    program = _window_logits(predict.forward, predict.patch)
+    ids = region_ids(dataset)
+    program = _window_logits(predict.forward, predict.patch, tuple(ids[name] for name in predict.regions))
 
     def batches() -> Iterator[tuple[Array, Array, Array]]:
         for index in range(len(cases)):
@@ -68,10 +76,13 @@ def fit_temperature(
 
 
 @functools.cache
-def _window_logits(network: Network, patch: tuple[int, ...]) -> Callable[..., tuple[Array, Array, Array]]:
+def _window_logits(
+    network: Network, patch: tuple[int, ...], regions: Regions = ()
+) -> Callable[..., tuple[Array, Array, Array]]:
     """The compiled program that gives logits, labels and which voxels to count of a group of windows.
 
-    They are `[windows, *patch, ...]`.
+    They are `[windows, *patch, ...]`, and `[windows * regions, *patch, ...]` of a network with sigmoids, see
+    `as_pairs`.
     """
 
     def program(
@@ -85,6 +96,10 @@ def _window_logits(network: Network, patch: tuple[int, ...]) -> Callable[..., tu
         logits = network.logits(weights, cut_windows(image, corners, patch))
         known = jnp.stack([label.astype(jnp.int32), inside(shape, label.shape).astype(jnp.int32)], -1)
         labels, within = jnp.moveaxis(cut_windows(known, corners, patch), -1, 0)
-        return logits, labels, (within == 1) & jnp.expand_dims(counted, tuple(range(1, labels.ndim)))
+        where = (within == 1) & jnp.expand_dims(counted, tuple(range(1, labels.ndim)))
+        if regions:
+            logits, labels = as_pairs(logits, labels, regions)
+            where = jnp.repeat(where, len(regions), axis=0)
+        return logits, labels, where
 
     return jax.jit(program, compiler_options=cpu.compiler_options())

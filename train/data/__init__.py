@@ -9,7 +9,7 @@ from pathlib import Path
 
 from train.data.augment import NO_AUGMENTATION, AugmentConfig, augment
 from train.data.cache import CaseStore
-from train.data.case import Case, Dataset
+from train.data.case import Case, Dataset, region_ids
 from train.data.geometry import Geometry
 from train.data.layouts import LAYOUTS
 from train.data.phantom import PhantomDataset
@@ -41,6 +41,7 @@ __all__ = [
     "open_dataset",
     "pad_to_hold",
     "read_splits",
+    "region_ids",
     "split_cases",
     "train_batches",
     "write_splits",
