@@ -245,7 +245,7 @@ def _report(
     published: Sequence[Row] = (),
 ) -> Path:
     """Prints the table and writes it with the figures and the page: a full disk does not lose what was measured."""
-    reference = evaluate_posterior(dataset, cases)
+    reference = evaluate_posterior(dataset, cases, results[0].class_names)
     if not is_first():
         return folder / "index.html"
     print(format_table(compare_models(results, reference=reference), per_class=True))

@@ -50,7 +50,8 @@ class SumsOfClasses:
     ) -> tuple[Float[Array, "*voxels regions"], Num[Array, "*voxels regions"]]:
         if label.ndim == probs.ndim:
             return self._sums(probs), self._sums(label)
-        return self._sums(probs), self.members(label)
+        members = self.members(label)
+        return self._sums(probs), members
 
     def members(self, label: Int[Array, "*voxels"]) -> UInt8[Array, "*voxels regions"]:
         """1 where a class id belongs to the region, else 0."""
@@ -157,8 +158,12 @@ def evaluate(name: str, predict: VolumePredictor, dataset: Dataset, case_names: 
     return _collect(name, statistics, dataset, case_names, names)
 
 
-def evaluate_posterior(dataset: Dataset, case_names: Sequence[str]) -> ModelResult | None:
+def evaluate_posterior(
+    dataset: Dataset, case_names: Sequence[str], region_names: Sequence[str] = ()
+) -> ModelResult | None:
     """The same for the probabilities that the labels were drawn from, where the data set knows them.
+
+    Reported are the named regions; without names, what `evaluate` reports of a softmax.
 
     No network can be calibrated better on these cases but by chance: what error is left comes from the
     finite number of voxels, and from neighbouring labels being drawn together.
@@ -166,6 +171,9 @@ def evaluate_posterior(dataset: Dataset, case_names: Sequence[str]) -> ModelResu
     if dataset.load(0).posterior is None:
         return None
     regions, names = regions_of(dataset)
+    if tuple(region_names or names) != names:
+        names, ids = tuple(region_names), region_ids(dataset)
+        regions = SumsOfClasses(tuple(ids[name] for name in names))
     return _collect(
         "true posterior",
         lambda case: case_statistics(np.asarray(case.posterior), case.label, regions=regions),

@@ -68,7 +68,7 @@ def import_monai(
         patch = resolve_patch(_given(data.patch), (1,) * info.spatial_dims, model.divisor)
     config = RunConfig(LOSS, dataclasses.replace(data, patch=patch), model)
     network = make_model(config, info)
-    notes = _load(network, file, config, info)
+    notes = load_weights(network, file, config, info)
     open_run(folder, config, resume=False, data=to_json(info), weights=str(file), notes=notes)
     if splits is not None:
         write_splits(folder / "splits.json", splits)
@@ -84,7 +84,7 @@ def _given(patch: tuple[int, ...]) -> tuple[int, ...]:
     return patch
 
 
-def _load(network: nnx.Module, file: Path, config: RunConfig, info: DataInfo) -> list[str]:
+def load_weights(network: nnx.Module, file: Path, config: RunConfig, info: DataInfo) -> list[str]:
     """Copies the weights into `network`; returns the notes of `import_monai`."""
     model = config.model
     state = read_weights(file)

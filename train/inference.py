@@ -245,8 +245,8 @@ def _sliding_window(
     total, _ = lax.scan(add_group, zeros, (corners, counted))
     # Each window's probabilities sum to 1, so their weighted sum over classes is the sum of weights.
     norm = total.sum(-1, keepdims=True) if sums_to_one else total[..., -1:]
-    probs = total if sums_to_one else total[..., :-1]
-    return probs / jnp.where(norm == 0, 1, norm)
+    probs = total / jnp.where(norm == 0, 1, norm)
+    return probs if sums_to_one else jnp.minimum(probs[..., :-1], 1)  # a rounding above 1
 
 
 def cut_windows(

@@ -30,6 +30,13 @@ _NORM = {
     "unetr": re.compile(r"^(?:en|de)coder.*\.norm\d\.weight$"),
 }
 
+_NORM_ADVICE = {
+    "batch": "its norms have means and variances: give --norm batch",
+    "instance": "its norms have no weights: give --norm instance",
+    "affine-instance": "its norms have weights: give --norm affine-instance, or --norm group for group norm of 8 "
+    "groups (the weights do not tell which)",
+}
+
 
 def find_network(state: State) -> tuple[str, str] | None:
     """Architecture and the prefix of its names, as `module.` in `module.model.0.conv.weight`; None if none is.
@@ -88,7 +95,7 @@ def advice(model: ModelConfig, patch: tuple[int, ...], state: State) -> str:
     norms = _norms(architecture, state)
     found = [f"its weights say {_typed(others)}"] if others else []
     if given["norm"] not in norms:
-        found.append(f"its norms say {' or '.join(f'--norm {norm}' for norm in norms)}")
+        found.append(_NORM_ADVICE[norms[0]])
     found += _other_sizes(model, patch, state) + _unsupported(architecture, len(patch), state)
     if not found:
         return "no option of this program makes such a network"
