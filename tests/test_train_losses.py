@@ -46,6 +46,8 @@ def test_regions_are_trained_by_sigmoids() -> None:
     entropy = -np.log(np.where(members, probs, 1 - probs)).mean()
     np.testing.assert_allclose(parts["ce"], entropy, rtol=1e-5)
     np.testing.assert_allclose(parts["ace"], mL1_ace(jax.nn.sigmoid(logits), members), rtol=1e-5)
+    half = loss.parts(jnp.asarray(logits, jnp.bfloat16), jnp.asarray(ids))
+    chex.assert_trees_all_close(half, parts, rtol=0.05)
 
 
 def test_shares_of_classes_are_shares_of_regions() -> None:

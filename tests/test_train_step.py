@@ -121,17 +121,13 @@ def test_every_loss_term_on_split_volumes() -> None:
     assert_same_step(on_one_device(config, FLAT), one_step(config, FLAT, "data=2,space=2,fsdp=2"))
 
 
-def test_sigmoids_on_split_volumes_and_in_half_precision() -> None:
-    """Overlapping regions, each a sigmoid: one device's step on a mesh, and nearly its losses in bfloat16."""
+def test_sigmoids_on_split_volumes() -> None:
+    """Overlapping regions, each a sigmoid."""
     model = dataclasses.replace(CONFIG.model, activation="sigmoid", regions=("organ", "core"))
     config = dataclasses.replace(CONFIG, model=model, augment=NO_AUGMENTATION)
     regions = ((1, 2), (2,))
     one = one_step(config, FLAT, "", regions=regions)
     assert_same_step(one, one_step(config, FLAT, "data=2,space=2,fsdp=2", regions=regions))
-    training = dataclasses.replace(config.training, precision="bfloat16")
-    half = one_step(dataclasses.replace(config, training=training), FLAT, "", regions=regions)
-    for name in ("loss", "dice", "ce", "ace"):
-        np.testing.assert_allclose(half[0][name], one[0][name], rtol=0.03, err_msg=name)
 
 
 def test_accumulated_parts_take_the_step_of_the_whole_batch() -> None:
