@@ -34,8 +34,8 @@ def compiled(
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Decorates a public function of images, which then runs as one compiled program wherever it is called.
 
-    Under `jit` the program is inlined: nothing changes there. Positional arguments and `where` are arrays or pytrees
-    of arrays. Keyword-only arguments are static unless they are arrays.
+    Under `jit` the program is inlined: nothing changes there. Positional arguments are arrays or pytrees of arrays.
+    Keyword-only arguments are static unless they are arrays.
 
     Args:
         keeps_shape: whether the function looks at more of a voxel than its values, such as its neighbors, so that

@@ -9,14 +9,18 @@ import jax.numpy as jnp
 import nibabel as nib
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from networks import TINY_UNETR, patterned_state
 
 from train.cli import main
-from train.config import read_config
+from train.config import DataConfig, DataInfo, ModelConfig, RunConfig, read_config
 from train.errors import InputError
 from train.fit import load_run
+from train.import_monai import load_weights
 from train.models import UNETR, SegResNet, UNet, load_monai_weights
 from train.models.identify import find_network, fitting_options
+from train.models.monai import monai_names
 from train.safetensors import read_safetensors
 from train.weights import read_weights
 
@@ -280,10 +284,13 @@ def test_damaged_safetensors(content: bytes, words: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_weights_that_are_not_finite(value: float, tmp_path: Path) -> None:
-    file = write(tmp_path / "w.safetensors", {**ARRAYS, "c": np.array([1.0, value])})
-    with pytest.raises(InputError, match="has c with values that are not finite"):
-        read_weights(file)
+def test_weights_that_are_not_finite(value: float, unet: dict[str, np.ndarray], tmp_path: Path) -> None:
+    state = {**unet, "model.0.residual.bias": np.array([1.0, 2.0, 3.0, value])}
+    file = write(tmp_path / "w.safetensors", {f"net.{name}": array for name, array in state.items()})
+    with pytest.raises(
+        InputError, match=r"has net\.model\.0\.residual\.bias with values that are not finite"
+    ):
+        loaded(file)
 
 
 def test_no_file(tmp_path: Path) -> None:
@@ -350,3 +357,247 @@ def test_torch_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(InputError, match=r"takes PyTorch: install the extra `reference`, or convert it"):
         read_weights(tmp_path / "w.pt")
+
+
+# What checkpoints hold beside the network, and sigmoids.
+
+
+TINY = ["--channels", 4, 8, "--strides", 2]
+CLASSES = ["--class-names", "background", "box", "--patch", 8, 8, 8]
+CONFIG = RunConfig("imported", DataConfig("", patch=(8, 8, 8)), ModelConfig(channels=(4, 8), strides=(2,)))
+INFO = DataInfo("none", ("background", "box"), num_channels=1, spatial_dims=3)
+
+
+def small_unet(**options: object) -> UNet:
+    return UNet(**{**SIZES, "channels": (4, 8), "strides": (2,), **options})
+
+
+@pytest.fixture(scope="module")
+def unet() -> dict[str, np.ndarray]:
+    return patterned_state(jax.eval_shape(small_unet))
+
+
+def loaded(file: Path) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The weights that an import takes, by MONAI's names and in its order of axes, and its notes."""
+    model = small_unet()
+    notes = load_weights(model, file, CONFIG, INFO)
+    names = monai_names(model)
+    return {
+        name: np.asarray(parameter[...]).transpose(np.argsort(axes) if axes else None)
+        for name, (parameter, axes) in names
+    }, notes
+
+
+NAMES = st.text("abcxyz_", min_size=1, max_size=6)
+PREFIXES = st.lists(
+    st.sampled_from(["module", "_orig_mod", "net", "network", "model", "ema_model"]), max_size=3
+)
+
+
+@given(
+    prefix=PREFIXES,
+    wrappers=st.lists(st.sampled_from(["state_dict", "model", "net", "checkpoint"]), max_size=2),
+    beside=st.dictionaries(
+        st.lists(NAMES, min_size=2, max_size=3).map(lambda parts: ".".join(["beside", *parts])),
+        st.sampled_from([np.float32(np.nan), np.zeros((2, 3), np.float32), np.array(7), np.ones(1, bool)]),
+        max_size=5,
+    ),
+    optimizer=st.booleans(),
+)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_lies_beside_a_network(
+    prefix: list[str],
+    wrappers: list[str],
+    beside: dict[str, np.ndarray],
+    optimizer: bool,
+    unet: dict[str, np.ndarray],
+    tmp_path: Path,
+) -> None:
+    """Under any prefix and wrapper the same weights are taken, and the rest is named."""
+    torch = pytest.importorskip("torch")
+    kept: dict[str, object] = {".".join([*prefix, name]): torch.tensor(unet[name]) for name in unet}
+    kept |= {name: torch.tensor(array) for name, array in beside.items()}
+    for wrapper in wrappers:
+        kept = {
+            wrapper: kept,
+            "epoch": 3,
+            "best": np.mean([0.8, 0.9]),
+            "loss": np.zeros(2),
+            "name": np.str_("a"),
+        }
+    if optimizer:
+        kept = {"state_dict": kept, "optimizer": {"state": {0: {"exp_avg": torch.zeros(2), "step": 1}}}}
+    file = tmp_path / "w.pt"
+    torch.save(kept, file)
+    weights, notes = loaded(file)
+    assert weights.keys() == unet.keys()
+    for name, array in weights.items():
+        np.testing.assert_array_equal(array, unet[name], err_msg=name)
+    others = len(beside) + optimizer
+    assert any("beside the network" in note for note in notes) == (others > 0)
+    assert others <= 3 or any(f"and {others - 3} more beside" in note for note in notes)
+    for name in list(beside)[:3] if not optimizer else []:
+        assert any(name in note for note in notes)
+
+
+def test_an_averaged_copy_is_left(unet: dict[str, np.ndarray], tmp_path: Path) -> None:
+    plain = {f"net.{name}": array for name, array in unet.items()}
+    copy = {f"net_ema.module.{name}": np.zeros_like(array) for name, array in unet.items()}
+    weights, notes = loaded(write(tmp_path / "w.safetensors", {**copy, **plain}))
+    np.testing.assert_array_equal(weights["model.0.residual.weight"], unet["model.0.residual.weight"])
+    assert "a copy of the network under net_ema.module., averaged over training" in notes[0]
+    alone, _ = loaded(write(tmp_path / "w.safetensors", copy))
+    assert not alone["model.0.residual.weight"].any()
+
+
+def test_unused_weights_of_old_networks_are_named(tmp_path: Path) -> None:
+    options = {"feature_size": 2, "hidden_size": 8, "mlp_dim": 12, "num_heads": 2}
+    state = patterned_state(jax.eval_shape(lambda: UNETR(**SIZES, image_size=(16, 16, 16), **options)))
+    unused = {
+        "vit.patch_embedding.cls_token": np.zeros((1, 1, 8), np.float32),
+        "encoder2.blocks.0.1.conv3.conv.weight": np.zeros((4, 4, 1, 1, 1), np.float32),
+    }
+    config = RunConfig("imported", DataConfig("", patch=(16,) * 3), ModelConfig("unetr", **options))
+    model = UNETR(**SIZES, image_size=(16, 16, 16), **options)
+    notes = load_weights(model, write(tmp_path / "w.safetensors", state | unused), config, INFO)
+    assert f"{', '.join(unused)}, which MONAI's unetr does not use" in notes[0]
+    assert "2 heads of attention" in notes[1]
+
+
+def test_what_weights_do_not_tell_is_said_and_kept(
+    unet: dict[str, np.ndarray], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path / "w.safetensors", unet)
+    assert run("import-monai", file, *TINY, *CLASSES, "--out", tmp_path / "run") == 0
+    said = capsys.readouterr().err
+    kept = json.loads((tmp_path / "run" / "config.json").read_text())["notes"]
+    for words in ("strides 2", "adn_ordering='NDA'", "instance norm", "softmax (--activation)"):
+        assert words in said
+        assert words in kept[-1]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"norm": ("instance", {"affine": True})}, "give --norm affine-instance, or --norm group"),
+        ({"norm": "batch"}, "give --norm batch"),
+        ({"act": "relu"}, "it has no PReLU but another activation function"),
+        (
+            {"act": ("prelu", {"num_parameters": 1}), "bias": False},
+            "no bias (bias=False), which is not supported",
+        ),
+        ({"kernel_size": 5}, "windows of 5x5x5 voxels, and only 3 a side"),
+        ({"up_kernel_size": 5}, "windows of 5x5x5 voxels, and only 3 a side"),
+        ({"num_res_units": 1}, "its weights say --num-res-units 1"),
+        ({"channels": (4, 6)}, "its weights say --channels 4 6"),
+        ({"strides": (1,)}, "--strides with 1 at place 1"),
+        ({"spatial_dims": 2}, "it is for 2-D images, the data are 3-D"),
+    ],
+)
+def test_hints_say_what_differs_and_nothing_else(
+    options: dict[str, object], words: str, tmp_path: Path
+) -> None:
+    state = patterned_state(jax.eval_shape(lambda: small_unet(**options)))
+    with pytest.raises(InputError) as refused:
+        load_weights(small_unet(), write(tmp_path / "w.safetensors", state), CONFIG, INFO)
+    message = str(refused.value)
+    assert words in message
+    given = ("--architecture", "--channels 4 8", "--num-res-units 2", "--norm instance")
+    assert not [option for option in given if option in message]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_networks_saved_whole_and_archives_of_code(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    torch.save(torch.nn.Conv3d(1, 2, 3), tmp_path / "whole.pt")
+    with pytest.raises(InputError, match=r"torch\.nn\.\S*Conv3d for one.*save the network's state_dict"):
+        read_weights(tmp_path / "whole.pt")
+    torch.jit.save(torch.jit.script(torch.nn.Conv3d(1, 2, 3)), tmp_path / "model.ts")
+    with pytest.raises(InputError, match="is a TorchScript archive"):
+        read_weights(tmp_path / "model.ts")
+
+
+@pytest.mark.parametrize("names", [("tumour",), ("whole", "core", "enhancing")])
+def test_sigmoids_of_monai(names: tuple[str, ...], msd: Path, tmp_path: Path) -> None:
+    """Probabilities are the sigmoids that MONAI gives, alone and in the files that are predicted."""
+    torch = pytest.importorskip("torch")
+    nets = pytest.importorskip("monai.networks.nets")
+    torch.manual_seed(0)
+    theirs = nets.UNet(3, 1, len(names), (4, 8), (2,), num_res_units=2).eval()
+    torch.save({"state_dict": theirs.state_dict()}, tmp_path / "w.pt")
+    options = [*TINY, "--patch", 8, 8, 8, "--activation", "sigmoid", "--class-names", *names]
+    assert run("import-monai", tmp_path / "w.pt", *options, "--out", tmp_path / "run") == 0
+    config, _, predict = load_run(tmp_path / "run")
+    assert config.model.regions == names
+    image = np.random.default_rng(0).normal(size=(8, 8, 8, 1)).astype(np.float32)
+    with torch.no_grad():
+        expected = torch.sigmoid(theirs(torch.tensor(image[..., 0])[None, None]))[0].numpy()
+    np.testing.assert_allclose(predict(image), np.moveaxis(expected, 0, -1), atol=1e-5)
+    out = tmp_path / "out"
+    assert run("predict", tmp_path / "run", "--images", msd / "imagesTr", "--out", out) == 0
+    probs, label = (nib.load(out / f"case_0_{what}.nii.gz") for what in ("probs", "label"))
+    voxels = probs.get_fdata().reshape(8, 9, 7, len(names))
+    np.testing.assert_array_equal(label.get_fdata().reshape(voxels.shape), voxels > 0.5)
+    assert label.shape == (8, 9, 7) if len(names) == 1 else (8, 9, 7, 3)
+
+
+def test_a_sigmoid_goes_all_the_way(msd: Path, tmp_path: Path) -> None:
+    """Imported for a data set, evaluated, trained on."""
+    state = patterned_state(jax.eval_shape(lambda: small_unet(out_channels=1)))
+    file = write(tmp_path / "w.safetensors", state)
+    data = ["--data", f"msd:{msd}", "--num-test", 2, "--num-val", 0]
+    assert run("import-monai", file, *TINY, "--activation", "sigmoid", *data, "--out", tmp_path / "run") == 0
+    assert read_config(tmp_path / "run")[0].model.regions == ("box",)
+    assert run("evaluate", tmp_path / "run") == 0
+    steps = ["--steps", 2, "--batch-size", 8, "--warmup-steps", 1, "--learning-rate", 1e-6]
+    tuned = tmp_path / "tuned"
+    assert run("fit", "--init", tmp_path / "run", *data, *steps, "--loss", "dice", "--out", tuned) == 0
+    image = np.random.default_rng(0).normal(size=(8, 8, 8, 1)).astype(np.float32)
+    before, after = (load_run(folder)[2](image) for folder in (tmp_path / "run", tuned))
+    assert before.shape[-1] == 1
+    assert 0 < np.abs(before - after).max() < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("outputs", "options", "words"),
+    [
+        (1, ["--class-names", "box"], "one output channel has no softmax: give --activation sigmoid"),
+        (1, ["--class-names", "background", "box"], "has no softmax: give --activation sigmoid"),
+        (2, ["--class-names", "background", "a", "b"], "Without a background they are no softmax"),
+        (
+            2,
+            ["--activation", "sigmoid", "--class-names", "background", "a"],
+            "there are 1 regions (a background",
+        ),
+        (
+            2,
+            ["--activation", "sigmoid", "--class-names", "a", "b", "c"],
+            "2 output channels, but there are 3",
+        ),
+        (2, ["--activation", "sigmoid", "--class-names", "background"], "needs --class-names, one for each"),
+        (2, ["--activation", "sigmoid", "--regions", "a", "--class-names", "a"], "in place of --regions"),
+        (2, ["--regions", "a", "b", "--class-names", "a", "b"], "choose --activation sigmoid"),
+        (2, ["--class-names", "a", "a"], "names a class twice"),
+        (
+            1,
+            ["--activation", "sigmoid", "--regions", "a", "--data"],
+            "The network's regions are a, Tiny has box",
+        ),
+    ],
+)
+def test_outputs_that_do_not_fit(
+    outputs: int,
+    options: list[str],
+    words: str,
+    msd: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    state = patterned_state(jax.eval_shape(lambda: small_unet(out_channels=outputs)))
+    file = write(tmp_path / "w.safetensors", state)
+    data = (
+        [f"msd:{msd}", "--num-test", 2, "--num-val", 0] if options[-1] == "--data" else ["--patch", 8, 8, 8]
+    )
+    message = refuses(capsys, "import-monai", file, *TINY, *options, *data, "--out", tmp_path / "run")
+    assert words in message
+    assert not (tmp_path / "run").exists()

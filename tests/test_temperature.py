@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -25,8 +26,6 @@ class Voxelwise(nnx.Module):
 
 
 def predictor(patch: tuple[int, ...]) -> VolumePredictor:
-    import optax
-
     return volume_predictor(*init_state(Voxelwise(), optax.sgd(0.1)), patch)
 
 
@@ -52,6 +51,30 @@ def test_windows_each_count_their_voxels() -> None:
         for one in (predictor(DATA.load(0).label.shape), predictor((16, 16)))
     )
     np.testing.assert_allclose(parts, whole, rtol=1e-4)
+
+
+def test_sigmoids_share_a_temperature() -> None:
+    """It is that of the softmax over (0, x) of each region, and divides x."""
+
+    class WithRegions(PhantomDataset):
+        regions = {"organ": (1, 2, 3), "inside": (2, 3), "core": (3,), "shell": (1,)}  # noqa: RUF012
+
+    dataset, regions = WithRegions(spatial_shape=(32, 16), num_cases=2), WithRegions.regions
+    cases = [dataset.load(i) for i in range(2)]
+    patch = cases[0].label.shape
+    softmax = predictor(patch)
+    predict = volume_predictor(
+        softmax.forward.graphdef, init_state(Voxelwise(), optax.sgd(0.1))[1], patch, tuple(regions)
+    )
+    logits = jnp.stack([case.image[..., :1] for case in cases]) * predict.weights[0]["scale"][...]
+    pairs = jnp.stack([jnp.zeros_like(logits), logits], -1)
+    members = np.stack([np.stack([np.isin(c.label, ids) for ids in regions.values()], -1) for c in cases])
+    expected = calib_jax.fit_temperature(pairs, members.astype(np.int32))
+    found = fit_temperature(predict, dataset, dataset.case_names)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    assert abs(float(found) - 1) > 0.05
+    probs = temper(predict, found)(cases[0].image)
+    np.testing.assert_allclose(probs, jax.nn.sigmoid(logits[0] / found), atol=1e-6)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])

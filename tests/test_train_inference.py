@@ -12,7 +12,7 @@ from flax import nnx
 from jax import export
 
 import calib_jax
-from train.data import PhantomDataset, crop_back, pad_to_hold
+from train.data import Geometry, PhantomDataset, crop_back, pad_to_hold
 from train.evaluate import CaseStatistics, SumsOfClasses, case_statistics, evaluate
 from train.fit import volume_predictor
 from train.inference import VolumePredictor, plan_windows, volume_summary
@@ -189,6 +189,59 @@ def test_regions_are_sums_of_classes(dense: bool) -> None:
         np.testing.assert_allclose(stats.prob_sum[i], expected.prob_sum[0, 0], rtol=1e-6)
         overlap = 2 * (true & predicted).sum() / (true.sum() + predicted.sum())
         np.testing.assert_allclose(dice[i], overlap, rtol=1e-6)
+
+
+class Sigmoids:
+    """A network of two overlapping regions whose output depends on the place in its window."""
+
+    regions = ("inside", "organ")
+
+    def __call__(self, scale: Any, images: jax.Array) -> jax.Array:
+        images = images[..., :1]
+        place = jnp.linspace(-1, 1, images[0].size).reshape(1, *images.shape[1:])
+        return jax.nn.sigmoid(jnp.concatenate([scale * images, 2 + images * place], -1))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_sigmoids_are_averaged_like_any_numbers(shape: tuple[int, ...]) -> None:
+    """Not as shares of a whole: where windows agree nothing changes, and nothing exceeds 1."""
+    image, forward = volume(shape), Sigmoids()
+    probs = VolumePredictor(forward, 1.0, (8, 8, 8))(image)
+    np.testing.assert_allclose(probs, twin(forward, image, (8, 8, 8), 0.5), atol=1e-6)
+    sure = VolumePredictor(Sigmoids(), 1e6, (8, 8, 8))(np.abs(image))
+    np.testing.assert_allclose(sure[..., 0], 1, atol=1e-6)
+    assert sure.max() <= 1
+
+
+def test_evaluation_of_sigmoids() -> None:
+    """By the regions that the network has, in its order, each predicted where it is more probable than not."""
+
+    class WithRegions(PhantomDataset):
+        regions = {"organ": (1, 2, 3), "unseen": (1,), "inside": (2, 3)}  # noqa: RUF012
+
+    dataset = WithRegions(spatial_shape=(24, 24), num_cases=2)
+    predict = VolumePredictor(Sigmoids(), 1.0, (16, 16))
+    result = evaluate("sigmoids", predict, dataset, dataset.case_names)
+    assert result.class_names == ("inside", "organ")
+    for i, case in enumerate(map(dataset.load, range(2))):
+        probs = predict(case.image)
+        for j, ids in enumerate([(2, 3), (1, 2, 3)]):
+            true, predicted = np.isin(case.label, ids), probs[..., j] > 0.5
+            expected = calib_jax.bin_statistics(probs[None, ..., j : j + 1], true[None, ..., None])
+            np.testing.assert_array_equal(result.stats.count[i, j], expected.count[0, 0])
+            np.testing.assert_array_equal(result.stats.label_sum[i, j], expected.label_sum[0, 0])
+            overlap = 2 * (true & predicted).sum() / (true.sum() + predicted.sum())
+            np.testing.assert_allclose(result.dice[i, j], overlap, rtol=1e-6)
+
+
+def test_cropped_voxels_are_of_no_region() -> None:
+    image = np.zeros((6, 7, 8, 1), np.float32)
+    image[2:4, 2:5, 3:6] = 1
+    placement = Geometry(crop_margin=0).place(image, np.eye(4))
+    whole = placement.back(np.full((2, 3, 3, 2), 0.7, np.float32), background=False)
+    np.testing.assert_array_equal(
+        whole, np.broadcast_to(np.where(image == 1, np.float32(0.7), 0), whole.shape)
+    )
 
 
 def test_evaluation_of_a_data_set_by_regions() -> None:

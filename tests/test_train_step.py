@@ -121,6 +121,15 @@ def test_every_loss_term_on_split_volumes() -> None:
     assert_same_step(on_one_device(config, FLAT), one_step(config, FLAT, "data=2,space=2,fsdp=2"))
 
 
+def test_sigmoids_on_split_volumes() -> None:
+    """Overlapping regions, each a sigmoid."""
+    model = dataclasses.replace(CONFIG.model, activation="sigmoid", regions=("organ", "core"))
+    config = dataclasses.replace(CONFIG, model=model, augment=NO_AUGMENTATION)
+    regions = ((1, 2), (2,))
+    one = one_step(config, FLAT, "", regions=regions)
+    assert_same_step(one, one_step(config, FLAT, "data=2,space=2,fsdp=2", regions=regions))
+
+
 def test_accumulated_parts_take_the_step_of_the_whole_batch() -> None:
     assert_same_step(on_one_device(CONFIG, FLAT), one_step(CONFIG, FLAT, "data=2,space=2,fsdp", accumulate=2))
 

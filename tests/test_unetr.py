@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from networks import TINY_UNETR, assert_equals_monai, assert_equals_stored, num_parameters
+from networks import TINY_UNETR, assert_equals_monai, assert_equals_stored, channel_last, num_parameters
 
-from train.models import UNETR
+from train.models import UNETR, load_monai_weights
 from train.models.unetr import TransformerBlock
 
 
@@ -21,6 +21,24 @@ def test_equals_monai():
     assert_equals_monai(
         theirs, lambda: UNETR(in_channels=2, out_channels=3, image_size=size, **TINY_UNETR), (2, *size, 2)
     )
+
+
+def test_equals_monai_with_a_linear_patch_embedding():
+    """As old versions of MONAI had it: a linear layer over a patch's voxels."""
+    torch = pytest.importorskip("torch")
+    nets = pytest.importorskip("monai.networks.nets")
+    pytest.importorskip("einops")
+    size = (32, 16)
+    torch.manual_seed(0)
+    theirs = nets.UNETR(
+        2, 3, size, spatial_dims=2, proj_type="perceptron", norm_name="instance", **TINY_UNETR
+    )
+    ours = UNETR(in_channels=2, out_channels=3, image_size=size, **TINY_UNETR)
+    load_monai_weights(ours, {name: array.numpy() for name, array in theirs.state_dict().items()})
+    x = np.random.default_rng(0).normal(size=(2, *size, 2)).astype(np.float32)
+    with torch.no_grad():
+        expected = theirs.eval()(torch.tensor(np.moveaxis(x, -1, 1).copy()))
+    np.testing.assert_allclose(ours(x), channel_last(expected), atol=1e-4)
 
 
 def test_equals_what_monai_gave():

@@ -195,6 +195,10 @@ class Predict:
 
     Scans that cannot be predicted are named at the end, and the exit status is then 1. The same command goes on in
     the same --out with the scans that are not predicted yet.
+
+    Of a network with --activation sigmoid the probabilities are those of its regions, without a background, and the
+    label is 1 where a region is more probable than not: one map or, of several regions, one for each along the
+    fourth axis.
     """
 
     run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="run", metavar="RUN")]
@@ -249,6 +253,9 @@ class ImportMonai:
     Without --data, say what the network was trained on with --class-names, --num-channels and --patch. Volumes
     are turned to RAS order and normalised as the trainer does it, channels come in the data set's order, and
     class probabilities are a softmax over all classes, background first.
+
+    With --activation sigmoid each output channel is the probability of a region: of those of the data set, in the
+    order of --regions, or without --data of those that --class-names names, in order (background is none of them).
     """
 
     weights: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="WEIGHTS")]
@@ -258,7 +265,8 @@ class ImportMonai:
     data: DataConfig = field(default_factory=lambda: DataConfig(data=""))
     model: ModelConfig = field(default_factory=ModelConfig)
     class_names: tuple[str, ...] = ()
-    """Without --data: its classes, background first, as a data set names them."""
+    """Without --data: its classes, background first, as a data set names them; with --activation sigmoid what each
+    output channel stands for, without a background."""
     num_channels: int = 1
     """Without --data: channels of its images."""
     spatial_dims: int = 3
@@ -273,22 +281,35 @@ class ImportMonai:
             raise InputError(
                 "Give either --data or --class-names: one of them says what the network tells apart."
             )
-        import_monai(
-            self.weights, self.model, self.data, self.out, self._info() if self.class_names else None
-        )
+        names = self.class_names
+        if len(set(names)) < len(names):
+            raise InputError(f"--class-names {' '.join(names)} names a class twice: give each of them once.")
+        model, info = self.model, None
+        if names and model.activation == "sigmoid":
+            model, info = self._sigmoids(), self._info(())
+        elif names:
+            info = self._info(names)
+        for note in import_monai(self.weights, model, self.data, self.out, info):
+            print(f"note: {note}", file=sys.stderr)
         print(f"\nRun: {self.out}\nNext: python -m train evaluate {self.out}")
 
-    def _info(self) -> DataInfo:
-        if len(set(self.class_names)) < len(self.class_names):
+    def _sigmoids(self) -> ModelConfig:
+        """The network, each of its channels named after a region."""
+        names = self.class_names[self.class_names[0].lower() == "background" :]
+        if self.model.regions or not names:
             raise InputError(
-                f"--class-names {' '.join(self.class_names)} names a class twice: give each once."
+                "Without --data a network with sigmoids needs --class-names, one for each output channel and none "
+                "for the background, in place of --regions."
             )
+        return dataclasses.replace(self.model, regions=names)
+
+    def _info(self, class_names: tuple[str, ...]) -> DataInfo:
         if self.data.spacing == "median":
             raise InputError("Without --data there is no median spacing: give --spacing in millimetres.")
         check_numbers(self, num_channels=(1, math.inf), spatial_dims=(2, 3))
         if self.window and not self.window[0] < self.window[1]:
             raise InputError(f"window is {self.window}: give the lowest intensity, then the highest.")
-        sizes = self.class_names, self.num_channels, self.spatial_dims
+        sizes = class_names, self.num_channels, self.spatial_dims
         return DataInfo(self.weights.stem, *sizes, self.window, self.data.geometry)
 
 

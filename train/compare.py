@@ -19,7 +19,7 @@ from calib_jax.report import (
 from train.cases import KINDS, RunCases, as_kept, choose_cases, own_data, read_cases, resolved
 from train.check import check_cases
 from train.checkpoint import Which
-from train.config import DataInfo, DeviceConfig, RunConfig, check_same_data, to_json
+from train.config import DataInfo, DeviceConfig, RunConfig, check_same_data, resolve_regions, to_json
 from train.data import Dataset
 from train.errors import InputError
 from train.evaluate import evaluate, evaluate_posterior
@@ -178,6 +178,7 @@ def evaluate_run(
     dataset = open_cases(dataclasses.replace(config.data, data=spec, spacing=info.geometry.spacing))
     found = DataInfo.of(dataset)
     check_same_data(spec, found, run, info)
+    resolve_regions(config.model, dataset)
     cases = read_cases(run)
     chosen = choose_cases(run, cases, dataset, split, given=None if resolved(spec) == own else spec)
     if temperature and not chosen.own:
@@ -264,7 +265,7 @@ def _report(
     kind: str = KINDS["test"],
 ) -> Path:
     """Prints the table and writes it with the figures and the page: a full disk does not lose what was measured."""
-    reference = evaluate_posterior(dataset, cases)
+    reference = evaluate_posterior(dataset, cases, results[0].class_names)
     if not is_first():
         return folder / "index.html"
     print(format_table(compare_models(results, reference=reference), per_class=True))

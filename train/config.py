@@ -9,7 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
-from train.data import AugmentConfig, Dataset, Geometry
+from train.data import AugmentConfig, Dataset, Geometry, region_ids
 from train.errors import InputError, check_numbers
 
 IMPORTED = "imported"
@@ -103,6 +103,12 @@ class ModelConfig:
     architecture: Literal["unet", "segresnet", "unetr"] = "unet"
     """unet, segresnet (with --deep-supervision MONAI's SegResNetDS), or unetr, a transformer, which sees
     patches of one size only: it is evaluated through windows of the --patch that it was trained on."""
+    activation: Literal["softmax", "sigmoid"] = "softmax"
+    """What makes probabilities of the outputs: softmax over all classes, background first; or a sigmoid for each
+    region (of a data set without regions, each foreground class), which may overlap and has no background."""
+    regions: tuple[str, ...] = ()
+    """sigmoid: the regions by name, in the order of the network's output channels; left out, those of the data set
+    in its order."""
     dropout: float = 0.0
     """Dropout rate."""
     norm: Literal["", "instance", "affine-instance", "group", "batch"] = ""
@@ -155,7 +161,7 @@ class ModelConfig:
         return 16 if self.architecture == "unetr" else prod(self.strides)
 
     def check(self) -> None:
-        """Raises `InputError` on an option of another architecture, and on strides that are none."""
+        """Raises `InputError` on options that exclude one another, and on strides that are none."""
         for owner, options in ARCHITECTURE_OPTIONS.items():
             for option in options if owner != self.architecture else ():
                 if getattr(self, option) != getattr(ModelConfig, option):
@@ -163,6 +169,11 @@ class ModelConfig:
                         f"{option} is an option of {owner}, but the architecture is {self.architecture}: leave it "
                         f"out or choose --architecture {owner}."
                     )
+        if self.regions and self.activation != "sigmoid":
+            raise InputError(
+                f"regions is {self.regions}, but the activation is {self.activation}: leave it out or choose "
+                "--activation sigmoid."
+            )
         if len(self.strides) != len(self.channels) - 1 or min(self.strides) < 1:
             raise InputError(
                 f"strides {self.strides} do not fit channels {self.channels}: "
@@ -297,7 +308,10 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class DataInfo:
-    """What a trained network has to know of its data, kept with the run so that predicting needs no data set."""
+    """What a trained network has to know of its data, kept with the run so that predicting needs no data set.
+
+    A network with sigmoids that was imported without its data set has no `class_names`: only its regions are known.
+    """
 
     name: str
     class_names: tuple[str, ...]
@@ -321,11 +335,31 @@ class DataInfo:
 
 def check_same_data(data: str, found: DataInfo, run: Path, trained: DataInfo) -> None:
     """Raises `InputError` unless `data` has what the network of `run` was trained on, whatever its name."""
+    if not trained.class_names:
+        found = dataclasses.replace(found, class_names=())
     for name, before in dataclasses.asdict(dataclasses.replace(trained, name=found.name)).items():
         if (now := dataclasses.asdict(found)[name]) != before:
             raise InputError(
                 f"{data} has {name} = {now}, {run} was trained on {before}: they must be the same."
             )
+
+
+def resolve_regions(model: ModelConfig, dataset: Dataset) -> ModelConfig:
+    """`model` with the regions of its output channels named, if it has sigmoids.
+
+    Raises:
+        InputError: a region twice, or one that the data set does not have.
+    """
+    if model.activation == "softmax":
+        return model
+    known = tuple(region_ids(dataset))
+    regions = model.regions or known
+    if len(set(regions)) < len(regions) or not set(regions) <= set(known):
+        raise InputError(
+            f"The network's regions are {', '.join(regions)}, {dataset.name} has {', '.join(known)}: name each "
+            "output channel's region once, as the data set calls it."
+        )
+    return dataclasses.replace(model, regions=regions)
 
 
 def resolve_patch(

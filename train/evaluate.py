@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Integer, Num, UInt8
 import calib_jax
 from calib_jax import BinStatistics, metrics
 from calib_jax.report import ModelResult
-from train.data import Case, Dataset, mask_ignored
+from train.data import Case, Dataset, mask_ignored, region_ids
 from train.inference import VolumePredictor
 from train.processes import is_first, join_shares, own_share
 from train.progress import progress
@@ -50,15 +50,36 @@ class SumsOfClasses:
     ) -> tuple[Float[Array, "*voxels regions"], Num[Array, "*voxels regions"]]:
         if label.ndim == probs.ndim:
             return self._sums(probs), self._sums(label)
+        members = self.members(label)
+        return self._sums(probs), members
+
+    def members(self, label: Int[Array, "*voxels"]) -> UInt8[Array, "*voxels regions"]:
+        """1 where a class id belongs to the region, else 0."""
         members = [jnp.isin(label, jnp.array(ids, label.dtype)) for ids in self.groups]
-        return self._sums(probs), jnp.stack(members, -1).astype(jnp.uint8)
+        return jnp.stack(members, -1).astype(jnp.uint8)
 
     def _sums(self, shares: Float[Array, "*voxels classes"]) -> Float[Array, "*voxels regions"]:
         return jnp.stack([shares[..., list(ids)].sum(-1) for ids in self.groups], -1)
 
 
-def regions_of(dataset: Dataset) -> tuple[Regions, tuple[str, ...]]:
-    """What is reported of a data set, and its names: regions or, without any, the foreground classes."""
+@dataclass(frozen=True)
+class OwnRegions(SumsOfClasses):
+    """Regions whose probabilities the network gives itself, each by a sigmoid; only the labels are of classes."""
+
+    def __call__(
+        self, probs: Float[Array, "*voxels regions"], label: Label
+    ) -> tuple[Float[Array, "*voxels regions"], Num[Array, "*voxels regions"]]:
+        return probs, self.members(label) if label.ndim < probs.ndim else self._sums(label)
+
+
+def regions_of(dataset: Dataset, predicted: Sequence[str] = ()) -> tuple[Regions, tuple[str, ...]]:
+    """What is reported of a data set, and its names: regions or, without any, the foreground classes.
+
+    Of a network with sigmoids these are the regions that it has `predicted`, in that order.
+    """
+    if predicted:
+        ids = region_ids(dataset)
+        return OwnRegions(tuple(ids[name] for name in predicted)), tuple(predicted)
     if not dataset.regions:
         return foreground, dataset.class_names[1:]
     return SumsOfClasses(tuple(dataset.regions.values())), tuple(dataset.regions)
@@ -82,18 +103,22 @@ class CaseStatistics:
         label: UInt8[Array, "*spatial"] | Float[Array, "*spatial classes"],
         where: Bool[Array, "*spatial"],
     ) -> tuple[BinStatistics, Float[Array, "regions"]]:
-        """Bins are filled with the shares of a soft label; Dice is that of its most frequent class."""
+        """Bins are filled with the shares of a soft label; Dice is that of its most frequent class.
+
+        Predicted are the classes of largest probability or, under sigmoids, the regions more probable than not.
+        """
         if self.has_ignore:
             label, labelled = mask_ignored(label)
             where = where & labelled
-        shares = label.reshape(1, -1, probs.shape[-1]) if label.ndim == probs.ndim else None
+        shares = label.reshape(1, -1, label.shape[-1]) if label.ndim == probs.ndim else None
         ids = label if shares is None else label.argmax(-1)
         probs = probs.reshape(1, -1, probs.shape[-1])
         ids, where = ids.reshape(1, -1).astype(jnp.int32), where.reshape(1, -1)
         region_probs, region_label = self.regions(probs, ids if shares is None else shares)
         stats = calib_jax.bin_statistics(region_probs, region_label, num_bins=NUM_BINS, where=where)
         # As certain probabilities, the predicted label map falls into regions in the same way.
-        certain = jax.nn.one_hot(probs.argmax(-1), probs.shape[-1])
+        own = isinstance(self.regions, OwnRegions)
+        certain = probs if own else jax.nn.one_hot(probs.argmax(-1), probs.shape[-1])
         certain_regions, region_ids = self.regions(certain, ids)
         members = _members(region_ids, region_probs)
         dice = metrics.dice_of_counts(
@@ -125,23 +150,27 @@ def evaluate(name: str, predict: VolumePredictor, dataset: Dataset, case_names: 
         dataset: where the cases come from.
         case_names: the cases to evaluate.
     """
-    regions, names = regions_of(dataset)
+    regions, names = regions_of(dataset, predict.regions)
     summary = CaseStatistics(regions, dataset.has_ignore)
 
     def statistics(case: Case) -> tuple[BinStatistics, Array]:
         if case.source is None and case.annotations is None:
             return predict.summary(summary, case.image, case.label)
         probs = predict(case.image)
-        on_own_grid = probs if case.source is None else case.source.placement.back(probs)
-        return case_statistics(
-            on_own_grid, case.truth(probs.shape[-1]), regions=regions, has_ignore=dataset.has_ignore
-        )
+        if case.source is not None:
+            probs = case.source.placement.back(probs, background=not predict.regions)
+        truth = case.truth(len(dataset.class_names))
+        return case_statistics(probs, truth, regions=regions, has_ignore=dataset.has_ignore)
 
     return _collect(name, statistics, dataset, case_names, names)
 
 
-def evaluate_posterior(dataset: Dataset, case_names: Sequence[str]) -> ModelResult | None:
+def evaluate_posterior(
+    dataset: Dataset, case_names: Sequence[str], region_names: Sequence[str] = ()
+) -> ModelResult | None:
     """The same for the probabilities that the labels were drawn from, where the data set knows them.
+
+    Reported are the named regions; without names, what `evaluate` reports of a softmax.
 
     No network can be calibrated better on these cases but by chance: what error is left comes from the
     finite number of voxels, and from neighbouring labels being drawn together.
@@ -149,6 +178,9 @@ def evaluate_posterior(dataset: Dataset, case_names: Sequence[str]) -> ModelResu
     if dataset.load(0).posterior is None:
         return None
     regions, names = regions_of(dataset)
+    if tuple(region_names or names) != names:
+        names, ids = tuple(region_names), region_ids(dataset)
+        regions = SumsOfClasses(tuple(ids[name] for name in names))
     return _collect(
         "true posterior",
         lambda case: case_statistics(

@@ -28,6 +28,7 @@ from train.config import (
     check_same_data,
     read_config,
     resolve_patch,
+    resolve_regions,
     to_json,
 )
 from train.data import (
@@ -36,6 +37,7 @@ from train.data import (
     Splits,
     chosen_splits,
     open_dataset,
+    region_ids,
     split_cases,
     train_batches,
     write_splits,
@@ -81,6 +83,7 @@ def open_task(config: RunConfig, devices: DeviceConfig = DeviceConfig()) -> Task
     dataset, splits = open_data(config.data)
     info = DataInfo.of(dataset)
     config = _as_initial(config, info) if config.init else config
+    config = dataclasses.replace(config, model=resolve_regions(config.model, dataset))
     data = config.data
     patch = resolve_patch(data.patch, dataset.largest_shape, config.model.divisor)
     mesh = device_mesh(devices.mesh)
@@ -252,7 +255,7 @@ def fit(task: Task, folder: Path, *, resume: bool = False, check: bool = True) -
                 f"{found}: mend these cases and --resume, which goes on {checkpoints.resume_point()}; or start "
                 "again with a lower --learning-rate or with --clip-norm."
             ) from found
-    return volume_predictor(graphdef, state, config.data.window)
+    return volume_predictor(graphdef, state, config.data.window, config.model.regions)
 
 
 def write_split(task: Task, folder: Path) -> None:
@@ -271,11 +274,14 @@ def _loop(
     checkpoints: Checkpoints,
 ) -> TrainState:
     training = task.config.training
+    regions = task.config.model.regions
+    ids = region_ids(task.dataset)
     train_step = make_train_step(
         graphdef,
         make_optimizer(training),
         task.config,
         task.mesh,
+        regions=tuple(ids[name] for name in regions),
         accumulate=task.devices.accumulate,
         remat=task.devices.remat,
         has_ignore=task.dataset.has_ignore,
@@ -317,7 +323,7 @@ def _loop(
             if validation_due:
                 result = evaluate(
                     "validation",
-                    volume_predictor(graphdef, state, task.config.data.window),
+                    volume_predictor(graphdef, state, task.config.data.window, regions),
                     task.dataset,
                     task.splits.val,
                 )
@@ -342,24 +348,34 @@ def _all_finite(weights: Any) -> jax.Array:
 
 
 def make_model(config: RunConfig, data: DataInfo) -> nnx.Module:
-    """The network of a run, freshly initialised from its seed."""
+    """The network of a run, freshly initialised from its seed.
+
+    Raises:
+        InputError: if its options contradict one another, as a softmax over one channel does.
+    """
+    outputs = config.model.regions if config.model.activation == "sigmoid" else data.class_names
+    if config.model.activation == "softmax" and len(outputs) < 2:
+        raise InputError("A network with one output channel has no softmax: give --activation sigmoid.")
     return make_network(
         config.model,
         config.data.patch,
         spatial_dims=data.spatial_dims,
         in_channels=data.num_channels,
-        out_channels=len(data.class_names),
+        out_channels=len(outputs),
         rngs=nnx.Rngs(config.training.seed),
     )
 
 
-def volume_predictor(graphdef: nnx.GraphDef, state: TrainState, window: tuple[int, ...]) -> VolumePredictor:
+def volume_predictor(
+    graphdef: nnx.GraphDef, state: TrainState, window: tuple[int, ...], regions: tuple[str, ...] = ()
+) -> VolumePredictor:
     """Prediction of whole volumes under the weights of `state`, through windows of so many voxels.
 
+    With `regions` its probabilities are sigmoids, else a softmax.
     A volume is one device's work, so a copy of the weights on this process's first one is taken.
     """
     return VolumePredictor(
-        Network(graphdef),
+        Network(graphdef, regions),
         on_first_device((state.params, state.rest)),
         window,
         windows_per_batch=max(min(_VOXELS_AT_ONCE // math.prod(window), 4), 1),
@@ -380,7 +396,7 @@ def load_run(folder: Path, which: Which = "last") -> tuple[RunConfig, DataInfo, 
     """
     config, info = read_config(folder)
     graphdef, state = _load_state(folder, which)
-    return config, info, volume_predictor(graphdef, state, config.data.window)
+    return config, info, volume_predictor(graphdef, state, config.data.window, config.model.regions)
 
 
 def _load_state(

@@ -1,18 +1,37 @@
 """A run folder from the weights of a network that was trained with MONAI."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from flax import nnx
 
 from train.cases import RunCases, identify
 from train.checkpoint import Checkpoints
-from train.config import IMPORTED, DataConfig, DataInfo, ModelConfig, RunConfig, resolve_patch, to_json
+from train.config import (
+    IMPORTED,
+    DataConfig,
+    DataInfo,
+    ModelConfig,
+    RunConfig,
+    resolve_patch,
+    resolve_regions,
+    to_json,
+)
 from train.data import write_splits
 from train.errors import InputError
 from train.fit import make_model, open_data
 from train.models import load_monai_weights
-from train.models.identify import find_network, fitting_options
+from train.models.identify import (
+    advice,
+    assumptions,
+    averaged_copies,
+    channels_of,
+    find_network,
+    fitting_options,
+)
+from train.models.monai import monai_names, unused_names
 from train.runs import open_run
 from train.step import init_state, make_optimizer
 from train.weights import read_weights
@@ -20,7 +39,7 @@ from train.weights import read_weights
 
 def import_monai(
     file: Path, model: ModelConfig, data: DataConfig, folder: Path, info: DataInfo | None = None
-) -> None:
+) -> list[str]:
     """Writes the run that `evaluate`, `predict` and `fit --init` take, with the weights in `file`.
 
     Args:
@@ -31,26 +50,32 @@ def import_monai(
         folder: of the run, new or empty.
         info: what the network has to know of its data where there is no data set, `data.data` being empty.
 
+    Returns:
+        What a user should know: what the file holds besides, and what the weights do not tell. It is kept with the
+        run.
+
     Raises:
         InputError: if file, options, data or folder do not fit; nothing has been written then.
     """
     if info is None:
         dataset, splits = open_data(data)
         info = DataInfo.of(dataset)
+        model = resolve_regions(model, dataset)
         patch = resolve_patch(data.patch, dataset.largest_shape, model.divisor)
     else:
         dataset = splits = None
         patch = resolve_patch(_given(data.patch), (1,) * info.spatial_dims, model.divisor)
     config = RunConfig(IMPORTED, dataclasses.replace(data, patch=patch), model)
     network = make_model(config, info)
-    _load(network, file, model.architecture, info)
-    open_run(folder, config, resume=False, data=to_json(info), weights=str(file))
+    notes = load_weights(network, file, config, info)
+    open_run(folder, config, resume=False, data=to_json(info), weights=str(file), notes=notes)
     if dataset is not None and splits is not None:
         write_splits(folder / "splits.json", splits)
     RunCases(identify(dataset) if dataset else (), complete=False, trained=False).write(folder)
     _, state = init_state(network, make_optimizer(config.training))
     with Checkpoints(folder / "checkpoints", config.training) as checkpoints:
         checkpoints.save(state, {}, {})
+    return notes
 
 
 def _given(patch: tuple[int, ...]) -> tuple[int, ...]:
@@ -59,26 +84,88 @@ def _given(patch: tuple[int, ...]) -> tuple[int, ...]:
     return patch
 
 
-def _load(network: nnx.Module, file: Path, architecture: str, info: DataInfo) -> None:
+def load_weights(network: nnx.Module, file: Path, config: RunConfig, info: DataInfo) -> list[str]:
+    """Copies the weights into `network`; returns the notes of `import_monai`."""
+    model = config.model
     state = read_weights(file)
     try:
         found = find_network(state)
     except ValueError as error:
         raise InputError(f"{file} leaves open which weights to take: {error}.") from error
     if found is None:
-        first = next(iter(state), "nothing")
         raise InputError(
-            f"{file} holds no UNet, SegResNet, SegResNetDS or UNETR of MONAI: its first name is {first}."
+            f"{file} holds no UNet, SegResNet, SegResNetDS or UNETR of MONAI: its first name is "
+            f"{next(iter(state), 'nothing')}."
         )
     named, prefix = found
-    bare = {name.removeprefix(prefix): array for name, array in state.items()}
-    looks = f"it looks like {fitting_options(named, bare)}"
-    if named != architecture:
-        raise InputError(f"{file} holds a {named}, but the architecture is {architecture}: {looks}.")
-    try:
-        load_monai_weights(network, bare)
-    except ValueError as error:
+    under = {name.removeprefix(prefix): array for name, array in state.items() if name.startswith(prefix)}
+    if named != model.architecture:
+        looks = fitting_options(named, under)
         raise InputError(
-            f"{file} does not fit these options, {info.num_channels} channels and {len(info.class_names)} classes. "
-            f"{str(error).rstrip('.')}; {looks}."
+            f"{file} holds a {named}, but the architecture is {model.architecture}: it looks like {looks}."
+        )
+    _check_channels(file, config, info, channels_of(named, under))
+    modules = {name.partition(".")[0] for name, _ in monai_names(network)}
+    weights = {name: array for name, array in under.items() if name.partition(".")[0] in modules}
+    for name, array in weights.items():
+        if not np.isfinite(array).all():
+            raise InputError(
+                f"{file} has {prefix}{name} with values that are not finite: the network is broken."
+            )
+    try:
+        load_monai_weights(network, weights)
+    except ValueError as error:
+        outputs = f"{len(model.regions)} regions" if model.regions else f"{len(info.class_names)} classes"
+        raise InputError(
+            f"{file} does not fit these options, {info.num_channels} channels and {outputs}. "
+            f"{str(error).rstrip('.')}; {advice(model, config.data.patch, under)}."
         ) from error
+    copies = averaged_copies(state)
+    beside = [
+        name
+        for name in state
+        if name.removeprefix(prefix) not in weights and not any(map(name.startswith, copies))
+    ]
+    unused = unused_names(network, weights)
+    held = [
+        *[
+            f"a copy of the network under {copy}, averaged over training, which is not taken"
+            for copy in copies
+        ],
+        *([f"{_first(beside)} beside the network, not taken"] if beside else []),
+        *([f"{_first(unused)}, which MONAI's {named} does not use, not taken"] if unused else []),
+    ]
+    taken = "; ".join(assumptions(model))
+    return [
+        *[f"{file} also holds {what}." for what in held],
+        f"the weights do not tell everything; taken are: {taken}. A network that was made otherwise gives other "
+        "probabilities than here: compare those of one image with MONAI's.",
+    ]
+
+
+def _check_channels(
+    file: Path, config: RunConfig, info: DataInfo, channels: tuple[int | None, int | None]
+) -> None:
+    """Raises `InputError` where the outputs of the network in `file` cannot be the classes or regions."""
+    _, outputs = channels
+    regions, classes = config.model.regions, info.class_names
+    if outputs == 1 and not regions:
+        raise InputError(
+            f"{file}: a network with one output channel has no softmax: give --activation sigmoid."
+        )
+    if regions and outputs not in (None, len(regions)):
+        background = " (a background is none)" if outputs == len(regions) + 1 else ""
+        raise InputError(
+            f"{file} has {outputs} output channels, but there are {len(regions)} regions{background}: "
+            f"{', '.join(regions)}. Name each channel's, or leave out --activation sigmoid."
+        )
+    if not regions and outputs == len(classes) - 1:
+        raise InputError(
+            f"{file} has {outputs} output channels, but there are {len(classes)} classes: {', '.join(classes)}. "
+            "Without a background they are no softmax: give --activation sigmoid."
+        )
+
+
+def _first(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

@@ -22,7 +22,8 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Shaped, UInt8
 from train import cpu
 from train.data import crop_back, pad_to_hold
 
-# (weights, patches [batch, *patch, channels]) -> probabilities [batch, *patch, classes], which sum to 1.
+# (weights, patches [batch, *patch, channels]) -> probabilities [batch, *patch, classes], which sum to 1 over
+# classes unless the function has `regions`, see `Network`.
 Forward = Callable[[Any, Array], Array]
 # (probabilities [*canvas, classes], labels [*canvas], where [*canvas]) -> whatever is wanted of them. What `where`
 # leaves out is padding.
@@ -31,22 +32,33 @@ Summary = Callable[[Array, Array, Array], Any]
 
 @dataclass(frozen=True)
 class Network:
-    """The `Forward` of a Flax model: softmax of its logits, dropout off; its weights are (params, rest).
+    """The `Forward` of a Flax model, dropout off; its weights are (params, rest).
 
     Equal to another of the same model, so that compiled programs are found again.
+
+    Attributes:
+        graphdef: the model's static part.
+        regions: the region of each channel, whose probability is a sigmoid; empty for a softmax over classes.
     """
 
     graphdef: nnx.GraphDef
+    regions: tuple[str, ...] = ()
 
     def __call__(
         self, weights: Any, images: Float[Array, "batch *patch channels"]
     ) -> Float[Array, "batch *patch classes"]:
-        return jax.nn.softmax(self.logits(weights, images))
+        return self.probabilities(self.logits(weights, images))
+
+    def probabilities(
+        self, logits: Float[Array, "batch *patch classes"]
+    ) -> Float[Array, "batch *patch classes"]:
+        """The softmax of `logits`, or the sigmoids."""
+        return jax.nn.sigmoid(logits) if self.regions else jax.nn.softmax(logits)
 
     def logits(
         self, weights: Any, images: Float[Array, "batch *patch channels"]
     ) -> Float32[Array, "batch *patch classes"]:
-        """What the model gives before the softmax."""
+        """What the model gives before the softmax or the sigmoids."""
         model = nnx.merge(self.graphdef, *weights)
         model.eval()
         return model(images).astype(jnp.float32)
@@ -77,12 +89,17 @@ class VolumePredictor:
     def __call__(
         self, image: Float32[np.ndarray, "*spatial channels"]
     ) -> Float32[np.ndarray, "*spatial classes"]:
-        """Class probabilities on the grid of `image`, on the host; they sum to 1 over classes."""
+        """Class probabilities on the grid of `image`, on the host; they sum to 1 unless `regions` are predicted."""
         plan = self.plan(image.shape[:-1])
         padded = pad_to_hold(image, plan.canvas)
         program = volume_probabilities(self.forward, self.patch)
         probs = program(self.weights, padded, plan.corners, plan.counted)
         return crop_back(np.asarray(probs), image.shape[:-1])
+
+    @property
+    def regions(self) -> tuple[str, ...]:
+        """The region of each channel of the probabilities, each a sigmoid; empty for a softmax over classes."""
+        return getattr(self.forward, "regions", ())
 
     def summary(
         self,
@@ -122,7 +139,7 @@ def volume_probabilities(forward: Forward, patch: tuple[int, ...]) -> Callable[.
         corners: Int[Array, "groups windows axes"],
         counted: Bool[Array, "groups windows"],
     ) -> Float[Array, "*canvas classes"]:
-        return _sliding_window(functools.partial(forward, weights), image, corners, counted, patch)
+        return _sliding_window(forward, weights, image, corners, counted, patch)
 
     return jax.jit(program, compiler_options=cpu.compiler_options())
 
@@ -139,7 +156,7 @@ def volume_summary(forward: Forward, patch: tuple[int, ...], summary: Summary) -
         corners: Int[Array, "groups windows axes"],
         counted: Bool[Array, "groups windows"],
     ) -> Any:
-        probs = _sliding_window(functools.partial(forward, weights), image, corners, counted, patch)
+        probs = _sliding_window(forward, weights, image, corners, counted, patch)
         return summary(probs, label, inside(shape, label.shape))
 
     return jax.jit(program, compiler_options=cpu.compiler_options())
@@ -202,11 +219,18 @@ def _group_size(count: int, most: int) -> int:
 
 
 def _sliding_window(
-    forward: Callable[[Array], Array], image: Array, corners: Array, counted: Array, patch: tuple[int, ...]
+    network: Forward, weights: Any, image: Array, corners: Array, counted: Array, patch: tuple[int, ...]
 ) -> Array:
     """Probabilities of the windows, averaged with Gaussian weights."""
     if corners.shape[:2] == (1, 1):
-        return forward(image[None])[0]
+        return network(weights, image[None])[0]
+    sums_to_one = not getattr(network, "regions", ())
+
+    def forward(patches: Array) -> Array:
+        """Probabilities, with a last channel of ones where they do not sum to 1."""
+        probs = network(weights, patches)
+        return probs if sums_to_one else jnp.concatenate([probs, jnp.ones_like(probs[..., :1])], -1)
+
     weight = _gaussian_window(patch)
 
     def add_group(total: Array, group: tuple[Array, Array]) -> tuple[Array, None]:
@@ -220,8 +244,9 @@ def _sliding_window(
     zeros = jnp.zeros((*image.shape[:-1], jax.eval_shape(forward, one).shape[-1]), jnp.float32)
     total, _ = lax.scan(add_group, zeros, (corners, counted))
     # Each window's probabilities sum to 1, so their weighted sum over classes is the sum of weights.
-    norm = total.sum(-1, keepdims=True)
-    return total / jnp.where(norm == 0, 1, norm)
+    norm = total.sum(-1, keepdims=True) if sums_to_one else total[..., -1:]
+    probs = total / jnp.where(norm == 0, 1, norm)
+    return probs if sums_to_one else jnp.minimum(probs[..., :-1], 1)  # a rounding above 1
 
 
 def cut_windows(

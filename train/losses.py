@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,16 +27,26 @@ TERMS = {
     "nacl": "nacl",
     "dscpp": "dsc_plus_plus",
 }
+# Class ids of each region.
+Regions = tuple[tuple[int, ...], ...]
 _TERM = re.compile(r"(?:(?P<weight>[0-9.eE-]+)\*)?(?P<name>[a-z]+)")
 
 
 @dataclass(frozen=True)
 class Loss:
-    """A weighted sum of terms, named as the user wrote it."""
+    """A weighted sum of terms, named as the user wrote it.
+
+    Attributes:
+        name: as the user wrote it.
+        weights: of the terms, by name.
+        ignore_empty_classes: as in `parse_loss`.
+        regions: what the channels of the logits stand for, each for a sigmoid; empty for a softmax over classes.
+    """
 
     name: str
     weights: tuple[tuple[str, float], ...]
     ignore_empty_classes: bool = False
+    regions: Regions = ()
 
     def parts(
         self,
@@ -79,6 +90,11 @@ class Loss:
     ) -> dict[str, Array]:
         names = [name for name, _ in self.weights]
         binning = "soft" if "softace" in names else "hard"
+        options: dict[str, Any] = {}
+        if self.regions:
+            logits, labels = as_pairs(logits, labels, self.regions)
+            where = None if where is None else jnp.repeat(where, len(self.regions), axis=0)
+            options = {"dice_include_background": False, "include_background": False}
         parts = calib_jax.segmentation_loss_parts(
             logits,
             labels,
@@ -87,6 +103,7 @@ class Loss:
             binning=binning,
             ignore_empty_classes=self.ignore_empty_classes,
             axis_name=axis_name,
+            **options,
         )
         return {name: parts[TERMS[name]] for name in names}
 
@@ -95,6 +112,37 @@ class Loss:
         scale = {"ace": ace_scale}
         weighted = [weight * scale.get(TERMS[name], 1.0) * parts[name] for name, weight in self.weights]
         return jnp.stack(weighted).sum()
+
+
+def as_pairs(
+    logits: Float[Array, "batch *spatial regions"],
+    labels: Int[Array, "batch *spatial"] | Float[Array, "batch *spatial classes"],
+    regions: Regions,
+) -> tuple[Float[Array, "images *spatial two"], Shaped[Array, "images *_"]]:
+    """Sigmoids as softmaxes: each region of each image becomes an image of two classes, outside and inside.
+
+    sigmoid(x) is the softmax over the scores (0, x). The regions of an image follow one another, so that images are
+    batch * regions.
+
+    Args:
+        logits: of each region.
+        labels: class ids, which become memberships, or soft labels, whose shares add up to a region's.
+        regions: class ids of each.
+
+    Example:
+        >>> logits, labels = as_pairs(jnp.array([[[0.5, -1.0]]]), jnp.array([[2]]), ((1, 2), (1,)))
+        >>> logits.tolist(), labels.tolist()
+        ([[[0.0, 0.5]], [[0.0, -1.0]]], [[1], [0]])
+    """
+    if labels.ndim == logits.ndim:
+        share = jnp.stack([labels[..., list(ids)].sum(-1) for ids in regions], 1)
+        members = jnp.stack([1 - share, share], -1)
+    else:
+        members = jnp.stack([jnp.isin(labels, jnp.array(ids, labels.dtype)) for ids in regions], 1)
+        members = members.astype(jnp.int32)
+    scores = jnp.moveaxis(logits, -1, 1)
+    pairs = jnp.stack([jnp.zeros_like(scores), scores], -1)
+    return pairs.reshape(-1, *pairs.shape[2:]), members.reshape(-1, *members.shape[2:])
 
 
 def level_weights(levels: int) -> list[float]:

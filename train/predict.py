@@ -39,7 +39,9 @@ def predict_folder(run: Path, images: Path, out: Path, which: Which = "last") ->
     `NAME_label.nii.gz` holds the most probable class ids (uint8, or uint16 of more than 256 classes),
     `NAME_probs.nii.gz` the class probabilities (float32, classes along the fourth axis, background first), both on
     the grid and with the affine of the image. Their header field `descrip` holds digests of the network and of the
-    image.
+    image. Under sigmoids the probabilities are those of the regions, without a background, and the label is 1 where
+    a region is more probable than not, else 0: one map, or along the fourth axis one for each of several regions,
+    which may overlap.
 
     A case that cannot be predicted does not stop the others. The same call goes on in the same `out`: it skips the
     cases that are there already.
@@ -82,6 +84,14 @@ def predict_folder(run: Path, images: Path, out: Path, which: Which = "last") ->
             failed,
         )
     return [file for name in cases for file in _outputs(out, name)]
+
+
+def _labels(probs: np.ndarray, regions: Sequence[str]) -> np.ndarray:
+    """Class ids, or which voxels are of each region; the last axis goes unless there are several regions."""
+    if not regions:
+        return probs.argmax(-1).astype(np.min_scalar_type(probs.shape[-1] - 1))
+    members = (probs > 0.5).astype(np.uint8)
+    return members[..., 0] if len(regions) == 1 else members
 
 
 def list_cases(folder: Path, info: DataInfo) -> dict[str, list[Path]]:
@@ -181,11 +191,13 @@ def _predict(
     description = _description(files, network)
     image, grid = read_channels(files, info.window)
     placement = info.geometry.place(image, grid.affine, windowed=info.window is not None)
-    probs = placement.back(predict(placement.image(image, info.geometry.interpolation)))
+    probs = predict(placement.image(image, info.geometry.interpolation))
+    probs = placement.back(probs, background=not predict.regions)
     if not np.isfinite(probs).all():
         raise InputError(f"the network's probabilities of {files[0]} are not finite: check its weights.")
-    label = probs.argmax(-1).astype(np.min_scalar_type(len(info.class_names) - 1))
-    return _volume(label, grid, description), _volume(probs.astype(np.float32), grid, description)
+    return _volume(_labels(probs, predict.regions), grid, description), _volume(
+        probs.astype(np.float32), grid, description
+    )
 
 
 def _volume(voxels: np.ndarray, grid: Grid, description: str) -> nib.Nifti1Image:

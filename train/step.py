@@ -1,5 +1,6 @@
 """One training step: augment, forward, loss, backward, update, in a single compiled program."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from jaxtyping import Array, Int
 from train import cpu
 from train.config import RunConfig, TrainingConfig
 from train.data import augment, mask_ignored
-from train.losses import Loss, parse_loss
+from train.losses import Loss, Regions, parse_loss
 from train.models.remat import rematerialised
 from train.sharding import BATCH, SPACE, batch_parts, batch_spec, replicated, weight_shardings
 
@@ -40,6 +41,7 @@ class TrainState(NamedTuple):
 Batch = Mapping[str, Array]
 Examples = tuple[Array, Array, Array]  # keys, images, labels
 Gradients = Callable[[Any, Any, Examples, Array], tuple[Any, Any, Any]]
+LossAndGradient = Callable[[Any, Array, Array], tuple[dict[str, Array], Any]]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
 
 
@@ -71,6 +73,7 @@ def make_train_step(
     config: RunConfig,
     mesh: Mesh,
     *,
+    regions: Regions = (),
     accumulate: int = 1,
     remat: bool = False,
     has_ignore: bool = False,
@@ -81,11 +84,14 @@ def make_train_step(
     memory is used again for the new one. Metrics are scalars: `loss`, each of its parts, `grad_norm` and
     `learning_rate`; means over the whole batch, whatever the mesh. With `accumulate` above 1 the batch is taken
     in so many parts, one after the other, which need so much less memory; with `remat` the model's units are
-    computed again in the backward pass, and only what goes in and out of them is kept. With `has_ignore` the loss
-    leaves out voxels without a label, see `train.data.mask_ignored`.
+    computed again in the backward pass, and only what goes in and out of them is kept. `regions` are the class ids
+    of each output channel of a network with sigmoids. With `has_ignore` the loss leaves out voxels without a label,
+    see `train.data.mask_ignored`.
     """
     schedule = learning_rate(config.training)
-    gradients = _in_turn(_make_gradients(graphdef, config, mesh, remat, has_ignore), accumulate, mesh)
+    named = parse_loss(config.loss, config.training.ignore_empty_classes)
+    loss = _make_loss(dataclasses.replace(named, regions=regions), mesh, has_ignore)
+    gradients = _in_turn(_make_gradients(graphdef, config, loss, mesh, remat), accumulate, mesh)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.key(config.training.seed), state.step)
@@ -110,14 +116,13 @@ def make_train_step(
 
 
 def _make_gradients(
-    graphdef: nnx.GraphDef, config: RunConfig, mesh: Mesh, remat: bool, has_ignore: bool
+    graphdef: nnx.GraphDef, config: RunConfig, loss: LossAndGradient, mesh: Mesh, remat: bool
 ) -> Gradients:
     """(params, rest, examples, ace_scale) -> gradients, loss with its parts, and the rest afterwards.
 
     The compiler splits the model as its inputs are split: it moves the rims of split volumes and, since the
     parameters are asked for whole, gathers these. The loss is no such plain arithmetic; it is split by hand.
     """
-    loss = _make_loss(parse_loss(config.loss, config.training.ignore_empty_classes), mesh, has_ignore)
     dtype = jnp.dtype(config.training.precision)
 
     def gradients(params: Any, rest: Any, examples: Examples, ace_scale: Array) -> tuple[Any, Any, Any]:
@@ -142,9 +147,7 @@ def _make_gradients(
     return gradients
 
 
-def _make_loss(
-    loss: Loss, mesh: Mesh, has_ignore: bool
-) -> Callable[[Any, Array, Array], tuple[dict[str, Array], Any]]:
+def _make_loss(loss: Loss, mesh: Mesh, has_ignore: bool) -> LossAndGradient:
     """(logits, labels, ace_scale) -> loss with its parts, and its gradient with respect to the logits.
 
     Every part of the loss is a mean over images of what sums over an image's voxels say. So each device

@@ -11,9 +11,10 @@ from jaxtyping import Array, Bool, Float, Float32, Int32, UInt8
 
 import calib_jax
 from train import cpu
-from train.data import CachedCases, Dataset, mask_ignored, pad_to_hold
+from train.data import CachedCases, Dataset, mask_ignored, pad_to_hold, region_ids
 from train.errors import InputError
 from train.inference import Network, VolumePredictor, cut_windows, inside
+from train.losses import Regions, as_pairs
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,12 @@ class Tempered:
     ) -> Float[Array, "batch *patch classes"]:
         network_weights, temperature = weights
         logits = self.network.logits(network_weights, images)
-        return jax.nn.softmax(calib_jax.apply_temperature(logits, temperature))
+        return self.network.probabilities(calib_jax.apply_temperature(logits, temperature))
+
+    @property
+    def regions(self) -> tuple[str, ...]:
+        """As of the network."""
+        return self.network.regions
 
 
 def temper(predict: VolumePredictor, temperature: Float32[Array, ""]) -> VolumePredictor:
@@ -45,7 +51,7 @@ def fit_temperature(
     """The temperature that minimises the mean negative log-likelihood over the voxels of whole cases.
 
     Of volumes larger than the patch these are the windows' voxels, each window by itself, as the network sees them.
-    Voxels without a label are left out.
+    Voxels without a label are left out. Sigmoids share one temperature: the likelihood is that of all regions.
 
     Args:
         predict: a trained `Network`.
@@ -57,7 +63,9 @@ def fit_temperature(
     """
     assert isinstance(predict.forward, Network)
     cases = CachedCases(dataset, case_names)
-    program = _window_logits(predict.forward, predict.patch, dataset.has_ignore)
+    ids = region_ids(dataset)
+    regions = tuple(ids[name] for name in predict.regions)
+    program = _window_logits(predict.forward, predict.patch, dataset.has_ignore, regions)
 
     def batches() -> Iterator[tuple[Array, Array, Array]]:
         for index in range(len(cases)):
@@ -77,11 +85,12 @@ def fit_temperature(
 
 @functools.cache
 def _window_logits(
-    network: Network, patch: tuple[int, ...], has_ignore: bool
+    network: Network, patch: tuple[int, ...], has_ignore: bool, regions: Regions = ()
 ) -> Callable[..., tuple[Array, Array, Array]]:
     """The compiled program that gives logits, labels and which voxels to count of a group of windows.
 
-    They are `[windows, *patch, ...]`.
+    They are `[windows, *patch, ...]`, and `[windows * regions, *patch, ...]` of a network with sigmoids, see
+    `as_pairs`.
     """
 
     def program(
@@ -96,6 +105,11 @@ def _window_logits(
         known = jnp.stack([label.astype(jnp.int32), inside(shape, label.shape).astype(jnp.int32)], -1)
         labels, within = jnp.moveaxis(cut_windows(known, corners, patch), -1, 0)
         where = (within == 1) & jnp.expand_dims(counted, tuple(range(1, labels.ndim)))
-        return logits, labels, where & mask_ignored(labels)[1] if has_ignore else where
+        if has_ignore:
+            where &= mask_ignored(labels)[1]
+        if regions:
+            logits, labels = as_pairs(logits, labels, regions)
+            where = jnp.repeat(where, len(regions), axis=0)
+        return logits, labels, where
 
     return jax.jit(program, compiler_options=cpu.compiler_options())

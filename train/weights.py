@@ -1,8 +1,9 @@
 """Files of PyTorch weights as NumPy arrays, without running a line of what is in them."""
 
 import pickle
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +12,24 @@ import numpy as np
 from train.errors import InputError
 from train.safetensors import read_safetensors
 
-# Where checkpoints keep the network's state, beside optimisers, epochs and the like.
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "network", "net")
+# What wrappers put between the names of modules: torch.compile, FSDP and activation checkpointing.
+_WRAPPED = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
 def read_weights(file: Path) -> dict[str, np.ndarray]:
     """The floating-point and integer arrays of a `.safetensors`, `.pt`, `.pth` or `.ckpt` file by name.
 
     safetensors need no other package; the rest is read by PyTorch (`weights_only=True`), which refuses code.
+    Where several mappings of a checkpoint hold arrays, as the network's and the optimiser's do, names begin with
+    the mapping's: `state_dict.model.0.conv.weight`.
 
     Raises:
-        InputError: if the file cannot be read, holds code or no weights, or a weight is not finite.
+        InputError: if the file cannot be read, or holds code or no weights.
     """
     if not file.is_file():
         raise InputError(f"{file} is not a file: give a .safetensors, .pt, .pth or .ckpt file.")
     arrays = read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
-    weights = {name: _as_float32(array) for name, array in arrays.items()}
-    for name, array in weights.items():
-        if not np.isfinite(array).all():
-            raise InputError(f"{file} has {name} with values that are not finite: the network is broken.")
-    return weights
+    return {_WRAPPED.sub("", name): _as_float32(array) for name, array in arrays.items()}
 
 
 def _as_float32(array: np.ndarray) -> np.ndarray:
@@ -50,34 +49,72 @@ def _read_torch(file: Path) -> dict[str, np.ndarray]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            kept = torch.load(file, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals(_numpy_globals()):
+                kept = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"{refused[1]} for one" if refused else "code perhaps"
         raise InputError(
-            f"{file} holds more than weights, code perhaps, and was not loaded: where you trust it, save its "
-            "state_dict() alone."
+            f"{file} holds more than weights, {what}, and was not loaded, since that could run code: where you "
+            "trust it, load it with the program that made it and save the network's state_dict() alone."
         ) from error
     except Exception as error:
+        if "TorchScript" in str(error):
+            raise InputError(
+                f"{file} is a TorchScript archive, which is code: load it with torch.jit.load and save its "
+                "state_dict()."
+            ) from error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
             f"{file} cannot be read as weights, or is cut off ({reason}): fetch it again."
         ) from error
-    state = _state_dict(file, kept, torch.Tensor)
-    return {name: _to_numpy(tensor) for name, tensor in state.items()}
+
+    def is_array(value: Any) -> bool:
+        return isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_quantized
+
+    tensors = _named(kept, is_array)
+    if not tensors:
+        raise InputError(
+            f"{file} holds no weights by name: save a network's state_dict(), alone or in a dictionary."
+        )
+    return {name: _to_numpy(tensor) for name, tensor in tensors.items()}
 
 
-def _state_dict(file: Path, kept: Any, tensor: type) -> Mapping[str, Any]:
-    """The mapping of names to tensors, wherever a checkpoint has it."""
-    while isinstance(kept, Mapping):
-        if kept and all(isinstance(value, tensor) for value in kept.values()):
-            return kept
-        inner = [kept[name] for name in _WRAPPERS if isinstance(kept.get(name), Mapping)]
-        if not inner:
-            break
-        kept = inner[0]
-    raise InputError(
-        f"{file} holds no weights by name: save a network's state_dict(), alone or under one of "
-        f"{', '.join(_WRAPPERS)}."
-    )
+def _named(kept: Any, is_array: Callable[[Any], bool]) -> dict[str, Any]:
+    """The arrays in nested mappings by name; mappings around a single one that holds any have no part in it."""
+    if not isinstance(kept, Mapping):
+        return {}
+    inner = {name: _flat(value, is_array) for name, value in kept.items() if isinstance(value, Mapping)}
+    filled = [name for name, arrays in inner.items() if arrays]
+    if len(filled) == 1 and not any(map(is_array, kept.values())):
+        return _named(kept[filled[0]], is_array)
+    return _flat(kept, is_array)
+
+
+def _flat(kept: Mapping[Any, Any], is_array: Callable[[Any], bool]) -> dict[str, Any]:
+    """The arrays in nested mappings, the names on the way to them joined by dots."""
+    found: dict[str, Any] = {}
+    for name, value in kept.items():
+        if is_array(value):
+            found[str(name)] = value
+        elif isinstance(value, Mapping):
+            found |= {f"{name}.{inner}": array for inner, array in _flat(value, is_array).items()}
+    return found
+
+
+def _numpy_globals() -> list[Any]:
+    """What NumPy's numbers, strings and arrays are pickled with, as NumPy 1 and 2 name it; none of it runs code."""
+    functions: dict[str, Any] = {
+        "scalar": np.float64(0).__reduce__()[0],
+        "_reconstruct": np.zeros(1).__reduce__()[0],
+    }
+    named = [
+        (function, f"numpy.{core}.multiarray.{name}")
+        for name, function in functions.items()
+        for core in ("core", "_core")
+    ]
+    codes = f"?US{np.typecodes['AllInteger']}{np.typecodes['AllFloat']}"
+    return [*named, np.ndarray, np.dtype, *{type(np.dtype(code)) for code in codes}]
 
 
 def _to_numpy(tensor: Any) -> np.ndarray:

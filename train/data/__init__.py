@@ -9,7 +9,7 @@ from pathlib import Path
 
 from train.data.augment import NO_AUGMENTATION, AugmentConfig, augment
 from train.data.cache import CaseStore
-from train.data.case import Case, Dataset
+from train.data.case import Case, Dataset, region_ids
 from train.data.geometry import Geometry
 from train.data.ignore import IGNORE, mask_ignored
 from train.data.layouts import LAYOUTS
@@ -45,6 +45,7 @@ __all__ = [
     "open_layout",
     "pad_to_hold",
     "read_splits",
+    "region_ids",
     "split_cases",
     "train_batches",
     "write_splits",

@@ -132,3 +132,9 @@ class Dataset(Protocol):
     def load(self, index: int) -> Case:
         """Reads or generates case `index`, `0 <= index < len(self)`."""
         ...
+
+
+def region_ids(dataset: Dataset) -> dict[str, tuple[int, ...]]:
+    """Class ids of each region by its name; of a data set without regions, of each foreground class."""
+    classes = {name: (index,) for index, name in enumerate(dataset.class_names)}
+    return dict(dataset.regions) or dict(list(classes.items())[1:])

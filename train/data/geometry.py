@@ -129,12 +129,15 @@ class Placement:
         return ids
 
     def back(
-        self, probs: Float32[np.ndarray, "*resampled classes"]
+        self, probs: Float32[np.ndarray, "*resampled classes"], *, background: bool = True
     ) -> Float32[np.ndarray, "*spatial classes"]:
-        """Class probabilities on the scan's own grid, interpolated linearly; what was cropped is background."""
+        """Class probabilities on the scan's own grid, interpolated linearly; what was cropped is background.
+
+        Without a `background` among the classes all are zero there.
+        """
         held = tuple(side.stop - side.start for side in self.box)
         whole = np.zeros((*self.source_shape, probs.shape[-1]), np.float32)
-        whole[..., 0] = 1
+        whole[..., 0] = background
         whole[self.box] = _resample(probs, held, order=1)
         return whole
 

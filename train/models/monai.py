@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping
+from math import prod
 from typing import Any, cast
 
 import jax.numpy as jnp
@@ -11,12 +12,16 @@ from flax import nnx
 from train.models.blocks import BatchNorm, Convolution, Norm, PReLU
 from train.models.segresnet import PreActivationBlock, SegResNet
 from train.models.unet import ConvolutionUnit, ResidualUnit, UNet
-from train.models.unetr import UNETR, ResidualBlock, TransformerBlock
+from train.models.unetr import PATCH_SIZE, UNETR, ResidualBlock, TransformerBlock
 
 Named = Iterator[tuple[str, tuple[nnx.Variable, tuple[int, ...]]]]
 
-# What MONAI stores and does not use: a counter, and layers of the transformer that UNETR leaves out.
-_UNUSED = re.compile(r"\.(num_batches_tracked$|norm_cross_attn\.|cross_attn\.)")
+# What MONAI stores and does not use: a counter; of UNETR, layers of the transformer that it leaves out and, in old
+# versions, a class token and the shortcut's layers in blocks whose shortcut has none.
+_UNUSED = re.compile(
+    r"\.num_batches_tracked$|\.(norm_cross_attn|cross_attn)\.|\bcls_token$|^(encoder|decoder)\d\..*\.(conv3|norm3)\."
+)
+_PERCEPTRON = "vit.patch_embedding.patch_embeddings.1."
 
 
 def load_monai_weights(model: nnx.Module, state: Mapping[str, np.ndarray]) -> None:
@@ -30,6 +35,7 @@ def load_monai_weights(model: nnx.Module, state: Mapping[str, np.ndarray]) -> No
     Raises:
         ValueError: if a parameter is missing, left over or of another shape; it names the first.
     """
+    state = _with_convolution(state)
     names = dict(monai_names(model))
     missing = [name for name in names if name not in state]
     left = [name for name in state if name not in names and not _UNUSED.search(name)]
@@ -46,6 +52,26 @@ def load_monai_weights(model: nnx.Module, state: Mapping[str, np.ndarray]) -> No
         if value.shape != expected:
             raise ValueError(f"The two networks differ: {name} has shape {value.shape}, expected {expected}.")
         parameter[...] = jnp.asarray(value.transpose(axes) if axes else value, parameter.dtype)
+
+
+def unused_names(model: nnx.Module, state: Mapping[str, np.ndarray]) -> list[str]:
+    """What `load_monai_weights` takes no notice of, but for counters."""
+    names = dict(monai_names(model))
+    left = [name for name in _with_convolution(state) if name not in names and _UNUSED.search(name)]
+    return [name for name in left if not name.endswith("num_batches_tracked")]
+
+
+def _with_convolution(state: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    """UNETR's patch embedding as a convolution, where it is a linear layer over a patch's voxels, channels last."""
+    weight, head = state.get(f"{_PERCEPTRON}weight"), state.get("out.conv.conv.weight")
+    if weight is None or head is None:
+        return state
+    window = (PATCH_SIZE,) * (head.ndim - 2)
+    if weight.ndim != 2 or weight.shape[1] % prod(window):
+        return state
+    kernel = np.moveaxis(weight.reshape(len(weight), *window, -1), -1, 1)
+    renamed = {name.replace(_PERCEPTRON, _PERCEPTRON[:-2]): array for name, array in state.items()}
+    return renamed | {f"{_PERCEPTRON[:-2]}weight": kernel}
 
 
 def _first(names: list[str]) -> str:
