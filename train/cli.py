@@ -6,7 +6,6 @@ explains the options of a command.
 
 import argparse
 import dataclasses
-import logging
 import math
 import sys
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from typing import Annotated, Any, Literal, Union
 import tyro
 
 from train.config import DataConfig, DataInfo, DeviceConfig, ModelConfig, RunConfig, TrainingConfig
+from train.console import console
 from train.data import AugmentConfig
 from train.errors import InputError, Stopped, check_numbers
 from train.options import check_given, given_options
@@ -359,9 +359,11 @@ def _command_line(arguments: Sequence[str]) -> Any:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command; 0 if it succeeded, 2 after bad input, which ends in one sentence on stderr."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    # Orbax tells of a failure in the traceback of each of its threads; what fails is raised as well.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    with console():
+        return _run(sys.argv[1:] if arguments is None else arguments)
+
+
+def _run(arguments: list[str]) -> int:
     first = arguments[0] if arguments else ""
     # Options without a command are those of the main job.
     if not first or (first.startswith("-") and first not in ("-h", "--help")):

@@ -73,6 +73,8 @@ def compare(
         raise InputError(f"--losses {' '.join(names)} names a loss twice: give each of them once.")
     if len(set(seeds)) < len(seeds):
         raise InputError(f"--seeds {' '.join(map(str, seeds))} names a seed twice: give each of them once.")
+    for seed in seeds:
+        dataclasses.replace(config.training, seed=seed)  # which checks it
     task = open_task(config, devices)
     for loss in parsed:
         check_splittable(loss, task.mesh)

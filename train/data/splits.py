@@ -127,7 +127,7 @@ def chosen_splits(
 
 def write_splits(path: Path, splits: Splits) -> None:
     """Writes the splits as JSON: `{"train": [...], "val": [...], "test": [...]}`."""
-    path.write_text(json.dumps(asdict(splits), indent=1) + "\n")
+    path.write_text(json.dumps(asdict(splits), indent=1) + "\n", encoding="utf-8")
 
 
 def read_splits(path: Path) -> Splits:
@@ -147,7 +147,7 @@ def _count(option: str, number: float, cases: int) -> int:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise _unreadable(path, error) from error
 
