@@ -21,7 +21,7 @@ def test_what_an_encoding_lacks_is_escaped(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_closed_pipe_ends_nothing() -> None:
-    program = "from train.console import console\nwith console():\n for _ in range(9999): print('line')\n print(1/3)"
+    program = "from train.console import console\nwith console():\n for _ in range(9999): print('line')"
     environment = os.environ | {"MPLBACKEND": "nonsense", "MPLCONFIGDIR": "/dev/null/none"}
     process = subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
@@ -36,14 +36,14 @@ def test_a_closed_pipe_ends_nothing() -> None:
 
 
 def test_only_our_warnings_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(record=True) as shown:
         warnings.simplefilter("default")
         with console():
-            warnings.warn_explicit("theirs", UserWarning, "file.py", 1, module="orbax.checkpoint")
-            warnings.warn_explicit("train like theirs", UserWarning, "file.py", 1, module="trainer")
+            for module in ("orbax.checkpoint", "trainer", "train.data.volumes"):
+                warnings.warn_explicit(f"from {module}", UserWarning, "file.py", 1, module=module)
+            assert warnings.formatwarning("ours", UserWarning, "file.py", 1) == "note: ours\n"
             logging.getLogger("absl").warning("theirs")
-            warnings.warn_explicit("ours", UserWarning, "file.py", 1, module="train.data.volumes")
-            print(warnings.formatwarning("ours", UserWarning, "file.py", 1), end="", file=sys.stderr)
+    assert [str(warning.message) for warning in shown] == ["from train.data.volumes"]
     assert "theirs" not in capsys.readouterr().err
 
 

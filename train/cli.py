@@ -118,7 +118,7 @@ class Fit(_Options):
 
     def run(self) -> None:
         from train.compare import evaluate_run
-        from train.fit import fit, open_task
+        from train.fit import check_best_is_known, fit, open_task
         from train.processes import is_first, join_processes
 
         if self.temperature and not self.recipe:
@@ -130,6 +130,8 @@ class Fit(_Options):
         task = open_task(self.config(self.loss), self.devices)
         if self.temperature and not task.splits.val:
             raise InputError("--temperature is fitted on validation cases, and num_val is 0: hold some back.")
+        if not self.recipe:
+            check_best_is_known(task)
         fit(task, folder, resume=self.resume)
         if is_first():
             print(f"\nRun: {folder}")

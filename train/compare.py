@@ -22,7 +22,7 @@ from train.config import DataInfo, DeviceConfig, RunConfig, check_same_data, to_
 from train.data import Dataset
 from train.errors import InputError
 from train.evaluate import evaluate, evaluate_posterior
-from train.fit import Task, fit, load_run, open_cases, open_task, write_split
+from train.fit import Task, check_best_is_known, fit, load_run, open_cases, open_task, write_split
 from train.inference import VolumePredictor
 from train.logs import divergence, read_log
 from train.losses import check_splittable, parse_loss
@@ -82,6 +82,8 @@ def compare(
         raise InputError("--temperature is fitted on validation cases, and num_val is 0: hold some back.")
     if which == "best" and (config.training.keep_best == "none" or not task.splits.val):
         raise InputError("--checkpoint best needs --keep-best and validation cases (--num-val): give both.")
+    if not published:
+        check_best_is_known(task)
     plan = Plan(tuple(names), task.config, tuple(seeds), temperature, which)
     kept = as_kept(task.config, folder, task.dataset, task.splits) if resume else task.config
     open_run(folder, dataclasses.replace(plan, run=kept), resume=resume)
