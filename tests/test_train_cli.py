@@ -352,7 +352,10 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         (["--foreground-crops", "1.5"], ["foreground_crops is 1.5"]),
         (["--accumulate", "-1"], ["accumulate is -1"]),
         (["--channels", "0", "8", "--strides", "2"], ["channels is (0, 8)"]),
-        (["--keep-best", "dice", "--num-val", "0"], ["keep_best is dice", "validation cases"]),
+        (
+            ["--keep-best", "dice", "--num-val", "0", "--batch-size", "8"],
+            ["keep_best is dice", "validation cases"],
+        ),
         (["--losses", "dice", "ce", "--ace-ramp", "0.1"], ["ace_ramp is an option of the loss terms ace"]),
         (["--losses", "dice", "--ignore-empty-classes"], ["ignore_empty_classes", "neither"]),
         (
@@ -364,7 +367,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         (["--zoom", "1.2", "0.8", "--zoom-prob", "1"], ["zoom is (1.2, 0.8)"]),
         (["--gamma", "-1", "1"], ["gamma is (-1.0, 1.0)"]),
         (["--noise-prob", "2"], ["noise_prob is 2"]),
-        (["--flip-axes", "3"], ["flip_axes is (3,)", "axes 0 to 2"]),
+        (["--flip-axes", "3", "--batch-size", "8"], ["flip_axes is (3,)", "axes 0 to 2"]),
         (["--flip-axes", "0", "0"], ["flip_axes is (0, 0)", "different"]),
         (["--interpolation", "linear"], ["interpolation does nothing", "--spacing"]),
         (["--splits", "splits.json", "--num-test", "40"], ["num_test does nothing", "--splits"]),

@@ -6,7 +6,6 @@ explains the options of a command.
 
 import argparse
 import dataclasses
-import logging
 import math
 import sys
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from typing import Annotated, Any, Literal, Union
 import tyro
 
 from train.config import DataConfig, DataInfo, DeviceConfig, ModelConfig, RunConfig, TrainingConfig
+from train.console import console
 from train.data import AugmentConfig
 from train.errors import CasesFailed, InputError, Stopped, check_numbers
 from train.options import check_given, given_options
@@ -118,7 +118,7 @@ class Fit(_Options):
 
     def run(self) -> None:
         from train.compare import evaluate_run
-        from train.fit import fit, open_task
+        from train.fit import check_best_is_known, fit, open_task
         from train.processes import is_first, join_processes
 
         if self.temperature and not self.recipe:
@@ -130,6 +130,8 @@ class Fit(_Options):
         task = open_task(self.config(self.loss), self.devices)
         if self.temperature and not task.splits.val:
             raise InputError("--temperature is fitted on validation cases, and num_val is 0: hold some back.")
+        if not self.recipe:
+            check_best_is_known(task)
         fit(task, folder, resume=self.resume)
         if is_first():
             print(f"\nRun: {folder}")
@@ -416,9 +418,11 @@ def main(arguments: list[str] | None = None) -> int:
 
     1 if a check found faults, or some cases failed.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
-    # Orbax tells of a failure in the traceback of each of its threads; what fails is raised as well.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    with console():
+        return _run(sys.argv[1:] if arguments is None else arguments)
+
+
+def _run(arguments: list[str]) -> int:
     command: Any = None
     first = arguments[0] if arguments else ""
     # Options without a command are those of the main job.

@@ -24,7 +24,16 @@ from train.data import Dataset
 from train.errors import InputError
 from train.evaluate import evaluate, evaluate_posterior
 from train.files import read_json, visible
-from train.fit import Task, check_task, fit, load_run, open_cases, open_task, write_split
+from train.fit import (
+    Task,
+    check_best_is_known,
+    check_task,
+    fit,
+    load_run,
+    open_cases,
+    open_task,
+    write_split,
+)
 from train.inference import VolumePredictor
 from train.logs import divergence, read_log
 from train.losses import check_splittable, parse_loss
@@ -75,6 +84,8 @@ def compare(
         raise InputError(f"--losses {' '.join(names)} names a loss twice: give each of them once.")
     if len(set(seeds)) < len(seeds):
         raise InputError(f"--seeds {' '.join(map(str, seeds))} names a seed twice: give each of them once.")
+    for seed in seeds:
+        dataclasses.replace(config.training, seed=seed)  # which checks it
     task = open_task(config, devices)
     for loss in parsed:
         check_splittable(loss, task.mesh)
@@ -82,6 +93,8 @@ def compare(
         raise InputError("--temperature is fitted on validation cases, and num_val is 0: hold some back.")
     if which == "best" and (config.training.keep_best == "none" or not task.splits.val):
         raise InputError("--checkpoint best needs --keep-best and validation cases (--num-val): give both.")
+    if not published:
+        check_best_is_known(task)
     plan = Plan(tuple(names), task.config, tuple(seeds), temperature, which)
     kept = as_kept(task.config, folder, task.dataset, task.splits) if resume else task.config
     check = partial(check_task, task)

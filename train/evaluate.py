@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Integer, Num, UInt8
+from jaxtyping import Array, Bool, Float, Int, Integer, Num, UInt8
 
 import calib_jax
 from calib_jax import BinStatistics, metrics

@@ -99,11 +99,6 @@ def open_task(config: RunConfig, devices: DeviceConfig = DeviceConfig()) -> Task
         raise InputError(
             "norm is batch, whose statistics come from imported weights: give --init, or another norm."
         )
-    if config.training.keep_best != "none" and not splits.val:
-        raise InputError(
-            f"keep_best is {config.training.keep_best}, but there are no validation cases: hold some back with "
-            "--num-val, or give --keep-best none."
-        )
     if config.augment.flip_prob and max(config.augment.flip_axes, default=0) >= info.spatial_dims:
         raise InputError(
             f"flip_axes is {config.augment.flip_axes}, but the images have the axes 0 to {info.spatial_dims - 1}."
@@ -113,6 +108,19 @@ def open_task(config: RunConfig, devices: DeviceConfig = DeviceConfig()) -> Task
         check_initial(Path(config.init), read_cases(Path(config.init)), dataset, splits)
     note_duplicates(dataset, splits)
     return Task(config, dataset, splits, patch, devices, mesh)
+
+
+def check_best_is_known(task: Task) -> None:
+    """Raises `InputError` where the best checkpoint is to be kept and no validation case says which that is.
+
+    Recipes keep it where they can.
+    """
+    keep_best = task.config.training.keep_best
+    if keep_best != "none" and not task.splits.val:
+        raise InputError(
+            f"keep_best is {keep_best}, but there are no validation cases: hold some back with --num-val, or leave "
+            "--keep-best out."
+        )
 
 
 def _eval_patch(config: RunConfig, patch: tuple[int, ...]) -> tuple[int, ...]:
