@@ -1,6 +1,7 @@
 """A trained network's logits over one temperature, fitted on cases that it was not trained on."""
 
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -64,7 +65,15 @@ def fit_temperature(
             for corners, counted in zip(plan.corners, plan.counted, strict=True):
                 yield program(predict.weights, image, label, shape, corners, counted)
 
-    return calib_jax.fit_temperature(batches)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", RuntimeWarning)
+        temperature = calib_jax.fit_temperature(batches)
+    for warning in caught:
+        if issubclass(warning.category, RuntimeWarning):
+            print(f"note: fitting the temperature, {warning.message}")
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    return temperature
 
 
 @functools.cache
