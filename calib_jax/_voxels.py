@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from calib_jax._checks import as_inputs, check_voxel_mask
+from calib_jax._checks import as_inputs, check_soft_labels, check_voxel_mask
 from calib_jax._devices import AxisName, whole_size, whole_sum
 
 
@@ -28,6 +28,7 @@ def voxel_inputs(logits: Any, labels: Any, where: Any, axis_name: AxisName | Non
     if logits.shape[-1] < 2:
         raise ValueError(f"logits must have at least two classes for a softmax; got shape {logits.shape}.")
     check_voxel_mask(where, logits)
+    check_soft_labels(logits, labels, where)
     voxels = whole_size(math.prod(logits.shape[:-1]), axis_name)
     kept = jnp.ones(logits.shape[:-1], bool) if where is None else where
     # Emptied before anything is computed from it, a masked NaN reaches neither value nor gradient.

@@ -23,7 +23,18 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from calib_jax import _segment_reduce, metrics
-from calib_jax._checks import AnyArray, Labels, Probs, as_inputs, check_choice, check_size, check_voxel_mask
+from calib_jax._checks import (
+    AnyArray,
+    Labels,
+    Probs,
+    as_class_ids,
+    as_inputs,
+    check_choice,
+    check_flag,
+    check_probabilities,
+    check_size,
+    check_voxel_mask,
+)
 from calib_jax.binning import BinStatistics, Closed, bin_statistics
 from calib_jax.errors import (
     average_calibration_error,
@@ -151,7 +162,8 @@ def dataset_totals(
         `Accumulator`, whose `compute` gives `Results` of shape `[classes]` (and `[classes, num_bins]`).
 
     Raises:
-        TypeError, ValueError: on options that do not fit; from `update`, on dtypes and shapes that do not.
+        TypeError, ValueError: on options that do not fit; from `update`, on dtypes and shapes that do not, and on
+            concrete probabilities or labels outside [0, 1], as from `bin_statistics`.
 
     Example:
         >>> totals = dataset_totals(num_classes=2, num_bins=2)
@@ -202,7 +214,8 @@ def case_results(
         `[num_cases, classes, num_bins]`).
 
     Raises:
-        TypeError, ValueError: on options that do not fit; from `update`, on dtypes and shapes that do not.
+        TypeError, ValueError: on options that do not fit; from `update`, on dtypes and shapes that do not, and on
+            concrete probabilities or labels outside [0, 1], as from `bin_statistics`.
 
     Example:
         >>> cases = case_results(num_cases=2, num_classes=2, num_bins=2)
@@ -250,6 +263,7 @@ def _image_sums(
                 f"probs must have {num_classes} classes on their last axis, as many as the accumulator was made "
                 f"for; got {probs.shape}."
             )
+        check_probabilities(probs, labels, where)
         stats: Any = bin_statistics(probs, labels, num_bins=num_bins, closed=closed, where=where)
         flat = metrics.flatten(probs, labels, where)
         squared_error, nll, *counts = metrics.sum_over_chunks(_chunk_sums, *flat)
@@ -283,6 +297,7 @@ def _chunk_sums(probs: Array, labels: Array, where: Array | None) -> tuple[Array
 
 def _first_class(num_classes: int, include_background: bool) -> int:
     check_size("num_classes", num_classes)
+    check_flag("include_background", include_background)
     first = 0 if include_background else 1
     if num_classes == first:
         raise ValueError(f"include_background=False leaves no class of num_classes={num_classes}.")
@@ -369,7 +384,7 @@ def _add_to_rows(state: State, images: State, rows: Int[Array, "batch"]) -> Stat
 
 def _checked_rows(case: Any, images: State, num_cases: int) -> Int[Array, "batch"]:
     """Rows, those out of range one past the last: JAX would count a negative one from the end."""
-    case, expected = jnp.asarray(case), images.nll.high.shape
+    case, expected = as_class_ids(case), images.nll.high.shape
     if not jnp.issubdtype(case.dtype, jnp.integer):
         raise TypeError(f"case must be row numbers, integers; got {case.dtype}.")
     if case.shape != expected:
