@@ -1,17 +1,24 @@
-"""What a call may look like, checked on shapes, dtypes and options alone, never on traced values."""
+"""Checks of arguments: shapes, dtypes and options always, values of arrays only where they are concrete."""
 
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Num
 
 AnyArray = Array | np.ndarray
 Probs = Float[AnyArray, "batch *spatial classes"]
 Labels = Num[AnyArray, "batch *spatial"] | Num[AnyArray, "batch *spatial classes"]
 Mask = Bool[AnyArray, "batch *spatial"] | Bool[AnyArray, "batch *spatial classes"]
+
+# How far outside [0, 1] rounding may put a probability: one unit of float16 at 1, since files often hold float32
+# values that were computed in half precision, or four units of its own dtype.
+_ROUNDING = 1e-3
+_UNITS = 4
 
 
 def check_choice(name: str, value: Any, accepted: Collection[Any]) -> None:
@@ -31,11 +38,79 @@ def check_size(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be at least 1; got {value}.")
 
 
+def check_flag(name: str, value: Any) -> None:
+    """Raises unless `value` is True or False, so that the string "False" does not count as True."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False; got {value!r}.")
+
+
+def check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> None:
+    """Raises unless `value` is a finite number in [low, high]. A traced number passes."""
+    if isinstance(value, Tracer):
+        return
+    kind = jnp.result_type(value) if isinstance(value, int | float | np.generic | AnyArray) else None
+    if kind is None or jnp.ndim(value) or kind == jnp.bool_ or not jnp.issubdtype(kind, jnp.number):
+        raise TypeError(f"{name} must be a number; got {value!r}.")
+    number = float(value)
+    if not (math.isfinite(number) and low <= number <= high):
+        accepted = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
+        raise ValueError(f"{name} must be {'finite' if low == -math.inf else accepted}; got {number}.")
+
+
+def check_weights(name: str, weights: Any) -> None:
+    """Raises unless `weights` are finite, not negative and not all zero. Traced ones pass."""
+    if isinstance(weights, Tracer):
+        return
+    values = np.asarray(weights, np.float64)
+    if not (np.isfinite(values).all() and (values >= 0).all() and values.any()):
+        raise ValueError(
+            f"{name} must be finite numbers of at least 0, one of them above 0; got {values.tolist()}."
+        )
+
+
+def check_values(arguments: Mapping[str, Any]) -> None:
+    """Raises if probabilities, or labels of their shape, lie outside [0, 1] by more than rounding.
+
+    Values that `where` masks may be anything, and so may NaN, which shows in the result.
+
+    Args:
+        arguments: arrays with values (none is traced) of shapes that agree: `probs` or `logits`, `labels`, `where`.
+    """
+    values, where = arguments.get("logits"), arguments.get("where")
+    if values is None:
+        values = arguments["probs"]
+        _check_unit_interval(
+            "probs", values, where, "Apply jax.nn.softmax to logits, and divide percent by 100."
+        )
+    check_soft_labels(values, arguments["labels"], where)
+
+
+def check_soft_labels(values: Any, labels: Any, where: Any) -> None:
+    """Raises if labels of the shape of `values` (logits or probabilities) lie outside [0, 1]."""
+    if labels.ndim == values.ndim:
+        _check_unit_interval(
+            "labels", labels, where, "Divide masks of 0 and 255 by 255, and mask voxels to ignore with where."
+        )
+
+
+def as_class_ids(ids: Any) -> jax.Array:
+    """An array of `ids`. Those of 64 bits become int32, and -1, which is no class, where they do not fit.
+
+    A cast would wrap them: 2^32 + 1 would become class 1.
+    """
+    ids = ids if isinstance(ids, jax.Array) else np.asarray(ids)
+    if ids.dtype in (np.int64, np.uint64):
+        numpy = np if isinstance(ids, np.ndarray) else jnp
+        fits = (ids >= 0) & (ids <= np.iinfo(np.int32).max)
+        ids = numpy.where(fits, ids.astype(np.int32), np.int32(-1))
+    return jnp.asarray(ids)
+
+
 def as_inputs(
     probs: Any, labels: Any, where: Any, *, probs_name: str = "probs"
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Arrays of agreeing shape and sensible dtype: `probs`, `labels` and `where` (or None), or an error."""
-    probs, labels = jnp.asarray(probs), jnp.asarray(labels)
+    probs, labels = jnp.asarray(probs), as_class_ids(labels)
     if not jnp.issubdtype(probs.dtype, jnp.floating):
         raise TypeError(
             f"{probs_name} must be floating point, [batch, *spatial, classes]; got {probs.dtype}."
@@ -46,6 +121,41 @@ def as_inputs(
         )
     _check_labels(labels, probs, probs_name)
     return probs, labels, None if where is None else _checked_mask(where, probs, probs_name)
+
+
+def _check_unit_interval(name: str, values: Any, where: Any, remedy: str) -> None:
+    if values.dtype == jnp.bool_ or not getattr(values, "is_fully_addressable", True):
+        return
+    values = np.asarray(values)  # no copy on CPU, and no program per shape, as a reduction in JAX would be
+    floating = jnp.issubdtype(values.dtype, jnp.floating)
+    slack = max(_ROUNDING, _UNITS * float(jnp.finfo(values.dtype).eps)) if floating else 0
+    low, high = _extremes(values)
+    if low >= -slack and high <= 1 + slack:
+        return
+    values = values.astype(np.float32)
+    outside = (values < -slack) | (values > 1 + slack)
+    if where is not None:
+        outside &= np.asarray(where) if where.ndim == values.ndim else np.asarray(where)[..., None]
+    if not outside.any():
+        return
+    first = np.unravel_index(outside.argmax(), outside.shape)
+    found = values[outside]
+    raise ValueError(
+        f"{name} must lie in [0, 1], but {found.size} of {values.size} values do not: they reach from "
+        f"{found.min():.6g} to {found.max():.6g}, the first is {values[first]:.6g} at "
+        f"[{', '.join(map(str, first))}]. {remedy}"
+    )
+
+
+def _extremes(values: np.ndarray) -> tuple[Any, Any]:
+    """Smallest and largest value; anything where none is negative or NaN is among them."""
+    if values.dtype.itemsize != 2 or not jnp.issubdtype(values.dtype, jnp.floating):
+        return values.min(), values.max()
+    # NumPy compares half precision slowly. As unsigned integers the most negative number is the largest, as signed
+    # ones the most positive.
+    bits = np.array([values.view(np.uint16).max(), values.view(np.int16).max().astype(np.uint16)])
+    low, high = bits.view(values.dtype).astype(np.float32)
+    return low, high
 
 
 def check_voxel_mask(where: jax.Array | None, probs: jax.Array) -> None:

@@ -14,6 +14,9 @@ from typing import Any, ParamSpec, TypeVar
 
 import jax
 import numpy as np
+from jax.core import Tracer
+
+from calib_jax._checks import as_class_ids, check_values, check_weights
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -27,6 +30,8 @@ _IMAGES = (
     "labels",
     "where",
 )  # arguments with an axis for each axis of voxels
+_IDS = ("predictions", "labels", "case")
+_config: Any = jax.config
 
 
 def compiled(
@@ -54,13 +59,18 @@ def compiled(
         @functools.wraps(function)
         def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
             arrays, options = _split(signature, signature.bind(*args, **kwargs).arguments)
-            keep = keeps_shape(options) if callable(keeps_shape) else keeps_shape
+            if arrays.get("class_weights") is not None:
+                check_weights("class_weights", arrays["class_weights"])
             # The type is part of the key: 20.0 and True must not pass for 20 and 1.
             static = tuple((name, type(value), value) for name, value in options.items())
-            if not (keep or jax.config.jax_disable_jit) and _are_concrete(arrays):
-                # What the function refuses it refuses below, naming the shapes that the caller gave.
-                with contextlib.suppress(TypeError, ValueError):
-                    return program(_filled_up(arrays), static)
+            if _are_concrete(arrays) and (shape := _shape_of_images(arrays)):
+                if "labels" in arrays and "predictions" not in arrays:
+                    check_values(arrays)
+                keep = keeps_shape(options) if callable(keeps_shape) else keeps_shape
+                if not (keep or _config.jax_disable_jit):
+                    # What the function refuses it refuses below, naming the shapes that the caller gave.
+                    with contextlib.suppress(TypeError, ValueError):
+                        return program(_filled_up(arrays, shape), static)
             return program(arrays, static)
 
         return wrapped
@@ -103,41 +113,55 @@ def fill_up(x: Any, axes: int, size: int) -> np.ndarray:
 def _split(
     signature: inspect.Signature, arguments: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arrays and static options. Lists of numbers become arrays, lists of names tuples."""
+    """Arrays and static options. Lists of numbers become arrays, lists of names tuples, known scalars numbers."""
     arrays: dict[str, Any] = {}
     options: dict[str, Any] = {}
     for name, value in arguments.items():
-        keyword_only = signature.parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
-        if isinstance(value, list | tuple) and value and all(isinstance(entry, str) for entry in value):
+        is_option = signature.parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
+        if isinstance(value, list) and not _are_names(value):
+            value = np.asarray(value)
+        if isinstance(value, jax.Array | np.ndarray):
+            if is_option and value.ndim == 0 and not isinstance(value, Tracer):
+                options[name] = value.item()
+            else:
+                arrays[name] = as_class_ids(value) if name in _IDS else value
+        elif _are_names(value):
             options[name] = tuple(value)
-        elif isinstance(value, list):
-            arrays[name] = np.asarray(value)
-        elif keyword_only and not isinstance(value, jax.Array | np.ndarray | None):
+        elif is_option and value is not None:
             options[name] = value
         else:
             arrays[name] = value
     return arrays, options
 
 
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list | tuple) and bool(value) and all(isinstance(entry, str) for entry in value)
+
+
 def _are_concrete(arrays: Mapping[str, Any]) -> bool:
     """Whether all arrays have values, each on one device."""
     return all(
-        not isinstance(leaf, jax.core.Tracer)
+        not isinstance(leaf, Tracer)
         and (not isinstance(leaf, jax.Array) or len(leaf.sharding.device_set) == 1)
         for leaf in jax.tree.leaves(dict(arrays))
     )
 
 
-def _filled_up(arrays: dict[str, Any]) -> dict[str, Any]:
-    """Images with masked voxels behind their own; unchanged where their shapes do not fit, which is an error."""
+def _shape_of_images(arrays: Mapping[str, Any]) -> tuple[int, ...]:
+    """`[batch, *spatial]`; empty where the arrays do not agree on it, which the function refuses."""
     images = {name: arrays[name] for name in _IMAGES if arrays.get(name) is not None}
     first = next(iter(images.values()))
     shape = np.shape(first) if "predictions" in images else np.shape(first)[:-1]
-    where = images.setdefault("where", np.ones(shape, bool))
-    if not shape or 0 in shape or any(np.shape(x)[: len(shape)] != shape for x in images.values()):
-        return arrays
-    if where.dtype != np.bool_:
-        return arrays
+    agree = all(np.shape(x) in (shape, np.shape(first)) for x in images.values())
+    bad_mask = "where" in images and images["where"].dtype != np.bool_
+    return () if 0 in np.shape(first) or bad_mask or not agree else shape
+
+
+def _filled_up(arrays: dict[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
+    """Arrays whose images, of this shape, have masked voxels behind their own."""
+    images = {name: arrays[name] for name in _IMAGES if arrays.get(name) is not None}
+    first = next(iter(images.values()))
+    images.setdefault("where", np.ones(shape, bool))
     axes, size = len(shape) - 1, filled_size(math.prod(shape[1:]))
     device = first.sharding if isinstance(first, jax.Array) and first.committed else None
     return arrays | {name: jax.device_put(fill_up(x, axes, size), device) for name, x in images.items()}

@@ -23,7 +23,17 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from calib_jax import _segment_reduce, metrics
-from calib_jax._checks import AnyArray, Labels, Probs, as_inputs, check_choice, check_size, check_voxel_mask
+from calib_jax._checks import (
+    AnyArray,
+    Labels,
+    Probs,
+    as_class_ids,
+    as_inputs,
+    check_choice,
+    check_flag,
+    check_size,
+    check_voxel_mask,
+)
 from calib_jax._eager import compiled, nan_where_undefined
 from calib_jax.binning import BinStatistics, Closed, bin_statistics
 from calib_jax.errors import (
@@ -152,7 +162,8 @@ def dataset_totals(
         `Accumulator`, whose `compute` gives `Results` of shape `[classes]` (and `[classes, num_bins]`).
 
     Raises:
-        TypeError, ValueError: on options that do not fit; from `update`, on dtypes and shapes that do not.
+        TypeError, ValueError: on options that do not fit; from `update`, on dtypes and shapes that do not, and on
+            concrete probabilities or labels outside [0, 1], as from `bin_statistics`.
 
     Example:
         >>> totals = dataset_totals(num_classes=2, num_bins=2)
@@ -203,7 +214,8 @@ def case_results(
         `[num_cases, classes, num_bins]`).
 
     Raises:
-        TypeError, ValueError: on options that do not fit; from `update`, on dtypes and shapes that do not.
+        TypeError, ValueError: on options that do not fit; from `update`, on dtypes and shapes that do not, and on
+            concrete probabilities or labels outside [0, 1], as from `bin_statistics`.
 
     Example:
         >>> cases = case_results(num_cases=2, num_classes=2, num_bins=2)
@@ -302,6 +314,7 @@ def _chunk_sums(probs: Array, labels: Array, where: Array | None) -> tuple[Array
 
 def _first_class(num_classes: int, include_background: bool) -> int:
     check_size("num_classes", num_classes)
+    check_flag("include_background", include_background)
     first = 0 if include_background else 1
     if num_classes == first:
         raise ValueError(f"include_background=False leaves no class of num_classes={num_classes}.")
@@ -388,7 +401,7 @@ def _add_to_rows(state: State, images: State, rows: Int[Array, "batch"]) -> Stat
 
 def _checked_rows(case: Any, images: State, num_cases: int) -> Int[Array, "batch"]:
     """Rows, those out of range one past the last: JAX would count a negative one from the end."""
-    case, expected = jnp.asarray(case), images.nll.high.shape
+    case, expected = as_class_ids(case), images.nll.high.shape
     if not jnp.issubdtype(case.dtype, jnp.integer):
         raise TypeError(f"case must be row numbers, integers; got {case.dtype}.")
     if case.shape != expected:

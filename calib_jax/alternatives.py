@@ -10,11 +10,10 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float
 
-from calib_jax._checks import AnyArray, Labels, check_choice
+from calib_jax._checks import AnyArray, Labels, check_choice, check_flag, check_number
 from calib_jax._devices import AxisName, whole_sum
 from calib_jax._eager import compiled
 from calib_jax._voxels import one_hot_labels, voxel_cross_entropy, voxel_inputs, voxel_mean
@@ -49,7 +48,8 @@ def focal_loss(
         by their number.
 
     Raises:
-        TypeError, ValueError: on dtypes, shapes or options that do not fit; never on traced values.
+        TypeError, ValueError: on dtypes, shapes or options that do not fit, and on one-hot or soft labels that are
+            counted, concrete and outside [0, 1]; never on traced values.
 
     Example:
         >>> logits = jnp.zeros((1, 8, 8, 2))
@@ -61,7 +61,7 @@ def focal_loss(
         Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017; for calibration, Mukhoti et al.,
         "Calibrating Deep Neural Networks using Focal Loss", NeurIPS 2020.
     """
-    _check_range("gamma", gamma, 0.0)
+    check_number("gamma", gamma, 0.0)
     inputs = voxel_inputs(logits, labels, where, axis_name)
     if inputs.labels.ndim == inputs.logits.ndim:
         surprise = -jax.nn.log_softmax(inputs.logits)
@@ -94,7 +94,8 @@ def label_smoothing_loss(
         The scalar loss.
 
     Raises:
-        TypeError, ValueError: on dtypes, shapes or options that do not fit; never on traced values.
+        TypeError, ValueError: on dtypes, shapes or options that do not fit, and on one-hot or soft labels that are
+            counted, concrete and outside [0, 1]; never on traced values.
 
     Example:
         >>> logits = jnp.array([[[2.0, 0.0], [0.0, 3.0]]])
@@ -106,7 +107,7 @@ def label_smoothing_loss(
         Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", CVPR 2016; for calibration,
         Mueller et al., "When Does Label Smoothing Help?", NeurIPS 2019.
     """
-    _check_range("alpha", alpha, 0.0, 1.0)
+    check_number("alpha", alpha, 0.0, 1.0)
     inputs = voxel_inputs(logits, labels, where, axis_name)
     targets = optax.losses.smooth_labels(one_hot_labels(inputs), alpha)
     return voxel_mean(optax.losses.softmax_cross_entropy(inputs.logits, targets), inputs)
@@ -140,7 +141,8 @@ def spatially_varying_label_smoothing_loss(
         The scalar loss.
 
     Raises:
-        TypeError, ValueError: on dtypes, shapes or options that do not fit; never on traced values.
+        TypeError, ValueError: on dtypes, shapes or options that do not fit, and on one-hot or soft labels that are
+            counted, concrete and outside [0, 1]; never on traced values.
 
     Example:
         >>> logits = jnp.array([[[2.0, 0.0], [0.0, 3.0], [0.0, 3.0]]])
@@ -152,7 +154,7 @@ def spatially_varying_label_smoothing_loss(
         Islam and Glocker, "Spatially Varying Label Smoothing: Capturing Uncertainty from Expert Annotations",
         IPMI 2021, arXiv 2104.05788.
     """
-    _check_range("sigma", sigma, 0.1)
+    check_number("sigma", sigma, 0.1)
     _check_kernel_size(kernel_size)
     inputs = voxel_inputs(logits, labels, where)
     _check_spatial(inputs.logits)
@@ -179,8 +181,8 @@ def margin_label_smoothing_loss(
         logits: unnormalised scores `[batch, *spatial, classes]`, at least two classes.
         labels: class ids `[batch, *spatial]`, or one-hot or soft labels of the shape of `logits`.
         margin: distance m between logits that is free, at least 0.
-        weight: weight lambda of the penalty. The paper sums it over classes, the authors' code averages it;
-            here it is averaged, so that their 0.1 means the same.
+        weight: weight lambda of the penalty, at least 0. The paper sums it over classes, the authors' code
+            averages it; here it is averaged, so that their 0.1 means the same.
         where: voxels to count, boolean, `[batch, *spatial]`; None counts all.
         axis_name: the mesh axis over which each image's voxels are split, see `calib_jax.segmentation_loss`.
 
@@ -188,7 +190,8 @@ def margin_label_smoothing_loss(
         The scalar loss.
 
     Raises:
-        TypeError, ValueError: on dtypes, shapes or options that do not fit; never on traced values.
+        TypeError, ValueError: on dtypes, shapes or options that do not fit, and on one-hot or soft labels that are
+            counted, concrete and outside [0, 1]; never on traced values.
 
     Example:
         >>> logits = jnp.array([[[2.0, 0.0], [0.0, 30.0]]])
@@ -200,7 +203,8 @@ def margin_label_smoothing_loss(
         Liu et al., "The Devil is in the Margin: Margin-based Label Smoothing for Network Calibration", CVPR
         2022, arXiv 2111.15430; for medical images, Murugesan et al., arXiv 2209.09641.
     """
-    _check_range("margin", margin, 0.0)
+    check_number("margin", margin, 0.0)
+    check_number("weight", weight, 0.0)
     inputs = voxel_inputs(logits, labels, where, axis_name)
     distances = inputs.logits.max(-1, keepdims=True) - inputs.logits
     penalty = jax.nn.relu(distances - margin).mean(-1)
@@ -228,8 +232,8 @@ def neighbor_aware_loss(
         logits: unnormalised scores `[batch, *spatial, classes]`, at least two classes and one spatial axis.
         labels: class ids `[batch, *spatial]`, or one-hot or soft labels of the shape of `logits`.
         kernel_size: side of the cube in voxels, odd and at least 3.
-        weight: weight lambda of the penalty. The paper sums it over classes, the authors' code and MONAI's
-            average it; here it is averaged, so that their 0.1 means the same.
+        weight: weight lambda of the penalty, at least 0. The paper sums it over classes, the authors' code and
+            MONAI's average it; here it is averaged, so that their 0.1 means the same.
         norm: `"l1"` for the absolute difference, `"l2"` for the squared one.
         where: voxels to count, boolean, `[batch, *spatial]`; None counts all.
 
@@ -237,7 +241,8 @@ def neighbor_aware_loss(
         The scalar loss.
 
     Raises:
-        TypeError, ValueError: on dtypes, shapes or options that do not fit; never on traced values.
+        TypeError, ValueError: on dtypes, shapes or options that do not fit, and on one-hot or soft labels that are
+            counted, concrete and outside [0, 1]; never on traced values.
 
     Example:
         >>> logits = jnp.array([[[2.0, 0.0], [0.0, 3.0], [0.0, 3.0]]])
@@ -250,6 +255,7 @@ def neighbor_aware_loss(
         arXiv 2303.06268; "Neighbor-Aware Calibration of Segmentation Networks", arXiv 2401.14487.
     """
     _check_kernel_size(kernel_size)
+    check_number("weight", weight, 0.0)
     check_choice("norm", norm, ("l1", "l2"))
     inputs = voxel_inputs(logits, labels, where)
     _check_spatial(inputs.logits)
@@ -294,7 +300,8 @@ def dsc_plus_plus_loss(
         The scalar loss. An image in which no voxel is counted is left out of the mean.
 
     Raises:
-        TypeError, ValueError: on dtypes, shapes or options that do not fit; never on traced values.
+        TypeError, ValueError: on dtypes, shapes or options that do not fit, and on one-hot or soft labels that are
+            counted, concrete and outside [0, 1]; never on traced values.
 
     Example:
         >>> logits = jnp.log(jnp.array([[[0.9, 0.1], [0.2, 0.8]]]))
@@ -306,8 +313,9 @@ def dsc_plus_plus_loss(
         Yeung et al., "Calibrating the Dice Loss to Handle Neural Network Overconfidence for Biomedical Image
         Segmentation", Journal of Digital Imaging 2023, arXiv 2111.00528.
     """
-    _check_range("gamma", gamma, 0.0)
-    _check_range("smooth", smooth, 0.0)
+    check_number("gamma", gamma, 0.0)
+    check_number("smooth", smooth, 0.0)
+    check_flag("include_background", include_background)
     inputs = voxel_inputs(logits, labels, where, axis_name)
     first = 0 if include_background else 1
     probs = jax.nn.softmax(inputs.logits)[..., first:]
@@ -375,13 +383,6 @@ def _check_spatial(logits: Array) -> None:
         raise ValueError(
             f"logits must have at least one spatial axis, [batch, *spatial, classes]; got {logits.shape}."
         )
-
-
-def _check_range(name: str, value: Any, low: float, high: float = math.inf) -> None:
-    """Raises if `value` is a number (and no traced one) outside [low, high]."""
-    if isinstance(value, int | float | np.number) and not low <= value <= high:
-        accepted = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
-        raise ValueError(f"{name} must be {accepted}; got {value}.")
 
 
 def _check_kernel_size(kernel_size: Any) -> None:

@@ -12,7 +12,15 @@ from jaxtyping import Array, Float, Int, Num
 
 from calib_jax import _segment_reduce
 from calib_jax._bin_terms import single_or_double
-from calib_jax._checks import AnyArray, Labels, Mask, Probs, as_inputs, check_choice, check_size
+from calib_jax._checks import (
+    AnyArray,
+    Labels,
+    Mask,
+    Probs,
+    as_inputs,
+    check_choice,
+    check_size,
+)
 from calib_jax._devices import AxisName, check_not_split, whole_sum
 from calib_jax._eager import compiled, nan_where_undefined
 
@@ -205,7 +213,8 @@ def bin_statistics(
         weights flows too. Bins of adaptive statistics are each image's own: merge hard or soft ones.
 
     Raises:
-        TypeError, ValueError: on dtypes, shapes or options that do not fit; never on values.
+        TypeError, ValueError: on dtypes, shapes or options that do not fit, and on probabilities or one-hot or soft
+            labels that are counted, concrete (not traced) and outside [0, 1] by more than rounding.
 
     Example:
         >>> probs = jnp.array([[[0.9, 0.1], [0.6, 0.4]]])  # one image of two voxels, two classes
@@ -218,18 +227,22 @@ def bin_statistics(
         >>> [round(float(weight), 4) for weight in soft.count[0, 0]]
         [0.3, 1.7]
 
+        Under a trace values are not checked. `jax.experimental.checkify` does so where it is wanted:
+
+        >>> from jax.experimental import checkify
+        >>> def checked(probs, labels):
+        ...     checkify.check(((probs > -1e-3) & (probs < 1.001)).all(), "probs must lie in [0, 1]")
+        ...     return bin_statistics(probs, labels)
+        >>> error, stats = jax.jit(checkify.checkify(checked))(100 * probs, jnp.array([[0, 1]]))
+        >>> error.get()  # error.throw() raises it
+        'probs must lie in [0, 1] (`check` failed)'
+
     References:
         Barfoot et al., "Average Calibration Error: A Differentiable Loss for Improved Reliability in Image
         Segmentation", arXiv 2403.06759, and arXiv 2506.03942 (soft bins); Nixon et al., "Measuring Calibration
         in Deep Learning", 2019 (adaptive bins).
     """
-    check_size("num_bins", num_bins)
-    check_choice("binning", binning, BINNINGS)
-    check_choice("closed", closed, ("right", "left"))
-    if binning != "hard" and closed != "right":
-        raise ValueError(f'closed="left" applies to binning="hard" only; got binning={binning!r}.')
-    if binning == "adaptive":
-        check_not_split('binning="adaptive"', axis_name)
+    check_bin_options(num_bins, binning, closed, axis_name)
     probs, labels, where = as_inputs(probs, labels, where)
     batch, classes = probs.shape[0], probs.shape[-1]
     flat_probs = probs.reshape(batch, -1, classes)
@@ -241,6 +254,17 @@ def bin_statistics(
         edges = adaptive_edges(flat_probs, flat_where, num_bins) if binning == "adaptive" else None
         sums = _hard_sums(flat_probs, flat_labels, flat_where, edges, num_bins, closed)
     return BinStatistics(*whole_sum(sums, axis_name))
+
+
+def check_bin_options(num_bins: Any, binning: Any, closed: Any, axis_name: AxisName | None) -> None:
+    """Raises on options that `bin_statistics` does not take."""
+    check_size("num_bins", num_bins)
+    check_choice("binning", binning, BINNINGS)
+    check_choice("closed", closed, ("right", "left"))
+    if binning != "hard" and closed != "right":
+        raise ValueError(f'closed="left" applies to binning="hard" only; got binning={binning!r}.')
+    if binning == "adaptive":
+        check_not_split('binning="adaptive"', axis_name)
 
 
 # Hard and adaptive bins: a voxel belongs to one bin.
@@ -359,7 +383,8 @@ def _soft_sums_backward(num_bins: int, residuals: Any, cotangents: Any) -> Any:
     (_, count_step), (prob, prob_step), (label, label_step) = (look_up(table) for table in cotangents)
     values = probs.astype(jnp.float32)
     dense = labels.ndim == probs.ndim
-    target = labels if dense else jax.nn.one_hot(labels, probs.shape[-1], dtype=jnp.float32)
+    # int32, because jax.nn.one_hot counts the classes in the dtype of the ids, and 300 do not fit into uint8.
+    target = labels if dense else jax.nn.one_hot(labels.astype(jnp.int32), probs.shape[-1], dtype=jnp.float32)
     share = place(probs)[1]
     position = values * num_bins - 0.5
     slope = jnp.where((position > 0) & (position < num_bins - 1), float(num_bins), 0.0)

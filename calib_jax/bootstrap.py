@@ -5,8 +5,10 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import PRNGKeyArray, PyTree
 
+from calib_jax._checks import check_number, check_size
 from calib_jax._eager import nan_where_undefined
 
 Cases = TypeVar("Cases")
@@ -39,7 +41,9 @@ def bootstrap_interval(
         empty) are left out.
 
     Raises:
-        ValueError: if `level` is not between 0 and 1, or there is no draw or no case.
+        TypeError: if `num_resamples` is no integer or `level` no number.
+        ValueError: if `level` is not between 0 and 1, there is no draw or no case, or the arrays of `cases` differ
+            in their number of cases.
 
     Example:
         >>> errors = jnp.array([0.10, 0.14, 0.12, 0.11, 0.13])
@@ -50,13 +54,16 @@ def bootstrap_interval(
     References:
         Efron, "Bootstrap Methods: Another Look at the Jackknife", 1979.
     """
+    check_size("num_resamples", num_resamples)
+    check_number("level", level)
     if not 0 < level < 1:
         raise ValueError(f"level must lie between 0 and 1; got {level}.")
     cases = jax.tree.map(jnp.asarray, cases)
-    size = min(leaf.shape[0] for leaf in jax.tree.leaves(cases))
-    if size < 1 or num_resamples < 1:
+    sizes = {leaf.shape[:1] for leaf in jax.tree.leaves(cases)}
+    if len(sizes) != 1 or not (size := sum(sizes.pop())):
         raise ValueError(
-            f"num_resamples and the number of cases must be 1 or more; got {num_resamples}, {size}."
+            "every array of cases must have the same number of cases, one or more, on its first axis; got shapes "
+            f"{[leaf.shape for leaf in jax.tree.leaves(cases)]}."
         )
 
     def one(key: PRNGKeyArray) -> PyTree:
@@ -64,7 +71,7 @@ def bootstrap_interval(
         return statistic(jax.tree.map(lambda leaf: leaf[drawn], cases))
 
     keys = jax.random.split(key, num_resamples)
-    if isinstance(keys, jax.core.Tracer):
+    if isinstance(keys, Tracer):
         values = jax.lax.map(one, keys, batch_size=min(num_resamples, _AT_ONCE))
     else:  # a loop in a program would be compiled anew for each new `statistic`, operations are not
         chunks = [

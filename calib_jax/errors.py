@@ -12,7 +12,14 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from calib_jax._checks import Labels, Mask, Probs, as_inputs, check_choice, check_voxel_mask
+from calib_jax._checks import (
+    Labels,
+    Mask,
+    Probs,
+    as_inputs,
+    check_choice,
+    check_voxel_mask,
+)
 from calib_jax._eager import compiled, nan_where_undefined
 from calib_jax.binning import Binning, BinStatistics, Closed, bin_statistics
 
@@ -168,7 +175,7 @@ def top_label_statistics(
         `BinStatistics` of shape `[batch, 1, num_bins]`.
 
     Raises:
-        TypeError, ValueError: on dtypes, shapes or options that do not fit; never on values.
+        TypeError, ValueError: as `calib_jax.bin_statistics`.
 
     Example:
         >>> stats = top_label_statistics(jnp.array([[[0.75, 0.25], [0.5, 0.5]]]), jnp.array([[0, 1]]), num_bins=1)

@@ -5,9 +5,21 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
-from calib_jax._checks import AnyArray, Labels, Mask, Probs, as_inputs, check_choice
+from calib_jax._checks import (
+    AnyArray,
+    Labels,
+    Mask,
+    Probs,
+    as_class_ids,
+    as_inputs,
+    check_choice,
+    check_flag,
+    check_number,
+)
 from calib_jax._devices import AxisName, check_not_split, whole_sum
 from calib_jax._eager import compiled
 from calib_jax._softmax import softmax, softmax_and_cross_entropy, voxel_sums
@@ -20,7 +32,7 @@ from calib_jax.alternatives import (
     neighbor_aware_loss,
     spatially_varying_label_smoothing_loss,
 )
-from calib_jax.binning import Binning, BinStatistics, Closed, bin_statistics
+from calib_jax.binning import Binning, BinStatistics, Closed, bin_statistics, check_bin_options
 from calib_jax.errors import (
     average_calibration_error,
     expected_calibration_error,
@@ -61,7 +73,7 @@ def mL1_ace(
         closed: the side on which a hard bin holds its edge, see `calib_jax.bin_index`.
         where: voxels to count, boolean, `[batch, *spatial]` or of the shape of `probs`; None counts all.
         include_background: False leaves class 0 out, before any work is spent on it.
-        class_weights: weights `[classes]` of the mean over classes (after background is left out).
+        class_weights: weights `[classes]` of the mean over classes (after background is left out), at least 0.
         ignore_empty_classes: True lets a class without a voxel in an image contribute zero (it still counts
             in the mean), as the follow-up trains.
         pool_images: True fills one set of bins from the whole batch, instead of one for each image.
@@ -74,7 +86,8 @@ def mL1_ace(
         `where` leaves nothing has no error: it is zero and left out of the mean. A NaN probability gives NaN.
 
     Raises:
-        TypeError, ValueError: on dtypes, shapes or options that do not fit; never on values.
+        TypeError, ValueError: on dtypes, shapes or options that do not fit, and on probabilities or one-hot or soft
+            labels that are counted, concrete (not traced) and outside [0, 1] by more than rounding.
 
     Example:
         >>> labels = jnp.array([[0, 0, 1, 1]])
@@ -85,12 +98,26 @@ def mL1_ace(
         >>> round(float(mL1_ace(jax.nn.softmax(logits), labels, num_bins=5, binning="soft")), 4)
         0.2851
 
+        Under a trace values are not checked. `jax.experimental.checkify` does so where it is wanted:
+
+        >>> from jax.experimental import checkify
+        >>> def checked(probs):
+        ...     checkify.check(((probs > -1e-3) & (probs < 1.001)).all(), "probs must lie in [0, 1]")
+        ...     return mL1_ace(probs, labels)
+        >>> error, loss = jax.jit(checkify.checkify(checked))(logits)  # without a softmax
+        >>> error.get()  # error.throw() raises it
+        'probs must lie in [0, 1] (`check` failed)'
+
     References:
         Barfoot et al., arXiv 2403.06759 and 2506.03942.
     """
     return _marginal_l1(
         average_calibration_error,
-        *_classes_of_interest(probs, labels, where, include_background, pool_images),
+        probs,
+        labels,
+        where,
+        include_background=include_background,
+        pool_images=pool_images,
         num_bins=num_bins,
         binning=binning,
         closed=closed,
@@ -132,7 +159,11 @@ def mL1_ece(
     """
     return _marginal_l1(
         expected_calibration_error,
-        *_classes_of_interest(probs, labels, where, include_background, pool_images),
+        probs,
+        labels,
+        where,
+        include_background=include_background,
+        pool_images=pool_images,
         num_bins=num_bins,
         binning=binning,
         closed=closed,
@@ -174,7 +205,11 @@ def mL1_mce(
     """
     return _marginal_l1(
         maximum_calibration_error,
-        *_classes_of_interest(probs, labels, where, include_background, pool_images),
+        probs,
+        labels,
+        where,
+        include_background=include_background,
+        pool_images=pool_images,
         num_bins=num_bins,
         binning=binning,
         closed=closed,
@@ -187,17 +222,57 @@ def mL1_mce(
 
 def _marginal_l1(
     error: Callable[[BinStatistics], Array],
-    probs: Array,
-    labels: Array,
-    where: Array | None,
+    probs: Any,
+    labels: Any,
+    where: Any,
     *,
+    include_background: bool,
+    pool_images: bool,
     class_weights: Any,
     ignore_empty_classes: bool,
     reduction: Reduction,
     **bins: Any,
 ) -> Array:
+    probs, labels, where = as_inputs(probs, labels, where)
+    _check_ace_options(
+        probs.shape,
+        include_background=include_background,
+        pool_images=pool_images,
+        class_weights=class_weights,
+        ignore_empty_classes=ignore_empty_classes,
+        reduction=reduction,
+        **bins,
+    )
+    probs, labels, where = _classes_of_interest(probs, labels, where, include_background, pool_images)
     stats = bin_statistics(probs, labels, where=where, **bins)
     return _reduce(error(stats), stats, class_weights, ignore_empty_classes, reduction)
+
+
+def _check_ace_options(
+    shape: tuple[int, ...],
+    *,
+    include_background: bool,
+    pool_images: bool,
+    class_weights: Any,
+    ignore_empty_classes: bool,
+    reduction: Reduction,
+    **bins: Any,
+) -> None:
+    """Raises on options that `mL1_ace` does not take of probabilities of this shape."""
+    check_bin_options(**bins)
+    check_choice("reduction", reduction, ("mean", "sum", "none"))
+    check_flag("include_background", include_background)
+    check_flag("pool_images", pool_images)
+    check_flag("ignore_empty_classes", ignore_empty_classes)
+    counted = shape[-1] - (not include_background)
+    if counted == 0:
+        raise ValueError(f"include_background=False leaves no class of probs of shape {shape}.")
+    if class_weights is None:
+        return
+    if np.shape(class_weights) != (counted,):
+        raise ValueError(
+            f"class_weights must have shape ({counted},), one per class; got {np.shape(class_weights)}."
+        )
 
 
 @compiled(keeps_shape=lambda options: bool(options.get("svls") or options.get("nacl")))
@@ -217,13 +292,19 @@ def segmentation_loss(
     where: Bool[AnyArray, "batch *spatial"] | None = None,
     dice_smooth: float = 5e-6,
     dice_include_background: bool = True,
+    num_bins: int = 20,
+    binning: Binning = "hard",
+    closed: Closed = "right",
+    include_background: bool = True,
+    class_weights: Float[AnyArray, "counted_classes"] | None = None,
+    ignore_empty_classes: bool = False,
+    pool_images: bool = False,
     axis_name: AxisName | None = None,
-    **ace_options: Any,
 ) -> Float[Array, ""]:
     """Weighted sum of soft Dice, cross-entropy, mL1-ACE and the field's other losses, straight from logits.
 
     By default dice * Dice(softmax) + cross_entropy * CE + ace * mL1-ACE(softmax). A part of weight 0 is not
-    computed. Weights are Python numbers, so that this is known when the program is traced.
+    computed. Weights are Python numbers of at least 0, so that this is known when the program is traced.
 
     Args:
         logits: unnormalised scores `[batch, *spatial, classes]`, at least two classes.
@@ -242,18 +323,20 @@ def segmentation_loss(
             touches nothing.
         dice_smooth: added to numerator and denominator of Dice; MONAI's `smooth_nr = smooth_dr` is twice it.
         dice_include_background: False leaves class 0 out of Dice and DSC++.
+        num_bins, binning, closed, include_background, class_weights, ignore_empty_classes, pool_images: options of
+            `mL1_ace`, checked whether or not `ace` is 0.
         axis_name: inside `jax.shard_map`, the mesh axis (or axes) over which each image's voxels are split. Every
             device passes its part and gets the loss of the whole images; its gradient is its part of theirs.
             Under `check_vma=False` this holds of a gradient taken inside the `shard_map`, as by a trainer; one
             taken outside must be multiplied by the size of the axis. Not for svls and nacl, which look at
             neighbouring voxels.
-        **ace_options: keyword arguments of `mL1_ace` (`num_bins`, `binning`, `include_background`, ...).
 
     Returns:
         The scalar loss.
 
     Raises:
-        TypeError, ValueError: on dtypes, shapes or options that do not fit; never on values.
+        TypeError, ValueError: on dtypes, shapes, weights or options that do not fit, those of a part of weight 0
+            included, and on one-hot or soft labels that are counted, concrete and outside [0, 1].
 
     Example:
         >>> logits = jnp.zeros((1, 8, 8, 3))
@@ -288,6 +371,13 @@ def segmentation_loss(
         "nacl": nacl,
         "dsc_plus_plus": dsc_plus_plus,
     }
+    for name, weight in weights.items():
+        if isinstance(weight, Tracer):
+            raise TypeError(
+                f"{name} must be a Python number, known when the program is traced; got a traced one. "
+                "Weigh the values of segmentation_loss_parts by traced numbers."
+            )
+        check_number(name, weight, 0.0)
     names = [name for name, weight in weights.items() if weight != 0]
     if not names:
         raise ValueError(
@@ -300,8 +390,14 @@ def segmentation_loss(
         where=where,
         dice_smooth=dice_smooth,
         dice_include_background=dice_include_background,
+        num_bins=num_bins,
+        binning=binning,
+        closed=closed,
+        include_background=include_background,
+        class_weights=class_weights,
+        ignore_empty_classes=ignore_empty_classes,
+        pool_images=pool_images,
         axis_name=axis_name,
-        **ace_options,
     )
     weighted = [weights[name] * parts[name] for name in names]
     return sum(weighted[1:], start=weighted[0])
@@ -316,23 +412,30 @@ def segmentation_loss_parts(
     where: Bool[AnyArray, "batch *spatial"] | None = None,
     dice_smooth: float = 5e-6,
     dice_include_background: bool = True,
+    num_bins: int = 20,
+    binning: Binning = "hard",
+    closed: Closed = "right",
+    include_background: bool = True,
+    class_weights: Float[AnyArray, "counted_classes"] | None = None,
+    ignore_empty_classes: bool = False,
+    pool_images: bool = False,
     axis_name: AxisName | None = None,
-    **ace_options: Any,
 ) -> dict[str, Float[Array, ""]]:
     """The parts of `segmentation_loss`, unweighted: to log them, or to weigh them by traced numbers.
 
     Dice, cross-entropy and mL1-ACE share one softmax, which is computed once, forward and backward.
 
     Args:
-        logits, labels, where, dice_smooth, dice_include_background, axis_name, **ace_options: as for
-            `segmentation_loss`.
         parts: names of parts, as the weights of `segmentation_loss` are called.
+        logits, labels, where, dice_smooth, dice_include_background, num_bins, binning, closed, include_background,
+            class_weights, ignore_empty_classes, pool_images, axis_name: as for `segmentation_loss`.
 
     Returns:
         A scalar for each name.
 
     Raises:
-        TypeError, ValueError: on dtypes, shapes, names or options that do not fit; never on values.
+        TypeError, ValueError: on dtypes, shapes, names or options that do not fit, those of parts that are not
+            asked for included, and on one-hot or soft labels that are counted, concrete and outside [0, 1].
 
     Example:
         >>> parts = segmentation_loss_parts(jnp.zeros((1, 8, 8, 3)), jnp.zeros((1, 8, 8), jnp.int32))
@@ -344,8 +447,21 @@ def segmentation_loss_parts(
     """
     for name in {"svls", "nacl"} & set(parts):
         check_not_split(name, axis_name)
+    check_number("dice_smooth", dice_smooth, 0.0)
+    check_flag("dice_include_background", dice_include_background)
+    ace_options: Any = {
+        "num_bins": num_bins,
+        "binning": binning,
+        "closed": closed,
+        "include_background": include_background,
+        "class_weights": class_weights,
+        "ignore_empty_classes": ignore_empty_classes,
+        "pool_images": pool_images,
+        "axis_name": axis_name,
+    }
     inputs = voxel_inputs(logits, labels, where, axis_name)
-    logits, labels = jnp.asarray(logits), jnp.asarray(labels)
+    _check_ace_options(inputs.logits.shape, reduction="mean", **ace_options)
+    logits, labels = jnp.asarray(logits), as_class_ids(labels)
     where = None if where is None else jnp.asarray(where)
     probs, entropy = _shared(logits, where, inputs, parts)
     voxels: Any = {"where": where, "axis_name": axis_name}
@@ -353,7 +469,7 @@ def segmentation_loss_parts(
     losses: dict[str, Callable[[], Any]] = {
         "dice": lambda: _soft_dice(probs, labels, where, dice_smooth, dice_include_background, axis_name),
         "cross_entropy": lambda: voxel_mean(entropy, inputs),
-        "ace": lambda: mL1_ace(probs, labels, **voxels, **ace_options),
+        "ace": lambda: mL1_ace(probs, labels, where=where, **ace_options),
         "focal": lambda: focal_loss(logits, labels, **voxels),
         "label_smoothing": lambda: label_smoothing_loss(logits, labels, **voxels),
         "svls": lambda: spatially_varying_label_smoothing_loss(logits, labels, where=where),
@@ -389,9 +505,10 @@ def _soft_dice(
 ) -> Array:
     """`optax.losses.dice_loss` of probabilities that are there already, which it refuses under jit."""
     classes = probs.shape[-1]
-    dense = labels.ndim == probs.ndim
-    targets = labels if dense else jax.nn.one_hot(labels, classes, dtype=jnp.float32)
-    targets = targets.astype(jnp.float32)
+    if labels.ndim == probs.ndim:
+        targets = labels.astype(jnp.float32)
+    else:  # int32, because jax.nn.one_hot counts the classes in the dtype of the ids
+        targets = jax.nn.one_hot(labels.astype(jnp.int32), classes, dtype=jnp.float32)
     if where is not None:
         probs, targets = (jnp.where(where[..., None], x, 0) for x in (probs, targets))
     probs, targets = (x.reshape(x.shape[0], -1, classes) for x in (probs, targets))
@@ -403,19 +520,21 @@ def _soft_dice(
 
 
 def _classes_of_interest(
-    probs: Any, labels: Any, where: Any, include_background: bool, pool_images: bool
+    probs: Array, labels: Array, where: Array | None, include_background: bool, pool_images: bool
 ) -> tuple[Array, Array, Any]:
-    """The checked inputs: without class 0 unless `include_background`, as one image if `pool_images`."""
-    probs, labels, where = as_inputs(probs, labels, where)
+    """The arguments of `bin_statistics`: no class 0 unless `include_background`, one image if `pool_images`."""
     if pool_images:
         probs, labels, where = probs[None], labels[None], None if where is None else where[None]
     if include_background:
         return probs, labels, where
-    if probs.shape[-1] < 2:
-        raise ValueError(f"include_background=False leaves no class of probs of shape {probs.shape}.")
-    labels = labels[..., 1:] if labels.ndim == probs.ndim else labels - 1
+    labels = labels[..., 1:] if labels.ndim == probs.ndim else _less_one(labels, probs.shape[-1])
     where = where[..., 1:] if where is not None and where.ndim == probs.ndim else where
     return probs[..., 1:], labels, where
+
+
+def _less_one(ids: Array, classes: int) -> Array:
+    """Ids less one. The lowest number of a dtype wraps to its highest, which must be no class."""
+    return (ids if jnp.iinfo(ids.dtype).max >= classes else ids.astype(jnp.int32)) - 1
 
 
 def _reduce(
@@ -425,16 +544,11 @@ def _reduce(
     ignore_empty_classes: bool,
     reduction: Reduction,
 ) -> Array:
-    check_choice("reduction", reduction, ("mean", "sum", "none"))
     weights = (
         jnp.ones(errors.shape[1:], errors.dtype)
         if class_weights is None
         else jnp.asarray(class_weights, errors.dtype)
     )
-    if weights.shape != errors.shape[1:]:
-        raise ValueError(
-            f"class_weights must have shape {errors.shape[1:]}, one per class; got {weights.shape}."
-        )
     counted = jnp.asarray(stats.count).sum(-1) > 0
     errors = jnp.where(counted, errors, 0)
     if ignore_empty_classes:

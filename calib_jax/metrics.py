@@ -16,7 +16,16 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Integer, Num
 
 from calib_jax import _segment_reduce
-from calib_jax._checks import AnyArray, Labels, Mask, Probs, as_inputs, check_voxel_mask
+from calib_jax._checks import (
+    AnyArray,
+    Labels,
+    Mask,
+    Probs,
+    as_class_ids,
+    as_inputs,
+    check_size,
+    check_voxel_mask,
+)
 from calib_jax._eager import compiled, nan_where_undefined
 
 _CHUNK = 2**17  # voxels of which intermediate values exist at a time
@@ -44,7 +53,7 @@ def dice_score(
         Dice in [0, 1], `[batch, num_classes]`; NaN where a class is in neither map.
 
     Raises:
-        TypeError: if `where` is not boolean.
+        TypeError: if the label maps are not integers or `where` is not boolean.
         ValueError: if the shapes differ.
 
     Example:
@@ -54,6 +63,11 @@ def dice_score(
     References:
         Dice, "Measures of the Amount of Ecologic Association Between Species", 1945.
     """
+    check_size("num_classes", num_classes)
+    predictions, labels = as_class_ids(predictions), as_class_ids(labels)
+    for name, ids in (("predictions", predictions), ("labels", labels)):
+        if not (jnp.issubdtype(ids.dtype, jnp.integer) or ids.dtype == jnp.bool_):
+            raise TypeError(f"{name} must be class ids, integers; got {ids.dtype}.")
     if predictions.shape != labels.shape:
         raise ValueError(
             f"predictions and labels must have one shape; got {predictions.shape}, {labels.shape}."
@@ -87,7 +101,8 @@ def brier_score(probs: Probs, labels: Labels, *, where: Mask | None = None) -> F
         nothing was counted or a counted probability was NaN. Differentiable in `probs`.
 
     Raises:
-        TypeError, ValueError: on dtypes or shapes that do not fit; never on values.
+        TypeError, ValueError: on dtypes or shapes that do not fit, and on probabilities or one-hot or soft labels
+            that are counted, concrete (not traced) and outside [0, 1] by more than rounding.
 
     Example:
         >>> probs = jnp.array([[[0.75, 0.25], [0.5, 0.5]]])  # one image of two voxels, two classes
@@ -97,7 +112,8 @@ def brier_score(probs: Probs, labels: Labels, *, where: Mask | None = None) -> F
     References:
         Brier, "Verification of Forecasts Expressed in Terms of Probability", 1950.
     """
-    probs, labels, where = flatten(*as_inputs(probs, labels, where))
+    probs, labels, where = as_inputs(probs, labels, where)
+    probs, labels, where = flatten(probs, labels, where)
     total = brier_sums(probs, labels, where)
     # A number, not a sum of ones, which XLA would spend seconds on when it compiles.
     count = jnp.full(total.shape, probs.shape[1]) if where is None else count_voxels(where)[0]
@@ -130,7 +146,8 @@ def negative_log_likelihood(
         Differentiable in `logits`.
 
     Raises:
-        TypeError, ValueError: on dtypes or shapes that do not fit; never on values.
+        TypeError, ValueError: on dtypes or shapes that do not fit, and on one-hot or soft labels that are counted,
+            concrete (not traced) and outside [0, 1] by more than rounding.
 
     Example:
         >>> logits = jnp.log(jnp.array([[[0.75, 0.25], [0.5, 0.5]]]))

@@ -1,7 +1,9 @@
 """Calibration figures: matplotlib axes in, axes out. Nothing is saved or shown here.
 
 Every function draws on the `ax` it is given and returns it; without one it opens a new pyplot figure,
-which is then the caller's to show and close. Needs the extra `report` (`pip install 'calib_jax[report]'`).
+which is then the caller's to show and close. Where pyplot cannot open one, because its backend is unknown or
+needs a display, the figure is one that pyplot does not know. Needs the extra `report`
+(`pip install 'calib_jax[report]'`).
 
     from calib_jax import plots
     plots.reliability_diagram(stats, label="Dice + mL1-ACE").figure.savefig("reliability.png")
@@ -10,6 +12,9 @@ which is then the caller's to show and close. Needs the extra `report` (`pip ins
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
+import calib_jax._matplotlib  # noqa: F401 (first, since it imports matplotlib whatever its configuration)
+
+# isort: split
 import jax
 import matplotlib.patheffects as effects
 import numpy as np
@@ -17,11 +22,13 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.colors import LinearSegmentedColormap, PowerNorm
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from calib_jax import reliability
+from calib_jax._checks import check_number
 from calib_jax.binning import BinStatistics
 from calib_jax.errors import (
     average_calibration_error,
@@ -179,6 +186,8 @@ def reliability_histogram(
     References:
         Barfoot et al., arXiv 2403.06759.
     """
+    if max_share is not None:
+        check_number("max_share", max_share, 1e-9)
     ax = _axes(ax)
     chosen = _chosen(stats, class_index)
     share = histogram_share(stats, class_index=class_index)
@@ -267,7 +276,14 @@ def paired_cases(
 
     Returns:
         The axes.
+
+    Raises:
+        ValueError: if there is not one row for each name.
     """
+    if np.ndim(values) != 2 or len(values) != len(names):
+        raise ValueError(
+            f"values must be [models, cases] with a row for each of the {len(names)} names; got {np.shape(values)}."
+        )
     ax = _axes(ax)
     at = np.arange(len(names), dtype=float)
     jitter = np.random.default_rng(0).uniform(-0.09, 0.09, values.shape[1])
@@ -310,9 +326,12 @@ def model_colors(number: int) -> list[str]:
 def _axes(ax: Axes | None) -> Axes:
     if ax is not None:
         return ax
-    import matplotlib.pyplot as plt  # here, so that figures made without it need no display or global state
+    try:
+        import matplotlib.pyplot as plt  # here, so that figures made without it need no display or global state
 
-    return plt.subplots(layout="constrained")[1]
+        return plt.subplots(layout="constrained")[1]
+    except Exception:  # whatever the backend raises that the user's configuration names
+        return Figure(layout="constrained").add_subplot()
 
 
 def _chosen(stats: BinStatistics, class_index: int | None) -> BinStatistics:

@@ -5,6 +5,7 @@ larger than memory: each step is one or a few passes over its batches, each batc
 is a pure function.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -13,10 +14,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from calib_jax import metrics
-from calib_jax._checks import AnyArray, Labels, as_inputs, check_voxel_mask
+from calib_jax._checks import (
+    AnyArray,
+    Labels,
+    as_inputs,
+    check_number,
+    check_size,
+    check_soft_labels,
+    check_voxel_mask,
+)
 
 Logits = Float[AnyArray, "batch *spatial classes"]
 Batch = tuple[Any, ...]  # (logits, labels) or (logits, labels, where)
@@ -26,6 +36,14 @@ _LONGEST_STEP = 2.0  # in any parameter: in log T, 7.4 times; a curvature near 0
 _SUFFICIENT = 1e-4  # share of the decrease that the slope promises, below which a step is halved (Armijo)
 _ROUNDING = 2.0**-21  # of the objective, relative: differences below it say nothing
 _HALVINGS = 20
+
+_FURTHEST = 1e3  # where no optimum is finite: bound of 1 / T and T, and of the size of a scale or bias
+_SLOPE = 1e-6  # of the logits' spread: slopes below it are rounding, and the best temperature is infinite
+_FLAT = 1e-2  # squared spread of scaled logits, below which probabilities are nearly equal
+_UNSETTLED = 0.1  # of log T: how far from the optimum the fit may end without a warning
+_SEPARATED = (
+    1e-3  # mean NLL, below which it is worth a pass to see whether scaled logits get every label right
+)
 
 
 class VectorScaling(NamedTuple):
@@ -67,7 +85,11 @@ def fit_temperature(
 
     Returns:
         The temperature, a positive float32 scalar, to be used by `apply_temperature`. Its likelihood is at
-        least that of T = 1.
+        least that of T = 1. There may be no best temperature: if the largest logit is every voxel's label, the
+        likelihood grows as T falls to 0; if labels have no larger logits than other classes, it grows with T; if
+        logits do not differ within voxels, T changes nothing. A `RuntimeWarning` then says which it is. So it does
+        where logits differ so little that the fit stops before it gets to the optimum. T is then where the fit
+        ended, within [1e-3, 1e3].
 
     Raises:
         TypeError: on dtypes that do not fit, and on an iterator that can only be gone through once.
@@ -92,8 +114,13 @@ def fit_temperature(
             jnp.broadcast_to(jnp.exp(-log_temperature), (classes,)), jnp.zeros(classes, jnp.float32)
         )
 
+    _check_stopping(tolerance, max_steps)
     objective = _Objective(_as_batches(logits, labels, where), affine)
-    return jnp.exp(_minimise(objective, jnp.zeros((), jnp.float32), tolerance, max_steps))
+    log_temperature, end, unfinished = _minimise(objective, jnp.zeros((), jnp.float32), tolerance, max_steps)
+    temperature = jnp.exp(log_temperature)
+    without = _without_best_temperature(objective.facts, float(temperature), end)
+    _warn(without or unfinished)
+    return jnp.clip(temperature, 1 / _FURTHEST, _FURTHEST) if without else temperature
 
 
 def fit_vector_scaling(
@@ -118,7 +145,10 @@ def fit_vector_scaling(
 
     Returns:
         `VectorScaling`, float32, to be used by `apply_vector_scaling`. Its likelihood is at least that of the
-        logits as they are.
+        logits as they are. There may be no best scaling: the bias of a class that no label has falls without end,
+        and scales grow without end where they separate one class, or all, from the others. A `RuntimeWarning` then
+        says which it is, and also where logits differ too little for the fit to find their scale. Parameters are
+        then where the fit ended, within [-1e3, 1e3].
 
     Raises:
         TypeError, ValueError: as `fit_temperature`.
@@ -132,10 +162,14 @@ def fit_vector_scaling(
     References:
         Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
     """
+    _check_stopping(tolerance, max_steps)
     objective = _Objective(_as_batches(logits, labels, where), lambda params, classes: params)
     start = VectorScaling(*(jnp.full(objective.classes, x, jnp.float32) for x in (1, 0)))
-    scale, bias = _minimise(objective, start, tolerance, max_steps)
-    return VectorScaling(scale, bias - bias.mean())
+    params, end, unfinished = _minimise(objective, start, tolerance, max_steps)
+    without = _without_best_scaling(objective, params, end, tolerance)
+    _warn(without or unfinished)
+    params = params._replace(bias=params.bias - params.bias.mean())
+    return jax.tree.map(lambda x: jnp.clip(x, -_FURTHEST, _FURTHEST), params) if without else params
 
 
 def apply_temperature(
@@ -150,6 +184,9 @@ def apply_temperature(
     Returns:
         Scaled logits of the shape and dtype of `logits`.
 
+    Raises:
+        ValueError: if `temperature` is no scalar, or is known (not traced) and not positive.
+
     Example:
         >>> apply_temperature(jnp.array([2.0, -1.0]), 2.0).tolist()
         [1.0, -0.5]
@@ -158,6 +195,10 @@ def apply_temperature(
         Guo et al., ICML 2017.
     """
     logits = jnp.asarray(logits)
+    if jnp.ndim(temperature):
+        raise ValueError(f"temperature must be a scalar; got shape {jnp.shape(temperature)}.")
+    if not isinstance(temperature, Tracer) and not 0 < float(temperature) < math.inf:
+        raise ValueError(f"temperature must be positive and finite; got {float(temperature)}.")
     return (logits.astype(jnp.float32) / jnp.asarray(temperature, jnp.float32)).astype(logits.dtype)
 
 
@@ -202,29 +243,62 @@ class _Evaluation(NamedTuple):
     gradient: Any  # of the tree of the parameters, float32
 
 
+class _Facts(NamedTuple):
+    """What logits and labels say about an optimum before it is looked for. Means are over counted voxels.
+
+    Attributes:
+        short: mean of sum_c y_c (max_k l_k - l_c), exactly zero if every label has the largest logit.
+        below_average: mean of sum_c y_c (mean_k l_k - l_c), positive if labels have small logits.
+        variance: mean over voxels of the variance of their logits.
+        labels: sum of the labels of each class.
+        least, most: of each class's logit, the least where the label is the class and the most where it is another.
+    """
+
+    short: float
+    below_average: float
+    variance: float
+    labels: np.ndarray
+    least: np.ndarray
+    most: np.ndarray
+
+
 class _Objective:
-    """Mean negative log-likelihood and its gradient: a pass over all batches, added up in float64."""
+    """Mean negative log-likelihood and its gradient: a pass over all batches, added up in float64.
+
+    The first pass collects `facts` as well.
+    """
 
     def __init__(self, batches: Callable[[], Iterable[Batch]], affine: Callable[[Any, int], VectorScaling]):
         self.batches, self.affine = batches, affine
         self.classes = _classes(batches())
         self.counted: int | None = None
+        self.facts: Any = None
 
     def __call__(self, params: Any) -> _Evaluation:
         scaling, pull_back = jax.vjp(lambda params: self.affine(params, self.classes), params)
         loss, scale, bias, count = np.float64(0), np.zeros(self.classes), np.zeros(self.classes), 0
+        facts = []
         for number, batch in enumerate(self.batches()):
-            sums, finite, voxels = jax.device_get(
-                _batch_sums(scaling, *_checked(number, batch, self.classes))
-            )
+            arrays = _checked(number, batch, self.classes)
+            sums, finite, voxels = jax.device_get(_batch_sums(scaling, *arrays))
             if not finite:
                 raise ValueError(_NOT_FINITE.format(number))
+            if self.counted is None:
+                check_soft_labels(*arrays)
+                facts.append(_summed(_batch_facts(scaling, *arrays)))
             high_and_low = [np.float64(high) + np.float64(low) for high, low in sums]
             loss, scale, bias = (a + b.sum(0) for a, b in zip((loss, scale, bias), high_and_low, strict=True))
             count += int(voxels.sum())
         self._check_count(count)
+        self.facts = self.facts or _merged(facts, count)
         means = VectorScaling(*(jnp.asarray(x / count, jnp.float32) for x in (scale, bias)))
         return _Evaluation(float(loss) / count, pull_back(means)[0])
+
+    def separates(self, params: Any) -> bool:
+        """Whether the scaled logits of every counted voxel are largest at its label: one more pass."""
+        scaling = self.affine(params, self.classes)
+        batches = (_checked(number, batch, self.classes) for number, batch in enumerate(self.batches()))
+        return not any(_summed(_batch_facts(scaling, *arrays)).short for arrays in batches)
 
     def _check_count(self, count: int) -> None:
         """The same in every pass, and not zero."""
@@ -273,6 +347,124 @@ def _batch_sums(
     return totals, (broken.sum() == 0) & jnp.isfinite(totals[0][0]).all(), counted
 
 
+@jax.jit
+def _batch_facts(
+    scaling: VectorScaling, logits: Array, labels: Array, where: Array | None
+) -> tuple[list[Any], Array, Array]:
+    """Sums, as pairs, of a batch's `_Facts` once its logits are scaled; the least and most logits of each class."""
+    scale, bias = (x[None, None] for x in scaling)
+    logits, labels, where = metrics.flatten(logits, labels, where)
+    classes = logits.shape[-1]
+
+    def scaled_and_dense(logits: Array, labels: Array, where: Array | None) -> tuple[Array, Array]:
+        dense = labels if labels.ndim == 3 else metrics.is_class(labels, classes)
+        dense = dense.astype(jnp.float32)
+        dense = dense if where is None else jnp.where(where, dense, 0)
+        counted = (dense != 0).any(-1, keepdims=True)
+        return jnp.where(counted, scale * logits.astype(jnp.float32) + bias, 0), dense
+
+    def sums(*chunk: Any) -> tuple[Array, ...]:
+        scaled, dense = scaled_and_dense(*chunk)
+        # The largest logit's own 0 is not left to a subtraction: what XLA fuses, it may round twice.
+        is_top = metrics.is_class(scaled.argmax(-1), classes)
+        short = jnp.where(is_top, 0, scaled.max(-1, keepdims=True) - scaled)
+        excess = short - short.mean(-1, keepdims=True)
+        return tuple(map(metrics.voxel_sum, (dense * short, dense * excess, excess**2, dense)))
+
+    totals = metrics.sum_over_chunks(sums, logits, labels, where)
+    scaled, dense = scaled_and_dense(logits, labels, where)
+    others = dense.sum(-1, keepdims=True) - dense
+    least = jnp.where(dense > 0, scaled, jnp.inf).min((0, 1))
+    return list(totals), least, jnp.where(others > 0, scaled, -jnp.inf).max((0, 1))
+
+
+def _summed(parts: Any) -> _Facts:
+    """Sums over a batch, in float64."""
+    totals, least, most = jax.device_get(parts)
+    short, below_average, variance, labels = (
+        (np.float64(high) + np.float64(low)).sum(0) for high, low in totals
+    )
+    means = float(short.sum()), float(below_average.sum()), float(variance.sum()) / variance.size
+    return _Facts(*means, labels, least, most)
+
+
+def _merged(facts: list[_Facts], count: int) -> _Facts:
+    return _Facts(
+        short=sum(fact.short for fact in facts) / count,
+        below_average=sum(fact.below_average for fact in facts) / count,
+        variance=sum(fact.variance for fact in facts) / count,
+        labels=np.sum([fact.labels for fact in facts], axis=0),
+        least=np.min([fact.least for fact in facts], axis=0),
+        most=np.max([fact.most for fact in facts], axis=0),
+    )
+
+
+def _without_best_temperature(facts: _Facts, temperature: float, end: _Evaluation) -> str | None:
+    """Why no temperature is best, or none was found; None where one was.
+
+    The mean NLL is convex in 1 / T. It falls as T grows if its slope at 1 / T = 0, `below_average`, is not
+    negative, and as T falls if every label has the largest logit.
+    """
+    spread, left = math.sqrt(facts.variance), f"{min(max(temperature, 1 / _FURTHEST), _FURTHEST):.3g}"
+    if spread == 0:
+        return (
+            "the logits of each counted voxel are all equal, so that no temperature changes a probability. Check "
+            "that they are the logits of the network."
+        )
+    if facts.short == 0:
+        return (
+            "every label is the class of the largest logit, so that the likelihood grows without end as the "
+            f"temperature falls to 0; it is left at {left}. Fit on more cases, ones with errors that the model was "
+            "not trained on."
+        )
+    if facts.below_average >= -_SLOPE * spread:
+        return (
+            "the logits of the labels are on average no larger than those of other classes, so that the likelihood "
+            f"grows without end with the temperature; it is left at {left}. Check that labels and the "
+            "order of classes are those of the logits."
+        )
+    # Where scaled logits are small, all probabilities are nearly equal, and this is the curvature in log T.
+    curvature = (spread / temperature) ** 2
+    if curvature > _FLAT or abs(float(end.gradient)) <= _UNSETTLED * curvature:
+        return None
+    return (
+        "the likelihood changes too little with the temperature for the fit to find the best one; it stopped at "
+        f"{left}. The logits of a voxel differ by {spread:.1e} (root mean square): if that is small, "
+        "multiply them by a number that makes it about 1; otherwise lower the tolerance."
+    )
+
+
+def _without_best_scaling(
+    objective: _Objective, params: VectorScaling, end: _Evaluation, tolerance: float
+) -> str | None:
+    """Why no scale and bias are best, or none were found; None where some were."""
+    facts, spread = objective.facts, math.sqrt(objective.facts.variance)
+    absent = np.flatnonzero(facts.labels == 0)
+    if absent.size:
+        return (
+            f"no counted label is of class {', '.join(map(str, absent))}, so that the likelihood grows without end "
+            "as the bias of the class falls. Fit on cases that have every class, or leave the class out."
+        )
+    if facts.short == 0 or (end.value < _SEPARATED and objective.separates(params)):
+        return (
+            "the scaled logits get every label right, so that the likelihood grows without end with the scale. Fit "
+            "on more cases, ones with errors that the model was not trained on."
+        )
+    alone = np.flatnonzero(facts.least > facts.most)
+    if alone.size:
+        return (
+            f"the logit of class {', '.join(map(str, alone))} is larger in all voxels of the class than in any "
+            "other, so that the likelihood grows without end with its scale. Fit on more cases, ones with errors "
+            "that the model was not trained on."
+        )
+    if 0 < _UNSETTLED * facts.variance < tolerance:
+        return (
+            f"the logits of a voxel differ by {spread:.1e} only (root mean square), too little for the fit to find "
+            "their scale. Multiply them by a number that makes it about 1, or lower the tolerance."
+        )
+    return None
+
+
 def _as_batches(logits: Any, labels: Any, where: Any) -> Callable[[], Any]:
     """A function that begins a pass over the batches."""
     if labels is not None:
@@ -292,7 +484,12 @@ def _as_batches(logits: Any, labels: Any, where: Any) -> Callable[[], Any]:
 
 def _classes(batches: Iterable[Batch]) -> int:
     for batch in batches:
-        return _checked(0, batch, None)[0].shape[-1]
+        logits = _checked(0, batch, None)[0]
+        if logits.shape[-1] < 2:
+            raise ValueError(
+                f"logits must have at least two classes for a softmax; got shape {logits.shape}."
+            )
+        return logits.shape[-1]
     raise ValueError(
         "no batches to fit to: the list is empty, or the function returned an iterator without any."
     )
@@ -318,19 +515,24 @@ _LBFGS = optax.scale_by_lbfgs()
 _next_direction = jax.jit(_LBFGS.update)
 
 
-def _minimise(objective: _Objective, start: Any, tolerance: float, max_steps: int) -> Any:
+def _minimise(
+    objective: _Objective, start: Any, tolerance: float, max_steps: int
+) -> tuple[Any, _Evaluation, str | None]:
+    """Parameters, the objective there, and why the fit ended with a larger gradient than `tolerance` if it did."""
     state, params, first = _LBFGS.init(start), start, objective(start)
-    here, steps = first, 0
+    here, steps, unfinished = first, 0, None
     while _largest(here.gradient) > tolerance:
         direction, state = _next_direction(here.gradient, state, params)
         if not _dot(direction, here.gradient) > 0:  # no positive curvature: log T is far from the minimum
             direction, state = _downhill(here.gradient, params)
         step = _line_search(objective, params, here, direction) if steps < max_steps else None
         if step is None:
-            _warn(steps, here, tolerance)
+            unfinished = _UNFINISHED.format(steps, _largest(here.gradient), tolerance)
             break
         (params, here), steps = step, steps + 1
-    return params if here.value <= first.value else start  # where rounding alone tells them apart
+    if here.value > first.value:  # where rounding alone tells them apart
+        params, here = start, first
+    return params, here, unfinished
 
 
 def _downhill(gradient: Any, params: Any) -> tuple[Any, Any]:
@@ -360,13 +562,21 @@ def _line_search(
     return None
 
 
-def _warn(steps: int, here: _Evaluation, tolerance: float) -> None:
-    warnings.warn(
-        f"the fit ended after {steps} steps with a gradient of {_largest(here.gradient):.1e}, above the tolerance "
-        f"of {tolerance:.1e}. Raise max_steps or tolerance, and see that every pass finds the same batches.",
-        RuntimeWarning,
-        stacklevel=4,
-    )
+_UNFINISHED = (
+    "the fit ended after {} steps with a gradient of {:.1e}, above the tolerance of {:.1e}. Raise max_steps or "
+    "tolerance, and see that every pass finds the same batches."
+)
+
+
+def _warn(message: str | None) -> None:
+    """Warns the caller of a fit."""
+    if message:
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+
+def _check_stopping(tolerance: Any, max_steps: Any) -> None:
+    check_number("tolerance", tolerance, 0.0)
+    check_size("max_steps", max_steps)
 
 
 def _dot(a: Any, b: Any) -> float:

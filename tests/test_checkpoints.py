@@ -273,6 +273,24 @@ def test_tensorboard_that_cannot_be_written(tmp_path: Path) -> None:
     assert [r["step"] for r in read_log(tmp_path / "validation.csv")] == [1]
 
 
+def test_a_picture_that_fails_is_one_note(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.add_subplot", fail)
+    count = np.ones((1, 1, 2), int)
+    stats = BinStatistics(count, 0.5 * count, 0.5 * count)
+    with RunLog(tmp_path, 0, 4) as log:
+        for step in (1, 2):
+            log.validation(
+                step, {"Dice": 0.5}, ModelResult("m", ("case 1",), ("c",), stats, np.array([[0.5]]))
+            )
+    assert [r["step"] for r in read_log(tmp_path / "validation.csv")] == [1, 2]
+    assert capsys.readouterr().out.count("note: ") == 1
+
+
 @pytest.mark.parametrize("name", ["loss", "grad_norm"])
 def test_numbers_that_are_not_finite_stop_a_run(name: str, tmp_path: Path) -> None:
     with RunLog(tmp_path, 0, 4) as log:

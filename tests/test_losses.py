@@ -8,6 +8,8 @@ import numpy as np
 import optax
 import pytest
 import twin
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax.test_util import check_grads
 
 import calib_jax
@@ -21,6 +23,7 @@ from calib_jax import (
     mL1_mce,
     segmentation_loss,
 )
+from calib_jax._checks import as_class_ids, check_probabilities
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 
@@ -714,7 +717,165 @@ def test_a_wrong_call_is_refused_while_it_is_traced(name):
         jax.eval_shape(call)
 
 
-def test_values_are_never_refused():
+def test_traced_values_are_never_refused():
     odd = np.full(SHAPE, 7.0, np.float32)
-    assert np.isfinite(mL1_ace(odd, np.full(SHAPE[:-1], 99)))
+    assert np.isfinite(jax.jit(mL1_ace)(odd, np.full(SHAPE[:-1], 99)))
+    for call in (
+        jax.grad(lambda probs: mL1_ace(probs, odd)),
+        jax.vmap(lambda probs: mL1_ace(probs[None], odd[:1])),
+    ):
+        jax.eval_shape(call, odd)
     assert calib_jax.mL1_ace is mL1_ace
+
+
+# Values, where they are concrete
+
+FROM_PROBS = {
+    "mL1_ace": mL1_ace,
+    "mL1_ece": mL1_ece,
+    "mL1_mce": functools.partial(mL1_mce, include_background=False, pool_images=True),
+    "bin_statistics": functools.partial(bin_statistics, binning="adaptive"),
+    "top_label_statistics": calib_jax.top_label_statistics,
+    "brier_score": calib_jax.brier_score,
+    "dataset_totals": lambda probs, labels, where=None: TOTALS.update(TOTALS.init(), probs, labels, where),
+    "case_results": lambda probs, labels, where=None: CASES.update(
+        CASES.init(), probs, labels, np.arange(len(probs)), where
+    ),
+}
+FROM_LOGITS = {
+    "segmentation_loss": segmentation_loss,
+    "focal": calib_jax.focal_loss,
+    "nll": calib_jax.negative_log_likelihood,
+    "fit_temperature": lambda x, y: calib_jax.fit_temperature(x + 5 * (y > 0).astype(np.float32), y),
+}
+TOTALS, CASES = calib_jax.dataset_totals(3), calib_jax.case_results(2, 3)
+
+
+@pytest.mark.parametrize("name", FROM_PROBS)
+def test_logits_and_percent_are_refused_where_they_count(name):
+    call, few = FROM_PROBS[name], PROBS.copy()
+    few[1, 2, 3, 1], few[0, 0, 0, 2] = 1.0021, np.nan
+    for probs, words in (
+        (LOGITS, ["probs must lie in [0, 1]", "softmax"]),
+        (jnp.asarray(100 * PROBS, jnp.bfloat16), ["probs must lie in [0, 1]", "divide percent by 100"]),
+        (few, ["1 of 120", "1.0021", "[1, 2, 3, 1]"]),
+    ):
+        with pytest.raises(ValueError, match=r"\[0, 1\]") as raised:
+            call(probs, IDS)
+        assert not [word for word in words if word not in str(raised.value)], str(raised.value)
+    masked = np.ones(SHAPE[:-1], bool)
+    masked[1, 2, 3] = False
+    jax.block_until_ready(call(few, IDS, where=masked))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_rounding_is_not_refused(dtype):
+    rounded = PROBS.copy()
+    rounded[0, 0, 0], rounded[0, 0, 1], rounded[0, 0, 2] = -2e-15, 1 + 2.0**-23, 1 + 9e-4
+    rounded[1, 0, 0] = np.nan
+    assert np.isnan(mL1_ace(jnp.asarray(rounded, dtype), IDS))
+    for odd in (-0.1, 1.1, -np.inf, np.inf):
+        rounded[0, 0, 0, 0] = odd
+        with pytest.raises(ValueError, match="1 of 120"):
+            mL1_ace(jnp.asarray(rounded, dtype), IDS)
+
+
+@pytest.mark.parametrize("name", [*FROM_PROBS, *FROM_LOGITS])
+def test_masks_of_255_are_refused_and_overlapping_regions_are_not(name):
+    call, inputs = (FROM_PROBS[name], PROBS) if name in FROM_PROBS else (FROM_LOGITS[name], LOGITS)
+    regions = twin.sample_labels("regions")
+    jax.block_until_ready(call(inputs, regions))
+    with pytest.raises(ValueError, match=r"labels must lie in \[0, 1\].*255"):
+        call(inputs, (255 * regions).astype(np.uint8))
+
+
+def test_a_check_of_values_compiles_nothing(caplog):
+    for size in range(3, 9):
+        probs, ids = jnp.full((1, size, 2), 0.5), jnp.zeros((1, size), jnp.int32)
+        caplog.clear()
+        with jax.log_compiles():
+            check_probabilities(probs, ids, None)
+        assert not caplog.records
+
+
+# Class ids of any integers
+
+BIG = 300  # more classes than 8 bits have numbers
+DTYPES = ["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"]
+BIG_PROBS = np.random.default_rng(16).dirichlet(np.ones(BIG), (1, 4, 2)).astype(np.float32)
+ID_FUNCTIONS = {
+    "ace": jax.jit(lambda ids: mL1_ace(BIG_PROBS, ids, reduction="none", num_bins=2)),
+    "no_background": jax.jit(
+        lambda ids: mL1_ace(BIG_PROBS, ids, reduction="none", num_bins=2, include_background=False)
+    ),
+    "soft_gradient": jax.jit(lambda ids: jax.grad(mL1_ace)(BIG_PROBS, ids, binning="soft", num_bins=2)),
+    "segmentation": jax.jit(
+        lambda ids: segmentation_loss(BIG_PROBS, ids, include_background=False, svls=1.0)
+    ),
+    "brier": jax.jit(lambda ids: calib_jax.brier_score(BIG_PROBS, ids)),
+    "dice": lambda ids: dice_score(np.zeros((1, 4, 2), int), ids, num_classes=BIG),
+}
+
+
+@st.composite
+def ids_of_a_dtype(draw):
+    dtype = np.dtype(draw(st.sampled_from(DTYPES)))
+    low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
+    edges = [0, 1, -1, 127, 128, 255, 256, 299, 300, 2**31, 2**32, 2**32 + 1, 2**63, low, low + 1, high]
+    edge = st.sampled_from([edge for edge in edges if low <= edge <= high])
+    return np.array(draw(st.lists(edge, min_size=8, max_size=8)), dtype).reshape(1, 4, 2)
+
+
+@settings(max_examples=20, deadline=None)
+@given(ids_of_a_dtype(), st.sampled_from(sorted(ID_FUNCTIONS)))
+def test_ids_of_any_integers_are_exact(ids, name):
+    """They give what int32 gives of them, no class where they are none; NumPy compares them exactly."""
+    exact = np.array([i if 0 <= i < BIG else -1 for i in ids.reshape(-1).tolist()], np.int32)
+    call = ID_FUNCTIONS[name]
+    np.testing.assert_array_equal(call(as_class_ids(ids)), call(exact.reshape(ids.shape)))
+    if name == "ace":
+        np.testing.assert_allclose(
+            mL1_ace(BIG_PROBS, ids, num_bins=2), twin.loss(BIG_PROBS, exact.reshape(ids.shape), num_bins=2)[0]
+        )
+
+
+# Options
+
+WRONG_OPTIONS = [
+    *({name: float("nan")} for name in ("dice", "ace", "nacl", "dice_smooth")),
+    *({name: -1.0} for name in ("cross_entropy", "svls", "dice_smooth")),
+    *(
+        {"class_weights": weights}
+        for weights in ([-1.0, 1, 1], [np.inf, 1, 1], [np.nan, 1, 1], [0.0, 0, 0], [1.0])
+    ),
+    *({name: "False"} for name in ("include_background", "dice_include_background", "pool_images")),
+    {"ignore_empty_classes": 1},
+    {"num_bins": 0},
+    {"num_bins": 2.5},
+    {"binning": "sof"},
+    {"closed": "up"},
+    {"binning": "soft", "closed": "left"},
+    {"focal": "1"},
+    {"focal": True},
+    {"include_backgroud": False},
+]
+
+
+@pytest.mark.parametrize("options", WRONG_OPTIONS, ids=str)
+@pytest.mark.parametrize("ace", [0.0, 0.3])
+def test_options_of_segmentation_loss_are_checked_whatever_the_weights(options, ace):
+    name = list(options)[-1]
+    with pytest.raises((TypeError, ValueError), match=name):
+        segmentation_loss(PROBS, IDS, **({"ace": ace, "label_smoothing": 0.1} | options))
+
+
+def test_options_of_ace_may_stand_beside_a_weight_of_zero():
+    weights = np.float32([0, 1, 2])
+    assert segmentation_loss(PROBS, IDS, ace=0, num_bins=7, class_weights=weights) == segmentation_loss(
+        PROBS, IDS, ace=0
+    )
+
+
+def test_a_traced_weight_of_segmentation_loss_is_refused():
+    with pytest.raises(TypeError, match="segmentation_loss_parts"):
+        jax.jit(lambda ace: segmentation_loss(PROBS, IDS, ace=ace))(0.3)

@@ -1,5 +1,6 @@
 """Figures: what they draw, and that they leave nothing behind."""
 
+import io
 import subprocess
 import sys
 
@@ -58,6 +59,16 @@ def test_without_axes_opens_one_figure(draw, stats):
     assert len(plt.get_fignums()) == before + 1
     plt.close(figure)
     assert len(plt.get_fignums()) == before
+
+
+@pytest.mark.parametrize("error", [ImportError("Cannot load backend 'QtAgg'"), ValueError("no backend")])
+def test_without_axes_and_pyplot_opens_a_figure_all_the_same(error, stats, monkeypatch):
+    def fail(**_):
+        raise error
+
+    monkeypatch.setattr(plt, "subplots", fail)
+    ax = plots.reliability_diagram(stats)
+    ax.figure.savefig(io.BytesIO(), format="png")
 
 
 def curve(ax):
@@ -152,6 +163,12 @@ def test_loss_curves_of_models_keep_their_colours(ax):
         (lambda stats: plots.reliability_diagram(stats, class_index=1), "there are 1 classes"),
         (lambda stats: plots.bin_counts(stats.sum()), r"must be \[images, classes, bins\]"),
         (lambda stats: plots.loss_curves(HISTORY, metric="dice"), "neither 'train_dice' nor 'val_dice'"),
+        (
+            lambda stats: plots.paired_cases(np.ones((2, 3)), ["a"]),
+            r"row for each of the 1 names; got \(2, 3\)",
+        ),
+        (lambda stats: plots.reliability_histogram(stats, max_share=0.0), "max_share"),
+        (lambda stats: plots.reliability_diagram(stats, band=1.5), "level"),
         (lambda stats: plots.loss_curves({"epoch": [1], "val_loss": [1.0, 2.0]}), "2 values for 1 epochs"),
     ],
 )

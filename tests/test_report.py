@@ -3,10 +3,15 @@
 import csv
 import dataclasses
 import html.parser
+import io
 import itertools
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import matplotlib
 
@@ -16,6 +21,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
+import calib_jax
 from calib_jax import BinStatistics
 from calib_jax.report import (
     ModelResult,
@@ -28,6 +34,7 @@ from calib_jax.report import (
     write_report,
 )
 from calib_jax.report.__main__ import main
+from calib_jax.report.text import print_in_any_encoding
 
 
 def result(name, gaps, dice=0.8, *, cases=None, classes=("tumour",)):
@@ -473,3 +480,83 @@ class TestCommandLine:
         with pytest.raises(SystemExit, match="0"):
             main(["--help"])
         assert "examples:" in capsys.readouterr().out
+
+
+HOSTILE = {
+    "text.usetex": True,
+    "font.family": ["serif"],
+    "axes.formatter.use_locale": True,
+    "axes.prop_cycle": matplotlib.cycler(color=["red"]),
+    "figure.autolayout": True,
+    "figure.constrained_layout.use": True,
+    "savefig.bbox": "tight",
+    "savefig.dpi": 30,
+    "savefig.transparent": True,
+    "path.sketch": (3, 100, 2),
+    "interactive": True,
+}
+CONFIGURED = r"""
+import sys, warnings
+warnings.simplefilter("error")
+import numpy as np
+from calib_jax import BinStatistics
+from calib_jax.report import ModelResult, write_report
+count = np.full((2, 1, 2), 5)
+stats = BinStatistics(count, 0.3 * count, 0.2 * count)
+result = ModelResult("\u4e2d", ("a", "b"), ("c",), stats, np.full((2, 1), 0.8))
+write_report(sys.argv[1], [result], title="t", provenance={"file": "caf\udce9"})
+import matplotlib.rcsetup
+assert "matplotlib.pyplot" not in sys.modules
+assert matplotlib.rcParams._get("backend") is matplotlib.rcsetup._auto_backend_sentinel
+from calib_jax.report.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+class TestSurroundings:
+    def test_figures_do_not_depend_on_parameters_of_matplotlib_and_change_none(self, tmp_path):
+        pages = []
+        for parameters in ({}, HOSTILE):
+            with matplotlib.rc_context(parameters):
+                before = matplotlib.rcParams.copy()
+                one = [random_result("Dice_CE & 100%", 0.5, cases=3, classes=("t",), bins=2)]
+                pages.append(write_report(tmp_path / str(len(pages)), one, title="t"))
+                assert matplotlib.rcParams == before
+        assert pages[0].read_bytes() == pages[1].read_bytes()
+        figures = [sorted(page.parent.glob("figures/*.png")) for page in pages]
+        assert [file.read_bytes() for file in figures[0]] == [file.read_bytes() for file in figures[1]]
+
+    def test_a_figure_that_fails_leaves_the_parameters_and_the_page(self, tmp_path, monkeypatch):
+        def fail(*_, **__):
+            raise RuntimeError("no font")
+
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
+        before = matplotlib.rcParams.copy()
+        with pytest.warns(RuntimeWarning, match="lacks figures.*no font"):
+            page = write_report(tmp_path, [random_result("a", 0.5, cases=3)], title="t")
+        assert "case_00" in page.read_text(encoding="utf-8")
+        assert matplotlib.rcParams == before
+
+    def test_neither_configuration_nor_home_nor_locale_matter(self, tmp_path):
+        """The backend is unknown, the configuration no text, HOME a file, the terminal ASCII."""
+        (tmp_path / "matplotlibrc").write_bytes(b"\xff\xfe")
+        (tmp_path / "home").write_text("")
+        names = ("XLA_FLAGS", "MPLCONFIGDIR", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "PYTHONUTF8")
+        environment = {name: value for name, value in os.environ.items() if name not in names}
+        environment |= {"MPLBACKEND": "nonsense", "HOME": str(tmp_path / "home"), "PYTHONCOERCECLOCALE": "0"}
+        environment |= {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+        environment["PYTHONPATH"] = str(Path(calib_jax.__file__).parents[1])
+        command = [sys.executable, "-c", CONFIGURED, str(tmp_path / "out")]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert "Dice ^" in done.stdout
+        assert len(list(tmp_path.glob("out/figures/*.png"))) == 3
+        assert "caf\\udce9" in (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+
+
+def test_print_puts_ascii_in_place_of_what_the_encoding_lacks(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    print_in_any_encoding()
+    print("−0.1 ± 0.2 …\u4e2d\udce9", flush=True)
+    assert stream.buffer.getvalue() == b"-0.1 +/- 0.2 ...??\n"

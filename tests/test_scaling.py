@@ -143,8 +143,88 @@ def test_soft_labels_of_a_known_distribution():
 
 def test_separable_logits_end_in_a_low_temperature():
     logits, _ = drawn(7, 500)
-    temperature = fit_temperature(logits, logits.argmax(-1).astype(np.int32))
+    with pytest.warns(RuntimeWarning, match="falls to 0"):
+        temperature = fit_temperature(logits, logits.argmax(-1).astype(np.int32))
     assert 0 < temperature < 0.1
+
+
+# Without an optimum
+
+
+def wrong_everywhere():
+    logits, _ = drawn(14, 300)
+    return logits, logits.argmin(-1).astype(np.int32)
+
+
+def separated():
+    logits, _ = drawn(15, 300)
+    return logits, logits.argmax(-1).astype(np.int32)
+
+
+def equal_logits():
+    return np.full((2, 50, 3), 0.1, np.float32), drawn(16, 50)[1]
+
+
+def nearly_equal_logits():
+    logits, labels = drawn(17, 300)
+    return logits * np.float32(1e-7), labels
+
+
+def without_last_class():
+    logits, labels = drawn(18, 500)
+    return logits, labels % 2
+
+
+def one_class_apart():
+    logits, labels = drawn(19, 500, lambda x: x / 4)
+    logits[..., 2] = np.where(labels == 2, 4, -4) + 0.1 * logits[..., 2]
+    return logits, labels
+
+
+NO_OPTIMUM = {
+    "wrong": (fit_temperature, wrong_everywhere, "no larger than those of other classes"),
+    "right": (fit_temperature, separated, "falls to 0"),
+    "right_and_huge": (fit_temperature, lambda: (separated()[0] * 1e6, separated()[1]), "falls to 0"),
+    "equal": (fit_temperature, equal_logits, "all equal"),
+    "small": (fit_temperature, nearly_equal_logits, "too little.*multiply"),
+    "one_label_for_other_logits": (
+        fit_temperature,
+        lambda: (np.tile(np.float32([5, 0, 0]), (1, 50, 1)), np.ones((1, 50), np.int32)),
+        "no larger than",
+    ),
+    "vector_right": (fit_vector_scaling, separated, "every label right"),
+    "vector_wrong": (fit_vector_scaling, lambda: (-separated()[0], separated()[1]), "every label right"),
+    "vector_absent": (fit_vector_scaling, without_last_class, "no counted label is of class 2"),
+    "vector_one_apart": (fit_vector_scaling, one_class_apart, "class 2 is larger"),
+    "vector_small": (fit_vector_scaling, nearly_equal_logits, "too little"),
+}
+
+
+@pytest.mark.parametrize("name", NO_OPTIMUM)
+@pytest.mark.parametrize("masked", [False, True])
+def test_without_an_optimum_it_warns_once_and_stays_in_bounds(name, masked):
+    fit, data, message = NO_OPTIMUM[name]
+    (logits, labels), where = data(), None
+    if masked:  # ordinary voxels that do not count
+        others, other_labels = drawn(20, 50, batch=len(logits))
+        where = np.arange(logits.shape[1] + 50)[None].repeat(len(logits), 0) < logits.shape[1]
+        logits = np.concatenate([logits, others], 1)
+        labels = np.concatenate([labels, other_labels], 1)
+    with pytest.warns(RuntimeWarning, match=message) as caught:
+        params = fit(logits, labels, where=where)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    found = np.abs(np.concatenate([np.ravel(x) for x in jax.tree.leaves(params)]))
+    assert (found <= 1e3).all()
+    if fit is fit_temperature:
+        assert 1e-3 <= params <= 1e3
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e4])
+def test_a_best_temperature_of_any_size_is_found_without_a_warning(scale):
+    logits, labels = drawn(21, 2_000, lambda x: x / 3)
+    found = fit_temperature(logits * np.float32(scale), labels)
+    np.testing.assert_allclose(found, scale * fit_temperature(logits, labels), rtol=1e-2)
 
 
 # Streams
@@ -291,6 +371,14 @@ WRONG_CALLS = {
     "other_classes": (lambda: fit_temperature([(X, Y), (X[..., :2], Y)]), ValueError, "2 classes.*3"),
     "class_masks": (lambda: fit_temperature(X, Y, where=X > 0), ValueError, "one entry per voxel"),
     "shapes": (lambda: fit_temperature(X, Y[:1]), ValueError, "labels"),
+    "one_class": (lambda: fit_temperature(X[..., :1], 0 * Y), ValueError, "two classes"),
+    "tolerance_nan": (lambda: fit_temperature(X, Y, tolerance=np.nan), ValueError, "tolerance"),
+    "tolerance_negative": (lambda: fit_vector_scaling(X, Y, tolerance=-1.0), ValueError, "tolerance"),
+    "no_steps": (lambda: fit_temperature(X, Y, max_steps=0), ValueError, "max_steps"),
+    "steps_in_a_boolean": (lambda: fit_temperature(X, Y, max_steps=True), TypeError, "max_steps"),
+    "temperature_zero": (lambda: apply_temperature(X, 0.0), ValueError, "positive"),
+    "temperature_nan": (lambda: apply_temperature(X, np.float32("nan")), ValueError, "positive"),
+    "temperature_of_classes": (lambda: apply_temperature(X, np.ones(3, np.float32)), ValueError, "scalar"),
     "params_of_other_classes": (
         lambda: apply_vector_scaling(X, VectorScaling(np.ones(2, np.float32), np.ones(2, np.float32))),
         ValueError,

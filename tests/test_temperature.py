@@ -84,3 +84,12 @@ def test_divides_the_logits(temperature: float) -> None:
     logits = jnp.asarray(image[..., :1]) * predict.weights[0]["scale"][...]
     np.testing.assert_allclose(probs, jax.nn.softmax(logits / temperature), atol=1e-6)
     np.testing.assert_array_equal(probs.argmax(-1), predict(image).argmax(-1))
+
+
+def test_a_temperature_without_an_optimum_is_a_note(capsys: pytest.CaptureFixture[str]) -> None:
+    predict = predictor(DATA.load(0).label.shape)
+    equal = VolumePredictor(predict.forward, jax.tree.map(jnp.zeros_like, predict.weights), predict.patch)
+    assert fit_temperature(equal, DATA, CASES[:1]) == 1
+    assert capsys.readouterr().out.startswith(
+        "note: fitting the temperature, the logits of each counted voxel"
+    )

@@ -13,13 +13,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from jaxtyping import UInt8
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
 
-from calib_jax import plots
 from calib_jax.report import ModelResult
 from train.errors import NotFinite
 from train.losses import TERMS
@@ -43,7 +41,7 @@ class RunLog:
 
     def __init__(self, folder: Path, start: int, batch_size: int):
         self._batch_size = batch_size
-        self._writes = is_first()
+        self._writes = self._draws = is_first()
         if self._writes:
             self._steps = CsvLog(folder / "log.csv", before_step=start)
             self._validation = CsvLog(folder / "validation.csv", before_step=start + 1)
@@ -98,12 +96,33 @@ class RunLog:
         if not self._writes:
             return
         rows = [{"step": step, **metrics}]
-        figure = Figure(figsize=(4, 4), layout="constrained")
-        plots.reliability_diagram(result.stats, band=None, ax=figure.add_subplot())
         self._validation.add(rows)
         self._board.add("validation", rows)
-        self._board.add_figure("validation/reliability", figure, step)
+        if self._draws:
+            try:
+                picture = reliability_picture(result)
+            except Exception as error:  # whatever matplotlib raises: a training goes on without its pictures
+                self._draws = False
+                print(f"note: TensorBoard gets no reliability diagrams, since matplotlib failed: {error!r}")
+            else:
+                self._board.add_image("validation/reliability", picture, step)
         self._since = time.perf_counter()  # the time that it took is not the steps'
+
+
+def reliability_picture(result: ModelResult) -> UInt8[np.ndarray, "height width rgb"]:
+    """A reliability diagram of all classes together, drawn without pyplot in the report's style."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from calib_jax import plots
+    from calib_jax.report import figures
+
+    with figures.style():
+        figure = Figure(figsize=(4, 4), layout="constrained")
+        plots.reliability_diagram(result.stats, band=None, ax=figure.add_subplot())
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
 def _check_finite(row: Mapping[str, float], cases: list[str]) -> None:
@@ -197,11 +216,8 @@ class TensorBoardLog:
             if name != "step"
         )
 
-    def add_figure(self, name: str, figure: Figure, step: int) -> None:
-        """A matplotlib figure."""
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
-        pixels = np.asarray(canvas.buffer_rgba())[..., :3]
+    def add_image(self, name: str, pixels: UInt8[np.ndarray, "height width rgb"], step: int) -> None:
+        """An image."""
         self._write([(step, summary.image(name, pixels, dataformats="HWC"))])
 
     def _write(self, contents: Iterable[tuple[int, Any]]) -> None:

@@ -1,6 +1,7 @@
 """A trained network's logits over one temperature, fitted on cases that it was not trained on."""
 
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -77,10 +78,18 @@ def fit_temperature(
             for corners, counted in zip(plan.corners, plan.counted, strict=True):
                 yield program(predict.weights, image, label, shape, corners, counted)
 
-    try:
-        return calib_jax.fit_temperature(batches)
-    except ValueError as error:
-        raise InputError(f"No temperature can be fitted on {', '.join(case_names)}: {error}") from error
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", RuntimeWarning)
+        try:
+            temperature = calib_jax.fit_temperature(batches)
+        except ValueError as error:
+            raise InputError(f"No temperature can be fitted on {', '.join(case_names)}: {error}") from error
+    for warning in caught:
+        if issubclass(warning.category, RuntimeWarning):
+            print(f"note: fitting the temperature, {warning.message}")
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    return temperature
 
 
 @functools.cache

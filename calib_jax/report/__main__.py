@@ -9,7 +9,7 @@ from pathlib import Path
 from calib_jax.report.archive import ReportInputs, load_inputs
 from calib_jax.report.page import write_report
 from calib_jax.report.table import compare_models
-from calib_jax.report.text import format_table
+from calib_jax.report.text import format_table, print_in_any_encoding
 from calib_jax.report.wording import headline
 
 _EXAMPLES = """\
@@ -25,6 +25,7 @@ examples:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Writes the page and prints the table; returns the exit status."""
+    print_in_any_encoding()
     options = _parser().parse_args(arguments)
     try:
         inputs = _with_options(load_inputs(options.folder), options)

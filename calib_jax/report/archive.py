@@ -58,7 +58,9 @@ def save_inputs(folder: Path, inputs: ReportInputs) -> None:
         "provenance": {key: str(value) for key, value in inputs.provenance.items()},
         "tables": inputs.tables,
     }
-    (folder / _INDEX).write_text(json.dumps(index, indent=1, ensure_ascii=False), encoding="utf-8")
+    # What is no Unicode, as a file's name may be, becomes an escape that JSON reads back.
+    text = json.dumps(index, indent=1, ensure_ascii=False)
+    (folder / _INDEX).write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def load_inputs(folder: Path) -> ReportInputs:
@@ -73,7 +75,7 @@ def load_inputs(folder: Path) -> ReportInputs:
         results = tuple(ModelResult.load(path) for path in _result_files(folder))
         return ReportInputs(results, "Calibration report", {}, {}, None, results[0].name)
     try:
-        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+        index = json.loads((folder / _INDEX).read_text(encoding="utf-8-sig"))
         return ReportInputs(
             results=tuple(_load(folder, entry) for entry in index["results"]),
             title=index["title"],
@@ -83,7 +85,7 @@ def load_inputs(folder: Path) -> ReportInputs:
             baseline=index["baseline"],
             tables=index.get("tables", {}),
         )
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / _INDEX} is not an index written by write_report: {error!r}") from error
     except FileNotFoundError as error:
         raise ValueError(f"{folder / _INDEX} names {error.filename}, which is not there.") from error

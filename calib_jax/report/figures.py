@@ -3,15 +3,16 @@
 import dataclasses
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
-import matplotlib
 import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from calib_jax import plots
+from calib_jax._matplotlib import figure_style
 from calib_jax.report.results import HIGHER_IS_BETTER, METRICS, Result
 from calib_jax.report.table import case_means
 
@@ -87,17 +88,22 @@ def report_figures(
 ) -> Iterator[ReportFigure]:
     """Draws the figures of a report one after the other, in the order of the page."""
     everyone = [*results, *([reference] if reference is not None else [])]
+    yield _styled(_paired_figure, results)
+    yield from _per_class(everyone, _reliability_figure)
+    yield from _per_class(everyone, _histogram_figure)
+    if histories and _measured_metrics(histories):
+        yield _styled(_history_figure, [result.name for result in results], histories)
+
+
+def style() -> AbstractContextManager[None]:
+    """The context in which the figures are drawn and saved, the same whatever the user's configuration."""
+    return figure_style(_STYLE)
+
+
+def _styled(draw: Callable[..., ReportFigure], *arguments: Any) -> ReportFigure:
+    """A figure drawn in `style`, which is left before a generator gives the figure away."""
     with style():
-        yield _paired_figure(results)
-        yield from _per_class(everyone, _reliability_figure)
-        yield from _per_class(everyone, _histogram_figure)
-        if histories and _measured_metrics(histories):
-            yield _history_figure([result.name for result in results], histories)
-
-
-def style() -> Any:
-    """The context in which the figures are drawn and saved."""
-    return matplotlib.rc_context(_STYLE)
+        return draw(*arguments)
 
 
 def _per_class(
@@ -105,10 +111,10 @@ def _per_class(
 ) -> Iterator[ReportFigure]:
     """All classes together, then, where there are several, each by itself."""
     names = results[0].class_names
-    yield draw(results, None, "All classes together")
+    yield _styled(draw, results, None, "All classes together")
     if len(names) > 1:
         for index, name in enumerate(names):
-            yield draw(results, index, name)
+            yield _styled(draw, results, index, name)
 
 
 def _paired_figure(results: Sequence[Result]) -> ReportFigure:

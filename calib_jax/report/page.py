@@ -7,13 +7,13 @@ import itertools
 import json
 import math
 import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import numpy as np
-from matplotlib.figure import Figure
 
 from calib_jax.plots import History
 from calib_jax.report import archive, figures, wording
@@ -68,7 +68,8 @@ def write_report(
     archive.save_inputs(folder, inputs)
     _write_tables(folder, rows, results)
     page = folder / "index.html"
-    page.write_text(render(inputs, rows, png_folder=folder / "figures"), encoding="utf-8")
+    html = render(inputs, rows, png_folder=folder / "figures")
+    page.write_text(html, encoding="utf-8", errors="backslashreplace")  # a file's name may be no Unicode
     return page
 
 
@@ -84,7 +85,16 @@ def render(inputs: ReportInputs, rows: Sequence[ModelRow], *, png_folder: Path |
         The HTML.
     """
     drawn = figures.report_figures(inputs.results, reference=inputs.reference, histories=inputs.histories)
-    embedded = [_embedded(figure, png_folder) for figure in drawn]
+    embedded = []
+    try:
+        for figure in drawn:
+            embedded.append(_embedded(figure, png_folder))
+    except OSError:  # a full disk
+        raise
+    except Exception as error:  # numbers that took hours are not lost to a picture of them
+        warnings.warn(
+            f"the page lacks figures: matplotlib failed with {error!r}.", RuntimeWarning, stacklevel=3
+        )
     base, best = wording.base_and_best(rows)
     beside = _shown_with_cases(inputs.results, base.name, best.name)
     environment = jinja2.Environment(
@@ -119,7 +129,7 @@ def _write_tables(folder: Path, rows: Sequence[ModelRow], results: Sequence[Resu
     (folder / "cases").mkdir(exist_ok=True)
     write_csv(rows, folder / "table.csv")
     (folder / "table.json").write_text(
-        json.dumps(to_json(rows), indent=1, ensure_ascii=False), encoding="utf-8"
+        json.dumps(to_json(rows), indent=1, ensure_ascii=False), encoding="utf-8", errors="backslashreplace"
     )
     for i, result in enumerate(results):
         result.write_case_csv(folder / "cases" / f"{archive.file_stem(i, result.name)}.csv")
@@ -145,10 +155,10 @@ def _embedded(figure: figures.ReportFigure, png_folder: Path | None) -> _Embedde
     return _Embedded(figure.section, figure.title, figure.how_to_read, figure.alt, uri)
 
 
-def _picture(figure: Figure, kind: str, **options: Any) -> bytes:
+def _picture(figure: figures.Figure, kind: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
     with figures.style():
-        figure.savefig(buffer, format=kind, **options)
+        figure.savefig(buffer, format=kind, backend={"png": "agg"}.get(kind, kind), **options)
     return buffer.getvalue()
 
 

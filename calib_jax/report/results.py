@@ -217,7 +217,7 @@ def _case_rows(result: ModelResult) -> Iterator[list[str]]:
 
 
 def _write_rows(path: str | os.PathLike[str], columns: tuple[str, ...], rows: Iterator[Any]) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.writer(file)
         writer.writerow(columns)
         writer.writerows(rows)

@@ -18,6 +18,7 @@ import numpy as np
 import scipy.stats
 from jaxtyping import Float
 
+from calib_jax._checks import check_size
 from calib_jax.report.results import Result
 
 CONFIDENCE = 0.95
@@ -116,6 +117,7 @@ def compare_models(
         >>> round(baseline.metrics["ACE"].mean, 3), round(model.metrics["ACE"].change.relative, 3)
         (0.4, -0.75)
     """
+    check_size("resamples", resamples)
     base = results[check_comparable(results, baseline=baseline, reference=reference)]
     bootstrap = functools.partial(_bootstrap, resamples=resamples, seed=seed)
     base_metrics = base.metrics()
@@ -169,7 +171,7 @@ def write_csv(rows: Sequence[ModelRow], path: str | os.PathLike[str]) -> None:
 
     Of a model trained several times, the means of each repeat follow, in rows that name it.
     """
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.DictWriter(file, _CSV_COLUMNS, restval="")
         writer.writeheader()
         for row in rows:

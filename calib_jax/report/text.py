@@ -1,5 +1,7 @@
 """The table for a terminal."""
 
+import codecs
+import sys
 import textwrap
 from collections.abc import Sequence
 
@@ -34,6 +36,42 @@ def format_table(rows: Sequence[ModelRow], *, per_class: bool = False) -> str:
         lines += _model_lines(row, width, classes)
     notes = [line for note in wording.footnote(rows) for line in textwrap.wrap(note, _WIDTH)]
     return "\n".join([*lines, "", *notes])
+
+
+def print_in_any_encoding() -> None:
+    """Lets `print` write what the encoding of standard output and error lacks: `-` for a minus sign, else `?`.
+
+    An ASCII terminal or pipe (LANG=C, PYTHONIOENCODING=ascii) would raise UnicodeEncodeError at the first ±.
+    """
+    codecs.register_error("calib_jax.plain", _plain)
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(
+            stream, "reconfigure", None
+        )  # which a notebook's streams lack, and need not have
+        if reconfigure:
+            reconfigure(errors="calib_jax.plain")
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    return "".join(_PLAIN.get(c, "?") for c in error.object[error.start : error.end]), error.end
+
+
+_PLAIN = {
+    "−": "-",
+    "–": "-",
+    "—": "-",
+    "─": "-",
+    "±": "+/-",
+    "×": "x",
+    "…": "...",
+    "↑": "^",
+    "↓": "v",
+    "“": '"',
+    "”": '"',
+    "‘": "'",
+    "’": "'",
+}
 
 
 def _model_lines(row: ModelRow, width: int, classes: Sequence[str]) -> list[str]:
