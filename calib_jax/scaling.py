@@ -445,7 +445,8 @@ def _without_best_scaling(
             f"no counted label is of class {', '.join(map(str, absent))}, so that the likelihood grows without end "
             "as the bias of the class falls. Fit on cases that have every class, or leave the class out."
         )
-    if facts.short == 0 or (end.value < _SEPARATED and objective.separates(params)):
+    right = facts.short == 0 and spread > 0
+    if right or (end.value < _SEPARATED and objective.separates(params)):
         return (
             "the scaled logits get every label right, so that the likelihood grows without end with the scale. Fit "
             "on more cases, ones with errors that the model was not trained on."
