@@ -93,8 +93,8 @@ def check_soft_labels(values: Any, labels: Any, where: Any) -> None:
         )
 
 
-def as_class_ids(ids: Any) -> jax.Array:
-    """An array of `ids`. Those of 64 bits become int32, and -1, which is no class, where they do not fit.
+def as_class_ids(ids: Any) -> AnyArray:
+    """An array of `ids`, NumPy's unless it is JAX's. Those of 64 bits become int32, and -1, which is no class, where they do not fit.
 
     A cast would wrap them: 2^32 + 1 would become class 1.
     """
@@ -103,14 +103,14 @@ def as_class_ids(ids: Any) -> jax.Array:
         numpy = np if isinstance(ids, np.ndarray) else jnp
         fits = (ids >= 0) & (ids <= np.iinfo(np.int32).max)
         ids = numpy.where(fits, ids.astype(np.int32), np.int32(-1))
-    return jnp.asarray(ids)
+    return ids
 
 
 def as_inputs(
     probs: Any, labels: Any, where: Any, *, probs_name: str = "probs"
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Arrays of agreeing shape and sensible dtype: `probs`, `labels` and `where` (or None), or an error."""
-    probs, labels = jnp.asarray(probs), as_class_ids(labels)
+    probs, labels = jnp.asarray(probs), jnp.asarray(as_class_ids(labels))
     if not jnp.issubdtype(probs.dtype, jnp.floating):
         raise TypeError(
             f"{probs_name} must be floating point, [batch, *spatial, classes]; got {probs.dtype}."

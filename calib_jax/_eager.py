@@ -23,13 +23,8 @@ R = TypeVar("R")
 
 _LEAST_VOXELS = 1 << 12
 _COARSE_UP_TO = 1 << 20  # voxels of an image up to which the next power of two costs no noticeable time
-_IMAGES = (
-    "probs",
-    "logits",
-    "predictions",
-    "labels",
-    "where",
-)  # arguments with an axis for each axis of voxels
+# Arguments with an axis for each axis of voxels.
+_IMAGES = ("probs", "logits", "predictions", "labels", "where")
 _IDS = ("predictions", "labels", "case")
 _config: Any = jax.config
 
@@ -59,8 +54,8 @@ def compiled(
         @functools.wraps(function)
         def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
             arrays, options = _split(signature, signature.bind(*args, **kwargs).arguments)
-            if arrays.get("class_weights") is not None:
-                check_weights("class_weights", arrays["class_weights"])
+            if (weights := arrays.get("class_weights")) is not None:
+                check_weights("class_weights", weights)
             # The type is part of the key: 20.0 and True must not pass for 20 and 1.
             static = tuple((name, type(value), value) for name, value in options.items())
             if _are_concrete(arrays) and (shape := _shape_of_images(arrays)):

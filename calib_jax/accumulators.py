@@ -401,7 +401,7 @@ def _add_to_rows(state: State, images: State, rows: Int[Array, "batch"]) -> Stat
 
 def _checked_rows(case: Any, images: State, num_cases: int) -> Int[Array, "batch"]:
     """Rows, those out of range one past the last: JAX would count a negative one from the end."""
-    case, expected = as_class_ids(case), images.nll.high.shape
+    case, expected = jnp.asarray(as_class_ids(case)), images.nll.high.shape
     if not jnp.issubdtype(case.dtype, jnp.integer):
         raise TypeError(f"case must be row numbers, integers; got {case.dtype}.")
     if case.shape != expected:

@@ -461,7 +461,7 @@ def segmentation_loss_parts(
     }
     inputs = voxel_inputs(logits, labels, where, axis_name)
     _check_ace_options(inputs.logits.shape, reduction="mean", **ace_options)
-    logits, labels = jnp.asarray(logits), as_class_ids(labels)
+    logits, labels = jnp.asarray(logits), jnp.asarray(as_class_ids(labels))
     where = None if where is None else jnp.asarray(where)
     probs, entropy = _shared(logits, where, inputs, parts)
     voxels: Any = {"where": where, "axis_name": axis_name}

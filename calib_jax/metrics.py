@@ -64,7 +64,7 @@ def dice_score(
         Dice, "Measures of the Amount of Ecologic Association Between Species", 1945.
     """
     check_size("num_classes", num_classes)
-    predictions, labels = as_class_ids(predictions), as_class_ids(labels)
+    predictions, labels = (jnp.asarray(as_class_ids(ids)) for ids in (predictions, labels))
     for name, ids in (("predictions", predictions), ("labels", labels)):
         if not (jnp.issubdtype(ids.dtype, jnp.integer) or ids.dtype == jnp.bool_):
             raise TypeError(f"{name} must be class ids, integers; got {ids.dtype}.")

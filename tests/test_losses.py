@@ -23,7 +23,7 @@ from calib_jax import (
     mL1_mce,
     segmentation_loss,
 )
-from calib_jax._checks import as_class_ids, check_probabilities
+from calib_jax._checks import as_class_ids, check_values
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 
@@ -794,7 +794,7 @@ def test_a_check_of_values_compiles_nothing(caplog):
         probs, ids = jnp.full((1, size, 2), 0.5), jnp.zeros((1, size), jnp.int32)
         caplog.clear()
         with jax.log_compiles():
-            check_probabilities(probs, ids, None)
+            check_values({"probs": probs, "labels": ids})
         assert not caplog.records
 
 
