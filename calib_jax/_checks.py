@@ -94,9 +94,9 @@ def check_soft_labels(values: Any, labels: Any, where: Any) -> None:
 
 
 def as_class_ids(ids: Any) -> AnyArray:
-    """An array of `ids`, NumPy's unless it is JAX's. Those of 64 bits become int32, and -1, which is no class, where they do not fit.
+    """An array of `ids`, NumPy's unless it is JAX's; those of 64 bits as int32, or as -1 where that is too short.
 
-    A cast would wrap them: 2^32 + 1 would become class 1.
+    -1 is no class. A cast would wrap them: 2^32 + 1 would become class 1.
     """
     ids = ids if isinstance(ids, jax.Array) else np.asarray(ids)
     if ids.dtype in (np.int64, np.uint64):

@@ -148,8 +148,9 @@ def _shape_of_images(arrays: Mapping[str, Any]) -> tuple[int, ...]:
     first = next(iter(images.values()))
     shape = np.shape(first) if "predictions" in images else np.shape(first)[:-1]
     agree = all(np.shape(x) in (shape, np.shape(first)) for x in images.values())
-    bad_mask = "where" in images and images["where"].dtype != np.bool_
-    return () if 0 in np.shape(first) or bad_mask or not agree else shape
+    typed = "predictions" in images or jax.numpy.issubdtype(first.dtype, np.floating)
+    masked = "where" not in images or images["where"].dtype == np.bool_
+    return shape if agree and typed and masked and 0 not in np.shape(first) else ()
 
 
 def _filled_up(arrays: dict[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:

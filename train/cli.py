@@ -19,6 +19,7 @@ from train.config import DataConfig, DataInfo, DeviceConfig, ModelConfig, RunCon
 from train.console import console
 from train.data import AugmentConfig
 from train.errors import CasesFailed, InputError, Stopped, check_numbers
+from train.numerics import numerics
 from train.options import check_given, given_options
 from train.published import Row
 from train.recipes import RECIPES, describe, find_recipe
@@ -418,7 +419,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     1 if a check found faults, or some cases failed.
     """
-    with console():
+    with console(), numerics():
         return _run(sys.argv[1:] if arguments is None else arguments)
 
 

@@ -15,21 +15,15 @@ _NOT_OURS = r"(?!(train|calib_jax)(\.|$))"
 
 
 def _import_matplotlib() -> None:
-    """Imports matplotlib, which fails where MPLBACKEND names no backend; figures here are drawn without one."""
+    """Imports matplotlib whatever its configuration, before any module that needs it."""
     logger = logging.getLogger("matplotlib")
     level = logger.level
     logger.setLevel(logging.CRITICAL)  # it warns of a folder for its configuration that cannot be written to
-    backend = os.environ.pop("MPLBACKEND", "")
-    matplotlib = importlib.import_module("matplotlib")
-    if backend:
-        os.environ["MPLBACKEND"] = backend
-        with contextlib.suppress(ValueError):
-            matplotlib.rcParams["backend"] = backend
+    importlib.import_module("calib_jax._matplotlib")
     logger.setLevel(level)
 
 
-if "matplotlib" not in sys.modules:
-    _import_matplotlib()  # before any module that needs it
+_import_matplotlib()
 
 
 @contextlib.contextmanager

@@ -237,7 +237,7 @@ def _sliding_window(
         probs = forward(cut_windows(image, group[0], patch))
         for window, corner, counts in zip(probs, *group, strict=True):
             added = _cut(total, corner, patch) + jnp.where(counts, weight, 0) * window
-            total = lax.dynamic_update_slice(total, added, (*corner, 0))
+            total = lax.dynamic_update_slice(total, added, (*corner, np.int32(0)))
         return total, None
 
     one = jax.ShapeDtypeStruct((1, *patch, image.shape[-1]), image.dtype)
@@ -257,7 +257,7 @@ def cut_windows(
 
 
 def _cut(array: Array, corner: Array, patch: tuple[int, ...]) -> Array:
-    return lax.dynamic_slice(array, (*corner, 0), (*patch, array.shape[-1]))
+    return lax.dynamic_slice(array, (*corner, np.int32(0)), (*patch, array.shape[-1]))
 
 
 def _gaussian_window(patch: Sequence[int]) -> Float[Array, "*patch one"]:

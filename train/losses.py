@@ -75,7 +75,7 @@ class Loss:
                 )
                 for level in logits
             ]
-            weights = jnp.array(level_weights(len(levels)))
+            weights = jnp.array(level_weights(len(levels)), jnp.float32)
             return jax.tree.map(lambda *terms: jnp.dot(weights, jnp.stack(terms)), *levels)
         if where is None:
             return self._parts_of_level(logits, labels, axis_name)

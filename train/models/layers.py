@@ -24,6 +24,7 @@ from math import prod
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -281,7 +282,7 @@ def _kernel_gradient(x: Array, g: Array, shape: tuple[int, ...], padding: Paddin
     g = lax.pad(g, jnp.zeros((), g.dtype), [(0, 0, 0), (first, last, 0), *[(0, 0, 0)] * 3])
 
     def add_chunk(total: Array, corner: Array) -> tuple[Array, None]:
-        start = (*corner, 0, 0, 0)
+        start = (*corner, *[np.int32(0)] * 3)
         here = lax.dynamic_slice(x, start, (images, size, *x.shape[2:]))
         there = lax.dynamic_slice(g, start, (images, size + taps - 1, *g.shape[2:]))
         under_taps = jnp.concatenate([there[:, k : k + size] for k in reversed(range(taps))], -1)
