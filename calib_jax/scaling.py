@@ -5,6 +5,7 @@ larger than memory: each step is one or a few passes over its batches, each batc
 is a pure function.
 """
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -21,12 +22,13 @@ from calib_jax import metrics
 from calib_jax._checks import (
     AnyArray,
     Labels,
+    as_class_ids,
     as_inputs,
     check_number,
     check_size,
-    check_soft_labels,
     check_voxel_mask,
 )
+from calib_jax._eager import compiled
 
 Logits = Float[AnyArray, "batch *spatial classes"]
 Batch = tuple[Any, ...]  # (logits, labels) or (logits, labels, where)
@@ -284,7 +286,6 @@ class _Objective:
             if not finite:
                 raise ValueError(_NOT_FINITE.format(number))
             if self.counted is None:
-                check_soft_labels(*arrays)
                 facts.append(_summed(_batch_facts(scaling, *arrays)))
             high_and_low = [np.float64(high) + np.float64(low) for high, low in sums]
             loss, scale, bias = (a + b.sum(0) for a, b in zip((loss, scale, bias), high_and_low, strict=True))
@@ -322,7 +323,7 @@ _ONE_PASS = (
 )
 
 
-@jax.jit
+@compiled()
 def _batch_sums(
     scaling: VectorScaling, logits: Array, labels: Array, where: Array | None
 ) -> tuple[Any, Array, Array]:
@@ -347,7 +348,7 @@ def _batch_sums(
     return totals, (broken.sum() == 0) & jnp.isfinite(totals[0][0]).all(), counted
 
 
-@jax.jit
+@compiled()
 def _batch_facts(
     scaling: VectorScaling, logits: Array, labels: Array, where: Array | None
 ) -> tuple[list[Any], Array, Array]:
@@ -496,17 +497,22 @@ def _classes(batches: Iterable[Batch]) -> int:
     )
 
 
-def _checked(number: int, batch: Any, classes: int | None) -> tuple[Array, Array, Array | None]:
+def _checked(number: int, batch: Any, classes: int | None) -> tuple[AnyArray, AnyArray, AnyArray | None]:
     if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
         raise TypeError(
             f"batches must be tuples (logits, labels) or (logits, labels, where); got {type(batch).__name__} "
             f"as batch {number}."
         )
-    logits, labels, where = as_inputs(*batch, *(None,) * (3 - len(batch)), probs_name="logits")
+    logits, labels, where = (
+        x if x is None or isinstance(x, jax.Array) else np.asarray(x)
+        for x in (*batch, *(None,) * (3 - len(batch)))
+    )
+    # Of shapes alone: as arrays of JAX, those of each shape would be a program.
+    jax.eval_shape(functools.partial(as_inputs, probs_name="logits"), logits, labels, where)
     check_voxel_mask(where, logits)
     if classes not in (None, logits.shape[-1]):
         raise ValueError(f"batch {number} has {logits.shape[-1]} classes, the first one has {classes}.")
-    return logits, labels, where
+    return logits, as_class_ids(labels), where
 
 
 # L-BFGS with the line search on the host, since the objective is a loop over what may be files.

@@ -7,9 +7,12 @@ import subprocess
 import sys
 import warnings
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from train.console import console
+from train.numerics import numerics
 
 
 def test_what_an_encoding_lacks_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,3 +55,21 @@ def test_nothing_stays_changed() -> None:
     with console():
         assert sys.stdout is not before[0]
     assert before == (sys.stdout, sys.stderr, warnings.formatwarning, logging.getLogger("orbax").level)
+
+
+def test_a_command_computes_in_float32_and_changes_no_switch() -> None:
+    switches = {
+        "jax_enable_x64": True,
+        "jax_numpy_dtype_promotion": "strict",
+        "jax_numpy_rank_promotion": "raise",
+    }
+    before = {name: getattr(jax.config, name) for name in switches}
+    try:
+        for name, value in switches.items():
+            jax.config.update(name, value)
+        with numerics():
+            assert (jnp.arange(3) * 0.5 + jnp.ones((2, 3))).dtype == jnp.float32
+        assert switches == {name: getattr(jax.config, name) for name in switches}
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)

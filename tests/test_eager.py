@@ -1,6 +1,5 @@
 """Calls outside of `jit`: few compilations whatever the sizes, the same numbers, under every switch of JAX."""
 
-import contextlib
 import gc
 
 import jax
@@ -8,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import twin
+from compilations import compilations
 
 import calib_jax
 from calib_jax import (
@@ -49,22 +49,6 @@ FUNCTIONS = {
     "dataset_totals": lambda p, y: TOTALS.update(TOTALS.init(), p, y),
     "case_results": lambda p, y: CASES.update(CASES.init(), p, y, np.array([1])),
 }
-
-
-@contextlib.contextmanager
-def compilations():
-    """The programs that JAX compiles in this context, by the events that it reports."""
-    found = []
-
-    def listen(event, duration, **_):
-        if event.endswith("backend_compile_duration"):
-            found.append(duration)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield found
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def sample(*size, seed=0):

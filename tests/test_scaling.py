@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilations import compilations
 
 from calib_jax.metrics import negative_log_likelihood
 from calib_jax.scaling import (
@@ -268,15 +269,14 @@ def test_no_batch_is_kept():
     assert len(alive) > 3 * len(batches)
 
 
-def test_one_program_for_each_shape():
-    from calib_jax import scaling
-
-    batches, _ = volumes(sizes=((3, 5, 2), (2, 2, 7), (3, 5, 2)))
-    before = scaling._batch_sums._cache_size()
-    fit_temperature(batches)
-    assert scaling._batch_sums._cache_size() == before + 2
-    fit_vector_scaling(batches)
-    assert scaling._batch_sums._cache_size() == before + 2
+@pytest.mark.parametrize("fit", [fit_temperature, fit_vector_scaling])
+def test_batches_of_new_sizes_compile_nothing(fit):
+    first, _ = volumes(sizes=((3, 5, 2), (2, 2, 7)))
+    second, _ = volumes(sizes=((4, 5, 2), (3, 3, 7), (6, 5, 2)))
+    fit(first)
+    with compilations() as found:
+        fit(second)
+    assert not found
 
 
 # What is not counted
