@@ -324,9 +324,7 @@ _ONE_PASS = (
 
 
 @compiled()
-def _batch_sums(
-    scaling: VectorScaling, logits: Array, labels: Array, where: Array | None
-) -> tuple[Any, Array, Array]:
+def _batch_sums(scaling: VectorScaling, logits: Any, labels: Any, where: Any) -> tuple[Any, Array, Array]:
     """Sums of NLL and of its derivatives by scale and bias, as pairs; whether logits are finite; voxels counted."""
     scale, bias = (x[None, None] for x in scaling)
 
@@ -350,7 +348,7 @@ def _batch_sums(
 
 @compiled()
 def _batch_facts(
-    scaling: VectorScaling, logits: Array, labels: Array, where: Array | None
+    scaling: VectorScaling, logits: Any, labels: Any, where: Any
 ) -> tuple[list[Any], Array, Array]:
     """Sums, as pairs, of a batch's `_Facts` once its logits are scaled; the least and most logits of each class."""
     scale, bias = (x[None, None] for x in scaling)
@@ -503,10 +501,11 @@ def _checked(number: int, batch: Any, classes: int | None) -> tuple[AnyArray, An
             f"batches must be tuples (logits, labels) or (logits, labels, where); got {type(batch).__name__} "
             f"as batch {number}."
         )
-    logits, labels, where = (
+    arrays: list[Any] = [
         x if x is None or isinstance(x, jax.Array) else np.asarray(x)
         for x in (*batch, *(None,) * (3 - len(batch)))
-    )
+    ]
+    logits, labels, where = arrays
     # Of shapes alone: as arrays of JAX, those of each shape would be a program.
     jax.eval_shape(functools.partial(as_inputs, probs_name="logits"), logits, labels, where)
     check_voxel_mask(where, logits)
