@@ -110,6 +110,6 @@ def reliability_histogram(stats: BinStatistics) -> Int[Array, "classes frequency
     """
     frequency = jnp.asarray(stats.mean_label)
     frequency_bin = bin_index(frequency, num_bins=stats.num_bins)
-    grid = jnp.arange(stats.num_bins)
+    grid = jnp.arange(stats.num_bins, dtype=jnp.int32)
     hit = (frequency_bin[..., None, :] == grid[None, None, :, None]) & ~jnp.isnan(frequency)[..., None, :]
     return hit.sum(axis=0, dtype=jnp.int32)

@@ -518,14 +518,24 @@ def _checked(number: int, batch: Any, classes: int | None) -> tuple[AnyArray, An
 
 
 _LBFGS = optax.scale_by_lbfgs()
-_next_direction = jax.jit(_LBFGS.update)
+_update = jax.jit(_LBFGS.update)
+
+
+def _next_direction(gradient: Any, state: Any, params: Any) -> tuple[Any, Any]:
+    with jax.enable_x64(False):  # optax keeps part of its state in the default float
+        return _update(gradient, state, params)
+
+
+def _fresh_state(params: Any) -> Any:
+    with jax.enable_x64(False):
+        return _LBFGS.init(params)
 
 
 def _minimise(
     objective: _Objective, start: Any, tolerance: float, max_steps: int
 ) -> tuple[Any, _Evaluation, str | None]:
     """Parameters, the objective there, and why the fit ended with a larger gradient than `tolerance` if it did."""
-    state, params, first = _LBFGS.init(start), start, objective(start)
+    state, params, first = _fresh_state(start), start, objective(start)
     here, steps, unfinished = first, 0, None
     while _largest(here.gradient) > tolerance:
         direction, state = _next_direction(here.gradient, state, params)
@@ -543,7 +553,7 @@ def _minimise(
 
 def _downhill(gradient: Any, params: Any) -> tuple[Any, Any]:
     """The gradient, of length one, and a state that remembers nothing but this point."""
-    _, state = _next_direction(gradient, _LBFGS.init(params), params)
+    _, state = _next_direction(gradient, _fresh_state(params), params)
     return jax.tree.map(lambda x: x / _dot(gradient, gradient) ** 0.5, gradient), state
 
 

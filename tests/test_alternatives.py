@@ -331,8 +331,8 @@ def test_voxels_without_a_class_count_in_the_mean_alone(kind):
     value, gradient = value_and_grad(kind, logits, ids)
     masked, masked_gradient = value_and_grad(kind, logits, ids, inside)
     ratio = 1 if kind == "dsc_plus_plus" else inside.mean()
-    np.testing.assert_allclose(value, masked * ratio, rtol=1e-6)
-    np.testing.assert_allclose(gradient, masked_gradient * ratio, atol=1e-7)
+    np.testing.assert_allclose(value, np.asarray(masked) * ratio, rtol=1e-6)
+    np.testing.assert_allclose(gradient, np.asarray(masked_gradient) * ratio, atol=1e-7)
 
 
 @pytest.mark.parametrize("form", ["ids", "soft"])

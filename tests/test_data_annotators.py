@@ -107,13 +107,22 @@ def test_one_label_for_each_case_is_told(tmp_path):
         open_dataset(f"nnunet:{tmp_path}", all_annotators=True)
 
 
+class _Random:
+    """Predicts the same of every image."""
+
+    regions = ()
+
+    def __call__(self, image):
+        return _random_probs()
+
+
 def _random_probs():
     return np.asarray(jax.nn.softmax(jax.random.normal(jax.random.key(0), (*SHAPE, 3))))
 
 
 def test_annotated_cases_are_measured_by_shares_and_dice_by_the_majority(spec):
     dataset = open_dataset(spec, all_annotators=True)
-    result = evaluate("random", lambda _: _random_probs(), dataset, ["a"])
+    result = evaluate("random", _Random(), dataset, ["a"])
     case = dataset.load(0)
     stats = calib_jax.bin_statistics(_random_probs()[None, ..., 1:], case.truth(3)[None, ..., 1:])
     np.testing.assert_allclose(result.stats.label_sum, stats.label_sum, rtol=1e-5)

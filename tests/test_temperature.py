@@ -57,7 +57,7 @@ def test_sigmoids_share_a_temperature() -> None:
     """It is that of the softmax over (0, x) of each region, and divides x."""
 
     class WithRegions(PhantomDataset):
-        regions = {"organ": (1, 2, 3), "inside": (2, 3), "core": (3,), "shell": (1,)}  # noqa: RUF012
+        regions = {"shell": (1,), "organ": (1, 2, 3), "inside": (2, 3), "core": (3,)}  # noqa: RUF012
 
     dataset, regions = WithRegions(spatial_shape=(32, 16), num_cases=2), WithRegions.regions
     cases = [dataset.load(i) for i in range(2)]

@@ -36,8 +36,9 @@ def _unique_keys(file: Path, pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]
     """An object of the file; a key that it gives two values would lose one of them."""
     found: dict[str, Any] = {}
     for key, value in pairs:
-        if found.setdefault(key, value) != value:
+        if key in found and found[key] != value:
             raise InputError(
                 f"{file} gives {key!r} twice, as {found[key]} and as {value}: keep one of the two."
             )
+        found[key] = value
     return found
