@@ -40,7 +40,7 @@ def readers_names():
         return images @ params["kernel"] + params["bias"]
 
     logits = 3 * jax.random.normal(jax.random.key(1), (*labels.shape, 3)) + jax.nn.one_hot(labels, 3)
-    batches = [(images[:4], labels[:4]), (images[4:], labels[4:])]
+    batches = [(logits[:4], labels[:4]), (logits[4:], labels[4:])]
     return {
         "images": images,
         "labels": labels,
