@@ -370,6 +370,7 @@ def test_a_training_that_has_diverged_is_told() -> None:
     assert divergence(losses(*[0.7] * 39, 1e9)) == ""  # one batch is no training
     assert divergence(losses(*[1e-3] * 50, *[0.7] * 50)) == ""  # nor is an uncertain network a broken one
     assert divergence(losses(*[1e9] * 30)) == ""
+    assert "ce is 1e+09 at step 5 and was 0.7" in divergence(losses(0.7, *[1e9] * 5))
     assert "ce is 1e+09 at step 99 and was 0.7" in divergence(losses(*[0.7] * 50, *[1e9] * 50))
 
 

@@ -271,9 +271,9 @@ def broken_lines(file: Path, broken: Sequence[int]) -> str:
 def divergence(rows: Sequence[Mapping[str, float]]) -> str:
     """Says which terms of the loss have grown far beyond where they began, as under too high a learning rate.
 
-    A term has if its median over the last 20 steps is more than 10 times that over the first 20, and than 10. Dice
-    and calibration errors never do: they lie between 0 and 1. Terms are compared without their weights, so that
-    one which sets in late changes nothing.
+    A term has if its median over the last 20 steps is more than 10, and than 10 times the least of the first 20; of a
+    shorter run the halves are compared. Dice and calibration errors never do: they lie between 0 and 1.
+    Terms are compared without their weights, so that one which sets in late changes nothing.
 
     Args:
         rows: of `log.csv`.
@@ -286,14 +286,18 @@ def divergence(rows: Sequence[Mapping[str, float]]) -> str:
         >>> divergence([{"step": step, "ce": loss} for step, loss in enumerate(losses)]).partition(";")[0]
         'the training has diverged: ce is 5e+06 at step 99 and was 0.7 at first'
     """
-    if len(rows) < 2 * _MEDIAN_OF:
+    size = min(_MEDIAN_OF, len(rows) // 2)
+    if not size:
         return ""
     grown = []
     for term in TERMS.keys() & rows[-1].keys():
         first, last = (
-            float(np.nanmedian([row.get(term, np.nan) for row in part]))
-            for part in (rows[:_MEDIAN_OF], rows[-_MEDIAN_OF:])
+            [row[term] for row in part if np.isfinite(row.get(term, np.nan))]
+            for part in (rows[:size], rows[-size:])
         )
+        if not (first and last):
+            continue
+        first, last = min(first), float(np.median(last))
         if last > 10 * max(first, 1.0):
             grown.append(f"{term} is {last:.3g} at step {rows[-1]['step']:.0f} and was {first:.3g} at first")
     if not grown:
