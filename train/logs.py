@@ -271,7 +271,7 @@ def broken_lines(file: Path, broken: Sequence[int]) -> str:
 def divergence(rows: Sequence[Mapping[str, float]]) -> str:
     """Says which terms of the loss have grown far beyond where they began, as under too high a learning rate.
 
-    A term has if its median over the last 20 steps is more than 10, and than 10 times the least of the first 20; of a
+    A term has if its median over the last 20 steps exceeds 10, and 10 times the least of the first 20; of a
     shorter run the halves are compared. Dice and calibration errors never do: they lie between 0 and 1.
     Terms are compared without their weights, so that one which sets in late changes nothing.
 
