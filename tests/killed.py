@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).parents[1]
+VALIDATE_EVERY = 4
 TINY = (
     *(
         "fit",
@@ -33,7 +34,7 @@ TINY = (
         "0.2",
     ),
     *("--batch-size", "8", "--channels", "4", "8", "--strides", "2", "--warmup-steps", "1"),
-    *("--validate-every", "4", "--checkpoint-every", "2", "--keep-best", "dice-ace"),
+    *("--validate-every", str(VALIDATE_EVERY), "--checkpoint-every", "2", "--keep-best", "dice-ace"),
 )
 _SPEEDS = ("steps_per_second", "patches_per_second", "data_wait")
 _PATIENCE = 300.0  # seconds until a moment that does not come is an error
@@ -59,26 +60,50 @@ def start(arguments: list[str], said: Path) -> subprocess.Popen[bytes]:
         )
 
 
-# Moments: (folder of the run, file with what it says) -> whether it is now, asked every millisecond.
-Moment = Callable[[Path, Path], bool]
+# Moments: (folder of the run) -> whether it is now, asked every millisecond from the start of the process on.
+Moment = Callable[[Path], bool]
 
 
-def while_writing(out: Path, said: Path) -> bool:
+def rows(file: Path) -> int:
+    """Rows of a log; none if there is no such file."""
+    return max(file.read_bytes().count(b"\n") - 1, 0) if file.exists() else 0
+
+
+def while_writing(out: Path) -> bool:
     """A checkpoint is being written."""
     return any((out / "checkpoints").glob("*tmp*"))
 
 
-def while_validating(out: Path, said: Path) -> bool:
-    """A validation has begun and its row is not written."""
-    return said.exists() and b"evaluating validation" in said.read_bytes()
+def logged_since_start() -> Callable[[Path], int]:
+    """A function that tells the steps in the log once the process has written to it."""
+    begun = time.time()
+
+    def steps(out: Path) -> int:
+        log = out / "log.csv"
+        return rows(log) if log.exists() and log.stat().st_mtime > begun else 0
+
+    return steps
+
+
+def while_validating() -> Moment:
+    """A validation has begun and its row is not written: the log is flushed before it."""
+    steps = logged_since_start()
+
+    def moment(out: Path) -> bool:
+        done = steps(out)
+        return (
+            done > 0 and done % VALIDATE_EVERY == 0 and rows(out / "validation.csv") < done // VALIDATE_EVERY
+        )
+
+    return moment
 
 
 def after(seconds: float) -> Moment:
-    """A time after the first step of this process."""
-    begun: list[float] = []
+    """A time after the first steps that this process logs."""
+    steps, begun = logged_since_start(), []
 
-    def moment(out: Path, said: Path) -> bool:
-        if not begun and b"loss=" in said.read_bytes():
+    def moment(out: Path) -> bool:
+        if not begun and steps(out):
             begun.append(time.monotonic())
         return bool(begun) and time.monotonic() - begun[0] >= seconds
 
@@ -89,7 +114,7 @@ def kill_at(process: subprocess.Popen[bytes], moment: Moment, out: Path, said: P
     """Kills the process at a moment; False if it had ended before."""
     given_up = time.monotonic() + _PATIENCE
     while process.poll() is None:
-        if moment(out, said):
+        if moment(out):
             process.send_signal(signal.SIGKILL)
             return process.wait() == -signal.SIGKILL
         if time.monotonic() > given_up:
@@ -99,21 +124,20 @@ def kill_at(process: subprocess.Popen[bytes], moment: Moment, out: Path, said: P
     return False
 
 
-def moments(number: int, seed: int) -> list[Moment]:
-    """Chosen ones and random ones in turn."""
-    rng = random.Random(seed)
-    return [
-        (while_writing, after(rng.uniform(0.0, 1.5)), while_validating, after(rng.uniform(0.0, 1.5)))[i % 4]
-        for i in range(number)
-    ]
+def moment(number: int, rng: random.Random) -> Moment:
+    """Chosen ones and random ones in turn, each made when its process starts."""
+    if number % 4 == 0:
+        return while_writing
+    return while_validating() if number % 4 == 2 else after(rng.uniform(0.0, 1.5))
 
 
 def run_with_kills(folder: Path, kills: int, *, steps: int, seed: int = 0) -> int:
     """A run in `folder / "killed"`, killed and resumed; the number of kills that met it alive."""
     out, said, done = folder / "killed", folder / "said.txt", 0
-    for number, moment in enumerate(moments(kills, seed)):
+    rng = random.Random(seed)
+    for number in range(kills):
         process = start(command(out, steps=steps, resume=number > 0), said)
-        done += kill_at(process, moment, out, said)
+        done += kill_at(process, moment(number, rng), out, said)
     process = start(command(out, steps=steps, resume=True), said)
     assert process.wait() == 0, said.read_text()[-2000:]
     return done

@@ -23,7 +23,7 @@ def name_cases(cases: Sequence[Sequence[PurePath]]) -> list[str]:
     parts = [_parts(images) for images in cases]
     number = len(set(parts))
     names = [part[-1] for part in parts]
-    return next((found for found in _candidates(parts) if len(set(found)) == number), names)
+    return next((found for found in _candidates(parts) if all(found) and len(set(found)) == number), names)
 
 
 def known_name(images: Sequence[PurePath], name: str, known: frozenset[str]) -> str:
@@ -42,9 +42,10 @@ def _parts(images: Sequence[PurePath]) -> tuple[str, ...]:
         (i for i, column in enumerate(zip(*tokens, strict=False)) if len(set(column)) > 1),
         min(map(len, tokens)),
     )
-    shared = "".join(tokens[0][:number]) if number < len(tokens[0]) else stem(Path(first))
+    whole = stem(Path(first))
+    shared = "".join(tokens[0][:number]).rstrip("-_. ") if number < len(tokens[0]) else whole
     folders = (part for part in first.parts[:-1] if part != first.anchor)
-    return (*folders, shared.rstrip("-_. ") or stem(Path(first)))
+    return (*folders, shared or whole)
 
 
 def _candidates(parts: Sequence[tuple[str, ...]]) -> Iterator[list[str]]:
@@ -56,4 +57,5 @@ def _candidates(parts: Sequence[tuple[str, ...]]) -> Iterator[list[str]]:
         varying = [
             i for i in range(level, 0, -1) if len({part[-i : len(part) - i + 1] for part in parts}) > 1
         ]
-        yield ["_".join(part[-i] for i in varying if i <= len(part)) for part in parts]
+        for levels in (varying, [*varying, 1]):  # a path without these folders is told by its file
+            yield ["_".join(part[-i] for i in dict.fromkeys(levels) if i <= len(part)) for part in parts]
