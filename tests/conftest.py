@@ -4,7 +4,17 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# The same examples in every run, so that a change is judged by what it changes; and no hurry on a busy machine.
+hypothesis.settings.register_profile(
+    "repeatable",
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("repeatable")
 
 # Eight devices, so that what is sharded is sharded in earnest; and no effort on fast code for tiny arrays,
 # which takes two thirds off the time to compile, where these tests spend theirs.
