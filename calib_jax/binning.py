@@ -190,7 +190,8 @@ def bin_statistics(
     Counts are exact integers and bin means are within 1e-6 relative of float64, up to 2^30 voxels an image.
 
     Args:
-        probs: class probabilities `[batch, *spatial, classes]`, float32, bfloat16 or float16.
+        probs: class probabilities `[batch, *spatial, classes]`, of any float type; float64 (under
+            `jax_enable_x64`) is binned as it is.
         labels: class ids `[batch, *spatial]` (ids outside `[0, classes)` belong to no class), or one-hot,
             overlapping or soft labels of the shape of `probs`.
         num_bins: number of bins.
