@@ -12,9 +12,9 @@ from flax import nnx
 from benchmarks import timing
 from train.config import DataInfo, RunConfig
 from train.evaluate import NUM_BINS, CaseStatistics
-from train.fit import make_model
 from train.inference import Network, VolumePredictor, plan_windows
-from train.models import load_monai_weights
+from train.monai.mapping import load_monai_weights
+from train.task import make_model
 
 OURS, REFERENCE = "calib_jax", "reference"
 TARGET = 0.8

@@ -14,11 +14,11 @@ from flax import nnx
 from benchmarks import timing
 from train.config import DataInfo, RunConfig, TrainingConfig
 from train.data import NO_AUGMENTATION
-from train.fit import make_model
 from train.losses import parse_loss
-from train.models import load_monai_weights
+from train.monai.mapping import load_monai_weights
 from train.sharding import device_mesh, put_batch, replicated
 from train.step import init_state, make_optimizer, make_train_step
+from train.task import make_model
 
 if TYPE_CHECKING:
     from benchmarks import reference

@@ -152,10 +152,10 @@ def logged(folder: Path, name: str) -> list[dict[str, str]]:
 def weights(folder: Path, which: str = "last") -> list[np.ndarray]:
     import jax
 
-    from train.checkpoint import Checkpoints
     from train.config import read_config
-    from train.fit import make_model
+    from train.run.checkpoint import Checkpoints
     from train.step import init_state, make_optimizer
+    from train.task import make_model
 
     config, info = read_config(folder)
     _, state = init_state(make_model(config, info), make_optimizer(config.training))

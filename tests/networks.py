@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from train.models import SegResNet, load_monai_weights
-from train.models.monai import monai_names
+from train.models import SegResNet
 from train.models.unetr import UNETR
+from train.monai.mapping import load_monai_weights, monai_names
 
 GOLDEN = Path(__file__).parent / "golden" / "networks.npz"
 TINY_UNETR = {"feature_size": 2, "hidden_size": 8, "mlp_dim": 12, "num_heads": 2}

@@ -12,9 +12,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.cases import CaseId, RunCases, check_initial, choose_cases, fingerprint, identify, note_duplicates
 from train.data import Dataset, Splits, open_dataset, write_splits
 from train.errors import InputError
+from train.run.cases import (
+    CaseId,
+    RunCases,
+    check_initial,
+    choose_cases,
+    fingerprint,
+    identify,
+    note_duplicates,
+)
 
 NAMES = [f"c{i}" for i in range(6)]
 SPLITS = Splits(("c0", "c1", "c2"), ("c3",), ("c4", "c5"))
@@ -136,7 +144,7 @@ def test_no_case_that_was_seen_is_measured(kept: set[str], new: int, initial: se
     with tempfile.TemporaryDirectory() as folder:
         write_splits(Path(folder, "splits.json"), SPLITS)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("train.cases.identify", lambda _: tuple(there))
+            patch.setattr("train.run.cases.identify", lambda _: tuple(there))
             if expected:
                 chosen = choose_cases(Path(folder), cases, None, "test", given="there")  # pyright: ignore
                 assert list(chosen.names) == expected

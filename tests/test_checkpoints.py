@@ -20,12 +20,12 @@ from hypothesis import strategies as st
 
 from calib_jax import BinStatistics
 from calib_jax.report import ModelResult
-from train.checkpoint import Checkpoints
 from train.config import TrainingConfig, read_config
 from train.errors import InputError, NotFinite, Stopped
-from train.logs import CsvLog, RunLog, divergence, parse_log, read_log
-from train.runs import claimed, open_run, process_of, stop_on_signal, writing
-from train.status import status
+from train.run.checkpoint import Checkpoints
+from train.run.folder import claimed, open_run, process_of, stop_on_signal, writing
+from train.run.logs import CsvLog, RunLog, divergence, parse_log, read_log
+from train.run.status import status
 from train.step import TrainState
 
 KEEP = TrainingConfig(keep_best="dice-ace")

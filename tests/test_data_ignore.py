@@ -34,10 +34,12 @@ from train.data import (
 from train.data.annotators import majority, soft_label
 from train.errors import InputError
 from train.evaluate import evaluate, evaluate_posterior, foreground
-from train.fit import fit, open_task, volume_predictor
-from train.logs import read_log
+from train.fit import fit
+from train.inference import volume_predictor
 from train.losses import TERMS, parse_loss
+from train.run.logs import read_log
 from train.step import init_state
+from train.task import open_task
 from train.temperature import fit_temperature
 
 SHAPE = (6, 5, 4)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from train.config import DataInfo
 from train.data import IGNORE, LAYOUTS, VolumeDataset, open_dataset
-from train.data.nifti import Grid, read_channels, read_label
+from train.data.io import Grid, read_channels, read_label
 from train.data.volumes import Entry, Layout
 from train.errors import InputError
 from train.evaluate import regions_of

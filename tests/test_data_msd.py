@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from train.data import LAYOUTS, Dataset, VolumeDataset, open_dataset
-from train.data.nifti import read_channels
+from train.data.io import read_channels
 from train.data.volume_files import open_volume
 from train.data.volumes import header_faults
 from train.errors import InputError

@@ -16,13 +16,13 @@ from networks import TINY_UNETR, patterned_state
 from train.cli import main
 from train.config import DataConfig, DataInfo, ModelConfig, RunConfig, read_config
 from train.errors import InputError
-from train.fit import load_run
-from train.import_monai import load_weights
-from train.models import UNETR, SegResNet, UNet, load_monai_weights
-from train.models.identify import find_network, fitting_options
-from train.models.monai import monai_names
-from train.safetensors import read_safetensors
-from train.weights import read_weights
+from train.models import UNETR, SegResNet, UNet
+from train.monai.identify import find_network, fitting_options
+from train.monai.import_run import load_weights
+from train.monai.mapping import load_monai_weights, monai_names
+from train.monai.safetensors import read_safetensors
+from train.monai.weights import read_weights
+from train.run.load import load_run
 
 DTYPES = {"float32": "F32", "float64": "F64", "float16": "F16", "bfloat16": "BF16", "int64": "I64"}
 SEGRESNET = ["--architecture", "segresnet", "--blocks-down", 1, 1]

@@ -15,11 +15,11 @@ from train.cli import _command_line, main
 from train.config import DataInfo
 from train.data.protocols import PROTOCOLS, partition
 from train.errors import InputError
-from train.fit import make_model, open_data, open_task
 from train.losses import parse_loss
 from train.published import Row, rows_of, to_markdown
 from train.recipes import RECIPES, find_recipe
 from train.step import learning_rate, make_optimizer
+from train.task import make_model, open_data, open_task
 
 SHAPE = (16, 16, 16)
 

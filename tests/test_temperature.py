@@ -9,8 +9,7 @@ from flax import nnx
 
 import calib_jax
 from train.data import PhantomDataset
-from train.fit import volume_predictor
-from train.inference import VolumePredictor
+from train.inference import VolumePredictor, volume_predictor
 from train.step import init_state
 from train.temperature import fit_temperature, temper
 

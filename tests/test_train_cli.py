@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from train.cli import main
-from train.logs import RunLog
-from train.runs import claimed
+from train.run.folder import claimed
+from train.run.logs import RunLog
 
 TINY = ["--steps", "4", "--batch-size", "8", "--channels", "4", "8", "--strides", "2", "--warmup-steps", "1"]
 PHANTOM = [*TINY, "--data", "phantom2d", "--num-test", "3", "--num-val", "2"]
@@ -294,10 +294,10 @@ def test_resumed_run_equals_one_that_never_stopped(tmp_path: Path, monkeypatch: 
 def weights(run_folder: Path) -> list[np.ndarray]:
     import jax
 
-    from train.checkpoint import Checkpoints
     from train.config import read_config
-    from train.fit import make_model
+    from train.run.checkpoint import Checkpoints
     from train.step import init_state, make_optimizer
+    from train.task import make_model
 
     config, info = read_config(run_folder)
     _, state = init_state(make_model(config, info), make_optimizer(config.training))

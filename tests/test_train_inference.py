@@ -14,8 +14,7 @@ from jax import export
 import calib_jax
 from train.data import Geometry, PhantomDataset, crop_back, pad_to_hold
 from train.evaluate import CaseStatistics, SumsOfClasses, case_statistics, evaluate
-from train.fit import volume_predictor
-from train.inference import VolumePredictor, plan_windows, volume_summary
+from train.inference import VolumePredictor, plan_windows, volume_predictor, volume_summary
 from train.models import UNet
 from train.step import TrainState, init_state
 

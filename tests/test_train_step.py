@@ -17,9 +17,9 @@ from jax.sharding import Mesh
 from calib_jax import bin_statistics
 from train.config import DataInfo, ModelConfig, RunConfig, TrainingConfig
 from train.data import IGNORE, NO_AUGMENTATION
-from train.fit import make_model
 from train.sharding import batch_spec, device_mesh, put_batch, weight_shardings
 from train.step import TrainState, TrainStep, init_state, make_optimizer, make_train_step
+from train.task import make_model
 
 INFO = DataInfo("toy", ("background", "organ", "core"), num_channels=1, spatial_dims=3)
 CONFIG = RunConfig(

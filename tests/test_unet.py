@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 
 from train.config import ModelConfig, RunConfig, from_json, to_json
-from train.models import UNet, load_monai_weights
+from train.models import UNet
+from train.monai.mapping import load_monai_weights
 
 PAPER = {"channels": (8, 16, 32, 64), "strides": (2, 2, 2), "num_res_units": 2}
 SMALL = {"in_channels": 2, "out_channels": 3, "channels": (4, 8), "strides": (2,)}

@@ -7,8 +7,9 @@ import pytest
 from flax import nnx
 from networks import TINY_UNETR, assert_equals_monai, assert_equals_stored, channel_last, num_parameters
 
-from train.models import UNETR, load_monai_weights
+from train.models import UNETR
 from train.models.unetr import TransformerBlock
+from train.monai.mapping import load_monai_weights
 
 
 def test_equals_monai():

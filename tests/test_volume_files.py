@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train.config import DataInfo
-from train.data.nifti import GRID_TOLERANCE, Grid, check_same_grid, read_channels
+from train.data.io import GRID_TOLERANCE, Grid, check_same_grid, read_channels
 from train.data.volume_files import ending_of, open_volume, parts_of, stem, volumes_in
 from train.errors import InputError
 from train.predict import check_fits

@@ -10,7 +10,7 @@ import sys
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
 
 from train.cli import main
-from train.logs import RunLog
+from train.run.logs import RunLog
 
 if __name__ == "__main__":
     last = int(sys.argv[1])

@@ -14,12 +14,12 @@ import numpy as np
 
 from train.data import LAYOUTS, Dataset, VolumeDataset, open_layout
 from train.data.faults import Fault, collected, refuse
-from train.data.nifti import read_channels
+from train.data.io import read_channels
 from train.data.volumes import Entry, Layout, header_faults, read_class_ids
 from train.errors import InputError
 from train.processes import is_first, own_share
 from train.progress import progress
-from train.runs import written_whole
+from train.run.folder import written_whole
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

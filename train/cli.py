@@ -46,7 +46,7 @@ class _Options:
         return RunConfig(loss, self.data, self.model, self.training, self.augment, init)
 
     def folder(self, command: str) -> Path:
-        from train.runs import default_folder
+        from train.run.folder import default_folder
 
         if self.out is None and self.devices.coordinator:
             raise InputError("Several processes need the same output folder: give --out.")
@@ -119,8 +119,9 @@ class Fit(_Options):
 
     def run(self) -> None:
         from train.compare import evaluate_run
-        from train.fit import check_best_is_known, fit, open_task
+        from train.fit import fit
         from train.processes import is_first, join_processes
+        from train.task import check_best_is_known, open_task
 
         if self.temperature and not self.recipe:
             raise InputError(
@@ -278,7 +279,7 @@ class ImportMonai:
     """Without --data: intensities are cut off to this range, as -200 300 for CT."""
 
     def run(self) -> None:
-        from train.import_monai import import_monai
+        from train.monai.import_run import import_monai
 
         if bool(self.data.data) == bool(self.class_names):
             raise InputError(
@@ -328,7 +329,7 @@ class Status:
     """Folder of the run or of the comparison."""
 
     def run(self) -> None:
-        from train.status import status
+        from train.run.status import status
 
         print(status(self.run_folder))
 

@@ -16,30 +16,23 @@ from calib_jax.report import (
     format_table,
     write_report,
 )
-from train.cases import KINDS, RunCases, as_kept, choose_cases, own_data, read_cases, resolved
 from train.check import check_cases
-from train.checkpoint import Which
 from train.config import DataInfo, DeviceConfig, RunConfig, check_same_data, resolve_regions, to_json
 from train.data import Dataset
 from train.errors import InputError
 from train.evaluate import evaluate, evaluate_posterior
 from train.files import read_json, visible
-from train.fit import (
-    Task,
-    check_best_is_known,
-    check_task,
-    fit,
-    load_run,
-    open_cases,
-    open_task,
-    write_split,
-)
+from train.fit import fit
 from train.inference import VolumePredictor
-from train.logs import divergence, read_log
 from train.losses import check_splittable, parse_loss
 from train.processes import is_first, on_first
 from train.published import HEADER, Row, rows_of, to_markdown, write_table
-from train.runs import claimed, command, open_run, versions, write_json, writing, written_whole
+from train.run.cases import KINDS, RunCases, as_kept, choose_cases, own_data, read_cases, resolved
+from train.run.checkpoint import Which
+from train.run.folder import claimed, command, open_run, versions, write_json, writing, written_whole
+from train.run.load import load_run
+from train.run.logs import divergence, read_log
+from train.task import Task, check_best_is_known, check_task, open_cases, open_task, write_split
 from train.temperature import fit_temperature, temper
 
 _TEMPERATURE = "temperatures (+T), fitted on validation cases"

@@ -8,6 +8,7 @@ the device.
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -21,6 +22,10 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Shaped, UInt8
 
 from train import cpu
 from train.data import crop_back, pad_to_hold
+from train.sharding import on_first_device
+from train.step import TrainState
+
+_VOXELS_AT_ONCE = 4 * 128**3  # of windows, in evaluation
 
 # (weights, patches [batch, *patch, channels]) -> probabilities [batch, *patch, classes], which sum to 1 over
 # classes unless the function has `regions`, see `Network`.
@@ -278,3 +283,19 @@ def inside(shape: Int[Array, "axes"], canvas: tuple[int, ...]) -> Bool[Array, "*
         start = (padded - size) // 2
         inside &= (place >= start) & (place < start + size)
     return inside
+
+
+def volume_predictor(
+    graphdef: nnx.GraphDef, state: TrainState, window: tuple[int, ...], regions: tuple[str, ...] = ()
+) -> VolumePredictor:
+    """Prediction of whole volumes under the weights of `state`, through windows of so many voxels.
+
+    With `regions` its probabilities are sigmoids, else a softmax.
+    A volume is one device's work, so a copy of the weights on this process's first one is taken.
+    """
+    return VolumePredictor(
+        Network(graphdef, regions),
+        on_first_device((state.params, state.rest)),
+        window,
+        windows_per_batch=max(min(_VOXELS_AT_ONCE // math.prod(window), 4), 1),
+    )

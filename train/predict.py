@@ -14,18 +14,18 @@ import jax.numpy as jnp
 import nibabel as nib
 import numpy as np
 
-from train.checkpoint import Which
 from train.config import DataInfo
 from train.data.faults import Fault, collected, refuse
+from train.data.io import Grid, check_same_grid, read_channels
 from train.data.names import CHANNEL
-from train.data.nifti import Grid, check_same_grid, read_channels
 from train.data.volume_files import ENDINGS, open_volume, parts_of, stem, volumes_in
 from train.errors import CasesFailed, InputError, describe
 from train.files import visible
-from train.fit import load_run
 from train.inference import VolumePredictor
 from train.progress import progress
-from train.runs import PARTIAL, locked, written_whole
+from train.run.checkpoint import Which
+from train.run.folder import PARTIAL, locked, written_whole
+from train.run.load import load_run
 
 _WRITER = "calib_jax predict"  # starts the description of every output file
 

@@ -104,7 +104,7 @@ class Dataset(Protocol):
 
     @property
     def window(self) -> tuple[float, float] | None:
-        """Range that intensities are cut off to, see `train.data.nifti.read_channels`."""
+        """Range that intensities are cut off to, see `train.data.io.read_channels`."""
         ...
 
     @property

@@ -14,7 +14,7 @@ from train.data.case import Case, Source
 from train.data.faults import Fault, collected, refuse
 from train.data.geometry import Geometry
 from train.data.ignore import IGNORE
-from train.data.nifti import Grid, check_same_grid, read_channels, read_label
+from train.data.io import Grid, check_same_grid, read_channels, read_label
 from train.data.volume_files import VolumeFile, open_volume, parts_of
 from train.errors import InputError
 

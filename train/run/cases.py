@@ -20,7 +20,7 @@ from train.data import Dataset, PhantomDataset, Splits, VolumeDataset, read_spli
 from train.errors import InputError
 from train.processes import is_first
 from train.progress import progress
-from train.runs import write_json
+from train.run.folder import write_json
 
 _FILE = "cases.json"
 KINDS = {"train": "training", "val": "validation", "test": "held-out"}

@@ -7,8 +7,6 @@ from pathlib import Path
 import numpy as np
 from flax import nnx
 
-from train.cases import RunCases, identify
-from train.checkpoint import Checkpoints
 from train.config import (
     IMPORTED,
     DataConfig,
@@ -21,9 +19,7 @@ from train.config import (
 )
 from train.data import write_splits
 from train.errors import InputError
-from train.fit import make_model, open_data
-from train.models import load_monai_weights
-from train.models.identify import (
+from train.monai.identify import (
     advice,
     assumptions,
     averaged_copies,
@@ -31,10 +27,13 @@ from train.models.identify import (
     find_network,
     fitting_options,
 )
-from train.models.monai import monai_names, unused_names
-from train.runs import open_run
+from train.monai.mapping import load_monai_weights, monai_names, unused_names
+from train.monai.weights import read_weights
+from train.run.cases import RunCases, identify
+from train.run.checkpoint import Checkpoints
+from train.run.folder import open_run
 from train.step import init_state, make_optimizer
-from train.weights import read_weights
+from train.task import make_model, open_data
 
 
 def import_monai(

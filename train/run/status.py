@@ -7,8 +7,8 @@ from pathlib import Path
 from train.config import TrainingConfig, read_config
 from train.errors import InputError
 from train.files import visible
-from train.logs import broken_lines, divergence, parse_log
-from train.runs import process_of
+from train.run.folder import process_of
+from train.run.logs import broken_lines, divergence, parse_log
 
 
 def status(folder: Path) -> str:

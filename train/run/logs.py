@@ -22,7 +22,7 @@ from calib_jax.report import ModelResult
 from train.errors import NotFinite
 from train.losses import TERMS
 from train.processes import is_first
-from train.runs import writing, written_whole
+from train.run.folder import writing, written_whole
 
 _EVENTS: Any = event_pb2  # its classes are made at run time
 _MEDIAN_OF = 20  # steps

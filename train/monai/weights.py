@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from train.errors import InputError
-from train.safetensors import read_safetensors
+from train.monai.safetensors import read_safetensors
 
 # What wrappers put between the names of modules: torch.compile, FSDP and activation checkpointing.
 _WRAPPED = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")

@@ -1,0 +1,44 @@
+"""What labels are: class ids, or an array of the shape of the probabilities (one-hot, overlapping or soft).
+
+Nothing else in the package decides this. Ids outside `[0, classes)` belong to no class.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+def are_dense(labels: Any, like: Any) -> bool:
+    """Whether labels have the shape of `like`, instead of one class id per voxel."""
+    return labels.ndim == like.ndim
+
+
+def one_hot(labels: Array, like: Float[Array, "*voxels classes"]) -> Float[Array, "*voxels classes"]:
+    """Labels as float32 of the shape of `like`. Ids are compared as int32, since uint8 cannot count 300 classes."""
+    if are_dense(labels, like):
+        return labels.astype(jnp.float32)
+    return jax.nn.one_hot(labels.astype(jnp.int32), like.shape[-1], dtype=jnp.float32)
+
+
+def memberships(ids: Int[Array, "*voxels"], num_classes: int) -> Bool[Array, "*voxels classes"]:
+    """Which class each voxel belongs to. Inside a sum, XLA fuses the comparison and it takes no memory."""
+    ids = ids.astype(jnp.int32)[..., None]
+    return ids == jnp.arange(num_classes, dtype=jnp.int32).reshape((1,) * (ids.ndim - 1) + (-1,))
+
+
+def blank(labels: Array, where: Bool[Array, "*voxels one"], like: Array) -> Array:
+    """Labels that belong to no class where `where` is False."""
+    if are_dense(labels, like):
+        return jnp.where(where, labels, jnp.zeros((), labels.dtype))
+    return jnp.where(where[..., 0], labels.astype(jnp.int32), -1)
+
+
+def without_background(labels: Array, like: Float[Array, "*voxels classes"]) -> Array:
+    """Labels of the classes from 1 on, which become the classes from 0 on."""
+    if are_dense(labels, like):
+        return labels[..., 1:]
+    # The lowest number of a dtype wraps to its highest, which must be no class.
+    wide = labels if jnp.iinfo(labels.dtype).max >= like.shape[-1] else labels.astype(jnp.int32)
+    return wide - 1
