@@ -80,8 +80,8 @@ def import_object(path: str) -> Any:
         module = importlib.import_module(module_name)
     except Exception as error:
         raise InputError(
-            f"{path}: module {module_name!r} cannot be imported ({type(error).__name__}: {error}). Put its folder on "
-            "PYTHONPATH."
+            f"{path}: module {module_name!r} cannot be imported ({type(error).__name__}: {error}). Put its "
+            "folder on PYTHONPATH."
         ) from error
     try:
         return getattr(module, attribute)
