@@ -10,6 +10,8 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Num
 
+from calib_jax._labels import are_dense, as_class_ids, check_labels
+
 AnyArray = Array | np.ndarray
 Probs = Float[AnyArray, "batch *spatial classes"]
 Labels = Num[AnyArray, "batch *spatial"] | Num[AnyArray, "batch *spatial classes"]
@@ -87,23 +89,10 @@ def check_values(arguments: Mapping[str, Any]) -> None:
 
 def check_soft_labels(values: Any, labels: Any, where: Any) -> None:
     """Raises if labels of the shape of `values` (logits or probabilities) lie outside [0, 1]."""
-    if labels.ndim == values.ndim:
+    if are_dense(labels, values):
         _check_unit_interval(
             "labels", labels, where, "Divide masks of 0 and 255 by 255, and mask voxels to ignore with where."
         )
-
-
-def as_class_ids(ids: Any) -> AnyArray:
-    """An array of `ids`, NumPy's unless it is JAX's; those of 64 bits as int32, or as -1 where that is too short.
-
-    -1 is no class. A cast would wrap them: 2^32 + 1 would become class 1.
-    """
-    ids = ids if isinstance(ids, jax.Array) else np.asarray(ids)
-    if ids.dtype in (np.int64, np.uint64):
-        numpy = np if isinstance(ids, np.ndarray) else jnp
-        fits = (ids >= 0) & (ids <= np.iinfo(np.int32).max)
-        ids = numpy.where(fits, ids.astype(np.int32), np.int32(-1))
-    return ids
 
 
 def as_inputs(
@@ -119,7 +108,7 @@ def as_inputs(
         raise ValueError(
             f"{probs_name} must have shape [batch, *spatial, classes] without empty axes; got {probs.shape}."
         )
-    _check_labels(labels, probs, probs_name)
+    check_labels(labels, probs, probs_name)
     return probs, labels, None if where is None else _checked_mask(where, probs, probs_name)
 
 
@@ -164,24 +153,6 @@ def check_voxel_mask(where: jax.Array | None, probs: jax.Array) -> None:
         raise ValueError(
             f"where must have shape {probs.shape[:-1]}, one entry per voxel: a voxel counts with all its classes "
             f"or with none; got {where.shape}."
-        )
-
-
-def _check_labels(labels: jax.Array, probs: jax.Array, probs_name: str) -> None:
-    if jnp.issubdtype(labels.dtype, jnp.complexfloating):
-        raise TypeError(f"labels must be class ids or a one-hot or soft array; got {labels.dtype}.")
-    if labels.shape == probs.shape:
-        return
-    if labels.shape != probs.shape[:-1]:
-        raise ValueError(
-            f"labels must be class ids of shape {probs.shape[:-1]} or one-hot / soft of shape {probs.shape}, "
-            f"to go with {probs_name} of shape {probs.shape}; got {labels.shape}. Axes are "
-            "[batch, *spatial, classes]: move a channel-first array with jnp.moveaxis(x, 1, -1)."
-        )
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise TypeError(
-            f"labels of shape {labels.shape} are read as class ids and must be integers; got {labels.dtype}. "
-            "Cast them with labels.astype(jnp.int32)."
         )
 
 

@@ -16,7 +16,8 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from calib_jax._checks import as_class_ids, check_values, check_weights
+from calib_jax._checks import check_values, check_weights
+from calib_jax._labels import as_class_ids
 
 P = ParamSpec("P")
 R = TypeVar("R")

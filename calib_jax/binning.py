@@ -23,6 +23,7 @@ from calib_jax._checks import (
 )
 from calib_jax._devices import AxisName, check_not_split, whole_sum
 from calib_jax._eager import compiled, nan_where_undefined
+from calib_jax._labels import one_hot
 
 Closed = Literal["right", "left"]
 Binning = Literal["hard", "soft", "adaptive"]
@@ -383,13 +384,11 @@ def _soft_sums_backward(num_bins: int, residuals: Any, cotangents: Any) -> Any:
 
     (_, count_step), (prob, prob_step), (label, label_step) = (look_up(table) for table in cotangents)
     values = probs.astype(jnp.float32)
-    dense = labels.ndim == probs.ndim
-    # int32, because jax.nn.one_hot counts the classes in the dtype of the ids, and 300 do not fit into uint8.
-    target = labels if dense else jax.nn.one_hot(labels.astype(jnp.int32), probs.shape[-1], dtype=jnp.float32)
+    target = one_hot(labels, probs)
     share = place(probs)[1]
     position = values * num_bins - 0.5
     slope = jnp.where((position > 0) & (position < num_bins - 1), float(num_bins), 0.0)
-    through_weights = slope * (count_step + values * prob_step + target.astype(jnp.float32) * label_step)
+    through_weights = slope * (count_step + values * prob_step + target * label_step)
     d_probs = _counted(prob + share * prob_step + through_weights, where, probs.dtype)
     d_labels = _counted(label + share * label_step, where, labels.dtype) if _is_float(labels) else None
     return d_probs, d_labels, None

@@ -21,6 +21,7 @@ from calib_jax._checks import (
     check_voxel_mask,
 )
 from calib_jax._eager import compiled, nan_where_undefined
+from calib_jax._labels import are_dense
 from calib_jax.binning import Binning, BinStatistics, Closed, bin_statistics
 
 Average = Literal["none", "macro", "micro"]
@@ -188,7 +189,7 @@ def top_label_statistics(
     probs, labels, where = as_inputs(probs, labels, where)
     check_voxel_mask(where, probs)
     predicted = probs.argmax(-1, keepdims=True)
-    if labels.ndim == probs.ndim:
+    if are_dense(labels, probs):
         hit = jnp.take_along_axis(labels, predicted, axis=-1)
     else:
         hit = (predicted == labels[..., None].astype(predicted.dtype)).astype(jnp.float32)

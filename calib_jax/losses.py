@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
@@ -14,7 +13,6 @@ from calib_jax._checks import (
     Labels,
     Mask,
     Probs,
-    as_class_ids,
     as_inputs,
     check_choice,
     check_flag,
@@ -22,6 +20,7 @@ from calib_jax._checks import (
 )
 from calib_jax._devices import AxisName, check_not_split, whole_sum
 from calib_jax._eager import compiled
+from calib_jax._labels import as_class_ids, one_hot, without_background
 from calib_jax._softmax import softmax, softmax_and_cross_entropy, voxel_sums
 from calib_jax._voxels import Inputs, voxel_inputs, voxel_mean
 from calib_jax.alternatives import (
@@ -505,10 +504,7 @@ def _soft_dice(
 ) -> Array:
     """`optax.losses.dice_loss` of probabilities that are there already, which it refuses under jit."""
     classes = probs.shape[-1]
-    if labels.ndim == probs.ndim:
-        targets = labels.astype(jnp.float32)
-    else:  # int32, because jax.nn.one_hot counts the classes in the dtype of the ids
-        targets = jax.nn.one_hot(labels.astype(jnp.int32), classes, dtype=jnp.float32)
+    targets = one_hot(labels, probs)
     if where is not None:
         probs, targets = (jnp.where(where[..., None], x, 0) for x in (probs, targets))
     probs, targets = (x.reshape(x.shape[0], -1, classes) for x in (probs, targets))
@@ -527,14 +523,9 @@ def _classes_of_interest(
         probs, labels, where = probs[None], labels[None], None if where is None else where[None]
     if include_background:
         return probs, labels, where
-    labels = labels[..., 1:] if labels.ndim == probs.ndim else _less_one(labels, probs.shape[-1])
+    labels = without_background(labels, probs)
     where = where[..., 1:] if where is not None and where.ndim == probs.ndim else where
     return probs[..., 1:], labels, where
-
-
-def _less_one(ids: Array, classes: int) -> Array:
-    """Ids less one. The lowest number of a dtype wraps to its highest, which must be no class."""
-    return (ids if jnp.iinfo(ids.dtype).max >= classes else ids.astype(jnp.int32)) - 1
 
 
 def _reduce(
