@@ -17,9 +17,9 @@ def are_dense(labels: Any, like: Any) -> bool:
 
 
 def as_class_ids(ids: Any) -> Array | np.ndarray:
-    """`ids` as an array of NumPy or JAX. 64-bit ids become int32; those that do not fit become -1, which is no class.
+    """`ids` as an array of NumPy or JAX, 64-bit ids as int32.
 
-    A cast would wrap them: 2^32 + 1 would become class 1.
+    An id that does not fit becomes -1, which is no class. A cast would wrap it: 2^32 + 1 would become class 1.
     """
     ids = ids if isinstance(ids, jax.Array) else np.asarray(ids)
     if ids.dtype in (np.int64, np.uint64):
@@ -30,7 +30,7 @@ def as_class_ids(ids: Any) -> Array | np.ndarray:
 
 
 def check_labels(labels: Array, like: Array, name: str) -> None:
-    """Raises unless labels are class ids or dense for the array `like`, which the caller's argument `name` holds."""
+    """Raises unless labels are class ids or dense for the array `like`, the caller's argument `name`."""
     if jnp.issubdtype(labels.dtype, jnp.complexfloating):
         raise TypeError(f"labels must be class ids or a one-hot or soft array; got {labels.dtype}.")
     if labels.shape == like.shape:

@@ -22,11 +22,13 @@ from calib_jax._checks import (
 )
 from calib_jax._eager import compiled, nan_where_undefined
 from calib_jax._labels import are_dense
-from calib_jax.binning import Binning, BinStatistics, Closed, bin_statistics
+from calib_jax._sums.bins import Binning, Bins, Closed
+from calib_jax._sums.exact import mean_or_nan
+from calib_jax.binning import BinStatistics, check_bins, statistics_in_bins
 
 Average = Literal["none", "macro", "micro"]
 
-# Bins with less weight count as empty. Soft bins share voxels, so that a bin may hold a trace of one.
+# Bins with less weight count as empty: a soft bin may hold a trace of a voxel.
 _LEAST_WEIGHT = 0.01
 
 
@@ -186,6 +188,8 @@ def top_label_statistics(
     References:
         Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
     """
+    bins = Bins(binning, num_bins, closed)
+    check_bins(bins, None)
     probs, labels, where = as_inputs(probs, labels, where)
     check_voxel_mask(where, probs)
     predicted = probs.argmax(-1, keepdims=True)
@@ -193,62 +197,62 @@ def top_label_statistics(
         hit = jnp.take_along_axis(labels, predicted, axis=-1)
     else:
         hit = (predicted == labels[..., None].astype(predicted.dtype)).astype(jnp.float32)
-    return bin_statistics(
-        probs.max(-1, keepdims=True), hit, num_bins=num_bins, binning=binning, closed=closed, where=where
-    )
+    return statistics_in_bins(probs.max(-1, keepdims=True), hit, where, bins)
+
+
+def are_counted(stats: BinStatistics) -> Bool[Array, "*batch classes"]:
+    """Where an error is defined: at least one bin is filled."""
+    return _are_filled(stats).any(-1)
+
+
+def _are_filled(stats: BinStatistics) -> Bool[Array, "*batch classes bins"]:
+    return stats.weight >= _LEAST_WEIGHT
 
 
 @nan_where_undefined
 def _averaged(error: Callable[[BinStatistics], Array], stats: BinStatistics, average: Average) -> Array:
     check_choice("average", average, ("none", "macro", "micro"))
     if average == "micro":
-        return error(stats.sum(tuple(range(stats.count.ndim - 1))))
-    errors = error(stats)
-    if average == "none":
-        return errors
-    counted = (stats.weight >= _LEAST_WEIGHT).any(-1)
-    total = jnp.where(counted, errors, 0).sum() / jnp.maximum(counted.sum(), 1).astype(errors.dtype)
-    return jnp.where(counted.any(), total, jnp.nan)
+        stats = stats.sum(tuple(range(stats.count.ndim - 1)))
+    counted, errors = are_counted(stats), error(stats)
+    if average == "macro":
+        return mean_or_nan(jnp.where(counted, errors, 0).sum(), counted.sum())
+    return jnp.where(counted, errors, jnp.nan)
+
+
+# One error for each image and class. Zero, or anything finite, where no bin is filled.
 
 
 def _ace(stats: BinStatistics) -> Array:
-    gaps, filled = _gaps(stats)
-    return _nan_unless(filled, gaps.sum(-1) / jnp.maximum(filled.sum(-1, dtype=gaps.dtype), 1))
+    gaps = _gaps(stats)
+    return gaps.sum(-1) / jnp.maximum(_are_filled(stats).sum(-1, dtype=gaps.dtype), 1)
 
 
 def _ece(stats: BinStatistics) -> Array:
-    gaps, filled = _gaps(stats)
-    return _nan_unless(filled, (_share(stats) * gaps).sum(-1))
+    return (_share(stats) * _gaps(stats)).sum(-1)
 
 
 def _mce(stats: BinStatistics) -> Array:
-    gaps, filled = _gaps(stats)
-    return _nan_unless(filled, gaps.max(-1))
+    return _gaps(stats).max(-1)
 
 
 def _debiased(stats: BinStatistics) -> Array:
-    gaps, filled = _gaps(stats)
-    several = stats.weight >= 2
+    gaps, several = _gaps(stats), stats.weight >= 2
     frequency = jnp.where(several, stats.mean_label, 0)
     chance = frequency * (1 - frequency) / jnp.where(several, stats.weight - 1, 1)
+    # 0 * gaps, not 0: a NaN must show.
     square = (_share(stats) * jnp.where(several, gaps**2 - chance, 0 * gaps)).sum(-1)
-    return _nan_unless(filled, jnp.sqrt(jnp.maximum(square, 0)))
+    return jnp.sqrt(jnp.maximum(square, 0))
 
 
 def _share(stats: BinStatistics) -> Array:
     return stats.weight / jnp.maximum(stats.weight.sum(-1, keepdims=True), _LEAST_WEIGHT)
 
 
-def _gaps(
-    stats: BinStatistics,
-) -> tuple[Float[Array, "*batch classes bins"], Bool[Array, "*batch classes bins"]]:
-    """Gap of each bin, zero in empty ones, and which bins are filled. Divides safely, so gradients are finite."""
-    filled = stats.weight >= _LEAST_WEIGHT
+def _gaps(stats: BinStatistics) -> Float[Array, "*batch classes bins"]:
+    """Gap of each bin, zero in empty ones. The division is safe, so gradients are finite."""
+    filled = _are_filled(stats)
     difference = jnp.where(filled, jnp.asarray(stats.prob_sum - stats.label_sum, jnp.float32), 0)
     # Not abs: its gradient at 0 is 1 in JAX, which would push at bins that are calibrated exactly.
     magnitude = jnp.sign(difference) * difference
-    return magnitude / jnp.where(filled, stats.weight, 1), filled
-
-
-def _nan_unless(filled: Array, error: Array) -> Array:
-    return jnp.where(filled.any(-1), error, jnp.nan)
+    return magnitude / jnp.where(filled, stats.weight, 1)
