@@ -30,13 +30,13 @@ from calib_jax._sums.exact import mean_or_nan
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BinStatistics:
-    """Sums per image, class and bin, from which every calibration error, curve and histogram follows.
+    """Sums per image, class and bin. Calibration errors, curves and histograms are functions of them.
 
-    Sums add up: statistics of batches, devices, hosts or tiles merge with `a + b` into those of the whole.
-    A pytree, so it passes through `jit`, `vmap`, `psum` and `jax.tree.map`.
+    `a + b` merges the statistics of batches, devices, hosts or tiles exactly. `BinStatistics` is a pytree: it
+    passes through `jit`, `vmap`, `psum` and `jax.tree.map`.
 
     Attributes:
-        count: voxels in each bin, `[..., classes, num_bins]`; integers, with soft bins sums of weights.
+        count: voxels in each bin, `[..., classes, num_bins]`; integers, or sums of weights in soft bins.
         prob_sum: sum of their predicted probabilities, same shape.
         label_sum: sum of their labels (1 where the voxel has the class), same shape.
     """
@@ -62,7 +62,7 @@ class BinStatistics:
 
     @property
     def weight(self) -> Float[Array, "*batch classes bins"]:
-        """`count` as float32, to divide by; NumPy's 64-bit counts of a whole data set do not overflow in it."""
+        """`count` as float32, in which the 64-bit counts of a whole data set do not overflow."""
         return jnp.asarray(self.count, jnp.float32)
 
     @nan_where_undefined
@@ -75,8 +75,8 @@ class BinStatistics:
     def sum(self, axis: int | tuple[int, ...] = 0) -> "BinStatistics":
         """Statistics of all images together: the sums over `axis` (default: the batch).
 
-        Counts of a data set may outgrow int32, so those on a device come out as float32, rounded to its 24
-        bits; NumPy's are summed as 64-bit integers.
+        Counts of a data set may outgrow int32. JAX counts therefore become float32, rounded to 24 bits. NumPy
+        counts are summed as 64-bit integers.
         """
         return BinStatistics(_sum_counts(self.count, axis), self.prob_sum.sum(axis), self.label_sum.sum(axis))
 
@@ -84,16 +84,16 @@ class BinStatistics:
 def _sum_counts(count: AnyArray, axis: int | tuple[int, ...]) -> AnyArray:
     if isinstance(count, np.ndarray) or count.dtype != jnp.int32:
         return count.sum(axis)
-    # The halves of a count, summed apart, stay within int32 for 2^15 images.
+    # The 16-bit halves of counts are summed separately: the sums of up to 2^15 images fit into int32.
     low, high = (part.sum(axis, dtype=jnp.int32) for part in (count & 0xFFFF, count >> 16))
     return high.astype(jnp.float32) * 2**16 + low.astype(jnp.float32)
 
 
 def bin_edges(num_bins: int) -> Float[np.ndarray, "edges"]:
-    """Bin edges as the reference has them, to the last bit: float32 `linspace(0, 1 + eps, num_bins + 1)`.
+    """Bin edges, equal to the reference's to the last bit: float32 `linspace(0, 1 + eps, num_bins + 1)`.
 
-    `torch.linspace` counts up from the start in its first half and down from the end in its second, with
-    one rounding each; float64 gives that rounding exactly.
+    `torch.linspace` counts up from the start in its first half and down from the end in its second half, with one
+    rounding each. Float64 arithmetic gives this rounding exactly.
 
     Args:
         num_bins: number of bins.
@@ -102,7 +102,7 @@ def bin_edges(num_bins: int) -> Float[np.ndarray, "edges"]:
         float32 edges `[num_bins + 1]`, from 0 to 1 + eps.
 
     Raises:
-        TypeError, ValueError: if `num_bins` is no integer of at least 1.
+        TypeError, ValueError: unless `num_bins` is an integer of at least 1.
 
     Example:
         >>> bin_edges(2).tolist()
@@ -116,19 +116,19 @@ def bin_edges(num_bins: int) -> Float[np.ndarray, "edges"]:
 def bin_index(
     probs: Float[AnyArray, "*shape"], *, num_bins: int = 20, closed: Closed = "right"
 ) -> Int[Array, "*shape"]:
-    """Index of the bin that each probability falls in.
+    """Index of the bin of each probability.
 
     Args:
         probs: probabilities of any shape. Values outside [0, 1] fall into the end bins, NaN into the last.
         num_bins: number of equal-width bins.
-        closed: the side on which a bin holds its edge. `"right"`: (l, r], the first one [0, r], which is the
-            reference's `torch.bucketize(..., right=False)`; `"left"`: [l, r), the last one [l, 1].
+        closed: the side on which a bin includes its edge. `"right"`: (l, r], the first bin [0, r], as the
+            reference's `torch.bucketize(..., right=False)`. `"left"`: [l, r), the last bin [l, 1].
 
     Returns:
         int32 indices in `[0, num_bins)`, of the shape of `probs`.
 
     Raises:
-        ValueError: if `num_bins` is below 1 or `closed` is neither of the two.
+        ValueError: if `num_bins` is below 1 or `closed` is not one of the two.
 
     Example:
         >>> edge = bin_edges(2)[1]  # 0.5000001
@@ -155,8 +155,8 @@ def bin_statistics(
 ) -> BinStatistics:
     r"""Count, probability sum and label sum of every bin, per image and class.
 
-    For image b, class c and bin m: `count` is the number of voxels whose probability of c falls in m,
-    `prob_sum` the sum of those probabilities and `label_sum` the number of those voxels that are of class c.
+    For image b, class c and bin m: `count` is the number of voxels whose probability of c falls in m, `prob_sum` is
+    the sum of these probabilities, and `label_sum` is the number of these voxels that belong to class c.
     Counts are exact integers and bin means are within 1e-6 relative of float64, up to 2^30 voxels an image.
 
     Args:
@@ -166,22 +166,21 @@ def bin_statistics(
             overlapping or soft labels of the shape of `probs`.
         num_bins: number of bins.
         binning: `"hard"`: bins of equal width on [0, 1], each voxel in one. `"soft"`: a voxel is shared by the
-            two bins whose centres are its neighbours, in proportion to its nearness, :math:`w_m(p) = \max(0,
-            1 - |p M - m - 1/2|)`; beyond the first and last centre it belongs to the end bin alone. Sums are
-            then weighted by w and `count` is a float. `"adaptive"`: bins of equal mass, their edges the
-            quantiles of each image's and class's probabilities, ties kept together.
-        closed: the side on which a hard bin holds its edge, see `bin_index`.
-        where: voxels to count, boolean, `[batch, *spatial]` or of the shape of `probs`; None counts all.
-            Elsewhere neither values nor gradients are touched, not even by NaN.
-        axis_name: inside `jax.shard_map`, the mesh axis (or axes) over which each image's voxels are split; the
-            statistics are then those of the whole images, on every device. Not for adaptive bins, whose edges
-            are no sums.
+            two bins with the nearest centres, in proportion to its nearness, :math:`w_m(p) = \max(0,
+            1 - |p M - m - 1/2|)`; beyond the first and last centre it belongs to the end bin. Sums are weighted by
+            w, and `count` is a float. `"adaptive"`: bins of equal mass; the edges are quantiles of the
+            probabilities of each image and class, and equal probabilities stay together.
+        closed: the side on which a hard bin includes its edge, see `bin_index`.
+        where: voxels to count, boolean, `[batch, *spatial]` or of the shape of `probs`; None counts all. Values
+            elsewhere, NaN included, change neither statistics nor gradients.
+        axis_name: inside `jax.shard_map`, the mesh axis (or axes) over which each image's voxels are split. Every
+            device then gets the statistics of the whole images. Not for adaptive bins, whose edges are not sums.
 
     Returns:
-        `BinStatistics` of shape `[batch, classes, num_bins]`. A NaN probability makes `prob_sum` NaN in the
-        last bin of its image and class. Differentiable in `probs` and float `labels` (reverse mode): hard and
-        adaptive bins take membership for constant, as the paper does; through soft ones the gradient of the
-        weights flows too. Bins of adaptive statistics are each image's own: merge hard or soft ones.
+        `BinStatistics` of shape `[batch, classes, num_bins]`. A NaN probability makes `prob_sum` NaN in the last
+        bin of its image and class. Differentiable in `probs` and float `labels` (reverse mode). The gradient of
+        hard and adaptive bins treats membership as constant, as the paper does; the gradient of soft bins includes
+        the weights. Every image has adaptive bins of its own, so merge statistics of hard or soft bins only.
 
     Raises:
         TypeError, ValueError: on dtypes, shapes or options that do not fit, and on probabilities or one-hot or soft
@@ -198,7 +197,7 @@ def bin_statistics(
         >>> [round(float(weight), 4) for weight in soft.count[0, 0]]
         [0.3, 1.7]
 
-        Under a trace values are not checked. `jax.experimental.checkify` does so where it is wanted:
+        Traced values are not checked. `jax.experimental.checkify` checks them:
 
         >>> from jax.experimental import checkify
         >>> def checked(probs, labels):

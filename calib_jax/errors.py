@@ -1,9 +1,9 @@
 """Calibration errors from bin statistics: average (ACE), expected (ECE), maximum (MCE), and debiased.
 
-All of them summarise the same gaps, |mean probability - observed frequency| of each non-empty bin; they differ
-in what they do with them: ACE averages them, ECE weighs them by the bins' counts, MCE takes the largest. Of
-adaptive bins, ECE is what the literature calls the adaptive calibration error; its mean over classes of pooled
-images, `expected_calibration_error(stats.sum(), average="macro")`, is the classwise one.
+All summarise the gaps |mean probability - observed frequency| of non-empty bins. ACE is their mean, ECE their mean
+weighted by the bins' counts, MCE the largest gap. The ECE of adaptive bins is the literature's adaptive
+calibration error. Its mean over the classes of pooled images, `expected_calibration_error(stats.sum(),
+average="macro")`, is the classwise calibration error.
 """
 
 from collections.abc import Callable
@@ -35,20 +35,20 @@ _LEAST_WEIGHT = 0.01
 def average_calibration_error(
     stats: BinStatistics, *, average: Average = "none"
 ) -> Float[Array, "*averaged"]:
-    """Mean gap over non-empty bins, all bins alike: ACE = 1/M * sum_m |prob_m - label_m|.
+    """Mean gap over the M non-empty bins: ACE = 1/M * sum_m |prob_m - label_m|.
 
     Args:
         stats: bin statistics `[*batch, classes, num_bins]`.
-        average: `"none"` for the error of each image and class; `"macro"` for the mean of those errors, those of
-            which nothing was counted left out; `"micro"` for the error of all voxels, images and classes
-            pooled in the same bins. `stats.sum()` pools images alone.
+        average: `"none"`: the error of each image and class. `"macro"`: the mean of these errors, without images
+            and classes in which nothing was counted. `"micro"`: the error of all voxels of all images and classes,
+            pooled in one set of bins. `stats.sum()` pools images alone.
 
     Returns:
-        The error, in [0, 1], `[*batch, classes]` or a scalar; NaN where nothing was counted or a probability was
+        The error, in [0, 1], `[*batch, classes]` or a scalar. NaN where nothing was counted or a probability was
         NaN.
 
     Raises:
-        ValueError: if `average` is none of the three.
+        ValueError: if `average` is not one of the three.
 
     Example:
         >>> stats = bin_statistics(jnp.array([[[0.1], [0.8]]]), jnp.array([[[0], [1]]]), num_bins=2)
@@ -72,11 +72,11 @@ def expected_calibration_error(
         average: as for `average_calibration_error`.
 
     Returns:
-        The error, in [0, 1], `[*batch, classes]` or a scalar; NaN where nothing was counted or a probability was
+        The error, in [0, 1], `[*batch, classes]` or a scalar. NaN where nothing was counted or a probability was
         NaN.
 
     Raises:
-        ValueError: if `average` is none of the three.
+        ValueError: if `average` is not one of the three.
 
     Example:
         >>> probs = jnp.array([[[0.1], [0.8], [0.8], [0.8]]])
@@ -101,11 +101,11 @@ def maximum_calibration_error(
         average: as for `average_calibration_error`.
 
     Returns:
-        The error, in [0, 1], `[*batch, classes]` or a scalar; NaN where nothing was counted or a probability was
+        The error, in [0, 1], `[*batch, classes]` or a scalar. NaN where nothing was counted or a probability was
         NaN.
 
     Raises:
-        ValueError: if `average` is none of the three.
+        ValueError: if `average` is not one of the three.
 
     Example:
         >>> probs = jnp.array([[[0.1], [0.8], [0.8], [0.8]]])
@@ -122,23 +122,23 @@ def maximum_calibration_error(
 def debiased_calibration_error(
     stats: BinStatistics, *, average: Average = "none"
 ) -> Float[Array, "*averaged"]:
-    r"""Root-mean-square calibration error without what chance adds to it in small samples.
+    r"""Root-mean-square calibration error without the part that chance adds in small samples.
 
     :math:`\sqrt{\max(0, \sum_m \frac{n_m}{n} [(\bar p_m - \bar y_m)^2 - \bar y_m (1 - \bar y_m) / (n_m - 1)])}`:
-    the square of each gap, less the variance that the observed frequency of n_m independent voxels has anyway. Bins
-    of one voxel contribute nothing. Voxels of one image are not independent, so that some bias remains; take
-    intervals from `bootstrap_interval` over cases.
+    the square of each gap minus the variance of the observed frequency of n_m independent voxels. Bins of one voxel
+    contribute nothing. Voxels of one image are not independent, so some bias remains; take intervals from
+    `bootstrap_interval` over cases.
 
     Args:
         stats: hard or adaptive bin statistics `[*batch, classes, num_bins]`.
         average: as for `average_calibration_error`.
 
     Returns:
-        The error, in [0, 1], `[*batch, classes]` or a scalar; NaN where nothing was counted or a probability was
+        The error, in [0, 1], `[*batch, classes]` or a scalar. NaN where nothing was counted or a probability was
         NaN.
 
     Raises:
-        ValueError: if `average` is none of the three.
+        ValueError: if `average` is not one of the three.
 
     Example:
         >>> probs = jnp.full((1, 100, 1), 0.8)
@@ -162,11 +162,10 @@ def top_label_statistics(
     closed: Closed = "right",
     where: Mask | None = None,
 ) -> BinStatistics:
-    """Bin statistics of the predicted class alone: its probability, and whether it is the true one.
+    """Bin statistics of the predicted class: its probability, and whether it is the true class.
 
     From these, `expected_calibration_error` is the ECE of the classification literature ("top-label" or
-    "confidence" calibration), which all classes share; the errors of `bin_statistics` are marginal, class by
-    class.
+    "confidence" calibration). The errors of `bin_statistics` are marginal, one for each class.
 
     Args:
         probs: class probabilities `[batch, *spatial, classes]`.

@@ -25,7 +25,7 @@ class Bins:
     Attributes:
         binning: `"hard"`, `"soft"` or `"adaptive"`, see `calib_jax.bin_statistics`.
         num_bins: number of bins.
-        closed: the side on which a hard bin holds its edge, see `calib_jax.bin_index`.
+        closed: the side on which a hard bin includes its edge, see `calib_jax.bin_index`.
     """
 
     binning: Binning
