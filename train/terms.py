@@ -54,7 +54,7 @@ class Term:
 
 # `pool_images` is missing: its result would depend on how a batch is split over devices.
 _ACE = ("num_bins", "binning", "closed", "include_background", "class_weights", "ignore_empty_classes")
-_ACE_OPTIONS = dict(zip(_ACE, _ACE, strict=True))
+_ACE_OPTIONS: Mapping[str, str] = dict(zip(_ACE, _ACE, strict=True))
 _DICE_OPTIONS = {"smooth": "dice_smooth", "include_background": "dice_include_background"}
 
 TERMS = {
@@ -100,8 +100,8 @@ def find_term(call: Call) -> Term:
         term = TERMS[call.name]
     else:
         raise InputError(
-            f"Unknown loss term {call.name!r}; terms are {', '.join(TERMS)}, and package.module:function for a function "
-            "of your own."
+            f"Unknown loss term {call.name!r}; terms are {', '.join(TERMS)}, and package.module:function for a "
+            "function of your own."
         )
     check_arguments(call, term.parameters)
     return term
