@@ -150,6 +150,6 @@ def test_losses_of_neighbours_refuse_split_volumes() -> None:
         check("dice+nacl", "space=2")
     check("dice+nacl", "fsdp=2")
     check("dice+ace", "space=2")
-    with pytest.raises(InputError, match="adaptive bins"):
+    with pytest.raises(InputError, match="adaptive"):
         check("dice+ace(binning=adaptive)", "space=2")
     check("dice+ace(binning=adaptive)", "fsdp=2")

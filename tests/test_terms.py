@@ -204,7 +204,7 @@ def test_a_run_with_the_example_of_the_documentation(tmp_path: Path, monkeypatch
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "my_losses", raising=False)
     loss, out = f"dice+0.5*{TVERSKY}(alpha=0.3)", tmp_path / "runs"
-    options = "--steps 2 --batch-size 8 --channels 4 8 --strides 2 --warmup-steps 1 --num-test 2 --num-val 0"
+    options = "--steps 2 --batch-size 8 --channels 4 8 --strides 2 --warmup-steps 1 --num-test 2 --num-val 0 --patch 16 16"
     plain = " --flip-prob 0 --gamma-prob 0 --intensity-prob 0 --noise-prob 0"
     command = ["fit", "--data", "phantom2d", "--loss", loss, *(options + plain).split(), "--out", str(out)]
     assert main(command) == 0

@@ -4,8 +4,7 @@ import dataclasses
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
-from train.config import ARCHITECTURE_OPTIONS, DataConfig, ModelConfig, read_config
-from train.data import AugmentConfig
+from train.config import ARCHITECTURE_OPTIONS, ModelConfig, read_config
 from train.errors import InputError
 from train.losses import parse_loss
 from train.terms import TERMS
@@ -36,8 +35,7 @@ def check_given(command: Any, given: Collection[str]) -> None:
     if hasattr(command, "model"):
         rules += _of_the_network(command.model, getattr(command, "init", None), given)
     if hasattr(command, "training"):
-        losses = (command.loss,) if hasattr(command, "loss") else command.losses
-        rules += [*_of_training(command, losses), *_of_data(command.data), *_of_augmentation(command.augment)]
+        rules += _of_a_training(command)
     elif hasattr(command, "class_names"):
         rules += _of_an_import(command.data.data)
     for names, reason in rules:
@@ -66,8 +64,9 @@ def _of_the_network(
             )
 
 
-def _of_training(command: Any, losses: Sequence[str]) -> Iterator[tuple[Collection[str], str]]:
-    training = command.training
+def _of_a_training(command: Any) -> Iterator[tuple[Collection[str], str]]:
+    training, data = command.training, command.data
+    losses = (command.loss,) if hasattr(command, "loss") else command.losses
     if not any(term.term.is_calibration for loss in losses for term in parse_loss(loss).terms):
         names = " and ".join(name for name, term in TERMS.items() if term.is_calibration)
         yield (
@@ -86,9 +85,6 @@ def _of_training(command: Any, losses: Sequence[str]) -> Iterator[tuple[Collecti
         yield ("seed",), "OPTION does nothing beside --seeds: leave one of them out."
     if command.out is None:
         yield ("resume",), "--resume goes on with the run in --out: give --out too."
-
-
-def _of_data(data: DataConfig) -> Iterator[tuple[Collection[str], str]]:
     if data.splits:
         yield (
             ("protocol", "num_test", *(() if data.fold is not None else ("num_val", "split_seed"))),
@@ -99,9 +95,6 @@ def _of_data(data: DataConfig) -> Iterator[tuple[Collection[str], str]]:
             ("interpolation",),
             "OPTION does nothing without --spacing: give --spacing too, or leave OPTION out.",
         )
-
-
-def _of_augmentation(augment: AugmentConfig) -> Iterator[tuple[Collection[str], str]]:
     for chance, names in (
         ("flip_prob", ("flip_axes",)),
         ("zoom_prob", ("zoom",)),
@@ -111,7 +104,7 @@ def _of_augmentation(augment: AugmentConfig) -> Iterator[tuple[Collection[str], 
         ("intensity_prob", ("intensity_scale", "intensity_shift")),
         ("noise_prob", ("noise_std",)),
     ):
-        if not getattr(augment, chance):
+        if not getattr(command.augment, chance):
             yield names, f"OPTION does nothing where {chance} is 0: give a chance too."
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from train.errors import InputError
 
+_KINDS: Mapping[Any, str] = {bool: "True or False", int: "a whole number", float: "a number", str: "a string"}
 _CALL = re.compile(r"\s*(?P<name>[\w.:-]+)\s*(?:\((?P<arguments>.*)\))?\s*", re.DOTALL)
 
 
@@ -127,43 +128,30 @@ def check_arguments(call: Call, accepted: Iterable[str] | Mapping[str, inspect.P
         Traceback (most recent call last):
         train.errors.InputError: loss takes gamma as a number, but gamma is 'three'.
     """
-    parameters = accepted if isinstance(accepted, Mapping) else dict.fromkeys(accepted)
-    for name in call.arguments:
-        if name not in parameters:
-            known = f"it takes {', '.join(parameters)}" if parameters else "it takes none"
+    names = tuple(accepted)
+    parameters = accepted if isinstance(accepted, Mapping) else {}
+    for name, value in call.arguments.items():
+        if name not in names:
+            known = f"it takes {', '.join(names)}" if names else "it takes none"
             raise InputError(f"{call.name} has no argument {name!r}: {known}.")
+        if name in parameters and (expected := _mismatch(value, parameters[name])):
+            raise InputError(f"{call.name} takes {name} as {expected}, but {name} is {value!r}.")
     for name, parameter in parameters.items():
-        if parameter is None:
-            continue
-        if name in call.arguments:
-            if expected := _mismatch(call.arguments[name], parameter):
-                raise InputError(
-                    f"{call.name} takes {name} as {expected}, but {name} is {call.arguments[name]!r}."
-                )
-        elif parameter.default is parameter.empty:
+        if parameter.default is parameter.empty and name not in call.arguments:
             raise InputError(f"{call.name} needs the argument {name}: write {call.name}({name}=VALUE).")
 
 
 def _mismatch(value: Any, parameter: inspect.Parameter) -> str:
     """What a parameter's annotation, or else its default, asks for, if the value is something else."""
-    annotation = parameter.annotation
-    if get_origin(annotation) is Literal:
-        choices = get_args(annotation)
+    kind = parameter.annotation
+    if get_origin(kind) is Literal:
+        choices = get_args(kind)
         return "" if value in choices else f"one of {', '.join(map(repr, choices))}"
-    number = ((int, float), "a number")
-    kinds = {
-        bool: (bool, "True or False"),
-        int: (int, "a whole number"),
-        float: number,
-        str: (str, "a string"),
-    }
-    if annotation not in kinds:
-        annotation = type(parameter.default)
-        kinds[int] = number  # a default such as alpha=1 may stand for any number
-    if annotation not in kinds:
-        return ""
-    kind, expected = kinds[annotation]
-    return "" if isinstance(value, kind) and isinstance(value, bool) == (kind is bool) else expected
+    if kind not in _KINDS:
+        kind = type(parameter.default)
+        kind = float if kind is int else kind  # a default such as alpha=1 may stand for any number
+    fits = type(value) is kind or (kind is float and type(value) is int)
+    return "" if fits else _KINDS.get(kind, "")
 
 
 def keyword_parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:

@@ -3,8 +3,10 @@
 A recipe holds the configuration of a run, the published figures, and what this trainer does otherwise.
 """
 
+import csv
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from train.config import DataConfig, DeviceConfig, ModelConfig, RunConfig, TrainingConfig
 from train.data import AugmentConfig
@@ -69,33 +71,9 @@ _LOSSES = {
     "dice_ce_ace": "0.33*dice+0.33*ce+0.33*ace",
     "dice_ce_softace": "0.33*dice+0.33*ce+0.33*softace",
 }
-# Mean and standard deviation over cases of Dice, ACE, ECE and MCE; +T is with temperature scaling.
-_FIGURES = {
-    "ce": "0.8644 0.1348 0.1325 0.0640 0.0007 0.0008 0.2545 0.1241",
-    "ce+T": "0.8624 0.1349 0.1405 0.0464 0.0012 0.0007 0.2772 0.0999",
-    "ce_ace": "0.8423 0.1472 0.1225 0.0736 0.0007 0.0007 0.2336 0.1434",
-    "ce_ace+T": "0.8420 0.1475 0.1187 0.0543 0.0037 0.0006 0.2290 0.1131",
-    "dice": "0.8679 0.1420 0.2468 0.0501 0.0009 0.0011 0.5827 0.1098",
-    "dice+T": "0.8679 0.1420 0.2352 0.0528 0.0009 0.0011 0.5502 0.1140",
-    "dice_ace": "0.8658 0.1345 0.1367 0.0694 0.0006 0.0007 0.2708 0.1327",
-    "dice_ace+T": "0.8658 0.1344 0.1213 0.0626 0.0007 0.0006 0.2308 0.1163",
-    "dice_ce": "0.8780 0.1306 0.1952 0.0617 0.0007 0.0009 0.4289 0.1338",
-    "dice_ce+T": "0.8781 0.1305 0.1718 0.0672 0.0006 0.0008 0.3598 0.1411",
-    "dice_ce_ace": "0.8523 0.1592 0.1380 0.0799 0.0007 0.0010 0.2662 0.1500",
-    "dice_ce_ace+T": "0.8524 0.1591 0.1273 0.0710 0.0008 0.0009 0.2412 0.1305",
-    "acdc_dice_ce": "0.8804 0.0429 0.1310 0.0304 0.0016 0.0007 0.2840 0.0654",
-    "acdc_dice_ce_ace": "0.8804 0.0348 0.1018 0.0317 0.0013 0.0006 0.2173 0.0666",
-    "acdc_dice_ce_softace": "0.8705 0.0418 0.0776 0.0304 0.0011 0.0006 0.1572 0.0536",
-    "amos_dice_ce": "0.8828 0.0444 0.1066 0.0249 0.0002 0.0002 0.2379 0.0524",
-    "amos_dice_ce_ace": "0.8810 0.0466 0.1033 0.0266 0.0002 0.0002 0.2291 0.0554",
-    "amos_dice_ce_softace": "0.8770 0.0429 0.0869 0.0221 0.0002 0.0002 0.1909 0.0422",
-    "kits_dice_ce": "0.8588 0.1444 0.1644 0.0755 0.0015 0.0066 0.3219 0.1329",
-    "kits_dice_ce_ace": "0.8634 0.1306 0.1305 0.0660 0.0008 0.0010 0.2398 0.1191",
-    "kits_dice_ce_softace": "0.8598 0.1303 0.1089 0.0680 0.0016 0.0063 0.2006 0.1228",
-    "brats_dice_ce": "0.9054 0.1070 0.1456 0.0700 0.0005 0.0006 0.2870 0.1298",
-    "brats_dice_ce_ace": "0.9051 0.1123 0.1318 0.0640 0.0005 0.0008 0.2584 0.1213",
-    "brats_dice_ce_softace": "0.8878 0.1271 0.1021 0.0600 0.0005 0.0007 0.1990 0.1112",
-}
+# Published mean and standard deviation over cases of each metric; +T is with temperature scaling.
+_FILE = Path(__file__).with_suffix(".csv")
+_FIGURES = {name: figures for name, *figures in csv.reader(_FILE.read_text(encoding="utf-8").splitlines())}
 
 # The test and validation cases of a data set without the published test cases.
 _SPLIT = DataConfig(num_test=0.2, num_val=0.1)
@@ -164,7 +142,7 @@ def _recipes(
         rows = []
         for row in (name, f"{name}+T"):
             if row in _FIGURES:
-                numbers = map(float, _FIGURES[row].split())
+                numbers = map(float, _FIGURES[row])
                 rows.append(Row(f"{source.label}, {row}", cases, tuple(zip(numbers, numbers, strict=True))))
         if rows:
             config = replace(config, loss=loss)
