@@ -220,8 +220,13 @@ def evaluate_run(
 
 
 def slug(loss: str) -> str:
-    """A loss's name as a folder's."""
-    return loss.replace("*", "x")
+    """The name of a loss as the name of a folder, without characters that file systems or shells refuse.
+
+    Example:
+        >>> slug("dice+0.5*my_losses:tversky(alpha=0.3)")
+        'dice+0.5xmy_losses.tversky(alpha=0.3)'
+    """
+    return loss.translate(str.maketrans("*:/\\[]\"'", "x.__()__"))
 
 
 def _evaluated(task: Task, plan: Plan, run: PlannedRun, resume: bool) -> list[ModelResult]:
