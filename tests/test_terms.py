@@ -14,6 +14,7 @@ import pytest
 
 import calib_jax
 from train.cli import main
+from train.compare import slug
 from train.config import read_config
 from train.data import train_batches
 from train.errors import InputError
@@ -203,7 +204,8 @@ def test_a_run_with_the_example_of_the_documentation(tmp_path: Path, monkeypatch
     shutil.copy(EXAMPLE, tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "my_losses", raising=False)
-    loss, out = f"dice+0.5*{TVERSKY}(alpha=0.3)", tmp_path / "runs"
+    loss = f"dice+0.5*{TVERSKY}(alpha=0.3)"
+    out = tmp_path / slug(loss)
     options = (
         "--steps 2 --batch-size 8 --channels 4 8 --strides 2 --warmup-steps 1 --num-test 2 --num-val 0 "
         "--patch 16 16 --flip-prob 0 --gamma-prob 0 --intensity-prob 0 --noise-prob 0"
