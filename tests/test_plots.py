@@ -178,6 +178,6 @@ def test_says_what_is_wrong(call, message, stats):
     plt.close("all")
 
 
-def test_the_library_itself_needs_no_matplotlib():
-    code = "import sys, calib_jax; sys.exit(bool({'matplotlib', 'jinja2'} & set(sys.modules)))"
+def test_neither_the_library_nor_the_report_imports_what_it_may_not_need():
+    code = "import sys, calib_jax.report; sys.exit(bool({'matplotlib', 'jinja2', 'scipy.stats'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

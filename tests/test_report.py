@@ -413,6 +413,7 @@ class TestPage:
         """Twelve with long names, as six losses with and without temperature scaling are."""
         names = [f"dice+ce+{i}*softace with a long name" for i in range(12)]
         many = [random_result(name, 0.1, cases=3, classes=("t",), bins=2) for name in names]
+        many[1] = RepeatedResult(names[1], {"seed 0": many[0], "seed 1": many[1]})
         page = write_report(tmp_path, many, title="t").read_text(encoding="utf-8")
         assert all(one.name in page for one in many)
         assert (tmp_path / "figures" / "cases.png").exists()
