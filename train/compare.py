@@ -287,7 +287,8 @@ def _report(
     reference = evaluate_posterior(dataset, cases, results[0].class_names)
     if not is_first():
         return folder / "index.html"
-    print(format_table(compare_models(results, reference=reference), per_class=True))
+    compared = compare_models(results, reference=reference)
+    print(format_table(compared, per_class=True))
     which = " ".join(filter(None, (str(len(cases)), kind, "cases")))
     rows = [row for result in results for row in rows_of(result)] + list(published)
     tables = {"Beside the published figures": [HEADER, *(row.cells() for row in rows)]} if published else {}
@@ -310,6 +311,7 @@ def _report(
             },
             reference=reference,
             tables=tables,
+            rows=compared,
         )
 
 

@@ -18,7 +18,7 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
 
-from calib_jax.report import ModelResult
+from calib_jax.results import ModelResult
 from train.errors import NotFinite
 from train.processes import is_first
 from train.run.folder import writing, written_whole
