@@ -29,6 +29,8 @@ from calib_jax._checks import (
     check_voxel_mask,
 )
 from calib_jax._eager import compiled
+from calib_jax._labels import memberships
+from calib_jax._sums.voxels import count_voxels, sum_in_chunks, sum_voxels
 
 Logits = Float[AnyArray, "batch *spatial classes"]
 Batch = tuple[Any, ...]  # (logits, labels) or (logits, labels, where)
@@ -339,10 +341,10 @@ def _batch_sums(scaling: VectorScaling, logits: Any, labels: Any, where: Any) ->
         losses, pull_back, counted = jax.vjp(of_scaled, scale * logits + bias, has_aux=True)
         (slope,) = pull_back(jnp.ones_like(losses))
         broken = counted & ~jnp.isfinite(logits).all(-1, keepdims=True)
-        totals = metrics.voxel_sum(losses)[:, 0], metrics.voxel_sum(slope * logits), metrics.voxel_sum(slope)
-        return *totals, *metrics.count_voxels(broken, counted)
+        totals = sum_voxels(losses)[:, 0], sum_voxels(slope * logits), sum_voxels(slope)
+        return *totals, *count_voxels(broken, counted)
 
-    *totals, broken, counted = metrics.sum_over_chunks(sums, *metrics.flatten(logits, labels, where))
+    *totals, broken, counted = sum_in_chunks(sums, *metrics.flatten(logits, labels, where))
     return totals, (broken.sum() == 0) & jnp.isfinite(totals[0][0]).all(), counted
 
 
@@ -356,7 +358,7 @@ def _batch_facts(
     classes = logits.shape[-1]
 
     def scaled_and_dense(logits: Array, labels: Array, where: Array | None) -> tuple[Array, Array]:
-        dense = labels if labels.ndim == 3 else metrics.is_class(labels, classes)
+        dense = labels if labels.ndim == 3 else memberships(labels, classes)
         dense = dense.astype(jnp.float32)
         dense = dense if where is None else jnp.where(where, dense, 0)
         counted = (dense != 0).any(-1, keepdims=True)
@@ -365,12 +367,12 @@ def _batch_facts(
     def sums(*chunk: Any) -> tuple[Array, ...]:
         scaled, dense = scaled_and_dense(*chunk)
         # The largest logit's own 0 is not left to a subtraction: what XLA fuses, it may round twice.
-        is_top = metrics.is_class(scaled.argmax(-1), classes)
+        is_top = memberships(scaled.argmax(-1), classes)
         short = jnp.where(is_top, 0, scaled.max(-1, keepdims=True) - scaled)
         excess = short - short.mean(-1, keepdims=True)
-        return tuple(map(metrics.voxel_sum, (dense * short, dense * excess, excess**2, dense)))
+        return tuple(map(sum_voxels, (dense * short, dense * excess, excess**2, dense)))
 
-    totals = metrics.sum_over_chunks(sums, logits, labels, where)
+    totals = sum_in_chunks(sums, logits, labels, where)
     scaled, dense = scaled_and_dense(logits, labels, where)
     others = dense.sum(-1, keepdims=True) - dense
     least = jnp.where(dense > 0, scaled, jnp.inf).min((0, 1))
