@@ -1,7 +1,7 @@
-"""Metrics of a data set that is seen batch by batch, as pure functions of a state that adds up.
+"""Metrics of a data set that is read batch by batch, as pure functions of a state that adds up.
 
-An `Accumulator` is a tuple of pure functions, as optax's optimisers are. Its state is a pytree of sums: states of
-batches, devices, hosts or tiles merge into that of the whole in any order, by `merge` or, inside `shard_map`,
+An `Accumulator` is a tuple of pure functions, like an optimiser of optax. Its state is a pytree of sums. States of
+batches, devices, hosts or tiles merge into the state of the whole in any order, by `merge` or, inside `shard_map`,
 by `jax.lax.psum`.
 
     totals = dataset_totals(num_classes=4)
@@ -36,7 +36,7 @@ from calib_jax._checks import (
 from calib_jax._eager import compiled, nan_where_undefined
 from calib_jax._labels import memberships, one_hot
 from calib_jax._sums.exact import as_pair
-from calib_jax._sums.totals import Count, Sum
+from calib_jax._sums.totals import Count, Sum, is_total
 from calib_jax._sums.voxels import count_voxels, sum_in_chunks, sum_voxels
 from calib_jax.binning import BinStatistics, Closed, bin_statistics
 from calib_jax.errors import (
@@ -49,15 +49,14 @@ VoxelMask = Bool[AnyArray, "batch *spatial"]
 
 
 class State(NamedTuple):
-    """What an accumulator carries; `cases` is absent from the shapes of data set totals.
-
-    A plain pytree of arrays, to save, restore and send as one.
+    """The state of an accumulator, a plain pytree of arrays. Totals of a data set have no axis `cases`.
 
     Attributes:
         voxels, prob_sum, label_sum: bin statistics `[cases, classes, num_bins]`.
         squared_error: sum of squared errors of the probabilities, `[cases, classes]`.
-        nll, labelled: sum of negative log-likelihoods and number of voxels in it, `[cases]`.
-        overlap, predicted, true: voxels of each class in both label maps and in either, `[cases, classes]`.
+        nll, labelled: sum of negative log-likelihoods and number of its voxels, `[cases]`.
+        overlap, predicted, true: voxels of each class in both label maps, in the predicted and in the true one,
+            `[cases, classes]`.
     """
 
     voxels: Count
@@ -74,10 +73,10 @@ class State(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """What an accumulator has to tell; `cases` is absent from the shapes of data set totals.
+    """The results of an accumulator. Totals of a data set have no axis `cases`.
 
     Attributes:
-        stats: bin statistics `[cases, classes, num_bins]`, the counts rounded to float32: they may exceed int32.
+        stats: bin statistics `[cases, classes, num_bins]`. Counts are rounded to float32: they may exceed int32.
         ace: average calibration error `[cases, classes]`; NaN here and below where nothing was counted.
         ece: expected calibration error `[cases, classes]`.
         mce: maximum calibration error `[cases, classes]`.
@@ -96,12 +95,12 @@ class Results:
 
 
 class Accumulator(NamedTuple):
-    """Four pure functions, all of which may be called under `jit`.
+    """Four pure functions, for use with or without `jit`.
 
     Attributes:
         init: `() -> state`, the state of an empty data set.
-        update: `(state, probs, labels[, case][, where]) -> state`, with the images of a batch added.
-        merge: `(state, state) -> state` of both parts of a data set.
+        update: `(state, probs, labels[, case][, where]) -> state`, adds the images of a batch.
+        merge: `(state, state) -> state`, adds up two parts of a data set.
         compute: `(state) -> Results`.
     """
 
@@ -114,32 +113,32 @@ class Accumulator(NamedTuple):
 def dataset_totals(
     num_classes: int, *, num_bins: int = 20, closed: Closed = "right", include_background: bool = True
 ) -> Accumulator:
-    """Metrics of all voxels of a data set pooled, in memory of the order of classes x bins.
+    """Metrics of all voxels of a data set together, in memory of the order of classes x bins.
 
-    Sums are exact over any number of images: counts to 2^51 voxels, the others within 1e-6 relative of float64.
+    Counts are exact to 2^51 voxels, other sums within 1e-6 relative of float64, over any number of images.
 
     `update(state, probs, labels, where=None)` adds the images of a batch:
 
-    - probs: class probabilities `[batch, *spatial, num_classes]`, a distribution over the classes: Dice takes
-      their argmax, NLL their logarithms as logits, where zero counts as the smallest normal float32, 1.2e-38, so
-      that one such voxel costs 87 nats and not infinity.
-    - labels: class ids `[batch, *spatial]`, or one-hot or soft labels of the shape of `probs`: for Dice, a voxel
-      is of the classes whose label exceeds 1/2. As in `bin_statistics`, ids outside the classes count, as of no
-      class; for NLL they do not count.
+    - probs: class probabilities `[batch, *spatial, num_classes]`, a distribution over the classes. Dice uses their
+      argmax, NLL their logarithms. NLL raises probability zero to the smallest normal float32, 1.2e-38, so that
+      one such voxel costs 87 nats and not infinity.
+    - labels: class ids `[batch, *spatial]`, or one-hot or soft labels of the shape of `probs`. For Dice, a voxel
+      belongs to the classes whose label exceeds 1/2. Voxels whose id is outside the classes count for the bins, as
+      members of no class, and do not count for NLL.
     - where: voxels to count, boolean, `[batch, *spatial]`; None counts all.
 
     Args:
         num_classes: number of classes, background included.
         num_bins: number of equal-width bins on [0, 1].
         closed: the side on which a bin holds its edge, see `calib_jax.bin_index`.
-        include_background: False leaves class 0 out of everything that is told per class.
+        include_background: False leaves class 0 out of all results per class.
 
     Returns:
-        `Accumulator`, whose `compute` gives `Results` of shape `[classes]` (and `[classes, num_bins]`).
+        `Accumulator` whose `compute` returns `Results` of shape `[classes]` (and `[classes, num_bins]`).
 
     Raises:
-        TypeError, ValueError: on options that do not fit; from `update`, on dtypes and shapes that do not, and on
-            concrete probabilities or labels outside [0, 1], as from `bin_statistics`.
+        TypeError, ValueError: on options that do not fit; in `update`, on dtypes and shapes that do not fit, and on
+            concrete probabilities or labels outside [0, 1].
 
     Example:
         >>> totals = dataset_totals(num_classes=2, num_bins=2)
@@ -151,13 +150,10 @@ def dataset_totals(
         ([0.125, 0.125], [0.15625, 0.15625], 0.857)
 
     References:
-        Barfoot et al., arXiv 2403.06759; the form is that of `optax.GradientTransformation`.
+        Barfoot et al., arXiv 2403.06759. The interface follows `optax.GradientTransformation`.
     """
     options = _checked_options(num_classes, num_bins, closed, include_background)
-
-    def update(state: State, probs: Probs, labels: Labels, where: VoxelMask | None = None) -> State:
-        return _update_totals(state, probs, labels, where, options=options)
-
+    update = functools.partial(_update_totals, options=options)
     return Accumulator(functools.partial(_init, (), options), update, _merge, _compute)
 
 
@@ -171,11 +167,11 @@ def case_results(
 ) -> Accumulator:
     """Metrics of each case of a data set, in memory of the order of cases x classes x bins.
 
-    `update(state, probs, labels, case, where=None)` adds the images of a batch to the cases that they are of, so
-    that tiles of a case add up, in one batch or many:
+    `update(state, probs, labels, case, where=None)` adds each image of a batch to its case. Tiles of a case add up,
+    in one batch or many:
 
-    - case: the row of each image, int32 `[batch]`. Images of rows outside `[0, num_cases)` are dropped, so that
-      a batch may be filled up with row -1.
+    - case: the row of each image, int32 `[batch]`. Images of rows outside `[0, num_cases)` are dropped: use row -1
+      for images that only fill a batch.
     - probs, labels, where: as in `dataset_totals`.
 
     Args:
@@ -183,15 +179,15 @@ def case_results(
         num_classes: number of classes, background included.
         num_bins: number of equal-width bins on [0, 1].
         closed: the side on which a bin holds its edge, see `calib_jax.bin_index`.
-        include_background: False leaves class 0 out of everything that is told per class.
+        include_background: False leaves class 0 out of all results per class.
 
     Returns:
-        `Accumulator`, whose `compute` gives `Results` of shape `[num_cases, classes]` (and
+        `Accumulator` whose `compute` returns `Results` of shape `[num_cases, classes]` (and
         `[num_cases, classes, num_bins]`).
 
     Raises:
-        TypeError, ValueError: on options that do not fit; from `update`, on dtypes and shapes that do not, and on
-            concrete probabilities or labels outside [0, 1], as from `bin_statistics`.
+        TypeError, ValueError: on options that do not fit; in `update`, on dtypes and shapes that do not fit, and on
+            concrete probabilities or labels outside [0, 1].
 
     Example:
         >>> cases = case_results(num_cases=2, num_classes=2, num_bins=2)
@@ -201,20 +197,11 @@ def case_results(
         [[0.15625, 0.15625], [nan, nan]]
 
     References:
-        Barfoot et al., arXiv 2403.06759; the form is that of `optax.GradientTransformation`.
+        Barfoot et al., arXiv 2403.06759. The interface follows `optax.GradientTransformation`.
     """
     check_size("num_cases", num_cases)
     options = _checked_options(num_classes, num_bins, closed, include_background)
-
-    def update(
-        state: State,
-        probs: Probs,
-        labels: Labels,
-        case: Int[AnyArray, "batch"],
-        where: VoxelMask | None = None,
-    ) -> State:
-        return _update_rows(state, probs, labels, case, where, num_cases=num_cases, options=options)
-
+    update = functools.partial(_update_rows, options=options, num_cases=num_cases)
     return Accumulator(functools.partial(_init, (num_cases,), options), update, _merge, _compute)
 
 
@@ -241,30 +228,31 @@ def _checked_options(num_classes: int, num_bins: int, closed: Closed, include_ba
 def _init(cases: tuple[int, ...], options: _Options) -> State:
     per_class = (*cases, options.num_classes - options.first_class)
     per_bin = (*per_class, options.num_bins)
-    return State(
-        voxels=Count.zeros(per_bin),
-        prob_sum=Sum.zeros(per_bin),
-        label_sum=Sum.zeros(per_bin),
-        squared_error=Sum.zeros(per_class),
-        nll=Sum.zeros(cases),
-        labelled=Count.zeros(cases),
-        overlap=Count.zeros(per_class),
-        predicted=Count.zeros(per_class),
-        true=Count.zeros(per_class),
-    )
+    bins = Count.zeros(per_bin), Sum.zeros(per_bin), Sum.zeros(per_bin)
+    maps = (Count.zeros(per_class) for _ in range(3))
+    return State(*bins, Sum.zeros(per_class), Sum.zeros(cases), Count.zeros(cases), *maps)
 
 
 # Update: the sums of each image of a batch, added to the totals or to the rows of their cases.
 
 
 @compiled()
-def _update_totals(state: State, probs: Any, labels: Any, where: Any, *, options: _Options) -> State:
+def _update_totals(
+    state: State, probs: Probs, labels: Labels, where: VoxelMask | None = None, *, options: _Options
+) -> State:
     return _merge(state, _over_images(_image_sums(probs, labels, where, options)))
 
 
 @compiled()
 def _update_rows(
-    state: State, probs: Any, labels: Any, case: Any, where: Any, *, num_cases: int, options: _Options
+    state: State,
+    probs: Probs,
+    labels: Labels,
+    case: Int[AnyArray, "batch"],
+    where: VoxelMask | None = None,
+    *,
+    options: _Options,
+    num_cases: int,
 ) -> State:
     images = _image_sums(probs, labels, where, options)
     rows = _checked_rows(case, images, num_cases)
@@ -293,9 +281,9 @@ def _image_sums(probs: Any, labels: Any, where: Any, options: _Options) -> State
     stats: Any = bin_statistics(probs, labels, num_bins=options.num_bins, closed=options.closed, where=where)
     sums = sum_in_chunks(_chunk_sums, *metrics.flatten(probs, labels, where))
     bins = stats.count, as_pair(stats.prob_sum), as_pair(stats.label_sum)
-    state = State(*(Sum.of(*x) if isinstance(x, tuple) else Count.of(x) for x in (*bins, *sums)))
+    totals: Any = [Sum.of(*x) if isinstance(x, tuple) else Count.of(x) for x in (*bins, *sums)]
     # Only now, since a slice of the probabilities would be a copy of them.
-    return jax.tree.map(lambda x: x[:, options.first_class :] if x.ndim > 1 else x, state)
+    return State(*jax.tree.map(lambda x: x[:, options.first_class :] if x.ndim > 1 else x, totals))
 
 
 def _chunk_sums(probs: Array, labels: Array, where: Array | None) -> tuple[Array, ...]:
@@ -324,26 +312,26 @@ def _checked_rows(case: Any, images: State, num_cases: int) -> Int[Array, "batch
 
 
 def _over_images(images: State) -> State:
-    return State(*(x.over_images() for x in images))
+    return jax.tree.map(lambda x: x.over_images(), images, is_leaf=is_total)
 
 
 def _merge(a: State, b: State) -> State:
     """Elementwise, so in any order and for any parts, which may come from `psum`."""
-    return State(*(x.merge(y) for x, y in zip(_as_jax(a), _as_jax(b), strict=True)))
+    return jax.tree.map(lambda x, y: x.merge(y), _as_jax(a), _as_jax(b), is_leaf=is_total)
 
 
 @nan_where_undefined
 def _compute(state: State) -> Results:
-    *bins, squared_error, nll, labelled, overlap, predicted, true = (x.value() for x in _as_jax(state))
-    stats = BinStatistics(*bins)
+    values = jax.tree.map(lambda x: x.value(), _as_jax(state), is_leaf=is_total)
+    stats = BinStatistics(values.voxels, values.prob_sum, values.label_sum)
     return Results(
         stats=stats,
         ace=average_calibration_error(stats),
         ece=expected_calibration_error(stats),
         mce=maximum_calibration_error(stats),
-        brier=metrics.ratio(squared_error, stats.weight.sum(-1)),
-        nll=metrics.ratio(nll, labelled),
-        dice=metrics.dice_of_counts(overlap, predicted, true),
+        brier=metrics.ratio(values.squared_error, stats.weight.sum(-1)),
+        nll=metrics.ratio(values.nll, values.labelled),
+        dice=metrics.dice_of_counts(values.overlap, values.predicted, values.true),
     )
 
 

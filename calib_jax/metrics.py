@@ -40,11 +40,11 @@ def dice_score(
     Args:
         predictions: predicted class ids `[batch, *spatial]`.
         labels: true class ids, same shape.
-        num_classes: number of classes, background included. Ids outside `[0, num_classes)` are of no class.
+        num_classes: number of classes, background included. Ids outside `[0, num_classes)` belong to no class.
         where: voxels to count, boolean, same shape; None counts all.
 
     Returns:
-        Dice in [0, 1], `[batch, num_classes]`; NaN where a class is in neither map.
+        Dice in [0, 1], `[batch, num_classes]`; NaN where neither map has the class.
 
     Raises:
         TypeError: if the label maps are not integers or `where` is not boolean.
@@ -80,8 +80,8 @@ def dice_score(
 def brier_score(probs: Probs, labels: Labels, *, where: Mask | None = None) -> Float[Array, "batch classes"]:
     """Mean squared error of the probabilities of each class: BS_c = mean over voxels of (p_c - y_c)^2.
 
-    This is the marginal score, one per class, each in [0, 1]. The multi-class Brier score of an image, in
-    [0, 2], is their sum over the classes: `brier_score(probs, labels).sum(-1)`.
+    Each class has a score of its own (the marginal score), in [0, 1]. Their sum over the classes,
+    `brier_score(probs, labels).sum(-1)`, is the multi-class Brier score of an image, in [0, 2].
 
     Args:
         probs: class probabilities `[batch, *spatial, classes]`.
@@ -109,7 +109,7 @@ def brier_score(probs: Probs, labels: Labels, *, where: Mask | None = None) -> F
     probs, labels, where = as_inputs(probs, labels, where)
     probs, labels, where = flatten(probs, labels, where)
     total = brier_sums(probs, labels, where)
-    # A number, not a sum of ones, which XLA would spend seconds on when it compiles.
+    # Not a sum of ones, on which XLA spends seconds when it compiles.
     count = jnp.full(total.shape, probs.shape[1]) if where is None else count_voxels(where)[0]
     return ratio(total, jnp.broadcast_to(count, total.shape))
 
@@ -124,8 +124,8 @@ def negative_log_likelihood(
 ) -> Float[Array, "batch"]:
     """Mean negative log-likelihood of the labels: NLL = mean over voxels of -sum_c y_c log softmax(logits)_c.
 
-    From logits, whose softmax may underflow where its logarithm does not. Log-probabilities are logits too
-    (their softmax is the probabilities), so for a model that gives those, pass `jnp.log(probs)`.
+    It takes logits because the softmax may underflow where its logarithm does not. Log-probabilities are logits too
+    (their softmax returns the probabilities): for a model that returns probabilities, pass `jnp.log(probs)`.
 
     Args:
         logits: `[batch, *spatial, classes]`.

@@ -1,6 +1,6 @@
 """Totals of data sets: sums of any number of images, encoded so that `merge` and `jax.lax.psum` lose no digits."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -26,7 +26,7 @@ class Count(NamedTuple):
     @classmethod
     def zeros(cls, shape: tuple[int, ...]) -> "Count":
         """No voxels."""
-        return cls(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.int32))
+        return cls(*(jnp.zeros(shape, jnp.int32) for _ in cls._fields))
 
     @classmethod
     def of(cls, count: Int[Array, "*shape"]) -> "Count":
@@ -62,7 +62,7 @@ class Sum(NamedTuple):
     @classmethod
     def zeros(cls, shape: tuple[int, ...]) -> "Sum":
         """The sum of nothing."""
-        return cls(jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32))
+        return cls(*(jnp.zeros(shape, jnp.float32) for _ in cls._fields))
 
     @classmethod
     def of(cls, high: Float[Array, "*shape"], low: Float[Array, "*shape"]) -> "Sum":
@@ -77,7 +77,7 @@ class Sum(NamedTuple):
 
     def over_images(self) -> "Sum":
         """Sums over the first axis."""
-        return Sum.of(*sum_pairs(tuple(self), 0))
+        return Sum.of(*sum_pairs((self.high, self.low), 0))
 
     def value(self) -> Float[Array, "*shape"]:
         """The sum, rounded to float32."""
@@ -86,3 +86,8 @@ class Sum(NamedTuple):
 
 def _carry(high: Array, low: Array) -> Count:
     return Count(high + (low >> _DIGIT), low & ((1 << _DIGIT) - 1))
+
+
+def is_total(x: Any) -> bool:
+    """Whether `x` is a `Count` or a `Sum`, the leaves of a state."""
+    return isinstance(x, Count | Sum)
