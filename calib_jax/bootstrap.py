@@ -38,8 +38,8 @@ def bootstrap_interval(
         level: coverage of the interval, between 0 and 1.
 
     Returns:
-        `(low, high)`, each of the shape of `statistic(cases)`. Samples whose statistic is NaN, as in a bin that they
-        leave empty, are left out.
+        `(low, high)`, each of the shape of `statistic(cases)`. Samples whose statistic is NaN are left out, such as
+        those that leave a bin empty.
 
     Raises:
         TypeError: if `num_resamples` is not an integer or `level` is not a number.
