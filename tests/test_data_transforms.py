@@ -16,7 +16,7 @@ from train.data import (
     pad_to_hold,
     z_score_nonzero,
 )
-from train.data.augment import (
+from train.data.augmentation import (
     random_affine,
     random_flip,
     random_gamma,

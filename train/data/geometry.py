@@ -7,8 +7,6 @@ from typing import Literal
 
 import numpy as np
 from jaxtyping import Float, Float32, UInt8
-from nibabel.affines import voxel_sizes
-from scipy.ndimage import find_objects, zoom
 
 from train.data.ignore import IGNORE
 from train.errors import InputError
@@ -50,6 +48,8 @@ class Geometry:
         """With the median spacing of these scans, where that is asked for."""
         if self.spacing != "median":
             return self
+        from nibabel.affines import voxel_sizes
+
         median = np.median([voxel_sizes(affine) for affine in affines], axis=0)
         return replace(self, spacing=tuple(median.tolist()))
 
@@ -57,6 +57,8 @@ class Geometry:
         """Voxels along each axis after resampling, of a grid that is not cropped."""
         if not self.spacing:
             return tuple(shape)
+        from nibabel.affines import voxel_sizes
+
         lengths = np.multiply(shape, voxel_sizes(affine)) / np.array(self.spacing, float)
         return tuple(max(round(length), 1) for length in lengths.tolist())
 
@@ -77,6 +79,8 @@ class Geometry:
         shape = image.shape[:-1]
         box = tuple(slice(0, size) for size in shape)
         if self.crop_margin is not None:
+            from scipy.ndimage import find_objects
+
             inside = (image > image.min() if windowed else image != 0).any(-1)
             box = _widened((find_objects(inside.astype(np.uint8)) or [box])[0], self.crop_margin, shape)
         corner, held = np.array([side.start for side in box]), tuple(side.stop - side.start for side in box)
@@ -148,6 +152,8 @@ def _resample(
     """Splines between the centres of voxels; the first and last go on to the edge of the grid."""
     if array.shape[:-1] == tuple(shape):
         return array
+    from scipy.ndimage import zoom
+
     factors = np.divide(shape, array.shape[:-1])
     resampled = np.empty((*shape, array.shape[-1]), np.float32)
     for channel in range(array.shape[-1]):

@@ -1,17 +1,16 @@
 """Voxels without a label, as nnU-Net's "ignore" marks them: one id in every label, one mask from it."""
 
-import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from typing import Any
+
+from jaxtyping import Bool, Float, Int, UInt8
 
 IGNORE = 255
 """The id of a voxel that nobody labelled, in every data set; class ids end below it."""
 
 
 def mask_ignored(
-    label: UInt8[Array, "*shape"] | Int[Array, "*shape"] | Float[Array, "*shape classes"],
-) -> tuple[
-    UInt8[Array, "*shape"] | Int[Array, "*shape"] | Float[Array, "*shape classes"], Bool[Array, "*shape"]
-]:
+    label: UInt8[Any, "*shape"] | Int[Any, "*shape"] | Float[Any, "*shape classes"],
+) -> tuple[UInt8[Any, "*shape"] | Int[Any, "*shape"] | Float[Any, "*shape classes"], Bool[Any, "*shape"]]:
     """Splits a label into the label itself and the mask of the voxels that count.
 
     Args:
@@ -22,12 +21,15 @@ def mask_ignored(
         The label, and where it counts. A voxel with shares counts where at least half of it is labelled; its shares
         are then scaled to sum to 1.
 
+    >>> import jax.numpy as jnp
     >>> shares = jnp.array([[0.0, 0.0], [0.1, 0.3], [0.2, 0.6]])
     >>> [x.tolist() for x in mask_ignored(jnp.array([0, 255, 2]))]
     [[0, 255, 2], [True, False, True]]
     >>> mask_ignored(shares)[1].tolist(), [round(float(x), 4) for x in mask_ignored(shares)[0][2]]
     ([False, False, True], [0.25, 0.75])
     """
+    import jax.numpy as jnp  # here, so that the command line can read `IGNORE` without jax
+
     if not jnp.issubdtype(label.dtype, jnp.floating):
         return label, label != IGNORE
     total = label.sum(-1)
