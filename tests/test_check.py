@@ -156,7 +156,7 @@ def test_any_exception_is_a_fault_of_its_file(folder: Path, monkeypatch: pytest.
     def read(*_: object) -> None:
         raise MemoryError("no room\nat all")
 
-    monkeypatch.setattr("train.check.read_channels", read)
+    monkeypatch.setattr("train.check.read_scan", read)
     layout = LAYOUTS["msd"](folder)
     report = inspect_case(layout, layout.entries[0])
     file = str(folder / "imagesTr/a.nii.gz")
@@ -277,7 +277,7 @@ def test_what_is_checked_fills_the_cache(
     dataset = open_dataset(f"msd:{folder}", cache_dir=str(tmp_path / "cache"))
     check_cases(dataset, ["a", "b"], labels=["b", "c"])
     assert len(list((tmp_path / "cache").iterdir())) == 2
-    monkeypatch.setattr("train.data.volumes.read_channels", None)
+    monkeypatch.setattr("train.data.volumes.read_scan", None)
     assert dataset.load(0).name == "a"
 
 

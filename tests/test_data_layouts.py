@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from train.config import DataInfo
 from train.data import IGNORE, LAYOUTS, VolumeDataset, open_dataset
-from train.data.io import Grid, read_channels, read_label
+from train.data.io import Grid, read_label
 from train.data.volumes import Entry, Layout
 from train.errors import InputError
 from train.evaluate import regions_of
@@ -341,8 +341,8 @@ def test_ct_is_cut_off_to_soft_tissue_and_mri_of_amos_is_not(tmp_path):
     write_amos(tmp_path / "ct")
     write_amos(tmp_path / "mri", numbers=(507, 540))
     ct, mri = (open_dataset(f"amos:{tmp_path / kind}") for kind in ("ct", "mri"))
-    assert ct.layout.window == (-200.0, 300.0)
-    assert mri.layout.window is None
+    assert ct.layout.intensity_range == (-200.0, 300.0)
+    assert mri.layout.intensity_range is None
     assert (ct.load(0).image == ct.load(0).image.min()).sum() > (scan(2) < 250).sum()
 
 
@@ -544,7 +544,7 @@ def test_an_array_in_ras_order_goes_back_to_the_files_axes(codes, tmp_path):
     )
     volume = nib.Nifti1Image(scan(0), AFFINE).as_reoriented(turn)
     nib.save(nib.Nifti1Image(np.asarray(volume.dataobj), volume.affine), tmp_path / "scan.nii.gz")
-    image, grid = read_channels([tmp_path / "scan.nii.gz"])
+    image, grid = read_scan([tmp_path / "scan.nii.gz"])
     assert image.shape == (*SHAPE, 1) == (*grid.shape, 1)
     stored = np.asarray(volume.dataobj)
     assert isinstance(grid, Grid)

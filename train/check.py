@@ -14,7 +14,7 @@ import numpy as np
 
 from train.data import LAYOUTS, Dataset, VolumeDataset, open_layout
 from train.data.faults import Fault, collected, refuse
-from train.data.io import read_channels
+from train.data.io import read_scan
 from train.data.volumes import Entry, Layout, header_faults, read_class_ids
 from train.errors import InputError
 from train.processes import is_first, own_share
@@ -153,7 +153,7 @@ def inspect_case(layout: Layout, entry: Entry) -> CaseReport:
         faults += header_faults(replace(layout, entries=(entry,)))
     for file in entry.images:
         with collected(faults, entry.name, file):
-            read_channels([file], layout.window)
+            read_scan([file])
     for file in entry.labels:
         with collected(faults, entry.name, file):
             counts = np.bincount(read_class_ids(file, layout).ravel(), minlength=len(class_voxels))

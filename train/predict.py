@@ -16,8 +16,9 @@ import numpy as np
 
 from train.config import DataInfo
 from train.data.faults import Fault, collected, refuse
-from train.data.io import Grid, check_same_grid, read_channels
+from train.data.io import Grid, check_same_grid, read_scan
 from train.data.names import CHANNEL
+from train.data.preprocess import preprocess
 from train.data.volume_files import ENDINGS, open_volume, parts_of, stem, volumes_in
 from train.errors import CasesFailed, InputError, describe
 from train.files import visible
@@ -189,10 +190,9 @@ def _predict(
 ) -> tuple[nib.Nifti1Image, nib.Nifti1Image]:
     """Label map and class probabilities of one case, ready to be written."""
     description = _description(files, network)
-    image, grid = read_channels(files, info.window)
-    placement = info.geometry.place(image, grid.affine, windowed=info.window is not None)
-    probs = predict(placement.image(image, info.geometry.interpolation))
-    probs = placement.back(probs, background=not predict.regions)
+    voxels, grid = read_scan(files)
+    image, placement = preprocess(voxels, grid.affine, intensity_range=info.window, geometry=info.geometry)
+    probs = placement.back(predict(image), background=not predict.regions)
     if not np.isfinite(probs).all():
         raise InputError(f"the network's probabilities of {files[0]} are not finite: check its weights.")
     return _volume(_labels(probs, predict.regions), grid, description), _volume(

@@ -11,7 +11,6 @@ from jaxtyping import Float, Float32, Int32
 from nibabel.affines import apply_affine
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation, ornt_transform
 
-from train.data.transforms import z_score_nonzero, z_score_window
 from train.data.volume_files import VolumeFile, open_volume
 from train.errors import InputError
 
@@ -90,27 +89,22 @@ class Grid:
         return np.ascontiguousarray(apply_orientation(voxels, ornt_transform(ras, self.orientation)))
 
 
-def read_channels(
-    paths: Sequence[Path], window: tuple[float, float] | None = None
-) -> tuple[Float32[np.ndarray, "*spatial channels"], Grid]:
-    """Reads a scan of one file for all channels (3-D, or 4-D with the channels last), or one for each.
+def read_scan(paths: Sequence[Path]) -> tuple[Float32[np.ndarray, "*spatial channels"], Grid]:
+    """Reads a scan: one file with all channels (3-D, or 4-D with the channels last), or one file per channel.
 
     Args:
-        paths: files on one grid, whose axes may be turned against each other.
-        window: smallest and largest intensity, which others are set to.
+        paths: files on one grid. Their axes may be flipped or permuted against each other.
 
     Returns:
-        Intensities in RAS order, z-scored per channel, over the non-zero voxels or, with a window, over all; and
-        the grid of the first file.
+        Intensities as stored, in RAS order; and the grid of the first file.
 
     Raises:
-        InputError: missing, corrupt, of another rank, or with voxels that are not finite.
+        InputError: a file is missing, corrupt, of another rank, or holds voxels that are not finite.
     """
     volumes = [open_volume(path) for path in paths]
     grid = Grid.of(volumes[0])
     channels = [grid.from_turned(volume.read(), Grid.of(volume)) for volume in volumes]
-    voxels = grid.to_ras(np.concatenate(channels, axis=-1) if len(channels) > 1 else channels[0])
-    return z_score_nonzero(voxels) if window is None else z_score_window(voxels, window), grid
+    return grid.to_ras(np.concatenate(channels, axis=-1) if len(channels) > 1 else channels[0]), grid
 
 
 def read_label(path: Path, values: Sequence[int]) -> Int32[np.ndarray, "*spatial"]:

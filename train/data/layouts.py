@@ -19,7 +19,7 @@ from train.errors import InputError
 from train.files import read_json, visible
 
 # Soft tissue, in Hounsfield units.
-CT_WINDOW = (-200.0, 300.0)
+CT_RANGE = (-200.0, 300.0)
 _NUMBER = re.compile(r"\s*[+-]?[0-9]+\s*")
 _ANNOTATOR = re.compile(r"_annotator\d+$")
 # The modalities of BraTS in the papers' order, in the file names of 2021 and of 2023 and later.
@@ -29,6 +29,16 @@ _BRATS_LABEL = re.compile(r"[-_](seg|Segm)$")
 _BRATS_TREATED = re.compile(r"^BraTS-GLI-\d+-[1-9]\d\d$")
 
 
+LAYOUTS: dict[str, Callable[[str | Path], Layout]] = {}
+"""Functions from a folder to its `Layout`, by their names on the command line."""
+
+
+def _register(name: str) -> Callable[[Callable[[str | Path], Layout]], Callable[[str | Path], Layout]]:
+    """Adds the decorated function to `LAYOUTS`."""
+    return lambda layout: LAYOUTS.setdefault(name, layout)
+
+
+@_register("msd")
 def msd(path: str | Path) -> Layout:
     """Medical Segmentation Decathlon: `dataset.json` lists an image (channels last) and a label for each case.
 
@@ -40,22 +50,7 @@ def msd(path: str | Path) -> Layout:
     return _listed(root, description)
 
 
-def amos(path: str | Path) -> Layout:
-    """AMOS 2022: the Decathlon's layout, and held out `imagesVa/` with `labelsVa/`, where they are there.
-
-    Case numbers up to 500 are CT, those above MRI.
-    """
-    layout = _amos(path)
-    return dataclasses.replace(layout, window=CT_WINDOW if all(map(_is_ct, layout.entries)) else None)
-
-
-def amos_ct(path: str | Path) -> Layout:
-    """The CT scans of AMOS 2022."""
-    layout = _amos(path)
-    entries = tuple(filter(_is_ct, layout.entries))
-    return dataclasses.replace(layout, entries=entries, window=CT_WINDOW)
-
-
+@_register("nnunet")
 def nnunet(path: str | Path) -> Layout:
     """nnU-Net: `imagesTr/CASE_0000.nii.gz`, one file for each channel, and `labelsTr/CASE.nii.gz`.
 
@@ -77,11 +72,12 @@ def nnunet(path: str | Path) -> Layout:
         source=root / "dataset.json",
         num_channels=len(channels),
         entries=tuple(Entry(*parts) for parts in zip(names, files, labels, strict=True)),
-        window=_window(channels),
+        intensity_range=_ct_range(channels),
         **_declared_labels(root / "dataset.json", description),
     )
 
 
+@_register("brats")
 def brats(path: str | Path) -> Layout:
     """BraTS glioma, evaluated as enhancing tumour, tumour core and whole tumour.
 
@@ -117,6 +113,7 @@ def brats(path: str | Path) -> Layout:
     )
 
 
+@_register("acdc")
 def acdc(path: str | Path) -> Layout:
     """ACDC: `patient001/patient001_frame01.nii.gz` and `..._frame01_gt.nii.gz`; each frame is a case.
 
@@ -134,6 +131,25 @@ def acdc(path: str | Path) -> Layout:
     return Layout("ACDC", root, ("background", "right ventricle", "myocardium", "left ventricle"), 1, entries)
 
 
+@_register("amos")
+def amos(path: str | Path) -> Layout:
+    """AMOS 2022: the Decathlon's layout, and held out `imagesVa/` with `labelsVa/`, where they are there.
+
+    Case numbers up to 500 are CT, those above MRI.
+    """
+    layout = _amos(path)
+    return dataclasses.replace(layout, intensity_range=CT_RANGE if all(map(_is_ct, layout.entries)) else None)
+
+
+@_register("amos-ct")
+def amos_ct(path: str | Path) -> Layout:
+    """The CT scans of AMOS 2022."""
+    layout = _amos(path)
+    entries = tuple(filter(_is_ct, layout.entries))
+    return dataclasses.replace(layout, entries=entries, intensity_range=CT_RANGE)
+
+
+@_register("kits")
 def kits(path: str | Path) -> Layout:
     """KiTS 2023: `case_00000/imaging.nii.gz`, `segmentation.nii.gz`; three nested regions are evaluated."""
     root = _subfolder(_folder(path), "dataset")
@@ -151,19 +167,8 @@ def kits(path: str | Path) -> Layout:
             Entry(label.parent.name, (_beside(by_stem, label, "imaging"),), (label,)) for label in labels
         ),
         regions={"kidney and masses": (1, 2, 3), "masses": (2, 3), "tumour": (2,)},
-        window=CT_WINDOW,
+        intensity_range=CT_RANGE,
     )
-
-
-LAYOUTS: Mapping[str, Callable[[str | Path], Layout]] = {
-    "msd": msd,
-    "nnunet": nnunet,
-    "brats": brats,
-    "acdc": acdc,
-    "amos": amos,
-    "amos-ct": amos_ct,
-    "kits": kits,
-}
 
 
 # Folders.
@@ -288,7 +293,7 @@ def _listed(root: Path, description: dict[str, Any]) -> Layout:
         source=file,
         num_channels=len(channels),
         entries=entries,
-        window=_window(channels),
+        intensity_range=_ct_range(channels),
         **_declared_labels(file, description),
     )
 
@@ -370,9 +375,9 @@ def _channels(file: Path, description: dict[str, Any]) -> list[str]:
     return list(map(str, _required(file, description, key, dict).values()))
 
 
-def _window(channels: Sequence[str]) -> tuple[float, float] | None:
-    """Intensities of CT are cut off, if there is nothing else."""
-    return CT_WINDOW if [name.upper() for name in channels] == ["CT"] else None
+def _ct_range(channels: Sequence[str]) -> tuple[float, float] | None:
+    """The range to clip to, if CT is the only channel."""
+    return CT_RANGE if [name.upper() for name in channels] == ["CT"] else None
 
 
 def _required(file: Path, description: dict[str, Any], key: str, kind: type) -> Any:

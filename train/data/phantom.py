@@ -13,7 +13,7 @@ along a boundary u is smooth, so the label is one connected contour, displaced b
 and pepper. The image sees the posterior (a boundary is blurred where annotators disagree), never u.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 
@@ -21,9 +21,8 @@ import numpy as np
 from jaxtyping import Float, Float32, UInt8
 from scipy.special import ndtr
 
-from train.data.case import Case
-from train.data.geometry import Geometry
-from train.data.transforms import z_score_nonzero
+from train.data.case import Case, Dataset
+from train.data.preprocess import z_score_nonzero
 
 CLASS_NAMES = ("background", "organ", "ring", "core")
 # Rows: classes; columns: channels. The first shows a bright ring around a dark core, the other a bright core.
@@ -33,7 +32,7 @@ RELATIVE_RADII = ((0.70, 0.82), (0.45, 0.60))
 
 
 @dataclass(frozen=True)
-class PhantomDataset:
+class PhantomDataset(Dataset):
     """Cases generated on demand from (seed, index); nothing is stored or downloaded.
 
     Attributes:
@@ -59,22 +58,6 @@ class PhantomDataset:
         return CLASS_NAMES
 
     @property
-    def regions(self) -> Mapping[str, tuple[int, ...]]:
-        return {}
-
-    @property
-    def has_ignore(self) -> bool:
-        return False
-
-    @property
-    def window(self) -> None:
-        return None
-
-    @property
-    def geometry(self) -> Geometry:
-        return Geometry()
-
-    @property
     def num_channels(self) -> int:
         return INTENSITIES.shape[1]
 
@@ -89,17 +72,6 @@ class PhantomDataset:
     @property
     def case_names(self) -> tuple[str, ...]:
         return tuple(f"phantom_{index:04d}" for index in range(self.num_cases))
-
-    @property
-    def subjects(self) -> tuple[str, ...]:
-        return self.case_names
-
-    @property
-    def held_out(self) -> tuple[str, ...]:
-        return ()
-
-    def __len__(self) -> int:
-        return self.num_cases
 
     def load(self, index: int) -> Case:
         rng = np.random.default_rng((self.seed, index))

@@ -1,58 +1,11 @@
-"""Host-side array transforms: normalise, cut patches, pad for whole-volume inference and back."""
+"""Host-side array transforms: cut patches, pad for whole-volume inference and back."""
 
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float, Float32, Int, Shaped, UInt8
+from jaxtyping import Int, Shaped, UInt8
 
 from train.data.ignore import IGNORE
-
-
-def z_score_nonzero(
-    image: Float[np.ndarray, "*spatial channels"],
-) -> Float32[np.ndarray, "*spatial channels"]:
-    """Scales each channel to mean 0 and standard deviation 1 over its non-zero voxels.
-
-    Voxels that are exactly zero (the background of skull-stripped scans) stay zero; a channel that is
-    constant over its non-zero voxels becomes zero.
-
-    Args:
-        image: intensities, any unit.
-
-    Returns:
-        The image without unit, float32; the sums are taken in float64.
-
-    >>> z_score_nonzero(np.array([[0.0], [1.0], [3.0]])).ravel().tolist()
-    [0.0, -1.0, 1.0]
-    """
-    nonzero = image != 0
-    axes = tuple(range(image.ndim - 1))
-    count = np.maximum(nonzero.sum(axes), 1)
-    mean = image.sum(axes, dtype=np.float64) / count
-    centred = np.where(nonzero, image - mean, 0.0)
-    std = np.sqrt(np.square(centred).sum(axes) / count)
-    return (centred / np.where(std > 0, std, 1.0)).astype(np.float32)
-
-
-def z_score_window(
-    image: Float[np.ndarray, "*spatial channels"], window: tuple[float, float]
-) -> Float32[np.ndarray, "*spatial channels"]:
-    """Cuts intensities off to a window and scales each channel to mean 0 and standard deviation 1 over all voxels.
-
-    Args:
-        image: intensities in the window's unit, Hounsfield units in CT.
-        window: smallest and largest intensity.
-
-    Returns:
-        The image without unit, float32; a channel that is constant within the window becomes zero.
-
-    >>> z_score_window(np.array([[-1000.0], [0.0], [100.0], [2000.0]]), (0.0, 100.0)).ravel().tolist()
-    [-1.0, -1.0, 1.0, 1.0]
-    """
-    cut = np.clip(image, *window)
-    axes = tuple(range(image.ndim - 1))
-    mean, std = cut.mean(axes, dtype=np.float64), cut.std(axes, dtype=np.float64)
-    return ((cut - mean) / np.where(std > 0, std, 1.0)).astype(np.float32)
 
 
 def draw_crop(
