@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from train.config import DataInfo
 from train.data import IGNORE, LAYOUTS, VolumeDataset, open_dataset
-from train.data.io import Grid, read_label
+from train.data.io import Grid, read_label, read_scan
 from train.data.volumes import Entry, Layout
 from train.errors import InputError
 from train.evaluate import regions_of

@@ -12,7 +12,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from train.data import LAYOUTS, Dataset, VolumeDataset, open_layout
+from train.data import LAYOUTS, Dataset, PhantomDataset, VolumeDataset, open_layout
+from train.data.arrays import check_case
 from train.data.faults import Fault, collected, refuse
 from train.data.io import read_scan
 from train.data.volumes import Entry, Layout, header_faults, read_class_ids
@@ -124,24 +125,32 @@ def faults_file(file: Path) -> Iterator[Callable[[Sequence[Fault]], None]]:
 def check_cases(dataset: Dataset, whole: Sequence[str], labels: Sequence[str] = ()) -> None:
     """Reads cases before a run depends on them. Phantoms are not read.
 
-    Several processes share the cases. What is read goes into the data set's `cache_dir`, if it has one.
+    Processes share the cases. The data set's `cache_dir`, if it has one, keeps the cases that are read whole.
 
     Args:
         dataset: where the cases come from.
-        whole: cases of which images and labels are read.
-        labels: cases of which only the labels are read.
+        whole: cases whose images and labels are read.
+        labels: cases whose labels only are read, where volumes on disk hold them.
 
     Raises:
         InputError: lists the faults that were found.
     """
-    if not isinstance(dataset, VolumeDataset):
+    if isinstance(dataset, PhantomDataset):
         return
     index_of = {name: index for index, name in enumerate(dataset.case_names)}
-    is_whole = dict.fromkeys(labels, False) | dict.fromkeys(whole, True)
+    if isinstance(dataset, VolumeDataset):
+        is_whole = dict.fromkeys(labels, False) | dict.fromkeys(whole, True)
+    else:
+        is_whole = dict.fromkeys(whole, True)
     cases = [(index_of[name], read_whole) for name, read_whole in is_whole.items()]
-    found = _in_threads(
-        lambda case: _load_faults(dataset, *case), own_share(cases) if cases else [], "reading cases"
-    )
+
+    def faults_of(case: tuple[int, bool]) -> Sequence[Fault]:
+        if isinstance(dataset, VolumeDataset):
+            return _load_faults(dataset, *case)
+        check_case(dataset, case[0])
+        return ()
+
+    found = _in_threads(faults_of, own_share(cases) if cases else [], "reading cases")
     refuse(list(dict.fromkeys(fault for faults in found for fault in faults)))
 
 

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from inspect import getattr_static
+from typing import Any
 
 import numpy as np
 from jaxtyping import Shaped
@@ -97,7 +99,7 @@ class ArrayDataset:
         return Case(name, normalise(channels_last, self.intensity_range), ids, np.eye(4))
 
 
-def check_dataset(dataset: object, origin: str) -> Dataset:
+def check_dataset(dataset: Any, origin: str) -> Dataset:
     """Checks that an object keeps to the `Dataset` protocol, and its first case with `check_case`.
 
     Args:
@@ -108,24 +110,31 @@ def check_dataset(dataset: object, origin: str) -> Dataset:
         InputError: says what is missing or wrong.
     """
     members = [name for name in vars(Dataset) if not name.startswith("_")]
-    missing = [name for name in [*members, "__len__"] if not hasattr(dataset, name)]
-    if missing or not isinstance(dataset, Dataset):
+    absent = object()
+    # Static, since a property may read every case.
+    missing = [name for name in [*members, "__len__"] if getattr_static(dataset, name, absent) is absent]
+    if missing:
         raise InputError(
             f"{origin} gave a {type(dataset).__name__} without {', '.join(missing)}: return a "
             "train.data.ArrayDataset, or an object with all attributes of train.data.Dataset."
         )
-    names = dataset.case_names
-    for is_wrong, problem in (
-        (not names, "has no case: check where it looks for them"),
-        (len(set(names)) < len(names), "has two cases of one name: give each case a name of its own"),
-        (len(dataset) != len(names) or len(dataset.subjects) != len(names), (
-            f"has {len(dataset)} cases, {len(names)} case_names and {len(dataset.subjects)} subjects: give as many"
-        )),
-        (not set(dataset.held_out) <= set(names), "holds out cases that are not in case_names: correct held_out"),
-        (dataset.spatial_dims not in (2, 3), f"has spatial_dims {dataset.spatial_dims}: give 2 or 3"),
-    ):  # fmt: skip
-        if is_wrong:
-            raise InputError(f"{origin} {problem}.")
+    if type(dataset).__hash__ is None:
+        raise InputError(
+            f"{origin} gave a {type(dataset).__name__} without a hash: give its dataclass eq=False."
+        )
+    names, counts = dataset.case_names, (len(dataset), len(dataset.case_names), len(dataset.subjects))
+    if not names:
+        raise InputError(f"{origin} has no case: check where it looks for them.")
+    if len(set(names)) < len(names):
+        raise InputError(f"{origin} gives two cases the same name: give each case a name of its own.")
+    if len(set(counts)) > 1:
+        raise InputError(
+            f"{origin} has {counts[0]} cases, {counts[1]} case_names and {counts[2]} subjects: give equally many."
+        )
+    if not set(dataset.held_out) <= set(names):
+        raise InputError(f"{origin} holds out cases that are not in case_names: correct held_out.")
+    if dataset.spatial_dims not in (2, 3):
+        raise InputError(f"{origin} has spatial_dims {dataset.spatial_dims}: give 2 or 3.")
     check_case(dataset, 0)
     return dataset
 
