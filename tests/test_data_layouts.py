@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 
 from train.config import DataInfo
 from train.data import IGNORE, LAYOUTS, VolumeDataset, open_dataset
+from train.data.faults import refuse
 from train.data.io import Grid, read_label, read_scan
 from train.data.volumes import Entry, Layout
 from train.errors import InputError
 from train.evaluate import regions_of
-from train.predict import check_fits, list_cases
+from train.predict import check_fits, find_cases
 
 SHAPE = (6, 5, 4)
 AFFINE = np.diag([1.0, 1.5, 2.0, 1.0])
@@ -555,7 +556,7 @@ def test_an_array_in_ras_order_goes_back_to_the_files_axes(codes, tmp_path):
 def test_cases_to_predict_may_have_a_file_for_each_channel(tmp_path):
     write_nnunet(tmp_path)
     info = DataInfo("Tiny", ("background", "liver"), 2, 3)
-    cases = list_cases(tmp_path / "imagesTr", info)
+    cases, _ = find_cases(tmp_path / "imagesTr", info)
     assert list(cases) == ["liver_001", "liver_002"]
     assert [file.name for file in cases["liver_001"]] == ["liver_001_0000.nii.gz", "liver_001_0001.nii.gz"]
     write(tmp_path / "imagesTr" / "liver_002_0001.nii.gz", np.ones((6, 5, 5), np.float32))
@@ -563,4 +564,4 @@ def test_cases_to_predict_may_have_a_file_for_each_channel(tmp_path):
         check_fits(cases["liver_002"], info)
     (tmp_path / "imagesTr" / "liver_002_0001.nii.gz").unlink()
     with pytest.raises(InputError, match="has 1 channels, the network was trained on 2"):
-        check_fits(list_cases(tmp_path / "imagesTr", info)["liver_002"], info)
+        refuse(find_cases(tmp_path / "imagesTr", info)[1])
