@@ -16,7 +16,7 @@ from train.data import LAYOUTS, Dataset, PhantomDataset, VolumeDataset, open_lay
 from train.data.arrays import check_case
 from train.data.faults import Fault, collected, refuse
 from train.data.io import read_scan
-from train.data.volumes import Entry, Layout, header_faults, read_class_ids
+from train.data.volumes import Entry, Layout, header_faults, layout_faults, read_class_ids
 from train.errors import InputError
 from train.processes import is_first, own_share
 from train.progress import progress
@@ -98,7 +98,7 @@ def check_data(spec: str) -> DataReport:
     faults = [fault for report in reports for fault in report.faults]
     counts = np.sum([report.class_voxels for report in reports], axis=0).tolist()
     return DataReport(
-        tuple(dict.fromkeys([*_layout_faults(layout, faults), *faults])),
+        tuple(dict.fromkeys([*layout_faults(layout), *faults])),
         len(layout.entries),
         dict(zip(layout.class_names, counts, strict=True)) if reports else {},
     )
@@ -138,19 +138,12 @@ def check_cases(dataset: Dataset, whole: Sequence[str], labels: Sequence[str] = 
     if isinstance(dataset, PhantomDataset):
         return
     index_of = {name: index for index, name in enumerate(dataset.case_names)}
-    if isinstance(dataset, VolumeDataset):
-        is_whole = dict.fromkeys(labels, False) | dict.fromkeys(whole, True)
-    else:
-        is_whole = dict.fromkeys(whole, True)
+    labels = labels if isinstance(dataset, VolumeDataset) else ()
+    is_whole = dict.fromkeys(labels, False) | dict.fromkeys(whole, True)
     cases = [(index_of[name], read_whole) for name, read_whole in is_whole.items()]
-
-    def faults_of(case: tuple[int, bool]) -> Sequence[Fault]:
-        if isinstance(dataset, VolumeDataset):
-            return _load_faults(dataset, *case)
-        check_case(dataset, case[0])
-        return ()
-
-    found = _in_threads(faults_of, own_share(cases) if cases else [], "reading cases")
+    found = _in_threads(
+        lambda case: _load_faults(dataset, *case), own_share(cases) if cases else [], "reading cases"
+    )
     refuse(list(dict.fromkeys(fault for faults in found for fault in faults)))
 
 
@@ -171,21 +164,11 @@ def inspect_case(layout: Layout, entry: Entry) -> CaseReport:
     return CaseReport(tuple(dict.fromkeys(faults)), tuple(class_voxels.tolist()))
 
 
-def _layout_faults(layout: Layout, faults: Sequence[Fault]) -> list[Fault]:
-    """Faults of the data set as a whole, such as a case or a class that is named twice."""
-    faulty = {fault.case for fault in faults}
-    entries = tuple(entry for entry in layout.entries if entry.name not in faulty)
-    if not entries and layout.entries:
-        return []
-    try:
-        VolumeDataset(replace(layout, entries=entries))
-    except Exception as error:
-        return [Fault.of("", layout.source, error)]
-    return []
-
-
-def _load_faults(dataset: VolumeDataset, index: int, whole: bool) -> Sequence[Fault]:
+def _load_faults(dataset: Dataset, index: int, whole: bool) -> Sequence[Fault]:
     """Faults of the files that `dataset.load` reads of a case, or of its label files only."""
+    if not isinstance(dataset, VolumeDataset):
+        check_case(dataset, index)
+        return ()
     entry = dataset.layout.entries[index]
     entry = replace(entry, labels=dataset.label_files(entry))
     try:

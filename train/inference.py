@@ -1,9 +1,9 @@
 """Predicts whole volumes with a network that sees patches, in one program on the device.
 
 A volume is padded to a canvas, a size that similar volumes share, and covered by overlapping windows of the
-patch's size. The positions of the windows and the size of the volume are arguments of the program, so a few compiled
-programs serve a data set of many sizes. A program may reduce the probabilities to a summary, so that they never leave
-the device.
+patch's size. The positions of the windows and the size of the volume are arguments of the program, so a few
+compiled programs serve a data set of many sizes. A program may reduce the probabilities to a summary, so that
+they never leave the device.
 """
 
 import functools

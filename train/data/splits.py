@@ -34,16 +34,16 @@ def split_cases(
 ) -> Splits:
     """Draws test cases, then validation cases. The remaining cases are for training.
 
-    The draw depends on the set of names and the seed, not on the order of the names. The test cases do not depend on
-    `num_val`.
+    The draw depends on the set of names and the seed, not on the order of the names. The test cases do not depend
+    on `num_val`.
 
     Args:
         case_names: unique.
         num_test: number of cases, or below 1 a share, as in 0.2.
         num_val: number or share, likewise.
         seed: of the draw.
-        subjects: subject of each case. Cases of one subject stay together, so a split may hold a few cases more than
-            its number.
+        subjects: subject of each case. Cases of one subject stay together, so a split may hold a few cases more
+            than its number.
 
     Raises:
         InputError: a number is negative or not whole, or no case is left to train on.
@@ -90,8 +90,8 @@ def chosen_splits(
     - a datalist of MONAI whose entries under "training" have a "fold", or which has cases under "validation" or
       "test". The names in the paths of its images identify a case.
 
-    With folds, the held-out cases of `fold` are the test cases, since a fold is judged by them. Validation cases are
-    drawn from the others, as in `split_cases`.
+    With folds, the held-out cases of `fold` are the test cases, since a fold is judged by them. Validation cases
+    are drawn from the others, as in `split_cases`.
 
     Args:
         path: the file.
@@ -170,9 +170,13 @@ def _by_section(path: Path, found: Any, case_names: Sequence[str]) -> Any:
     try:
         sections = {"training": found["training"]}
         for key in ("validation", "test", "testing"):
-            listed = found.get(key) if isinstance(found.get(key), list) else []
+            listed = found.get(key)
             # A list may name images without labels.
-            sections[key] = [entry for entry in listed if not isinstance(entry, str) and "label" in entry]
+            sections[key] = [
+                entry
+                for entry in (listed if isinstance(listed, list) else [])
+                if not isinstance(entry, str) and "label" in entry
+            ]
         entries = [entry for section in sections.values() for entry in section]
         images = [_image_paths(entry["image"]) for entry in entries]
         known = frozenset(case_names)

@@ -8,7 +8,6 @@ import gzip
 import io
 import logging
 import math
-import struct
 import warnings
 import zlib
 from collections.abc import Callable, Sequence
@@ -21,7 +20,6 @@ import numpy as np
 from jaxtyping import Float, Float32
 from nibabel.affines import voxel_sizes
 from nibabel.arrayproxy import ArrayProxy
-from nibabel.filebasedimages import ImageFileError
 from nibabel.nifti1 import Nifti1Header, Nifti1PairHeader
 from nibabel.nifti2 import Nifti2Header, Nifti2PairHeader
 from nibabel.spatialimages import HeaderDataError, SpatialImage
@@ -35,23 +33,6 @@ ENDINGS = (".nii.gz", ".nii", ".nii.bz2", ".hdr", ".mgz", ".mgh", ".mnc", *ITK_E
 # Headers with a separate voxel file beside them, and the endings of voxel files.
 _DETACHED = (".hdr", ".mhd", ".nhdr")
 _VOXEL_ENDINGS = (".img", ".img.gz", ".raw", ".raw.gz", ".zraw")
-
-# Exceptions of all readers on broken content. SimpleITK raises RuntimeError, nibabel without h5py TripWireError.
-_UNREADABLE = (
-    ImageFileError,
-    HeaderDataError,
-    EOFError,
-    OSError,
-    ValueError,
-    TypeError,
-    LookupError,
-    ArithmeticError,
-    RuntimeError,
-    ImportError,
-    struct.error,
-    zlib.error,
-    TripWireError,
-)
 
 _GZIP = b"\x1f\x8b"
 _APPLE_DOUBLE = b"\x00\x05\x16\x07"
@@ -90,7 +71,7 @@ class VolumeFile:
             with np.errstate(over="ignore"):  # values beyond float32 become infinite, a fault below
                 voxels = self.decode().astype(np.float32, copy=False)
             voxels = voxels.reshape(*self.shape, self.channels)
-        except _UNREADABLE as error:
+        except Exception as error:
             raise _corrupt(self.path, error) from error
         bad = voxels.size - np.count_nonzero(np.isfinite(voxels))
         if bad:
@@ -113,7 +94,7 @@ def open_volume(path: Path) -> VolumeFile:
             return _open_itk(path)
         header = _nifti_header(path)
         return _open_nibabel(path) if header is None else _open_nifti(path, header)
-    except _UNREADABLE as error:
+    except Exception as error:
         raise _corrupt(path, error) from error
 
 
@@ -358,7 +339,10 @@ def _gunzip(content: bytes) -> bytes:
     return members[0] if len(members) == 1 else b"".join(members)
 
 
-def _corrupt(path: Path, error: Exception) -> InputError:
+def _corrupt(path: Path, error: Exception) -> Exception:
+    """The fault of a file whose reader raised `error`."""
+    if isinstance(error, InputError | MemoryError):
+        return error
     if isinstance(error, OSError) and error.errno:
         return InputError(f"{path} cannot be read ({error.strerror}): check the file and its permissions.")
     if isinstance(error, TripWireError):

@@ -148,8 +148,6 @@ class VolumeDataset:
         self.case_names = tuple(entry.name for entry in layout.entries)
         self.held_out = tuple(entry.name for entry in layout.entries if entry.held_out)
         self.subjects = tuple(entry.subject or entry.name for entry in layout.entries)
-        if not layout.entries:
-            raise InputError(f"{layout.source} holds no case.")
         grids, faults = _inspect(layout)
         refuse(faults)
         affines = [grid.affine for grid in grids]
@@ -237,8 +235,8 @@ def header_faults(layout: Layout) -> list[Fault]:
     return _inspect(layout)[1]
 
 
-def _inspect(layout: Layout) -> tuple[list[Grid], list[Fault]]:
-    """The grids of all cases whose image can be opened; and all faults."""
+def layout_faults(layout: Layout) -> list[Fault]:
+    """Faults of the data set as a whole, such as a case or a class that is named twice. Opens no file."""
     counts = Counter(entry.name for entry in layout.entries)
     faults = [
         Fault(name, str(layout.source), f"lists {name} more than once: list each case once.")
@@ -246,7 +244,15 @@ def _inspect(layout: Layout) -> tuple[list[Grid], list[Fault]]:
         if count > 1
     ]
     with collected(faults, "", layout.source):
+        if not layout.entries:
+            raise InputError(f"{layout.source} holds no case: check the path.")
         _check_labels(layout)
+    return faults
+
+
+def _inspect(layout: Layout) -> tuple[list[Grid], list[Fault]]:
+    """The grids of all cases whose image can be opened; and all faults."""
+    faults = layout_faults(layout)
     grids = [_checked_grid(entry, layout, faults) for entry in layout.entries]
     return [grid for grid in grids if grid is not None], faults
 
