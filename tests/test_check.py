@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -413,15 +414,15 @@ def test_a_full_disk_keeps_what_was_predicted(
 ) -> None:
     import train.predict as module
 
-    save = module._save
+    write_whole = module.written_whole
 
-    def full(file: Path, volume: nib.Nifti1Image) -> None:
+    def full(file: Path) -> Any:
         if file.name == "c_probs.nii.gz":
             raise OSError(28, os.strerror(28))
-        save(file, volume)
+        return write_whole(file)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_save", full)
+        patch.setattr(module, "written_whole", full)
         assert predict(trained, scans) == 1
     told = capsys.readouterr().err
     assert "2 of 4 cases" in told

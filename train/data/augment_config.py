@@ -15,8 +15,8 @@ class AugmentConfig:
 
     Attributes:
         flip_prob: chance of a flip, for each axis independently.
-        flip_axes: spatial axes that may be flipped. Axis 0 is left-right in volumes on disk; anatomy is not symmetric
-            along the other two.
+        flip_axes: spatial axes that may be flipped. Axis 0 is left-right in volumes on disk; anatomy is not
+            symmetric along the other two.
         zoom_prob: chance of a zoom.
         zoom: smallest and largest factor, the same along all axes. A factor above 1 enlarges.
         rotation_prob: chance of a rotation.

@@ -34,7 +34,8 @@ class Protocol:
     """A published split.
 
     Attributes:
-        test: (names, names that the data set holds out) -> names of the test cases; empty if the data set lacks them.
+        test: (names, names that the data set holds out) -> names of the test cases, also if the data set lacks
+            them; empty if there are none.
         ratios: relative numbers of training and validation cases among the others.
         seed: of the draw.
     """
