@@ -1,7 +1,6 @@
 """The surroundings of a command: what it prints to, and what other libraries say and read there."""
 
 import contextlib
-import importlib
 import logging
 import os
 import sys
@@ -12,18 +11,6 @@ from typing import Any
 # What these libraries log is about their own workings. What fails is raised as well.
 _LOGGERS = ("absl", "etils", "grain", "matplotlib", "orbax", "tensorstore")
 _NOT_OURS = r"(?!(train|calib_jax)(\.|$))"
-
-
-def _import_matplotlib() -> None:
-    """Imports matplotlib whatever its configuration, before any module that needs it."""
-    logger = logging.getLogger("matplotlib")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)  # it warns of a folder for its configuration that cannot be written to
-    importlib.import_module("calib_jax._matplotlib")
-    logger.setLevel(level)
-
-
-_import_matplotlib()
 
 
 @contextlib.contextmanager

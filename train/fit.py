@@ -93,7 +93,7 @@ def fit(task: Task, folder: Path, *, resume: bool = False, check: bool = True) -
                 f"{found}: mend these cases and --resume, which goes on {checkpoints.resume_point()}; or start "
                 "again with a lower --learning-rate or with --clip-norm."
             ) from found
-    return volume_predictor(graphdef, state, config.data.window, config.model.regions)
+    return volume_predictor(graphdef, state, config.data.sliding_window, config.model.regions)
 
 
 def _loop(
@@ -154,7 +154,7 @@ def _loop(
             if validation_due:
                 result = evaluate(
                     "validation",
-                    volume_predictor(graphdef, state, task.config.data.window, regions),
+                    volume_predictor(graphdef, state, task.config.data.sliding_window, regions),
                     task.dataset,
                     task.splits.val,
                 )

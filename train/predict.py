@@ -189,8 +189,8 @@ def _predict(
 ) -> tuple[nib.Nifti1Image, nib.Nifti1Image]:
     """Label map and class probabilities of one case, ready to be written."""
     description = _description(files, network)
-    image, grid = read_channels(files, info.window)
-    placement = info.geometry.place(image, grid.affine, windowed=info.window is not None)
+    image, grid = read_channels(files, info.intensity_range)
+    placement = info.geometry.place(image, grid.affine, windowed=info.intensity_range is not None)
     probs = predict(placement.image(image, info.geometry.interpolation))
     probs = placement.back(probs, background=not predict.regions)
     if not np.isfinite(probs).all():

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from train.config import DataConfig, DeviceConfig, ModelConfig, RunConfig, TrainingConfig
 from train.data import AugmentConfig
 from train.errors import InputError
+from train.models.segresnet_config import SegResNetConfig
 from train.published import Row, to_markdown
 
 
@@ -277,9 +278,7 @@ _DATA_SETS = {
 _SEGRESNET = ModelConfig(
     "segresnet",
     norm="affine-instance",
-    init_filters=32,
-    blocks_down=(1, 2, 2, 4, 4),
-    deep_supervision=4,
+    network=SegResNetConfig(init_filters=32, blocks_down=(1, 2, 2, 4, 4), deep_supervision=4),
 )
 
 

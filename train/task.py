@@ -30,7 +30,7 @@ from train.data import (
 )
 from train.errors import InputError
 from train.losses import check_splittable, parse_loss
-from train.models import make_network
+from train.models.registry import check_logits, is_external, make_network
 from train.processes import is_first
 from train.run.cases import cases_for, check_initial, note_duplicates, read_cases
 from train.sharding import (
@@ -59,15 +59,15 @@ def open_task(config: RunConfig, devices: DeviceConfig = DeviceConfig()) -> Task
     config = _as_initial(config, info) if config.init else config
     config = dataclasses.replace(config, model=resolve_regions(config.model, dataset))
     data = config.data
-    patch = resolve_patch(data.patch, dataset.largest_shape, config.model.divisor)
+    divisor = find_divisor(config, info)
+    patch = resolve_patch(data.patch, dataset.largest_shape, divisor)
     mesh = device_mesh(devices.mesh)
-    divisor = config.model.divisor
     batch_size = config.training.batch_size
     devices = dataclasses.replace(devices, accumulate=parts_in_turn(devices.accumulate, batch_size, mesh))
     check_split(batch_size, patch, divisor, devices.accumulate, mesh)
     check_splittable(parse_loss(config.loss), mesh)
     # The patches are kept with the run, so that predicting needs no data set to find them.
-    eval_patch = _eval_patch(config, patch)
+    eval_patch = _eval_patch(config, patch, divisor)
     config = dataclasses.replace(config, data=dataclasses.replace(data, patch=patch, eval_patch=eval_patch))
     if config.model.norm == "batch" and not config.init:
         raise InputError(
@@ -77,7 +77,7 @@ def open_task(config: RunConfig, devices: DeviceConfig = DeviceConfig()) -> Task
         raise InputError(
             f"flip_axes is {config.augment.flip_axes}, but the images have the axes 0 to {info.spatial_dims - 1}."
         )
-    nnx.eval_shape(lambda: make_model(config, info))
+    check_model(config, info)
     if config.init:
         check_initial(Path(config.init), read_cases(Path(config.init)), dataset, splits)
     note_duplicates(dataset, splits)
@@ -97,16 +97,17 @@ def check_best_is_known(task: Task) -> None:
         )
 
 
-def _eval_patch(config: RunConfig, patch: tuple[int, ...]) -> tuple[int, ...]:
+def _eval_patch(config: RunConfig, patch: tuple[int, ...], divisor: int) -> tuple[int, ...]:
     """What the network sees at once in evaluation; empty for the training patch."""
     eval_patch = config.data.eval_patch
     if not eval_patch or eval_patch == patch:
         return ()
-    if config.model.architecture == "unetr":
+    if config.model.network.fixed_patch:
         raise InputError(
-            f"eval_patch is {eval_patch}, but unetr sees patches of one size only: leave it out."
+            f"eval_patch is {eval_patch}, but {config.model.architecture} sees patches of one size only: leave it "
+            "out."
         )
-    return resolve_patch(eval_patch, patch, config.model.divisor, option="eval_patch")
+    return resolve_patch(eval_patch, patch, divisor, option="eval_patch")
 
 
 def open_data(data: DataConfig) -> tuple[Dataset, Splits]:
@@ -203,9 +204,27 @@ def make_model(config: RunConfig, data: DataInfo) -> nnx.Module:
         raise InputError("A network with one output channel has no softmax: give --activation sigmoid.")
     return make_network(
         config.model,
-        config.data.patch,
+        patch=config.data.patch,
         spatial_dims=data.spatial_dims,
         in_channels=data.num_channels,
         out_channels=len(outputs),
         rngs=nnx.Rngs(config.training.seed),
     )
+
+
+def find_divisor(config: RunConfig, data: DataInfo) -> int:
+    """What every side of a patch must be a multiple of. A network from outside the project says so itself."""
+    if not is_external(config.model.architecture):
+        return config.model.network.divisor
+    any_patch = config.data.patch or (128,) * data.spatial_dims
+    tried = dataclasses.replace(config, data=dataclasses.replace(config.data, patch=any_patch))
+    return int(getattr(nnx.eval_shape(lambda: make_model(tried, data)), "divisor", 1))
+
+
+def check_model(config: RunConfig, data: DataInfo) -> None:
+    """Raises `InputError` if the options make no network, or one from outside the project does not fit the data."""
+    network = nnx.eval_shape(lambda: make_model(config, data))
+    if is_external(config.model.architecture):
+        patches = dict.fromkeys((config.data.patch, config.data.sliding_window))
+        classes = len(config.model.regions or data.class_names)
+        check_logits(config.model.architecture, network, list(patches), data.num_channels, classes)

@@ -17,9 +17,8 @@ from train.models.blocks import (
     make_norm,
 )
 from train.models.remat import recomputable
+from train.models.unetr_config import PATCH_SIZE
 
-PATCH_SIZE = 16
-"""Side of the patches that become tokens."""
 NUM_LAYERS = 12
 SKIPS = (3, 6, 9)
 """Transformer blocks whose tokens join the decoder, counted from 0 as in MONAI; the paper counts from 1."""

@@ -28,7 +28,7 @@ def load_run(folder: Path, which: Which = "last") -> tuple[RunConfig, DataInfo, 
     """
     config, info = read_config(folder)
     graphdef, state = load_state(folder, which)
-    return config, info, volume_predictor(graphdef, state, config.data.window, config.model.regions)
+    return config, info, volume_predictor(graphdef, state, config.data.sliding_window, config.model.regions)
 
 
 def load_state(
