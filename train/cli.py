@@ -271,9 +271,9 @@ class ImportMonai:
 
         python -m train import-monai model.pt --architecture segresnet --init-filters 16 --data msd:PATH --out RUN
 
-    Without --data, --class-names, --num-channels and --patch say what the network was trained on. Volumes are turned
-    to RAS order and normalised as in training here. Channels are in the data set's order. Class probabilities are a
-    softmax over all classes, background first.
+    Without --data, --class-names, --num-channels and --patch say what the network was trained on. Volumes are
+    turned to RAS order and normalised as in training here. Channels are in the data set's order. Class
+    probabilities are a softmax over all classes, background first.
 
     With --activation sigmoid each output channel is the probability of a region: of the data set's regions in the
     order of --regions, or without --data of those in --class-names, in order and without a background.
@@ -286,8 +286,8 @@ class ImportMonai:
     data: DataConfig = field(default_factory=lambda: DataConfig(data=""))
     model: ModelConfig = field(default_factory=ModelConfig)
     class_names: tuple[str, ...] = ()
-    """Without --data: the classes, background first, as a data set names them; with --activation sigmoid the name
-    of each output channel, without a background."""
+    """Without --data: the classes, background first, as a data set names them; with --activation sigmoid the
+    name of each output channel, without a background."""
     num_channels: int = 1
     """Without --data: channels of the images."""
     spatial_dims: int = 3
