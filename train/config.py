@@ -378,7 +378,7 @@ def _of_today(kind: Any, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _restore(kind: Any, value: Any) -> Any:
-    if dataclasses.is_dataclass(kind):
+    if dataclasses.is_dataclass(kind) and not dataclasses.is_dataclass(value):
         return from_json(kind, value)
     return tuple(value) if isinstance(value, list) else value
 
