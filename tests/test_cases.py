@@ -14,15 +14,8 @@ from hypothesis import strategies as st
 
 from train.data import Dataset, Splits, open_dataset, write_splits
 from train.errors import InputError
-from train.run.cases import (
-    CaseId,
-    RunCases,
-    check_initial,
-    choose_cases,
-    fingerprint,
-    identify,
-    note_duplicates,
-)
+from train.run.cases import RunCases, check_initial, choose_cases, note_duplicates
+from train.run.identity import CaseId, fingerprint, identify
 
 NAMES = [f"c{i}" for i in range(6)]
 SPLITS = Splits(("c0", "c1", "c2"), ("c3",), ("c4", "c5"))
@@ -167,7 +160,7 @@ def test_other_images_under_the_same_names(run: Path, cases: RunCases, tmp_path:
     chosen = choose_cases(run, cases, dataset_of(tmp_path / "other"), "test", given="other")
     assert not chosen.own
     assert list(chosen.names) == NAMES
-    assert "called as cases of" in chosen.notes[0]
+    assert "with the name of a case of" in chosen.notes[0]
     # Where one of them is the run's, the others are written anew.
     shutil.copy(data / "imagesTr" / "c0.nii.gz", tmp_path / "other" / "imagesTr" / "c0.nii.gz")
     chosen = choose_cases(run, cases, dataset_of(tmp_path / "other"), "test", given="other")

@@ -263,7 +263,7 @@ def test_a_comparison_is_checked_once_and_not_when_resumed(
         fitted.append(options)
         raise InputError("enough")
 
-    monkeypatch.setattr("train.fit.check_cases", lambda *arguments, **_: checked.append(arguments))
+    monkeypatch.setattr("train.task.check_cases", lambda *arguments, **_: checked.append(arguments))
     monkeypatch.setattr("train.compare.fit", fit)
     command = ["compare", *TINY, *split(folder), "--losses", "dice", "ce", "--out", str(tmp_path / "out")]
     assert [main(command), main([*command, "--resume"])] == [2, 2]

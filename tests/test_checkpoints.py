@@ -248,16 +248,16 @@ def row(step: int, **more: float) -> dict[str, float]:
 
 def test_a_log_that_cannot_be_written(tmp_path: Path) -> None:
     with RunLog(tmp_path, 0, 4) as log:
-        log.pend(row(0), CASES)
+        log.add_step(row(0), CASES)
         log.flush()
         size = (tmp_path / "log.csv").stat().st_size
-        log.pend(row(1), CASES)
+        log.add_step(row(1), CASES)
         cut_short = full_disk(size + 5)
         with cut_short, pytest.raises(InputError, match=r"log.csv could not be written .*: make room"):
             log.flush()
     assert [r["step"] for r in read_log(tmp_path / "log.csv")] == [0]
     with RunLog(tmp_path, 1, 4) as log:
-        log.pend(row(1), CASES)
+        log.add_step(row(1), CASES)
         log.flush()
     assert [r["step"] for r in read_log(tmp_path / "log.csv")] == [0, 1]
 
@@ -294,8 +294,8 @@ def test_a_picture_that_fails_is_one_note(
 @pytest.mark.parametrize("name", ["loss", "grad_norm"])
 def test_numbers_that_are_not_finite_stop_a_run(name: str, tmp_path: Path) -> None:
     with RunLog(tmp_path, 0, 4) as log:
-        log.pend(row(0), ["another"])
-        log.pend(row(1) | {name: float("inf")}, CASES)
+        log.add_step(row(0), ["another"])
+        log.add_step(row(1) | {name: float("inf")}, CASES)
         with pytest.raises(NotFinite, match=r"from step 1 on, .* case 1, case 2"):
             log.flush()
     assert len(read_log(tmp_path / "log.csv")) == 2

@@ -130,7 +130,7 @@ def test_each_builds_its_network_and_its_command_parses(name):
     info = DataInfo(name, classes, channels, 3)
     nnx.eval_shape(lambda: make_model(recipe.config, info))
     assert parse_loss(recipe.config.loss).weights
-    assert all(side % recipe.config.model.divisor == 0 for side in recipe.config.data.window)
+    assert all(side % recipe.config.model.divisor == 0 for side in recipe.config.data.sliding_window)
     program, *command = shlex.split(recipe.command)
     assert (program, command[:2]) == ("python", ["-m", "train"])
     fit = parsed(command[2:])
@@ -213,7 +213,7 @@ def test_parts_of_a_batch_follow_from_the_devices(folders):
     data = dataclasses.replace(recipe.config.data, data=f"brats:{folders / 'brats'}")
     task = open_task(dataclasses.replace(recipe.config, data=data), recipe.devices)
     assert task.devices.accumulate == 1  # of 8 devices, each has one of 8 patches
-    assert task.config.data.window == (240, 240, 160)
+    assert task.config.data.sliding_window == (240, 240, 160)
 
 
 def test_fit_ends_with_the_published_table(folders, tmp_path, capsys):

@@ -235,7 +235,7 @@ def test_resume_with_paths_spelt_otherwise(
     (copy / "imagesTr" / "case_0.nii.gz").write_bytes(altered(copy / "imagesTr" / "case_0.nii.gz"))
     assert "data.data" in refuses(capsys, "fit", *options, "--data", f"msd:{copy}")
     message = refuses(capsys, "fit", *options, "--data", f"msd:{msd}", "--split-seed", 1)
-    assert "splits the cases otherwise" in message
+    assert "splits the cases differently" in message
 
 
 def test_init_from_a_run_that_has_seen_the_test_cases(
@@ -513,15 +513,15 @@ def test_sigterm_saves_and_resuming_ends_as_if_never_stopped(
 ) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert run("fit", *PHANTOM, "--out", whole) == 0
-    take = RunLog.pend
+    take = RunLog.add_step
 
-    def pend_and_terminate(log: RunLog, row: dict, cases: list[str]) -> None:
+    def add_step_and_terminate(log: RunLog, row: dict, cases: list[str]) -> None:
         take(log, row, cases)
         if row["step"] == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(RunLog, "pend", pend_and_terminate)
+        patch.setattr(RunLog, "add_step", add_step_and_terminate)
         assert run("fit", *PHANTOM, "--out", stopped) == 143
     assert "Stopped after step 2 of 4; --resume goes on" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -534,16 +534,16 @@ def test_sigterm_in_a_comparison_goes_on_with_the_loss_it_was_at(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = ["compare", *PHANTOM, "--losses", "dice", "ce", "--out", tmp_path / "both"]
-    take = RunLog.pend
+    take = RunLog.add_step
 
-    def pend_and_terminate(log: RunLog, row: dict, cases: list[str]) -> None:
+    def add_step_and_terminate(log: RunLog, row: dict, cases: list[str]) -> None:
         take(log, row, cases)
         if row["step"] == 1 and "ce" in row:
             for _ in range(2):
                 os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(RunLog, "pend", pend_and_terminate)
+        patch.setattr(RunLog, "add_step", add_step_and_terminate)
         assert run(*command) == 143
     assert not (tmp_path / "both" / "index.html").exists()
     assert run("status", tmp_path / "both") == 0

@@ -86,7 +86,7 @@ class DataConfig:
         )
 
     @property
-    def window(self) -> tuple[int, ...]:
+    def sliding_window(self) -> tuple[int, ...]:
         """What the network sees at once in evaluation."""
         return self.eval_patch or self.patch
 
