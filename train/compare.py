@@ -38,7 +38,10 @@ from train.temperature import fit_temperature, temper
 _TEMPERATURE = "temperatures (+T), fitted on validation cases"
 TEMPERED = "+T"  # ends the name of a network whose logits are divided by its temperature
 # What an evaluation writes before its page.
-_UNFINISHED = {"config.json", "report.json", "results", "cases", "figures", "table.csv", "table.json"}
+_UNFINISHED = {
+    *("config.json", "published.md", "published.json", "report.json", "results", "cases", "figures"),
+    *("table.csv", "table.json"),
+}
 
 
 def compare(

@@ -51,7 +51,7 @@ def fit(task: Task, folder: Path, *, resume: bool = False, check: bool = True) -
     kept = as_kept(config, folder, task.dataset, task.splits) if resume else config
     before = partial(check_task, task) if check else lambda: None
     open_run(folder, kept, resume=resume, check=before, data=to_json(info))
-    graphdef, state = _initial_state(task, info)
+    graphdef, state = initial_state(task, info)
     batches = _batches(task)
     with claimed(folder), Checkpoints(folder / "checkpoints", config.training) as checkpoints:
         on_first(lambda: write_split(task, folder))
@@ -69,7 +69,7 @@ def fit(task: Task, folder: Path, *, resume: bool = False, check: bool = True) -
     return _predictor(task, graphdef, state)
 
 
-def _initial_state(task: Task, info: DataInfo) -> tuple[nnx.GraphDef, TrainState]:
+def initial_state(task: Task, info: DataInfo) -> tuple[nnx.GraphDef, TrainState]:
     """The network's static part and the state before the first step, on the task's mesh."""
     config = task.config
     graphdef, state = init_state(make_model(config, info), make_optimizer(config.training))
