@@ -6,6 +6,7 @@ explains the options of a command.
 
 import argparse
 import dataclasses
+import inspect
 import math
 import sys
 from collections.abc import Sequence
@@ -32,13 +33,7 @@ from train.models.registry import NETWORKS, config_class, is_external
 if TYPE_CHECKING:
     from train.published import Row
 
-# Each command imports what it runs. `--help` and errors about options need none of it.
-
-LOSS_TERMS = (
-    "dice, ce (cross-entropy), ace (mL1-ACE), focal, ls (label smoothing), svls (spatially varying), mbls "
-    "(margin-based), nacl (neighbour-aware), dscpp (DSC++)"
-)
-_LOSS_HELP = f"Terms joined by + and weighted as in dice+0.5*ace. Terms: {LOSS_TERMS}."
+# Each command imports what it runs, so that `--help` and errors about options come at once.
 RunFolder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="run", metavar="RUN")]
 
 
@@ -79,12 +74,8 @@ class Compare(_Options):
         python -m train compare --data msd:Task04_Hippocampus --losses dice 'dice+2*ace' dice+ce 'dice+ce+2*ace'
     """
 
-    losses: Annotated[
-        tuple[str, ...], tyro.conf.arg(help=f"Losses to compare, the baseline first. {_LOSS_HELP}")
-    ] = (
-        "dice",
-        "dice+2*ace",
-    )
+    losses: tuple[str, ...] = ("dice", "dice+2*ace")
+    """Losses to compare, the baseline first: weighted terms joined by +, as in dice+0.5*ace."""
     seeds: tuple[int, ...] = ()
     """Seeds to train every loss with, for means and spreads over them; left out, the one of --seed."""
     temperature: bool = False
@@ -128,7 +119,8 @@ class Fit(_Options):
         python -m train fit --recipe paper_brats_dice_ace --data brats:PATH
     """
 
-    loss: Annotated[str, tyro.conf.arg(help=_LOSS_HELP)] = "dice+2*ace"
+    loss: str = "dice+2*ace"
+    """Weighted terms joined by +, as in dice+0.5*ace."""
     recipe: str = ""
     """Published experiment to follow."""
     temperature: bool = False
@@ -404,6 +396,10 @@ def parse(arguments: Sequence[str]) -> Any:
     kind, given = COMMANDS[name], given_options(options)
     if not issubclass(kind, _Options | ImportMonai):
         return tyro.cli(kind, args=options, prog=f"python -m train {name}", **settings)
+    if {"-h", "--help"} & set(options) and issubclass(kind, _Options):
+        from train.terms import describe
+
+        settings["description"] = f"{inspect.getdoc(kind)}\n\nA loss is made of {describe()}"
     default, init = _default(kind, options)
     _check_network_options(default.model, init, given)
     command = tyro.cli(kind, args=options, prog=f"python -m train {name}", default=default, **settings)

@@ -1,6 +1,6 @@
 """Refuses options that are given on the command line but have no effect."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from train.errors import InputError
