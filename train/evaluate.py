@@ -124,21 +124,15 @@ class CaseStatistics:
         own = isinstance(self.regions, OwnRegions)
         certain = probs if own else jax.nn.one_hot(probs.argmax(-1), probs.shape[-1])
         certain_regions, region_ids = self.regions(certain, ids)
-        members = _members(region_ids, region_probs)
+        dense = region_ids.ndim == region_probs.ndim
+        members = region_ids > 0.5 if dense else metrics.is_class(region_ids, region_probs.shape[-1])
         dice = metrics.dice_of_counts(
             *metrics.overlap_counts(certain_regions > 0.5, members, where[..., None])
         )
         return jax.tree.map(lambda a: a[0], (stats, dice))
 
 
-def _members(label: Array, probs: Array) -> Bool[Array, "one voxels regions"]:
-    """Whether each voxel belongs to each region."""
-    return label > 0.5 if label.ndim == probs.ndim else metrics.is_class(label, probs.shape[-1])
-
-
-_statistics = jax.jit(
-    lambda statistics, probs, label, where: statistics(probs, label, where), static_argnums=0
-)
+_statistics = jax.jit(CaseStatistics.__call__, static_argnums=0)
 
 
 def evaluate(

@@ -54,10 +54,6 @@ class CaseIndex:
         imaged = [known for image in case.images for known in self._by_image[image] if known.is_same(case)]
         return set(named or imaged)
 
-    def has_name(self, case: CaseId) -> bool:
-        """Whether a case has the name of `case`."""
-        return bool(self._by_name[case.name])
-
 
 _identified: list[
     tuple[Dataset, tuple[CaseId, ...]]

@@ -1,8 +1,6 @@
 """The numbers of a run, step by step: CSV files, and the same for TensorBoard."""
 
 import contextlib
-import csv
-import io
 import os
 import shutil
 import sys
@@ -154,7 +152,7 @@ class CsvLog:
         self.rows += new
         if known:
             with writing(self._file), self._file.open("a", encoding="utf-8", newline="") as file:
-                file.write(self._text(new))
+                file.write(self._lines(new))
         else:  # the first rows, or those of a version that logs more
             self._write_whole()
 
@@ -165,15 +163,13 @@ class CsvLog:
         columns = list(dict.fromkeys(name for row in self.rows for name in row))
         self.rows = [{name: row.get(name, np.nan) for name in columns} for row in self.rows]
         with writing(self._file), written_whole(self._file) as partial:
-            text = self._text([dict(zip(columns, columns, strict=True)), *self.rows])
+            text = f"{','.join(columns)}\r\n{self._lines(self.rows)}"
             partial.write_text(text, encoding="utf-8", newline="")
 
-    def _text(self, rows: Sequence[Mapping[str, float | str]]) -> str:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=list(self.rows[0]), restval="nan")
-        for row in rows:
-            writer.writerow({n: v if isinstance(v, str) else f"{v:.7g}" for n, v in row.items()})
-        return text.getvalue()
+    def _lines(self, rows: Sequence[Mapping[str, float]]) -> str:
+        columns = self.rows[0]
+        lines = (",".join(f"{row.get(name, np.nan):.7g}" for name in columns) for row in rows)
+        return "".join(f"{line}\r\n" for line in lines)
 
 
 class TensorBoardLog:
