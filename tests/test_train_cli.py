@@ -456,7 +456,7 @@ def test_status_of_a_run_and_of_a_comparison(
         assert run("status", tmp_path / "both") == 0
     told = capsys.readouterr().out
     assert "comparison, running: process" in told
-    assert "killed: process 1 on host is gone without a word; --resume goes on" in told
+    assert "killed: process 1 on host no longer runs; --resume goes on" in told
     (tmp_path / "both" / "dice" / "config.json").write_text("{")
     assert "config.json is not a run's configuration" in refuses(capsys, "status", tmp_path / "both")
     assert "holds no run" in refuses(capsys, "status", tmp_path)
