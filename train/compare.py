@@ -9,14 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from calib_jax.report import (
-    ModelResult,
-    RepeatedResult,
-    Result,
-    compare_models,
-    format_table,
-    write_report,
-)
+from calib_jax.report import compare_models, format_table, write_report
+from calib_jax.results import ModelResult, RepeatedResult, Result
 from train.check import check_cases
 from train.config import DataInfo, DeviceConfig, RunConfig, check_same_data, resolve_regions, to_json
 from train.data import Dataset
@@ -288,7 +282,8 @@ def _report(
     reference = evaluate_posterior(dataset, cases, results[0].class_names)
     if not is_first():
         return folder / "index.html"
-    print(format_table(compare_models(results, reference=reference), per_class=True))
+    compared = compare_models(results, reference=reference)
+    print(format_table(compared, per_class=True))
     which = " ".join(filter(None, (str(len(cases)), kind, "cases")))
     rows = [row for result in results for row in rows_of(result)] + list(published)
     tables = {"Beside the published figures": [HEADER, *(row.cells() for row in rows)]} if published else {}
@@ -311,6 +306,7 @@ def _report(
             },
             reference=reference,
             tables=tables,
+            rows=compared,
         )
 
 

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +12,11 @@ from jaxtyping import Array, Bool, Float, Int, Integer, Num, UInt8
 import calib_jax
 from calib_jax import BinStatistics, metrics
 from calib_jax._eager import fill_up, filled_size
+from calib_jax.results import ModelResult
 from train.data import Case, Dataset, mask_ignored, region_ids
 from train.inference import VolumePredictor
 from train.processes import is_first, join_shares, own_share
 from train.progress import progress
-
-if TYPE_CHECKING:
-    from calib_jax.report import ModelResult
 
 NUM_BINS = 20
 _FEWEST_VOXELS = (
@@ -135,9 +132,7 @@ class CaseStatistics:
 _statistics = jax.jit(CaseStatistics.__call__, static_argnums=0)
 
 
-def evaluate(
-    name: str, predict: VolumePredictor, dataset: Dataset, case_names: Sequence[str]
-) -> "ModelResult":
+def evaluate(name: str, predict: VolumePredictor, dataset: Dataset, case_names: Sequence[str]) -> ModelResult:
     """Evaluates whole volumes: bin statistics (20 bins) and Dice per case and foreground class or region.
 
     A scan is evaluated on its original grid, to which the probabilities of a resampled scan are interpolated,
@@ -167,7 +162,7 @@ def evaluate(
 
 def evaluate_posterior(
     dataset: Dataset, case_names: Sequence[str], region_names: Sequence[str] = ()
-) -> "ModelResult | None":
+) -> ModelResult | None:
     """Evaluates the probabilities that the labels were drawn from; None if the data set does not know them.
 
     It reports the named regions; without names, the regions that `evaluate` reports for a softmax.
@@ -198,7 +193,7 @@ def _collect(
     dataset: Dataset,
     case_names: Sequence[str],
     region_names: Sequence[str],
-) -> "ModelResult":
+) -> ModelResult:
     index_of = {case: index for index, case in enumerate(dataset.case_names)}
     rows: list[tuple[BinStatistics, Array]] = []
     share = own_share(case_names)
@@ -211,8 +206,6 @@ def _collect(
     stats = jax.tree.map(lambda *parts: np.stack(parts), *[stats for stats, _ in rows])
     dice = np.stack([dice for _, dice in rows])
     stats, dice = join_shares((stats, dice), len(case_names))
-    from calib_jax.report import ModelResult
-
     return ModelResult(name, tuple(case_names), tuple(region_names), stats, dice)
 
 

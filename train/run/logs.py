@@ -7,19 +7,17 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import UInt8
 
+from calib_jax.results import ModelResult
 from train.errors import NotFinite
 from train.losses import TERMS
 from train.processes import is_first
 from train.run.folder import writing, written_whole
-
-if TYPE_CHECKING:
-    from calib_jax.report import ModelResult
 
 _MEDIAN_OF = 20  # steps
 
@@ -87,7 +85,7 @@ class RunLog:
             self._has_diverged = True
             print(f"\nnote: {sentence}", file=sys.stderr)
 
-    def validation(self, step: int, metrics: Mapping[str, float], result: "ModelResult") -> None:
+    def validation(self, step: int, metrics: Mapping[str, float], result: ModelResult) -> None:
         """Logs a validation with its reliability diagram.
 
         Raises:
@@ -109,13 +107,15 @@ class RunLog:
         self._since = time.perf_counter()  # the validation's time does not count as the steps'
 
 
-def reliability_picture(result: "ModelResult") -> UInt8[np.ndarray, "height width rgb"]:
+def reliability_picture(result: ModelResult) -> UInt8[np.ndarray, "height width rgb"]:
     """A reliability diagram of all classes together, in the report's style and without pyplot."""
-    from calib_jax import plots
-    from calib_jax.report import figures
+    from calib_jax import plots  # first, since it imports matplotlib despite a broken configuration
 
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # isort: skip, plots imports it first
-    from matplotlib.figure import Figure  # isort: skip
+    # isort: split
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from calib_jax.report import figures
 
     with figures.style():
         figure = Figure(figsize=(4, 4), layout="constrained")
