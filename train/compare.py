@@ -131,14 +131,11 @@ class Plan:
         config = dataclasses.replace(self.run, loss=loss)
         if not self.seeds:
             return {"": PlannedRun(config, folder / slug(loss))}
-        return {
-            f"seed {seed}": PlannedRun(
-                dataclasses.replace(config, training=dataclasses.replace(config.training, seed=seed)),
-                folder / f"{slug(loss)}-seed{seed}",
-                f" seed {seed}",
-            )
-            for seed in self.seeds
-        }
+        runs = {}
+        for seed in self.seeds:
+            seeded = dataclasses.replace(config, training=dataclasses.replace(config.training, seed=seed))
+            runs[f"seed {seed}"] = PlannedRun(seeded, folder / f"{slug(loss)}-seed{seed}", f" seed {seed}")
+        return runs
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 
 from train.data import Dataset, PhantomDataset, VolumeDataset
@@ -127,6 +126,8 @@ def _checksum(content: Any) -> str:
 
 def _nifti_size(file: Path) -> int:
     """Bytes of an uncompressed volume according to its header; 0 if it has none."""
+    import nibabel as nib  # here, since most commands identify no file
+
     try:
         volume: Any = nib.load(file)
         return int(np.prod(volume.shape) * volume.get_data_dtype().itemsize + volume.dataobj.offset)
