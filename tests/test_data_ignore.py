@@ -36,11 +36,13 @@ from train.errors import InputError
 from train.evaluate import evaluate, evaluate_posterior, foreground
 from train.fit import fit
 from train.inference import volume_predictor
-from train.losses import TERMS, parse_loss
+from train.losses import parse_loss
+from train.models.unet_config import UNetConfig
 from train.run.logs import read_log
 from train.step import init_state
 from train.task import open_task
 from train.temperature import fit_temperature
+from train.terms import TERMS
 
 SHAPE = (6, 5, 4)
 LABELS = {"background": 0, "organ": 1, "core": 2, "ignore": 3}
@@ -377,7 +379,7 @@ def test_training_on_nothing_costs_nothing(folder, tmp_path_factory):
     config = RunConfig(
         "dice",
         data=DataConfig(f"nnunet:{folder}", num_test=1, num_val=1),
-        model=ModelConfig(channels=(2, 4), strides=(2,), num_res_units=0),
+        model=ModelConfig(network=UNetConfig((2, 4), (2,), num_res_units=0)),
         training=TrainingConfig(steps=1, batch_size=8),
         augment=NO_AUGMENTATION,
     )

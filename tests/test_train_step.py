@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+from pathlib import Path
 from typing import Any
 
 import chex
@@ -17,6 +18,7 @@ from jax.sharding import Mesh
 from calib_jax import bin_statistics
 from train.config import DataInfo, ModelConfig, RunConfig, TrainingConfig
 from train.data import IGNORE, NO_AUGMENTATION
+from train.models.unet_config import UNetConfig
 from train.sharding import batch_spec, device_mesh, put_batch, weight_shardings
 from train.step import TrainState, TrainStep, init_state, make_optimizer, make_train_step
 from train.task import make_model
@@ -24,7 +26,7 @@ from train.task import make_model
 INFO = DataInfo("toy", ("background", "organ", "core"), num_channels=1, spatial_dims=3)
 CONFIG = RunConfig(
     "dice+ce+ace",
-    model=ModelConfig(channels=(4, 8), strides=(2,)),
+    model=ModelConfig(network=UNetConfig((4, 8), (2,))),
     training=TrainingConfig(steps=10, batch_size=8, warmup_steps=1),
 )
 
@@ -116,8 +118,11 @@ def test_volumes_on_a_mesh_of_three_axes() -> None:
     assert_same_step(on_one_device(CONFIG, INFO), one_step(CONFIG, INFO, "data=2,space=2,fsdp=2"))
 
 
-def test_every_loss_term_on_split_volumes() -> None:
-    config = dataclasses.replace(CONFIG, loss="dice+ce+softace+focal+ls+mbls+dscpp")
+def test_every_loss_term_on_split_volumes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One from outside too."""
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "docs" / "examples")
+    loss = "dice+ce+softace(num_bins=15)+focal(gamma=3)+ls+mbls+dscpp+my_losses:tversky(alpha=0.3)"
+    config = dataclasses.replace(CONFIG, loss=loss)
     assert_same_step(on_one_device(config, FLAT), one_step(config, FLAT, "data=2,space=2,fsdp=2"))
 
 
@@ -152,7 +157,9 @@ def test_recomputed_activations_take_the_same_step() -> None:
 def test_accumulation_and_recomputation_take_less_memory() -> None:
     """Three levels at full size, where activations are most of it."""
     config = dataclasses.replace(
-        CONFIG, model=ModelConfig(channels=(2, 2, 2), strides=(1, 1)), augment=NO_AUGMENTATION
+        CONFIG,
+        model=ModelConfig(network=UNetConfig(channels=(2, 2, 2)), strides=(1, 1)),
+        augment=NO_AUGMENTATION,
     )
 
     def temporary_bytes(**memory: Any) -> int:

@@ -5,15 +5,19 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from train.data import AugmentConfig, Dataset, Geometry, region_ids
+from train.data import AugmentConfig, Geometry
 from train.errors import InputError, check_numbers
+from train.models.registry import NetworkConfig, config_class, is_external
+
+if TYPE_CHECKING:
+    from train.data import Dataset
 
 IMPORTED = "imported"
 """What stands in place of a loss in the configuration of an imported run, and as its name in tables."""
+_DEFAULT: Any = None  # of `ModelConfig.network`: the default options of its architecture
 
 
 @dataclass(frozen=True)
@@ -86,8 +90,8 @@ class DataConfig:
         )
 
     @property
-    def window(self) -> tuple[int, ...]:
-        """What the network sees at once in evaluation."""
+    def sliding_window(self) -> tuple[int, ...]:
+        """The patch that the network sees in evaluation and prediction."""
         return self.eval_patch or self.patch
 
     @property
@@ -98,95 +102,50 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The network. Defaults of the U-Net are the paper's, those of the others MONAI's."""
+    """The network: what all architectures share, and the options of the chosen one."""
 
-    architecture: Literal["unet", "segresnet", "unetr"] = "unet"
-    """unet, segresnet (with --deep-supervision MONAI's SegResNetDS), or unetr, a transformer, which sees
-    patches of one size only: it is evaluated through windows of the --patch that it was trained on."""
+    architecture: str = "unet"
+    """unet, segresnet (with --deep-supervision MONAI's SegResNetDS), unetr (a transformer, evaluated with the
+    --patch that it was trained on), or a network of your own, package.module:factory(KEY=VALUE). The options below
+    are those of the chosen network: --architecture NAME --help shows them."""
     activation: Literal["softmax", "sigmoid"] = "softmax"
-    """What makes probabilities of the outputs: softmax over all classes, background first; or a sigmoid for each
-    region (of a data set without regions, each foreground class), which may overlap and has no background."""
+    """softmax over all classes, background first; or a sigmoid for each region (for each foreground class of a data
+    set without regions). Regions may overlap and have no background."""
     regions: tuple[str, ...] = ()
-    """sigmoid: the regions by name, in the order of the network's output channels; left out, those of the data set
-    in its order."""
+    """sigmoid: names of the regions, in the order of the network's output channels; left out, the data set's
+    regions in its order."""
     dropout: float = 0.0
     """Dropout rate."""
     norm: Literal["", "instance", "affine-instance", "group", "batch"] = ""
-    """Normalisation; left out, instance, and for segresnet groups of channels (8 of them). batch is for imported
-    weights: their means and variances, which training leaves as they are."""
-    channels: tuple[int, ...] = (8, 16, 32, 64)
-    """unet: channels of each level."""
-    strides: tuple[int, ...] = (2, 2, 2)
-    """unet: stride between levels."""
-    num_res_units: int = 2
-    """unet: convolutions in a residual unit; 0 for plain ones."""
-    init_filters: int = 8
-    """segresnet: channels of the finest level, doubled at each further one."""
-    blocks_down: tuple[int, ...] = (1, 2, 2, 4)
-    """segresnet: residual blocks of each level on the way down."""
-    blocks_up: tuple[int, ...] = ()
-    """segresnet: the same on the way up, the coarsest first; left out, one at each level."""
-    deep_supervision: int = 0
-    """segresnet: levels whose logits are trained, weighted 1, 1/2, 1/4, ...; 1 or more make it MONAI's
-    SegResNetDS."""
-    feature_size: int = 16
-    """unetr: channels of the finest level."""
-    hidden_size: int = 768
-    """unetr: channels of a token."""
-    mlp_dim: int = 3072
-    """unetr: channels inside a transformer block's perceptron."""
-    num_heads: int = 12
-    """unetr: heads of attention."""
+    """Normalisation; left out, instance, for segresnet group (8 groups). batch is for imported weights: training
+    leaves its means and variances as they are."""
+    network: NetworkConfig = _DEFAULT
 
     def __post_init__(self) -> None:
-        sizes = (
-            "channels",
-            "init_filters",
-            "blocks_down",
-            "blocks_up",
-            "feature_size",
-            "hidden_size",
-            "mlp_dim",
-        )
-        limits = dict.fromkeys((*sizes, "num_heads"), (1, math.inf))
-        check_numbers(self, num_res_units=(0, math.inf), deep_supervision=(0, math.inf), **limits)
+        kind = config_class(self.architecture)
+        if self.network is None:
+            object.__setattr__(self, "network", kind())
+        if type(self.network) is not kind:
+            raise InputError(
+                f"network is a {type(self.network).__name__}, but the architecture is {self.architecture}: give "
+                f"a {kind.__name__}."
+            )
         if not 0 <= self.dropout < 1:
             raise InputError(f"dropout is {self.dropout}: give a rate from 0 to below 1.")
-
-    @property
-    def divisor(self) -> int:
-        """What every side of a patch must be a multiple of."""
-        if self.architecture == "segresnet":
-            return 2 ** (len(self.blocks_down) - 1)
-        return 16 if self.architecture == "unetr" else prod(self.strides)
+        for name in ("norm", "dropout") if is_external(self.architecture) else ():
+            if value := getattr(self, name):
+                raise InputError(
+                    f"{name} is {value}, but a network from outside takes no --{name}: make it an argument of the "
+                    f"factory {self.architecture.partition('(')[0]}."
+                )
 
     def check(self) -> None:
-        """Raises `InputError` on options that exclude one another, and on strides that are none."""
-        for owner, options in ARCHITECTURE_OPTIONS.items():
-            for option in options if owner != self.architecture else ():
-                if getattr(self, option) != getattr(ModelConfig, option):
-                    raise InputError(
-                        f"{option} is an option of {owner}, but the architecture is {self.architecture}: leave it "
-                        f"out or choose --architecture {owner}."
-                    )
+        """Raises `InputError` for options that exclude one another."""
         if self.regions and self.activation != "sigmoid":
             raise InputError(
                 f"regions is {self.regions}, but the activation is {self.activation}: leave it out or choose "
                 "--activation sigmoid."
             )
-        if len(self.strides) != len(self.channels) - 1 or min(self.strides) < 1:
-            raise InputError(
-                f"strides {self.strides} do not fit channels {self.channels}: "
-                "give one stride, 1 or more, between each two levels."
-            )
-
-
-# Options that only one architecture has.
-ARCHITECTURE_OPTIONS = {
-    "unet": ("channels", "strides", "num_res_units"),
-    "segresnet": ("init_filters", "blocks_down", "blocks_up", "deep_supervision"),
-    "unetr": ("feature_size", "hidden_size", "mlp_dim", "num_heads"),
-}
 
 
 @dataclass(frozen=True)
@@ -317,18 +276,18 @@ class DataInfo:
     class_names: tuple[str, ...]
     num_channels: int
     spatial_dims: int
-    window: tuple[float, float] | None = None
+    intensity_range: tuple[float, float] | None = None
     geometry: Geometry = field(default_factory=Geometry)
 
     @classmethod
-    def of(cls, dataset: Dataset) -> "DataInfo":
+    def of(cls, dataset: "Dataset") -> "DataInfo":
         """What is to be kept of `dataset`."""
         return cls(
             dataset.name,
             dataset.class_names,
             dataset.num_channels,
             dataset.spatial_dims,
-            dataset.window,
+            dataset.intensity_range,
             dataset.geometry,
         )
 
@@ -344,7 +303,7 @@ def check_same_data(data: str, found: DataInfo, run: Path, trained: DataInfo) ->
             )
 
 
-def resolve_regions(model: ModelConfig, dataset: Dataset) -> ModelConfig:
+def resolve_regions(model: ModelConfig, dataset: "Dataset") -> ModelConfig:
     """`model` with the regions of its output channels named, if it has sigmoids.
 
     Raises:
@@ -352,6 +311,8 @@ def resolve_regions(model: ModelConfig, dataset: Dataset) -> ModelConfig:
     """
     if model.activation == "softmax":
         return model
+    from train.data import region_ids
+
     known = tuple(region_ids(dataset))
     regions = model.regions or known
     if len(set(regions)) < len(regions) or not set(regions) <= set(known):
@@ -399,12 +360,25 @@ def from_json(kind: Any, values: dict[str, Any]) -> Any:
     """The configuration that `to_json` wrote, an instance of `kind`; newer options keep their defaults."""
     if not isinstance(values, dict):
         raise TypeError(f"a {type(values).__name__} in place of options")
+    values = _of_today(kind, values)
     known = [f for f in dataclasses.fields(kind) if f.name in values]
     return kind(**{f.name: _restore(f.type, values[f.name]) for f in known})
 
 
+def _of_today(kind: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """The values of a configuration under the names that they have today."""
+    if kind is ModelConfig:
+        architecture = values.get("architecture", ModelConfig.architecture)
+        # Version 0.1 kept the options of all networks beside one another.
+        network = from_json(config_class(architecture), values.get("network", values))
+        return {**values, "network": network}
+    if kind is DataInfo and "window" in values:  # version 0.1
+        return {**values, "intensity_range": values["window"]}
+    return values
+
+
 def _restore(kind: Any, value: Any) -> Any:
-    if dataclasses.is_dataclass(kind):
+    if dataclasses.is_dataclass(kind) and not dataclasses.is_dataclass(value):
         return from_json(kind, value)
     return tuple(value) if isinstance(value, list) else value
 
