@@ -16,7 +16,7 @@ import nibabel as nib
 import numpy as np
 
 from train.config import IMPORTED, RunConfig, from_json, read_config
-from train.data import Dataset, PhantomDataset, Splits, VolumeDataset, read_splits
+from train.data import LAYOUTS, Dataset, PhantomDataset, Splits, VolumeDataset, read_splits
 from train.errors import InputError
 from train.processes import is_first
 from train.progress import progress
@@ -369,6 +369,8 @@ def as_kept(config: RunConfig, folder: Path, dataset: Dataset, splits: Splits) -
 def resolved(data: str, directory: Path = Path()) -> str:
     """A data set's name with the one path that leads to it."""
     kind, colon, path = data.partition(":")
+    if kind not in LAYOUTS:  # phantoms, and functions of the user
+        return data
     return kind + colon + (str((directory / Path(path).expanduser()).resolve()) if path else "")
 
 
