@@ -22,7 +22,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from calib_jax import _segment_reduce, metrics
+from calib_jax import metrics
 from calib_jax._checks import (
     AnyArray,
     Labels,
@@ -35,6 +35,7 @@ from calib_jax._checks import (
     check_voxel_mask,
 )
 from calib_jax._eager import compiled, nan_where_undefined
+from calib_jax._sums.exact import add_pairs
 from calib_jax.binning import BinStatistics, Closed, bin_statistics
 from calib_jax.errors import (
     average_calibration_error,
@@ -368,7 +369,7 @@ def _add_counts(a: Count, b: Count) -> Count:
 
 
 def _add_sums(a: Sum, b: Sum) -> Sum:
-    return _normalised(*_segment_reduce._two_sum(a, b))
+    return _normalised(*add_pairs(a, b))
 
 
 def _over_images(images: State) -> State:
@@ -379,7 +380,7 @@ def _over_images(images: State) -> State:
 
     def total(x: Sum) -> Sum:
         zeros = (np.float32(0), np.float32(0))
-        return _normalised(*lax.reduce(tuple(x), zeros, _segment_reduce._two_sum, (0,)))
+        return _normalised(*lax.reduce(tuple(x), zeros, add_pairs, (0,)))
 
     return State(*_each(count, total, images))
 
@@ -424,7 +425,7 @@ def _pair(x: Float[Array, "*shape"]) -> Sum:
 
 def _normalised(high: Array, low: Array) -> Sum:
     """The same sum, its leading bits in `high`. What is not finite has no rest."""
-    total, rest = _segment_reduce._two_sum((high, jnp.zeros_like(high)), (low, jnp.zeros_like(low)))
+    total, rest = add_pairs((high, jnp.zeros_like(high)), (low, jnp.zeros_like(low)))
     leading = lax.reduce_precision(total, exponent_bits=8, mantissa_bits=_HIGH_BITS)
     return Sum(leading, jnp.where(jnp.isfinite(leading), (total - leading) + rest, 0))
 

@@ -15,7 +15,6 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Integer, Num
 
-from calib_jax import _segment_reduce
 from calib_jax._checks import (
     AnyArray,
     Labels,
@@ -27,6 +26,7 @@ from calib_jax._checks import (
     check_voxel_mask,
 )
 from calib_jax._eager import compiled, nan_where_undefined
+from calib_jax._sums.exact import add_pairs
 
 _CHUNK = 2**17  # voxels of which intermediate values exist at a time
 _BLOCK = 2**15  # voxels: the square root of 2^30, so that neither level of a sum has more terms than that
@@ -283,7 +283,7 @@ def is_class(ids: Integer[Array, "batch voxels"], num_classes: int) -> Bool[Arra
 @jax.custom_jvp
 def voxel_sum(x: Float[Array, "batch voxels columns"]) -> Float[Array, "batch columns"]:
     """Sum over voxels, within 1e-6 relative of float64 for numbers of one sign."""
-    high, low = _sum_in_blocks((x, jnp.zeros_like(x)), _segment_reduce._two_sum)
+    high, low = _sum_in_blocks((x, jnp.zeros_like(x)), add_pairs)
     return rounded((high, low))
 
 
@@ -343,8 +343,7 @@ def sum_over_chunks(
 
     def add(i: Array, total: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(
-            _segment_reduce._two_sum(a, b) if isinstance(a, tuple) else a + b
-            for a, b in zip(total, part(i), strict=True)
+            add_pairs(a, b) if isinstance(a, tuple) else a + b for a, b in zip(total, part(i), strict=True)
         )
 
     zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(part, 0))

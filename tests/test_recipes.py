@@ -129,7 +129,7 @@ def test_each_builds_its_network_and_its_command_parses(name):
     channels = len(recipe.config.data.channel_order) or 1
     info = DataInfo(name, classes, channels, 3)
     nnx.eval_shape(lambda: make_model(recipe.config, info))
-    assert parse_loss(recipe.config.loss).weights
+    assert parse_loss(recipe.config.loss).terms
     assert all(side % recipe.config.model.divisor == 0 for side in recipe.config.data.window)
     program, *command = shlex.split(recipe.command)
     assert (program, command[:2]) == ("python", ["-m", "train"])

@@ -24,7 +24,7 @@ from train.evaluate import evaluate, evaluate_posterior
 from train.files import read_json, visible
 from train.fit import fit
 from train.inference import VolumePredictor
-from train.losses import check_splittable, parse_loss
+from train.losses import parse_loss
 from train.processes import is_first, on_first
 from train.published import HEADER, Row, rows_of, to_markdown, write_table
 from train.run.cases import KINDS, RunCases, as_kept, choose_cases, own_data, read_cases, resolved
@@ -32,7 +32,15 @@ from train.run.checkpoint import Which
 from train.run.folder import claimed, command, open_run, versions, write_json, writing, written_whole
 from train.run.load import load_run
 from train.run.logs import divergence, read_log
-from train.task import Task, check_best_is_known, check_task, open_cases, open_task, write_split
+from train.task import (
+    Task,
+    check_best_is_known,
+    check_task,
+    check_task_loss,
+    open_cases,
+    open_task,
+    write_split,
+)
 from train.temperature import fit_temperature, temper
 
 _TEMPERATURE = "temperatures (+T), fitted on validation cases"
@@ -81,7 +89,7 @@ def compare(
         dataclasses.replace(config.training, seed=seed)  # which checks it
     task = open_task(config, devices)
     for loss in parsed:
-        check_splittable(loss, task.mesh)
+        check_task_loss(task, loss)
     if temperature and not task.splits.val:
         raise InputError("--temperature is fitted on validation cases, and num_val is 0: hold some back.")
     if which == "best" and (config.training.keep_best == "none" or not task.splits.val):
@@ -212,8 +220,13 @@ def evaluate_run(
 
 
 def slug(loss: str) -> str:
-    """A loss's name as a folder's."""
-    return loss.replace("*", "x")
+    """The name of a loss as the name of a folder, without characters that file systems or shells refuse.
+
+    Example:
+        >>> slug("dice+0.5*my_losses:tversky(alpha=0.3)")
+        'dice+0.5xmy_losses.tversky(alpha=0.3)'
+    """
+    return loss.translate(str.maketrans("*:/\\[]\"'", "x.__()__"))
 
 
 def _evaluated(task: Task, plan: Plan, run: PlannedRun, resume: bool) -> list[ModelResult]:

@@ -20,9 +20,9 @@ from tensorboardX.proto import event_pb2
 
 from calib_jax.results import ModelResult
 from train.errors import NotFinite
-from train.losses import TERMS
 from train.processes import is_first
 from train.run.folder import writing, written_whole
+from train.terms import is_term
 
 _EVENTS: Any = event_pb2  # its classes are made at run time
 _MEDIAN_OF = 20  # steps
@@ -290,7 +290,7 @@ def divergence(rows: Sequence[Mapping[str, float]]) -> str:
     if not size:
         return ""
     grown = []
-    for term in TERMS.keys() & rows[-1].keys():
+    for term in filter(is_term, rows[-1]):
         first, last = (
             [row[term] for row in part if np.isfinite(row.get(term, np.nan))]
             for part in (rows[:size], rows[-size:])
