@@ -435,6 +435,7 @@ class TestPage:
         assert ">nan" not in text
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_rows_are_computed_once_and_must_be_of_the_same_models(tmp_path, monkeypatch):
     models = [result("a", [0.1, 0.2]), result("b", [0.2, 0.3])]
     rows = compare_models(models)
