@@ -75,3 +75,11 @@ def without_background(labels: Array, like: Float[Array, "*voxels classes"]) -> 
     # The lowest number of a dtype wraps to its highest, which must be no class.
     wide = labels if jnp.iinfo(labels.dtype).max >= like.shape[-1] else labels.astype(jnp.int32)
     return wide - 1
+
+
+def have_class(labels: Array, like: Float[Array, "*voxels classes"]) -> Bool[Array, "*voxels"]:
+    """Whether each voxel belongs to a class: its id is in range, or a label of it is not zero."""
+    if are_dense(labels, like):
+        return (labels != 0).any(-1)
+    ids = labels.astype(jnp.int32)
+    return (ids >= 0) & (ids < like.shape[-1])
