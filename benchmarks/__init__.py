@@ -1,1 +1,1 @@
-"""`python -m benchmarks`: this project beside the PyTorch reference, on the same inputs, in one run."""
+"""`python -m benchmarks`: this project and the PyTorch reference on the same inputs, in one run."""

@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: both sides in huge pages, as the trainer is."""
+"""Entry point of `python -m benchmarks`. Both sides use huge pages, as the trainer does."""
 
 from train.huge_pages import restart_in_huge_pages
 

@@ -1,7 +1,7 @@
-"""Measure this project beside the PyTorch reference (MONAI), interleaved, in one run.
+"""Measure this project beside the PyTorch reference (MONAI), in turn, in one run.
 
-Every benchmark first asserts that both give the same numbers, then times them in turn on the same inputs and
-cores, prints ratios (ours / reference) and writes JSON and a plot. Without a command: `all`.
+Every benchmark first checks that both sides give the same numbers. It then times them in turn on the same inputs
+and cores, prints ratios (ours / reference) and writes JSON and a plot. The default command is `all`.
 `python -m benchmarks COMMAND --help` explains the options of a command.
 
 Needs the extras `train` and `reference` (PyTorch and MONAI).
@@ -16,47 +16,42 @@ from typing import Any
 
 import tyro
 
-from benchmarks.inference import Inference
-from benchmarks.loss import Loss
-from benchmarks.memory import Memory
-from benchmarks.parts import Parts
-from benchmarks.scaling import Scaling
-from benchmarks.step import Step, Step2D
+from benchmarks import options
 
 BENCHMARKS: dict[str, Any] = {
-    "loss": Loss,
-    "parts": Parts,
-    "step": Step,
-    "step-2d": Step2D,
-    "inference": Inference,
-    "memory": Memory,
-    "scaling": Scaling,
+    "loss": options.Loss,
+    "parts": options.Parts,
+    "step": options.Step,
+    "step-2d": options.Step2D,
+    "inference": options.Inference,
+    "memory": options.Memory,
+    "scaling": options.Scaling,
 }
 
 
 @dataclass(frozen=True)
 class All:
-    """Run every benchmark as it is by default, one after the other (the default command)."""
+    """Run every benchmark with its default options, one after the other (the default command)."""
 
-    out: Path = Path("benchmarks/results")
-    """Folder for the results; each benchmark writes one JSON file named after it, and its plot."""
+    out: Path = options.RESULTS
+    """Folder for the results; each benchmark writes a JSON file named after it, and its plot."""
 
     def run(self) -> None:
         failed = []
         for name in BENCHMARKS:
             print(f"\n== {name} ==", flush=True)
-            # In a process of its own: what one leaves in memory changes how fast the next one gets its own.
+            # Each benchmark has its own process, since memory that one leaves changes the speed of the next.
             command = [sys.executable, "-m", "benchmarks", name, "--out", str(self.out / f"{name}.json")]
-            if subprocess.run(command).returncode:  # the others' results are worth having all the same
+            if subprocess.run(command).returncode:
                 failed.append(name)
         assert not failed, f"failed: {', '.join(failed)}"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a benchmark; 1 if the two sides disagree, 2 if the reference is not installed."""
+    """Runs a benchmark; returns 1 if the two sides disagree, 2 if the reference is not installed."""
     arguments = sys.argv[1:] if arguments is None else arguments
     first = arguments[0] if arguments else ""
-    # Options without a command are those of `all`.
+    # Options without a command belong to `all`.
     if not first or (first.startswith("-") and first not in ("-h", "--help")):
         arguments = ["all", *arguments]
     command = tyro.extras.subcommand_cli_from_dict(

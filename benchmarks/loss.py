@@ -1,11 +1,9 @@
-"""mL1-ACE forward and backward beside PyTorch's; data, programs and check, which other benchmarks use as well."""
+"""mL1-ACE forward and backward beside PyTorch: data, programs and check, which other benchmarks use as well."""
 
 import functools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,94 +11,68 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from benchmarks import timing
+from benchmarks.options import Kind, Loss, parse_shape
 from calib_jax import mL1_ace
 from calib_jax.binning import bin_edges
 
 if TYPE_CHECKING:
     from benchmarks import reference
 
-Kind = Literal["blobs", "one-bin", "uniform"]
 Program = Callable[[], tuple[Any, Any]]
 OURS = "calib_jax"
 TARGETS = {"monai": 0.20, "paper": 0.12}
-"""What ours over the reference's time should be at most."""
+"""Largest ratio of our time to the reference's that meets the target."""
 
-# Ours is checked against float64. PyTorch's float32 running sums drift: MONAI's loss of 7 million voxels, most of
-# them in one bin, is off by 8e-4.
+# Ours is checked against float64. PyTorch's float32 running sums drift: MONAI's loss is off by 8e-4 for 7 million
+# voxels of which most are in one bin.
 _LOSS_TOLERANCE = 1e-5
 _REFERENCE_TOLERANCE = 3e-3
 _GRADIENT_TOLERANCE = 1e-3
 
 
-@dataclass(frozen=True)
-class Loss:
-    """Time of mL1-ACE, its value and gradient with respect to probabilities, beside PyTorch's, as ratios.
+def run(options: Loss) -> None:
+    """Measures every shape and kind, prints the ratios and writes the results and their plot."""
+    from benchmarks import plots, reference
 
-    References: "monai", the loss on MONAI's `calibration_binning`; "paper", the paper's formulation; both also
-    under `torch.compile`. The floor is a copy of the probabilities.
+    reference.use_all_cores()
+    cases = [_measure(options, shape, kind) for shape in options.shapes for kind in options.kinds]
+    print(timing.format_table([_row(case) for case in cases]))
+    print("ratios: ours / the other within a round, median of the rounds (quartiles); lower = faster than it")
+    device = str(reference.device())
+    results = {"num_bins": options.num_bins, "targets": TARGETS, "reference_device": device, "cases": cases}
+    timing.write_results(options.out, results)
+    plots.save(plots.loss(cases), options.out)
 
-        python -m benchmarks loss --shapes 2x4x96x96x96 --kinds blobs --no-compile
-    """
 
-    shapes: tuple[str, ...] = ("2x4x96x96x96", "1x4x224x224x144")
-    """Batch, classes, then voxels along each axis."""
-    kinds: tuple[Kind, ...] = ("blobs", "one-bin")
-    """blobs: a segmentation's probabilities, most voxels confident. one-bin: at least 90% of the voxels of each
-    class in one bin. uniform: as many voxels in each bin."""
-    num_bins: int = 20
-    """Bins."""
-    rounds: int = 15
-    """Timed rounds; each calls every program once."""
-    warmup: int = 2
-    """Rounds before these."""
-    compile: bool = True
-    """Also time the references under torch.compile; where that fails, the reason is in the results."""
-    out: Path = Path("benchmarks/results/loss.json")
-    """Where the results go, as JSON; the plot goes beside it, as PNG."""
+def _measure(options: Loss, shape: str, kind: Kind) -> dict[str, Any]:
+    from benchmarks import reference
 
-    def run(self) -> None:
-        from benchmarks import plots, reference
-
-        reference.use_all_cores()
-        cases = [self._measure(shape, kind) for shape in self.shapes for kind in self.kinds]
-        print(timing.format_table([_row(case) for case in cases]))
-        print(
-            "ratios: ours / the other within a round, median of the rounds (quartiles); lower = faster than it"
-        )
-        results = {"num_bins": self.num_bins, "targets": TARGETS, "reference_device": str(reference.device())}
-        timing.write_results(self.out, {**results, "cases": cases})
-        print(f"written to {self.out} and {plots.save(plots.loss(cases), self.out)}")
-
-    def _measure(self, shape: str, kind: Kind) -> dict[str, Any]:
-        from benchmarks import reference
-
-        data = make_data(parse_shape(shape), kind)
-        inputs = reference.ace_inputs(*data)
-        programs = ace_programs(data, inputs, self.num_bins)
-        errors = check_agreement(programs, exact_loss(data, self.num_bins))
-        print(f"{shape} {kind}: same loss and gradient", flush=True)
-        reasons: dict[str, str] = {}
-        if self.compile:
-            compiled, reasons = compiled_programs(programs, inputs, self.num_bins)
-            programs |= compiled
-        samples = timing.interleaved(
-            programs | copies(data), warmup=self.warmup, rounds=self.rounds, title=f"{shape} {kind}"
-        )
-        print(timing.format_samples(samples))
-        ratios = {name: timing.ratio_spread(samples, OURS, name) for name in samples if name != OURS}
-        return {
-            "shape": shape,
-            "kind": kind,
-            "ratio": ratios,
-            "not_compiled": reasons,
-            "loss_error": errors,
-            "summary": {name: timing.spread(seconds) for name, seconds in samples.items()},
-            "seconds": samples,
-        }
+    data = make_data(parse_shape(shape), kind)
+    inputs = reference.ace_inputs(*data)
+    programs = ace_programs(data, inputs, options.num_bins)
+    errors = check_agreement(programs, exact_loss(data, options.num_bins))
+    print(f"{shape} {kind}: same loss and gradient", flush=True)
+    reasons: dict[str, str] = {}
+    if options.compile:
+        compiled, reasons = compiled_programs(programs, inputs, options.num_bins)
+        programs |= compiled
+    samples = timing.interleaved(
+        programs | copies(data), warmup=options.warmup, rounds=options.rounds, title=f"{shape} {kind}"
+    )
+    print(timing.format_samples(samples))
+    return {
+        "shape": shape,
+        "kind": kind,
+        "ratio": {name: timing.ratio_spread(samples, OURS, name) for name in samples if name != OURS},
+        "not_compiled": reasons,
+        "loss_error": errors,
+        "summary": {name: timing.spread(seconds) for name, seconds in samples.items()},
+        "seconds": samples,
+    }
 
 
 def _row(case: Mapping[str, Any]) -> dict[str, str]:
-    """A line of the table; a program that did not compile leaves its column empty."""
+    """A row of the table; a program that did not compile has `-` in its column."""
     row = {"": f"{case['shape']} {case['kind']}", "ours ms": f"{1000 * case['summary'][OURS]['median']:.1f}"}
     for name in [*TARGETS, *(f"{name} compiled" for name in TARGETS), *COPIES]:
         ratio = case["ratio"].get(name)
@@ -113,25 +85,14 @@ def _row(case: Mapping[str, Any]) -> dict[str, str]:
 
 
 class Data(NamedTuple):
-    """Inputs as calib_jax takes them."""
+    """Inputs in the layout of calib_jax."""
 
     probs: Float[np.ndarray, "batch *spatial classes"]
     labels: Int[np.ndarray, "batch *spatial"]
 
 
-def parse_shape(text: str) -> tuple[int, ...]:
-    """`"2x4x96x96x96"` -> batch, classes and spatial sizes."""
-    try:
-        shape = tuple(map(int, text.split("x")))
-    except ValueError:
-        shape = ()
-    if len(shape) < 3 or min(shape) < 1:
-        raise SystemExit(f"error: a shape is batch, classes and sizes, as in 2x4x96x96x96; got {text!r}")
-    return shape
-
-
 def make_data(shape: tuple[int, ...], kind: Kind, seed: int = 0) -> Data:
-    """Probabilities and labels of a shape batch, classes, sizes; mis-calibrated, so that no gap is near zero."""
+    """Miscalibrated probabilities and labels (no gap is near zero) for a shape of batch, classes and sizes."""
     batch, classes, *spatial = shape
     rng = np.random.default_rng(seed)
     if kind == "uniform":
@@ -145,14 +106,14 @@ def make_data(shape: tuple[int, ...], kind: Kind, seed: int = 0) -> Data:
 
 
 def _independent_labels(rng: np.random.Generator, shape: tuple[int, ...], classes: int) -> np.ndarray:
-    """Every class at a frequency of its own, whatever its probability; the id `classes` belongs to none."""
+    """Labels independent of the probabilities, with a different frequency per class; id `classes` is no class."""
     weights = 1 + np.arange(classes + 1) / classes
     ends = np.cumsum(weights / weights.sum())[:-1].astype(np.float32)
     return np.searchsorted(ends, rng.random(shape, dtype=np.float32)).astype(np.int32)
 
 
 def _one_bin(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """Nine of ten voxels are all but certain of class 0, the others undecided."""
+    """Probabilities of which nine in ten voxels are almost certain of class 0 and the others undecided."""
     probs = rng.standard_exponential(shape, dtype=np.float32)
     probs /= probs.sum(-1, keepdims=True)
     sure = rng.random(shape[:-1], dtype=np.float32) < 0.9
@@ -162,7 +123,7 @@ def _one_bin(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnums=1)
 def _blobs(key: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """Softmax of smooth noise, steep, so that only boundaries are undecided; its labels are half as sure."""
+    """Steep softmax of smooth noise, undecided only at boundaries; the labels are half as confident."""
     coarse, fine, draw = jax.random.split(key, 3)
     batch, *spatial, classes = shape
     field = jax.random.normal(coarse, (batch, *(max(2, size // 12) for size in spatial), classes))
@@ -177,7 +138,7 @@ def _blobs(key: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array
 
 
 def ace_programs(data: Data, inputs: "reference.AceInputs", num_bins: int) -> dict[str, Program]:
-    """Loss and gradient, ours first, then every reference."""
+    """Programs for loss and gradient: ours first, then every reference."""
     from benchmarks import reference
 
     theirs = {
@@ -187,7 +148,7 @@ def ace_programs(data: Data, inputs: "reference.AceInputs", num_bins: int) -> di
 
 
 def our_program(data: Data, num_bins: int) -> Program:
-    """mL1-ACE and its gradient, from arrays that are on the device already."""
+    """Program for mL1-ACE and its gradient, from arrays that are already on the device."""
     probs, labels = jnp.asarray(data.probs), jnp.asarray(data.labels)
     value_and_grad = our_loss(num_bins)
     return lambda: jax.block_until_ready(value_and_grad(probs, labels))
@@ -201,19 +162,19 @@ def our_loss(num_bins: int) -> Any:
 def compiled_programs(
     programs: Mapping[str, Program], inputs: "reference.AceInputs", num_bins: int
 ) -> tuple[dict[str, Program], dict[str, str]]:
-    """The references under `torch.compile`, and why some are not among them."""
+    """The references under `torch.compile`, and for those that fail the reason."""
     import torch
 
     from benchmarks import reference
 
-    torch.compiler.reset()  # or shapes seen before count towards its limit of recompilations
+    torch.compiler.reset()  # shapes seen before would count towards its limit of recompilations
     compiled: dict[str, Program] = {}
     reasons: dict[str, str] = {}
     for name, loss in reference.ACE_LOSSES.items():
         try:
             program = reference.ace_program(torch.compile(loss, dynamic=False), inputs, num_bins)
             _check_same(f"{name} compiled", program(), name, programs[name]())
-        except Exception as error:  # a compiler may fail in any way, and the others are still to be timed
+        except Exception as error:  # a compiler may raise anything
             reasons[name] = timing.first_line(error)
             print(f"torch.compile of {name} failed: {reasons[name]}")
         else:
@@ -225,7 +186,7 @@ COPIES = ("copy (JAX)", "copy (NumPy)")
 
 
 def copies(data: Data) -> dict[str, Callable[[], Any]]:
-    """The floor: the bytes of the probabilities read and written once, to new memory (JAX) and old (NumPy)."""
+    """Programs that copy the probabilities, to new memory (JAX) and to existing memory (NumPy)."""
     on_device, target = jnp.asarray(data.probs), np.empty_like(data.probs)
     copy = jax.jit(jnp.copy)
     both = (lambda: jax.block_until_ready(copy(on_device)), lambda: np.copyto(target, data.probs))
@@ -236,7 +197,7 @@ def copies(data: Data) -> dict[str, Callable[[], Any]]:
 
 
 def exact_loss(data: Data, num_bins: int) -> float:
-    """The loss in float64, by none of the programs' code but the edges."""
+    """The loss in float64; it shares only the bin edges with the programs."""
     upper_edges = bin_edges(num_bins)[1:]
     batch, classes = data.probs.shape[0], data.probs.shape[-1]
     errors = []
@@ -251,14 +212,14 @@ def exact_loss(data: Data, num_bins: int) -> float:
 
 
 def check_agreement(programs: Mapping[str, Program], exact: float) -> dict[str, float]:
-    """Asserts that all programs give the same loss and gradient, and ours the loss of float64.
+    """Asserts that all programs give the same loss and gradient, and that ours gives the loss of float64.
 
     Args:
-        programs: by name, ours among them.
+        programs: programs by name, including ours.
         exact: the loss in float64.
 
     Returns:
-        How far each loss is from it, as a share of it.
+        Relative error of each loss against `exact`.
     """
     ours = programs[OURS]()
     errors = {OURS: float(ours[0]) / exact - 1}
@@ -275,7 +236,7 @@ def _check_same(name_a: str, a: tuple[Any, Any], name_b: str, b: tuple[Any, Any]
     losses = float(a[0]), float(b[0])
     same = math.isclose(*losses, rel_tol=_REFERENCE_TOLERANCE)
     assert same, f"loss {losses[0]} of {name_a}, {losses[1]} of {name_b}"
-    # Every bin's gradients add up to the same, so that a bin of few voxels weighs no less than one of many.
+    # The gradients of each bin have the same sum, so bins with few voxels weigh as much as bins with many.
     first, second = _gradient(a), _gradient(b)
     difference = float(np.abs(first - second).sum() / np.abs(first).sum())
     assert difference < _GRADIENT_TOLERANCE, f"gradients of {name_a} and {name_b} differ by {difference:.1e}"

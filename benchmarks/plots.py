@@ -1,4 +1,4 @@
-"""Figures of the benchmarks, from the results as they are written."""
+"""Figures of the benchmarks, drawn from their results."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,17 +17,18 @@ _FLOOR: Final = "#B8C2CC"
 
 
 def save(figure: Figure, results: Path) -> Path:
-    """Writes a figure beside the results that it shows, as PNG."""
+    """Saves a figure as PNG beside the file of its results; returns the path."""
     file = results.with_suffix(".png")
     with matplotlib.rc_context(_STYLE):
         figure.savefig(file, dpi=130)
+    print(f"written to {file}")
     return file
 
 
 def scaling(
     axes: Mapping[str, Sequence[Mapping[str, Any]]], growths: Mapping[str, Mapping[str, float]]
 ) -> Figure:
-    """Cost per voxel and class against voxels, bins and classes; bands hold the middle half of the rounds."""
+    """Cost per voxel and class against voxels, bins and classes; bands span the middle half of the rounds."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(10, 3.4), layout="constrained")
         panels = figure.subplots(1, len(axes), sharey=True, squeeze=False)[0]
@@ -41,11 +42,11 @@ def _cost_curves(
     ax: Axes, axis: str, points: Sequence[Mapping[str, Any]], growth: Mapping[str, float]
 ) -> None:
     where = [point[axis] for point in points]
-    for who, color in zip(growth, (_OURS, _REFERENCE), strict=True):
+    for side, color in zip(growth, (_OURS, _REFERENCE), strict=True):
         median, q1, q3 = (
-            [1e9 * point["cost"][who][key] for point in points] for key in ("median", "q1", "q3")
+            [1e9 * point["cost"][side][key] for point in points] for key in ("median", "q1", "q3")
         )
-        ax.plot(where, median, "o-", color=color, markersize=4, label=f"{who} (grows x{growth[who]:.2f})")
+        ax.plot(where, median, "o-", color=color, markersize=4, label=f"{side} (grows x{growth[side]:.2f})")
         ax.fill_between(where, q1, q3, color=color, alpha=0.2, linewidth=0)
     ax.set(xscale="log", yscale="log", xlabel=axis, title=f"against {axis}")
     if axis != "voxels":
@@ -56,7 +57,7 @@ def _cost_curves(
 
 
 def loss(cases: Sequence[Mapping[str, Any]]) -> Figure:
-    """Median time of every program, a panel for each case; lines hold the middle half of the rounds."""
+    """Median time of every program, one panel per case; lines span the middle half of the rounds."""
     with matplotlib.rc_context(_STYLE):
         columns = min(2, len(cases))
         rows = -(-len(cases) // columns)
@@ -89,7 +90,7 @@ def memory(share: Mapping[str, Mapping[str, float]], target: float) -> Figure:
 
 
 def _bars(ax: Axes, spreads: Mapping[str, Mapping[str, float]]) -> None:
-    """A bar for each name, the first on top: ours, references and floors in colours of their own."""
+    """One bar per name, the first on top; ours, references and floors have different colours."""
     for row, (name, figures) in enumerate(spreads.items()):
         color = _OURS if name.startswith("calib_jax") else _FLOOR if name.startswith("copy") else _REFERENCE
         ax.barh(row, figures["median"], color=color)

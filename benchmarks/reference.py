@@ -1,6 +1,6 @@
-"""The reference: MONAI's network and losses on PyTorch, with mL1-ACE written on MONAI's `calibration_binning`.
+"""The reference: MONAI's network and losses on PyTorch, and mL1-ACE in two formulations.
 
-Beside it the paper's own formulation of mL1-ACE, written from its description.
+One formulation uses MONAI's `calibration_binning`. The other is the paper's own, written from its description.
 """
 
 import os
@@ -16,19 +16,19 @@ from monai.networks.nets.unet import UNet
 
 
 def use_all_cores() -> None:
-    """As many threads as this process may use cores, which is what XLA takes."""
+    """Gives PyTorch one thread per core that this process may use, as XLA does."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
 
 
 def device() -> torch.device:
-    """The GPU where PyTorch and JAX both have one, else the CPU."""
+    """The GPU if PyTorch and JAX both have one, else the CPU."""
     import jax
 
     return torch.device("cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu")
 
 
 def wait() -> None:
-    """Until what was asked of `device()` is done."""
+    """Waits until `device()` has finished its work."""
     if device().type == "cuda":
         torch.cuda.synchronize()
 
@@ -50,12 +50,12 @@ def gradients(model: UNet) -> dict[str, np.ndarray]:
 
 
 def channel_first(array: np.ndarray) -> torch.Tensor:
-    """A channel-last array as PyTorch has it, on `device()`."""
+    """A channel-last array as a channel-first tensor on `device()`."""
     return torch.tensor(np.ascontiguousarray(np.moveaxis(array, -1, 1)), device=device())
 
 
 def class_ids(labels: np.ndarray) -> torch.Tensor:
-    """Labels as PyTorch has them, on `device()`."""
+    """Labels as a tensor of int64 on `device()`."""
     return torch.tensor(labels, dtype=torch.int64, device=device())
 
 
@@ -66,7 +66,7 @@ def mean_l1_ace(probs: torch.Tensor, one_hot: torch.Tensor, num_bins: int = 20) 
 
 
 def paper_l1_ace(probs: torch.Tensor, one_hot: torch.Tensor, num_bins: int = 20) -> torch.Tensor:
-    """The same as the paper computes it: for each image and class a count and two means, scattered into bins."""
+    """mL1-ACE as the paper computes it: a count and two means per image and class, scattered into bins."""
     edges = torch.linspace(0, 1 + torch.finfo(torch.float32).eps, num_bins + 1, device=probs.device)
     pairs = zip(probs.flatten(0, 1).flatten(1), one_hot.flatten(0, 1).flatten(1), strict=True)
     return torch.stack([_paper_gap(prob, label, edges[1:]) for prob, label in pairs]).mean()
@@ -85,7 +85,7 @@ ACE_LOSSES = {"monai": mean_l1_ace, "paper": paper_l1_ace}
 
 
 class AceInputs(NamedTuple):
-    """What mL1-ACE takes in PyTorch: channel first, labels one-hot, on `device()`."""
+    """Inputs of mL1-ACE in PyTorch: channel first, labels one-hot, on `device()`."""
 
     probs: torch.Tensor
     one_hot: torch.Tensor
@@ -94,7 +94,7 @@ class AceInputs(NamedTuple):
 def ace_inputs(
     probs: Float[np.ndarray, "batch *spatial classes"], labels: Int[np.ndarray, "batch *spatial"]
 ) -> AceInputs:
-    """Inputs of mL1-ACE as PyTorch has them. Ids outside `[0, classes)` belong to no class, as in calib_jax."""
+    """Inputs of mL1-ACE in PyTorch. Ids outside `[0, classes)` belong to no class, as in calib_jax."""
     ids, classes = class_ids(labels), probs.shape[-1]
     one_hot = torch.stack([(ids == label).float() for label in range(classes)], dim=1)
     return AceInputs(channel_first(probs).requires_grad_(), one_hot)
@@ -103,7 +103,7 @@ def ace_inputs(
 def ace_program(
     loss: Callable[..., torch.Tensor], inputs: AceInputs, num_bins: int
 ) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
-    """A function that returns the loss and its gradient when both are there."""
+    """A function that returns the loss and its gradient once both are computed."""
 
     def program() -> tuple[torch.Tensor, torch.Tensor]:
         value = loss(*inputs, num_bins=num_bins)
@@ -115,7 +115,7 @@ def ace_program(
 
 
 class Loss:
-    """Dice as MONAI computes it, plus mL1-ACE where `ace` is True."""
+    """MONAI's Dice loss, plus mL1-ACE if `ace` is True."""
 
     def __init__(self, classes: int, *, ace: bool):
         self.classes, self.ace = classes, ace

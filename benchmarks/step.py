@@ -2,16 +2,16 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import torch
 from flax import nnx
 
-from benchmarks import timing
+from benchmarks import reference, timing
+from benchmarks.options import Precision, Step
 from train.config import DataInfo, RunConfig, TrainingConfig
 from train.data import NO_AUGMENTATION
 from train.losses import parse_loss
@@ -20,140 +20,98 @@ from train.sharding import device_mesh, put_batch, replicated
 from train.step import init_state, make_optimizer, make_train_step
 from train.task import make_model
 
-if TYPE_CHECKING:
-    from benchmarks import reference
-
 LOSSES = ("dice", "dice+ace")
-Precision = Literal["float32", "bfloat16"]
 
 
-@dataclass(frozen=True)
-class Step:
-    """Time of one training step (forward, loss, backward, Adam) beside MONAI's on PyTorch, as a ratio."""
+def run(options: Step) -> None:
+    """Checks that the steps agree, times them, prints the ratios and writes the results."""
+    reference.use_all_cores()
+    batch = _batch(options)
+    programs: dict[str, Callable[[], Any]] = {}
+    for name in LOSSES:
+        network = reference.paper_unet(options.channels, options.classes, len(options.patch))
+        names = tuple(map(str, range(options.classes)))
+        data = DataInfo("random", names, options.channels, spatial_dims=len(options.patch))
+        config = _config(options, name)
+        model = make_model(config, data)
+        load_monai_weights(model, reference.parameters(network))
+        loss = reference.Loss(options.classes, ace="ace" in name)
+        difference = _check_agreement(name, model, network, _reference_step(loss, network, batch), batch)
+        print(f"{name}: same loss, gradients differ by {difference:.1e} of the largest at most")
+        programs[f"calib_jax {name}"] = _our_step(config, model, batch)
+        programs[f"reference {name}"] = _reference_step(loss, network, batch, options.precision)
+        if options.compile:
+            programs |= _compiled_step(name, loss, network, batch, options.precision)
+    samples = timing.interleaved(programs, warmup=options.warmup, rounds=options.rounds)
+    _report(options, samples)
 
-    patch: tuple[int, ...] = (48, 64, 48)
-    """Voxels along each of two or three axes."""
-    batch_size: int = 4
-    """Patches in a step."""
-    channels: int = 1
-    """Channels of the image."""
-    classes: int = 3
-    """Classes, background included."""
-    precision: Precision = "float32"
-    """Of convolutions and activations in both; with bfloat16 the reference runs under `torch.autocast`."""
-    compile: bool = True
-    """Time the reference under `torch.compile` as well."""
-    rounds: int = 31
-    """Timed rounds; each takes one step of every program."""
-    warmup: int = 3
-    """Rounds before these."""
-    out: Path = Path("benchmarks/results/step.json")
-    """Where the results go, as JSON."""
 
-    def run(self) -> None:
-        from benchmarks import reference
-
-        reference.use_all_cores()
-        batch = self._batch()
-        programs: dict[str, Callable[[], Any]] = {}
-        for name in LOSSES:
-            network = reference.paper_unet(self.channels, self.classes, len(self.patch))
-            model = make_model(self._config(name), self._data())
-            load_monai_weights(model, reference.parameters(network))
-            loss = reference.Loss(self.classes, ace="ace" in name)
-            difference = _check_agreement(name, model, network, _reference_step(loss, network, batch), batch)
-            print(f"{name}: same loss, gradients differ by {difference:.1e} of the largest at most")
-            programs[f"calib_jax {name}"] = self._our_step(name, model, batch)
-            programs[f"reference {name}"] = _reference_step(loss, network, batch, self.precision)
-            if self.compile:
-                programs |= _compiled_step(name, loss, network, batch, self.precision)
-        samples = timing.interleaved(programs, warmup=self.warmup, rounds=self.rounds)
-        self._report(samples)
-
-    def _report(self, samples: dict[str, list[float]]) -> None:
-        others = [who for who in ("reference", "compiled") if f"{who} {LOSSES[-1]}" in samples]
-        ratios = {
-            who: {loss: timing.ratio(samples, f"calib_jax {loss}", f"{who} {loss}") for loss in LOSSES}
-            for who in others
+def _report(options: Step, samples: dict[str, list[float]]) -> None:
+    others = [other for other in ("reference", "compiled") if f"{other} {LOSSES[-1]}" in samples]
+    ratios = {
+        other: {loss: timing.ratio(samples, f"calib_jax {loss}", f"{other} {loss}") for loss in LOSSES}
+        for other in others
+    }
+    spreads = {name: timing.spread(seconds) for name, seconds in samples.items()}
+    cost = {
+        side: {
+            which: spreads[f"{side} dice+ace"][which] / spreads[f"{side} dice"][which] - 1
+            for which in ("median", "q1")
         }
-        spreads = {name: timing.spread(seconds) for name, seconds in samples.items()}
-        cost = {
-            who: {
-                which: spreads[f"{who} dice+ace"][which] / spreads[f"{who} dice"][which] - 1
-                for which in ("median", "q1")
-            }
-            for who in ("calib_jax", *others)
-        }
-        print(timing.format_samples(samples))
-        for who, by_loss in ratios.items():
-            for loss, value in by_loss.items():
-                print(f"step with {loss}: {value:.2f} of the time of {who} (1 = equal, lower = faster)")
-        for who, value in cost.items():
-            figures = f"{100 * value['median']:+.1f}%, at the lower quartiles {100 * value['q1']:+.1f}%"
-            print(f"mL1-ACE adds {figures} to the step of {who}")
-        names = ("patch", "batch_size", "channels", "classes", "precision")
-        settings = {name: getattr(self, name) for name in names}
-        timing.write_results(self.out, {**settings, "ratio": ratios, "ace_cost": cost, "seconds": samples})
-        print(f"written to {self.out}")
-
-    def _batch(self) -> dict[str, np.ndarray]:
-        """A noisy image of the labels it goes with, so that probabilities spread over the bins."""
-        rng = np.random.default_rng(0)
-        label = rng.integers(0, self.classes, (self.batch_size, *self.patch), dtype=np.int32)
-        noise = rng.standard_normal((*label.shape, self.channels), np.float32)
-        return {"image": noise + label[..., None].astype(np.float32), "label": label}
-
-    def _data(self) -> DataInfo:
-        names = tuple(map(str, range(self.classes)))
-        return DataInfo("random", names, self.channels, spatial_dims=len(self.patch))
-
-    def _config(self, loss: str) -> RunConfig:
-        training = TrainingConfig(
-            batch_size=self.batch_size,
-            learning_rate=1e-3,
-            schedule="constant",
-            ace_delay=0.0,
-            ace_ramp=0.0,
-            precision=self.precision,
-        )
-        return RunConfig(loss, training=training, augment=NO_AUGMENTATION)
-
-    def _our_step(self, loss: str, model: nnx.Module, batch: dict[str, np.ndarray]) -> Callable[[], Any]:
-        """The trainer's own step, on a batch that is already on the device, as the reference's is."""
-        config, mesh = self._config(loss), device_mesh()
-        optimizer = make_optimizer(config.training)
-        graphdef, state = init_state(model, optimizer)
-        step = make_train_step(graphdef, optimizer, config, mesh)
-        held = {"state": jax.device_put(state, replicated(mesh))}
-        on_device = put_batch(batch, mesh)
-
-        def program() -> None:
-            held["state"], _ = step(held["state"], on_device)
-            jax.block_until_ready(held["state"])
-
-        return program
+        for side in ("calib_jax", *others)
+    }
+    print(timing.format_samples(samples))
+    for other, by_loss in ratios.items():
+        for loss, value in by_loss.items():
+            print(f"step with {loss}: {value:.2f} of the time of {other} (1 = equal, lower = faster)")
+    for side, value in cost.items():
+        figures = f"{100 * value['median']:+.1f}%, at the lower quartiles {100 * value['q1']:+.1f}%"
+        print(f"mL1-ACE adds {figures} to the step of {side}")
+    settings = timing.settings(options, "patch", "batch_size", "channels", "classes", "precision")
+    results = {**settings, "ratio": ratios, "ace_cost": cost, "seconds": samples}
+    timing.write_results(options.out, results)
 
 
-@dataclass(frozen=True)
-class Step2D(Step):
-    """The same as `step` for slices instead of volumes."""
+def _batch(options: Step) -> dict[str, np.ndarray]:
+    """A noisy image of its own labels, so that probabilities spread over the bins."""
+    rng = np.random.default_rng(0)
+    label = rng.integers(0, options.classes, (options.batch_size, *options.patch), dtype=np.int32)
+    noise = rng.standard_normal((*label.shape, options.channels), np.float32)
+    return {"image": noise + label[..., None].astype(np.float32), "label": label}
 
-    patch: tuple[int, ...] = (192, 192)
-    """Pixels along each axis."""
-    batch_size: int = 16
-    """Patches in a step."""
-    out: Path = Path("benchmarks/results/step-2d.json")
-    """Where the results go, as JSON."""
+
+def _config(options: Step, loss: str) -> RunConfig:
+    training = TrainingConfig(
+        batch_size=options.batch_size,
+        learning_rate=1e-3,
+        schedule="constant",
+        ace_delay=0.0,
+        ace_ramp=0.0,
+        precision=options.precision,
+    )
+    return RunConfig(loss, training=training, augment=NO_AUGMENTATION)
+
+
+def _our_step(config: RunConfig, model: nnx.Module, batch: dict[str, np.ndarray]) -> Callable[[], Any]:
+    """The trainer's step, on a batch that is already on the device, as the reference's is."""
+    mesh = device_mesh()
+    optimizer = make_optimizer(config.training)
+    graphdef, state = init_state(model, optimizer)
+    step = make_train_step(graphdef, optimizer, config, mesh)
+    held = {"state": jax.device_put(state, replicated(mesh))}
+    on_device = put_batch(batch, mesh)
+
+    def program() -> None:
+        held["state"], _ = step(held["state"], on_device)
+        jax.block_until_ready(held["state"])
+
+    return program
 
 
 def _reference_step(
-    loss: "reference.Loss", network: Any, batch: dict[str, np.ndarray], precision: Precision = "float32"
+    loss: reference.Loss, network: Any, batch: dict[str, np.ndarray], precision: Precision = "float32"
 ) -> Callable[[], float]:
-    """The reference's step, which returns the loss before it."""
-    import torch
-
-    from benchmarks import reference
-
+    """The reference's step, which returns the loss before the step."""
     images = reference.channel_first(batch["image"])
     labels = reference.class_ids(batch["label"])
     optimizer = torch.optim.Adam(network.parameters(), 1e-3)
@@ -172,15 +130,13 @@ def _reference_step(
 
 
 def _compiled_step(
-    name: str, loss: "reference.Loss", network: Any, batch: dict[str, np.ndarray], precision: Precision
+    name: str, loss: reference.Loss, network: Any, batch: dict[str, np.ndarray], precision: Precision
 ) -> dict[str, Callable[[], float]]:
-    """The reference's step with its network under `torch.compile`; nothing where that fails."""
-    import torch
-
+    """The reference's step with its network under `torch.compile`; empty if compilation fails."""
     program = _reference_step(loss, torch.compile(copy.deepcopy(network), dynamic=False), batch, precision)
     try:
         program()
-    except Exception as error:  # a compiler may fail in any way, and the others are still to be timed
+    except Exception as error:  # a compiler may raise anything
         print(f"torch.compile failed: {timing.first_line(error)}")
         return {}
     return {f"compiled {name}": program}
@@ -189,9 +145,7 @@ def _compiled_step(
 def _check_agreement(
     name: str, model: nnx.Module, network: Any, torch_step: Callable[[], float], batch: dict[str, np.ndarray]
 ) -> float:
-    """Asserts that both give the same loss and gradients; returns the largest difference of a gradient."""
-    from benchmarks import reference
-
+    """Asserts that both sides give the same loss and gradients; returns the largest difference of a gradient."""
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     loss = parse_loss(name)
     images, labels = jnp.asarray(batch["image"]), jnp.asarray(batch["label"])

@@ -1,4 +1,4 @@
-"""Timing several programs in turn, so that a machine that changes its speed changes it for all of them."""
+"""Timing of several programs in turn, so that a change of the machine's speed affects all of them."""
 
 import json
 import os
@@ -21,17 +21,17 @@ _PACKAGES = ("calib_jax", "jax", "jaxlib", "flax", "optax", "torch", "monai", "n
 def interleaved(
     programs: Mapping[Name, Callable[[], Any]], *, warmup: int, rounds: int, title: str = "rounds"
 ) -> dict[Name, list[float]]:
-    """Seconds of each call. A program returns when its work is done.
+    """Seconds of each call. A program must return only when its work is done.
 
-    In its turn each program is called twice and the second call is timed, as one step of many is in training: the
-    first wakes the cores, fills the caches and outlasts the threads of the program before, which spin for a
+    In its turn each program is called twice, and the second call is timed, like one of many steps in training. The
+    first call wakes the cores, fills the caches and outlasts the threads of the previous program, which spin for a
     while after their work.
 
     Args:
-        programs: by name; each round takes every one of them once, in this order.
+        programs: programs by name; each round takes each of them once, in this order.
         warmup: rounds that are not counted (compilation, caches).
-        rounds: rounds that are.
-        title: what the progress bar is called.
+        rounds: rounds that are counted.
+        title: title of the progress bar.
     """
     seconds: dict[Name, list[float]] = {name: [] for name in programs}
     for i in tqdm(range(warmup + rounds), title):
@@ -45,7 +45,7 @@ def interleaved(
 
 
 def ratio(samples: Mapping[str, Sequence[float]], ours: str, reference: str) -> float:
-    """Median of ours over median of the reference: lower is faster than the reference."""
+    """Median of ours over median of the reference; below 1, ours is faster."""
     return statistics.median(samples[ours]) / statistics.median(samples[reference])
 
 
@@ -58,7 +58,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def ratio_spread(samples: Mapping[str, Sequence[float]], ours: str, reference: str) -> dict[str, float]:
-    """Spread of ours over the reference within each round, in which both share the machine's mood."""
+    """Spread of ours over the reference within each round, in which the machine's speed is nearly constant."""
     return spread([a / b for a, b in zip(samples[ours], samples[reference], strict=True)])
 
 
@@ -72,7 +72,7 @@ def format_samples(samples: Mapping[str, Sequence[float]]) -> str:
 
 
 def format_table(rows: Sequence[Mapping[str, str]]) -> str:
-    """Rows of equal keys as a text table: the first column to the left, the others to the right."""
+    """Rows with equal keys as a text table; the first column is aligned left, the others right."""
     lines = [list(rows[0]), *([*row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     pads = ["<", *">" * (len(widths) - 1)]
@@ -83,7 +83,7 @@ def format_table(rows: Sequence[Mapping[str, str]]) -> str:
 
 
 def write_results(file: Path, results: Mapping[str, Any]) -> None:
-    """Writes results with what it takes to repeat them: command, versions, machine."""
+    """Writes results as JSON, with the command, versions and machine that are needed to repeat them."""
     import jax
 
     kept = {
@@ -98,10 +98,16 @@ def write_results(file: Path, results: Mapping[str, Any]) -> None:
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(kept, indent=1) + "\n")
+    print(f"written to {file}")
+
+
+def settings(options: Any, *names: str) -> dict[str, Any]:
+    """The named options of a benchmark, for its results."""
+    return {name: getattr(options, name) for name in names}
 
 
 def first_line(error: Exception) -> str:
-    """What kind of error, and how it begins."""
+    """Type of an error and the first line of its message."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 

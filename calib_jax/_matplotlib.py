@@ -1,4 +1,4 @@
-"""Matplotlib whatever the user's configuration of it, and the style of figures that are written to files."""
+"""Import of matplotlib despite a broken configuration, and the style of figures that are written to files."""
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ _SETTINGS = ("MPLBACKEND", "MATPLOTLIBRC", "MPLCONFIGDIR")
 
 
 def _import() -> Any:
-    """Imports matplotlib, if need be as if the user had not configured it.
+    """Imports matplotlib, without the user's configuration if that makes the import fail.
 
     The import fails if MPLBACKEND names no backend, or if a `matplotlibrc` cannot be read.
     """
@@ -24,10 +24,10 @@ def _import() -> Any:
         raise
     except Exception:
         for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
-            del sys.modules[name]  # half imported
+            del sys.modules[name]  # partly imported
     kept = {name: os.environ.pop(name) for name in _SETTINGS if name in os.environ}
     try:
-        with tempfile.TemporaryDirectory() as empty, contextlib.chdir(empty):  # there may be a ./matplotlibrc
+        with tempfile.TemporaryDirectory() as empty, contextlib.chdir(empty):  # away from a ./matplotlibrc
             os.environ["MPLCONFIGDIR"] = empty
             import matplotlib
 
@@ -42,16 +42,16 @@ matplotlib = _import()
 
 @contextlib.contextmanager
 def figure_style(settings: Mapping[str, Any]) -> Iterator[None]:
-    """A context to draw and save figures in: `settings` on top of matplotlib's defaults, the user's own left out.
+    """A context for drawing and saving figures: matplotlib's defaults and `settings`, not the user's parameters.
 
-    Warnings of matplotlib, about a character that its font lacks for one, do not leave it.
+    The context suppresses warnings of matplotlib, such as those about characters that its font lacks.
     """
     defaults = {name: value for name, value in matplotlib.rcParamsDefault.items() if name != "backend"}
     backend = matplotlib.rcParams._get("backend")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with matplotlib.rc_context(defaults | dict(settings)):
-            # A box plot reads all parameters, and reading an undecided backend decides it and imports pyplot.
+            # A box plot reads all parameters, and reading an undecided backend would choose one and import pyplot.
             matplotlib.rcParams._set("backend", "agg")
             try:
                 yield

@@ -1,18 +1,17 @@
-"""Calibration figures: matplotlib axes in, axes out. Nothing is saved or shown here.
+"""Calibration figures: functions that take matplotlib axes, draw on them and return them.
 
-Every function draws on the `ax` it is given and returns it; without one it opens a new pyplot figure,
-which is then the caller's to show and close. Where pyplot cannot open one, because its backend is unknown or
-needs a display, the figure is one that pyplot does not know. Needs the extra `report`
-(`pip install 'calib_jax[report]'`).
+No function saves or shows anything. Without `ax`, a function opens a new pyplot figure, which the caller shows and
+closes. If pyplot cannot open one, because its backend is unknown or needs a display, the figure is not registered
+with pyplot. Install the extra `report` (`pip install 'calib_jax[report]'`).
 
     from calib_jax import plots
     plots.reliability_diagram(stats, label="Dice + mL1-ACE").figure.savefig("reliability.png")
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-import calib_jax._matplotlib  # noqa: F401 (first, since it imports matplotlib whatever its configuration)
+import calib_jax._matplotlib  # noqa: F401 (first, since it imports matplotlib despite a broken configuration)
 
 # isort: split
 import jax
@@ -30,16 +29,9 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from calib_jax import reliability
 from calib_jax._checks import check_number
 from calib_jax.binning import BinStatistics
-from calib_jax.errors import (
-    average_calibration_error,
-    expected_calibration_error,
-    maximum_calibration_error,
-)
+from calib_jax.results import CALIBRATION_ERRORS, History, nan_mean
 
-History = Mapping[str, Sequence[float | int | None] | np.ndarray]
-"""One model's training history: columns of equal length, `epoch` and any of `train_*` and `val_*`."""
-
-# Okabe and Ito's colours, told apart by readers with any common colour vision. Two of them always mean the
+# Colours of Okabe and Ito, which readers with any common colour vision tell apart. Two of them always mean the
 # direction of an error, the others always a model.
 OVER: Final = "#D55E00"
 UNDER: Final = "#0072B2"
@@ -47,7 +39,13 @@ MODEL_COLORS: Final = (
     *("#5B5B5B", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31"),
     *("#6A3D9A", "#8C1C13", "#A8C545", "#1B3A6B", "#0B7A75", "#FF9E80"),
 )
+INK: Final = "#1F2933"
 
+_MUTED: Final = "#7B8794"
+_GRID: Final = "#E4E7EB"
+_HEAT: Final = LinearSegmentedColormap.from_list(
+    "calib_jax.heat", ["#F3F6FA", "#C6DBEF", "#6BAED6", "#2171B5", "#08306B", "#03132E"]
+)
 _GAP_ALPHA: Final = 0.42
 _TICKS: Final = (0, 0.25, 0.5, 0.75, 1)
 _TICK_LABELS: Final = ("0", "0.25", "0.5", "0.75", "1")
@@ -55,17 +53,6 @@ _CURVES: Final[Mapping[str, Mapping[str, Any]]] = {
     "train": {"linestyle": (0, (3, 1.5)), "linewidth": 1.0, "alpha": 0.75},
     "val": {"linestyle": "-", "linewidth": 1.7},
 }
-_ERRORS: Final[Mapping[str, Callable[[BinStatistics], Any]]] = {
-    "ACE": average_calibration_error,
-    "ECE": expected_calibration_error,
-    "MCE": maximum_calibration_error,
-}
-INK: Final = "#1F2933"
-_MUTED: Final = "#7B8794"
-_GRID: Final = "#E4E7EB"
-_HEAT: Final = LinearSegmentedColormap.from_list(
-    "calib_jax.heat", ["#F3F6FA", "#C6DBEF", "#6BAED6", "#2171B5", "#08306B", "#03132E"]
-)
 
 
 def reliability_diagram(
@@ -76,26 +63,25 @@ def reliability_diagram(
     band: float | None = 0.95,
     ax: Axes | None = None,
 ) -> Axes:
-    """Observed frequency against predicted probability, all images pooled, with the gaps shaded.
+    """Reliability diagram: observed frequency against predicted probability, with all images pooled.
 
-    Bars reach from the predicted probability to the observed frequency: orange where the model is
-    over-confident (predicts more than it finds), blue where it is under-confident. The widest gap is marked.
-    ACE, ECE and MCE in the corner are means over images, as in the tables, not errors of the pooled curve,
-    in which the errors of single images cancel. The grey band is where the curve of another draw of images
-    would lie (bootstrap over images).
+    Bars span the gap between predicted probability and observed frequency: orange where the model is
+    over-confident (predicts more than it finds), blue where it is under-confident. A ring marks the widest gap.
+    ACE, ECE and MCE in the corner are means over images, as in the tables; they are not errors of the pooled curve,
+    in which opposite errors of images cancel. The grey band is a bootstrap interval of the curve over images.
 
     Args:
         stats: bin statistics `[images, classes, bins]`.
-        class_index: the class to draw; None pools all of them.
-        label: title, as a rule the name of the model.
-        band: coverage of the band at each bin; None draws none, nor can one be drawn from a single image.
-        ax: axes to draw on.
+        class_index: index of the class to draw; None pools all classes.
+        label: title, usually the name of the model.
+        band: coverage of the band at each bin; None draws no band. A single image has no band.
+        ax: axes to draw on; None opens a figure.
 
     Returns:
         The axes.
 
     Raises:
-        ValueError: if `stats` has another rank or the class is not there.
+        ValueError: if `stats` has another rank or there is no class `class_index`.
 
     Example:
         >>> from matplotlib.figure import Figure
@@ -112,17 +98,23 @@ def reliability_diagram(
     chosen = _chosen(stats, class_index)
     prob, frequency, _ = _pooled_curve(chosen)
     filled = np.isfinite(prob)
+    gap = (frequency - prob)[filled]
+    colors = [OVER if size < 0 else UNDER for size in gap]
+    width, bars = 0.86 / stats.num_bins, {"alpha": _GAP_ALPHA, "linewidth": 0, "zorder": 2}
     _diagonal(ax)
-    _gap_bars(ax, prob[filled], frequency[filled], 1 / stats.num_bins)
+    ax.bar(prob[filled], gap, width, bottom=prob[filled], color=colors, **bars)
     if band is not None and len(chosen.count) > 1:
-        low, high = _frequency_band(chosen, band)
-        ax.fill_between(prob, low, high, color=INK, alpha=0.14, linewidth=0, zorder=1.8)
+        pooled = jax.tree.map(lambda a: a.sum(1, keepdims=True), chosen)  # images keep all their classes
+        low, high = _band(jax.random.key(0), pooled, level=band)
+        ax.fill_between(
+            prob, np.asarray(low)[0], np.asarray(high)[0], color=INK, alpha=0.14, lw=0, zorder=1.8
+        )
     ax.plot(prob, frequency, "-o", color=INK, markersize=3.2, linewidth=1.3, zorder=3)
     if filled.any():
         _mark_widest_gap(ax, prob, frequency)
-    _errors_in_corner(ax, chosen, prob[filled], frequency[filled])
+    _write_errors(ax, chosen, prob[filled], frequency[filled])
     _unit_square(ax, "mean predicted probability", "observed frequency")
-    return _titled(ax, label)
+    return _finish(ax, label)
 
 
 def bin_counts(
@@ -132,30 +124,31 @@ def bin_counts(
     label: str | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Voxels per probability bin over all images, on a log axis: what stands behind each point of a curve.
+    """Bar chart of the voxels in each probability bin over all images, on a log axis.
 
     Args:
         stats: bin statistics `[images, classes, bins]`.
-        class_index: the class to draw; None adds all of them up.
+        class_index: index of the class to draw; None adds up all classes.
         label: title.
-        ax: axes to draw on.
+        ax: axes to draw on; None opens a figure.
 
     Returns:
         The axes.
     """
     ax = _axes(ax)
-    count = _pooled_curve(_chosen(stats, class_index))[2]
+    _, _, count = _pooled_curve(_chosen(stats, class_index))
     width = 1 / stats.num_bins
     ax.bar((np.arange(stats.num_bins) + 0.5) * width, count, 0.86 * width, color="#9AA5B1", zorder=2)
     largest = max(float(count.max()), 1.0)
-    # Limits before the scale, which otherwise looks for a count above zero and warns if there is none.
+    # Set the limits before the scale, which otherwise warns if no count is above zero.
     ax.set_ylim(0.5, 3 * largest)
     ax.set_yscale("log")
     ax.set(xlim=(0, 1), xlabel="predicted probability", ylabel="voxels")
     ax.set_xticks(_TICKS, _TICK_LABELS)
-    ax.set_yticks(_decades(largest))
+    decades = int(np.log10(largest)) + 1
+    ax.set_yticks([10.0**power for power in range(0, decades, -(-decades // 4))])  # at most four
     ax.minorticks_off()
-    return _titled(_clean(ax), label)
+    return _finish(ax, label)
 
 
 def reliability_histogram(
@@ -174,11 +167,11 @@ def reliability_histogram(
 
     Args:
         stats: bin statistics `[images, classes, bins]`.
-        class_index: the class to draw; None counts every image and class.
+        class_index: index of the class to draw; None counts every image and class.
         label: title.
-        max_share: share at the dark end of the colours, to give several figures the same scale.
-        colorbar: whether to draw the colour bar, which takes its room from `ax`.
-        ax: axes to draw on.
+        max_share: share at the dark end of the colours, which gives several figures the same scale.
+        colorbar: whether to draw a colour bar, which takes its room from `ax`.
+        ax: axes to draw on; None opens a figure.
 
     Returns:
         The axes.
@@ -189,21 +182,17 @@ def reliability_histogram(
     if max_share is not None:
         check_number("max_share", max_share, 1e-9)
     ax = _axes(ax)
-    chosen = _chosen(stats, class_index)
     share = histogram_share(stats, class_index=class_index)
     norm = PowerNorm(0.5, vmin=0, vmax=max_share or max(float(share.max()), 1e-9))
-    image = ax.imshow(
-        np.ma.masked_equal(share, 0), origin="lower", extent=(0, 1, 0, 1), cmap=_HEAT, norm=norm, zorder=1
-    )
+    grid, square = np.ma.masked_equal(share, 0), (0, 1, 0, 1)
+    image = ax.imshow(grid, origin="lower", extent=square, cmap=_HEAT, norm=norm, zorder=1)
     _diagonal(ax)
-    prob, frequency, _ = _pooled_curve(chosen)
-    outline = [effects.Stroke(linewidth=2.8, foreground="white"), effects.Normal()]
-    ax.plot(prob, frequency, color=OVER, linewidth=1.4, path_effects=outline, zorder=4)
+    prob, frequency, _ = _pooled_curve(_chosen(stats, class_index))
+    ax.plot(prob, frequency, color=OVER, linewidth=1.4, path_effects=_white_outline(2.8), zorder=4)
     _unit_square(ax, "predicted probability (bin)", "observed frequency (bin)")
     if colorbar:
-        bar = ax.figure.colorbar(image, ax=ax, fraction=0.046, pad=0.03)
-        style_colorbar(bar)
-    return _titled(ax, label)
+        style_colorbar(ax.figure.colorbar(image, ax=ax, fraction=0.046, pad=0.03))
+    return _finish(ax, label)
 
 
 def histogram_share(
@@ -215,7 +204,7 @@ def histogram_share(
 
 
 def style_colorbar(bar: Any) -> None:
-    """Gives a colour bar of `reliability_histogram` its label and ticks."""
+    """Sets the label and ticks of a colour bar of `reliability_histogram`."""
     bar.ax.yaxis.set_major_locator(MaxNLocator(5))
     bar.ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     bar.set_label("share of images", color=INK)
@@ -229,34 +218,43 @@ def loss_curves(
     """Training (thin, dashed) and validation (solid) curves over the epochs, for one or several models.
 
     Args:
-        history: columns `train_{metric}`, `val_{metric}` and, as a rule, `epoch`, of equal length with NaN
-            or None where nothing was measured; or such a mapping for each model by its name.
-        metric: which columns to draw.
-        ax: axes to draw on.
+        history: columns `train_{metric}`, `val_{metric}` and usually `epoch`, of equal length, with NaN or None
+            where nothing was measured; or one such mapping per model, by name.
+        metric: metric whose columns are drawn.
+        ax: axes to draw on; None opens a figure.
 
     Returns:
         The axes.
 
     Raises:
-        ValueError: if there are no such columns.
+        ValueError: if no model has such columns.
     """
-    models = _by_model(history)
-    colors = dict(zip(models, model_colors(len(models)), strict=True))
-    kinds = [kind for kind in _CURVES if any(f"{kind}_{metric}" in model for model in models.values())]
-    if not kinds:
+    by_model: Any = (
+        history if all(isinstance(value, Mapping) for value in history.values()) else {"": history}
+    )
+    drawn = [
+        (kind, name, color)
+        for name, color in zip(by_model, model_colors(len(by_model)), strict=True)
+        for kind in _CURVES
+        if f"{kind}_{metric}" in by_model[name]
+    ]
+    if not drawn:
         raise ValueError(
             f"history has neither 'train_{metric}' nor 'val_{metric}': there is nothing to draw."
         )
     ax = _axes(ax)
-    drawn = [(name, kind) for name, model in models.items() for kind in kinds if f"{kind}_{metric}" in model]
-    for name, kind in drawn:
-        ax.plot(*_measured(models[name], f"{kind}_{metric}"), color=colors[name], **_CURVES[kind])
-    named = {name: colors[name] for name, _ in drawn if name}
+    for kind, name, color in drawn:
+        ax.plot(*_measured(by_model[name], f"{kind}_{metric}"), color=color, **_CURVES[kind])
     ax.set(xlabel="epoch", ylabel=metric)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.grid(axis="y", color=_GRID, linewidth=0.8)
-    ax.legend(handles=_curve_legend(named, kinds), frameon=False, fontsize="small", labelcolor=INK)
-    return _clean(ax)
+    colors = {name: color for _, name, color in drawn if name}
+    words = {"train": "training", "val": "validation"}
+    handles = [Line2D([], [], color=color, linewidth=2.5, label=name) for name, color in colors.items()]
+    for kind in sorted({kind for kind, _, _ in drawn}):
+        handles.append(Line2D([], [], color=INK, label=words[kind], **_CURVES[kind]))
+    ax.legend(handles=handles, frameon=False, fontsize="small", labelcolor=INK)
+    return _finish(ax)
 
 
 def paired_cases(
@@ -272,13 +270,13 @@ def paired_cases(
         values: one row per model, one column per case; NaN is left out.
         names: names of the models.
         ylabel: name of the metric.
-        ax: axes to draw on.
+        ax: axes to draw on; None opens a figure.
 
     Returns:
         The axes.
 
     Raises:
-        ValueError: if there is not one row for each name.
+        ValueError: if `values` does not have one row for each name.
     """
     if np.ndim(values) != 2 or len(values) != len(names):
         raise ValueError(
@@ -286,11 +284,10 @@ def paired_cases(
         )
     ax = _axes(ax)
     at = np.arange(len(names), dtype=float)
-    jitter = np.random.default_rng(0).uniform(-0.09, 0.09, values.shape[1])
-    x = at[:, None] + jitter
-    lines = np.stack([x.T, values.T], axis=-1)
+    x = at[:, None] + np.random.default_rng(0).uniform(-0.09, 0.09, values.shape[1])
+    lines = list(np.stack([x.T, values.T], axis=-1))
     alpha = float(np.clip(12 / max(values.shape[1], 1), 0.06, 0.35))
-    ax.add_collection(LineCollection(list(lines), colors=_MUTED, linewidths=0.6, alpha=alpha, zorder=1))
+    ax.add_collection(LineCollection(lines, colors=_MUTED, linewidths=0.6, alpha=alpha, zorder=1))
     for i, color in enumerate(model_colors(len(names))):
         found = values[i][np.isfinite(values[i])]
         ax.scatter(x[i], values[i], s=7, color=color, alpha=0.55, linewidths=0, zorder=2)
@@ -300,7 +297,7 @@ def paired_cases(
     ax.set(xlim=(-0.5, len(names) - 0.5), ylabel=ylabel)
     ax.set_xticks(at, names)
     ax.grid(axis="y", color=_GRID, linewidth=0.8)
-    return _clean(ax)
+    return _finish(ax)
 
 
 def gap_legend() -> list[Patch]:
@@ -313,9 +310,8 @@ def gap_legend() -> list[Patch]:
 
 def model_legend(names: Sequence[str]) -> list[Patch]:
     """Legend handles for the colours of the models."""
-    return [
-        Patch(color=color, label=name) for name, color in zip(names, model_colors(len(names)), strict=True)
-    ]
+    colors = model_colors(len(names))
+    return [Patch(color=color, label=name) for name, color in zip(names, colors, strict=True)]
 
 
 def model_colors(number: int) -> list[str]:
@@ -327,15 +323,15 @@ def _axes(ax: Axes | None) -> Axes:
     if ax is not None:
         return ax
     try:
-        import matplotlib.pyplot as plt  # here, so that figures made without it need no display or global state
+        import matplotlib.pyplot as plt  # here, since pyplot needs a backend and has global state
 
         return plt.subplots(layout="constrained")[1]
-    except Exception:  # whatever the backend raises that the user's configuration names
+    except Exception:  # the backend of the user's configuration may raise anything
         return Figure(layout="constrained").add_subplot()
 
 
 def _chosen(stats: BinStatistics, class_index: int | None) -> BinStatistics:
-    """The class asked for (or all of them) as float64, in which sums over a whole data set are exact."""
+    """The chosen class, or all classes, as float64, in which sums over a whole data set are exact."""
     if stats.count.ndim != 3:
         raise ValueError(f"stats must be [images, classes, bins]; their shape is {stats.count.shape}.")
     classes = stats.count.shape[1]
@@ -348,62 +344,28 @@ def _chosen(stats: BinStatistics, class_index: int | None) -> BinStatistics:
 
 
 def _one_class(chosen: BinStatistics) -> BinStatistics:
-    """Every image and class as an image of one class."""
+    """The statistics with each class of an image as an image of its own: `[images * classes, 1, bins]`."""
     return jax.tree.map(lambda a: a.reshape(-1, 1, a.shape[-1]), chosen)
 
 
 def _pooled_curve(chosen: BinStatistics) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean probability, observed frequency and count of each bin over all images and classes."""
     curve = reliability.reliability_curve(_one_class(chosen))
-    prob, frequency, count = curve.mean_prob, curve.mean_label, curve.count
-    return np.asarray(prob)[0], np.asarray(frequency)[0], np.asarray(count)[0]
-
-
-def _frequency_band(chosen: BinStatistics, level: float) -> tuple[np.ndarray, np.ndarray]:
-    """Interval of the pooled observed frequency of each bin, images drawn with all their classes."""
-    pooled = jax.tree.map(lambda a: a.sum(1, keepdims=True), chosen)
-    low, high = _band(jax.random.key(0), pooled, level=level)
-    return np.asarray(low)[0], np.asarray(high)[0]
+    prob, frequency, count = (np.asarray(a)[0] for a in (curve.mean_prob, curve.mean_label, curve.count))
+    return prob, frequency, count
 
 
 _band = jax.jit(reliability.reliability_band, static_argnames="level")
 
 
-def _mean_error(error: Callable[[BinStatistics], Any], chosen: BinStatistics) -> float:
-    """Mean over images of the mean over classes, NaN left out."""
-    values = np.asarray(error(chosen), np.float64)
-    return _nan_mean(np.array([_nan_mean(row) for row in values]))
-
-
-def _nan_mean(values: np.ndarray) -> float:
-    found = values[np.isfinite(values)]
-    return float(found.mean()) if found.size else float("nan")
-
-
-def _gap_bars(ax: Axes, prob: np.ndarray, frequency: np.ndarray, width: float) -> None:
-    colors = [OVER if gap > 0 else UNDER for gap in prob - frequency]
-    ax.bar(
-        prob,
-        frequency - prob,
-        0.86 * width,
-        bottom=prob,
-        color=colors,
-        alpha=_GAP_ALPHA,
-        linewidth=0,
-        zorder=2,
-    )
-
-
 def _mark_widest_gap(ax: Axes, prob: np.ndarray, frequency: np.ndarray) -> None:
-    """A ring around the point furthest from the diagonal, and on the far side of it how far that is."""
+    """Draws a ring around the point furthest from the diagonal and writes the gap on the ring's far side."""
     widest = int(np.nanargmax(np.abs(prob - frequency)))
     x, y = float(prob[widest]), float(frequency[widest])
     color = OVER if x > y else UNDER
     down = y > 0.9 or (x > y and y > 0.1)
     aside = 0 if x < 0.16 or x > 0.84 else 1 if down else -1
-    ax.plot(
-        x, y, "o", markersize=9, markerfacecolor="none", markeredgecolor=color, markeredgewidth=1.6, zorder=5
-    )
+    ax.plot(x, y, "o", ms=9, markerfacecolor="none", markeredgecolor=color, markeredgewidth=1.6, zorder=5)
     ax.annotate(
         f"{abs(x - y):.2f}",
         (x, y),
@@ -411,35 +373,25 @@ def _mark_widest_gap(ax: Axes, prob: np.ndarray, frequency: np.ndarray) -> None:
         textcoords="offset points",
         ha={-1: "right", 0: "center", 1: "left"}[aside],
         va="top" if down else "bottom",
+        color=color,
+        path_effects=_white_outline(2.5),
         fontsize="small",
         fontweight="bold",
-        color=color,
-        path_effects=[effects.Stroke(linewidth=2.5, foreground="white"), effects.Normal()],
         zorder=6,
     )
 
 
-def _errors_in_corner(ax: Axes, chosen: BinStatistics, prob: np.ndarray, frequency: np.ndarray) -> None:
-    """ACE, ECE and MCE in the corner away from the curve."""
-    text = "\n".join(f"{name} {_mean_error(error, chosen):.3f}" for name, error in _ERRORS.items())
+def _write_errors(ax: Axes, chosen: BinStatistics, prob: np.ndarray, frequency: np.ndarray) -> None:
+    """Writes ACE, ECE and MCE (means over images of the mean over classes) into a corner away from the curve."""
+    lines = []
+    for name, error in CALIBRATION_ERRORS.items():
+        lines.append(f"{name} {nan_mean(nan_mean(error(chosen), axis=1)):.3f}")
     above = np.sum((prob < 0.45) & (frequency > 0.62))
     below = np.sum((prob > 0.55) & (frequency < 0.38))
     x, y, ha, va = (0.04, 0.965, "left", "top") if above <= below else (0.965, 0.04, "right", "bottom")
     box = {"boxstyle": "round,pad=0.35", "facecolor": "white", "edgecolor": _GRID, "alpha": 0.92}
-    ax.text(
-        x,
-        y,
-        text,
-        transform=ax.transAxes,
-        ha=ha,
-        va=va,
-        multialignment="left",
-        fontsize="small",
-        color=INK,
-        bbox=box,
-        linespacing=1.35,
-        zorder=7,
-    )
+    text = {"multialignment": "left", "fontsize": "small", "color": INK, "linespacing": 1.35, "zorder": 7}
+    ax.text(x, y, "\n".join(lines), transform=ax.transAxes, ha=ha, va=va, bbox=box, **text)
 
 
 def _box(ax: Axes, at: float, values: np.ndarray, color: str) -> None:
@@ -459,6 +411,10 @@ def _box(ax: Axes, at: float, values: np.ndarray, color: str) -> None:
     )
 
 
+def _white_outline(width: float) -> list[effects.AbstractPathEffect]:
+    return [effects.Stroke(linewidth=width, foreground="white"), effects.Normal()]
+
+
 def _diagonal(ax: Axes) -> None:
     ax.plot([0, 1], [0, 1], color=_MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1.5)
 
@@ -467,49 +423,24 @@ def _unit_square(ax: Axes, xlabel: str, ylabel: str) -> None:
     ax.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xlabel=xlabel, ylabel=ylabel)
     ax.set_xticks(_TICKS, _TICK_LABELS)
     ax.set_yticks(_TICKS, _TICK_LABELS)
-    _clean(ax)
 
 
-def _decades(largest: float) -> list[float]:
-    """At most four powers of ten up to `largest`, from 1 on."""
-    top = int(np.log10(largest))
-    return [10.0**power for power in range(0, top + 1, max(1, -(-(top + 1) // 4)))]
-
-
-def _clean(ax: Axes) -> Axes:
-    for side in ("top", "right"):
-        ax.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        ax.spines[side].set_color(_MUTED)
+def _finish(ax: Axes, label: str | None = None) -> Axes:
+    """Sets the colours that all figures share, and the title."""
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.spines[["left", "bottom"]].set_color(_MUTED)
     ax.tick_params(color=_MUTED, labelcolor=INK, length=3)
     ax.xaxis.label.set_color(INK)
     ax.yaxis.label.set_color(INK)
     ax.set_axisbelow(True)
-    return ax
-
-
-def _titled(ax: Axes, label: str | None) -> Axes:
     if label:
         ax.set_title(label, loc="left", color=INK, fontweight="bold")
     return ax
 
 
-def _by_model(history: Mapping[str, Any]) -> Mapping[str, History]:
-    if all(isinstance(value, Mapping) for value in history.values()):
-        return history
-    return {"": history}
-
-
-def _curve_legend(colors: Mapping[str, str], kinds: Sequence[str]) -> list[Line2D]:
-    """A handle for each model in its colour, and one for each kind of curve."""
-    models = [Line2D([], [], color=color, linewidth=2.5, label=name) for name, color in colors.items()]
-    words = {"train": "training", "val": "validation"}
-    return models + [Line2D([], [], color=INK, label=words[kind], **_CURVES[kind]) for kind in kinds]
-
-
 def _measured(model: History, column: str) -> tuple[np.ndarray, np.ndarray]:
     """Epochs and values where `column` was measured."""
-    y = np.array([np.nan if value is None else value for value in model[column]], np.float64)
+    y = np.asarray(model[column], np.float64)
     x = np.asarray(model.get("epoch", np.arange(1, y.size + 1)), np.float64)
     if x.shape != y.shape:
         raise ValueError(

@@ -21,7 +21,7 @@ with warnings.catch_warnings():
     import torch
 
     from benchmarks import cli as command_line
-    from benchmarks import inference, loss, memory, parts, plots, reference, scaling, step, timing
+    from benchmarks import loss, memory, options, parts, plots, reference, scaling, timing
 
 SHAPE = "2x3x6x5x4"
 EVERYWHERE = {"command", "cores", "machine", "device", "python", "versions"}
@@ -46,12 +46,12 @@ def results(benchmark):
 
 
 def programs_of(kind="blobs", num_bins=20):
-    data = loss.make_data(loss.parse_shape(SHAPE), kind)
+    data = loss.make_data(options.parse_shape(SHAPE), kind)
     return loss.ace_programs(data, reference.ace_inputs(*data), num_bins), loss.exact_loss(data, num_bins)
 
 
 def test_parts(tmp_path):
-    parts.Parts(SHAPE, rounds=1, warmup=0, out=tmp_path / "parts.json").run()
+    options.Parts(SHAPE, rounds=1, warmup=0, out=tmp_path / "parts.json").run()
     written = json.loads((tmp_path / "parts.json").read_text())
     seconds = {name: values[0] for name, values in written["seconds"].items()}
     apart = sum(seconds[name] for name in ("dice", "cross-entropy", "mL1-ACE"))
@@ -69,7 +69,7 @@ def test_step(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(torch, "compile", lambda network, dynamic: Uncompiled(1, 1, 1))
     file = tmp_path / "step.json"
-    step.Step2D((16, 16), 8, precision="bfloat16", rounds=2, warmup=0, out=file).run()
+    options.Step2D((16, 16), 8, precision="bfloat16", rounds=2, warmup=0, out=file).run()
     kept, printed = json.loads(file.read_text()), capsys.readouterr().out
     assert kept["precision"] == "bfloat16"
     assert set(kept["ratio"]) == {"reference"}
@@ -80,13 +80,13 @@ def test_step(monkeypatch, tmp_path, capsys):
 
 def test_inference(tmp_path, capsys):
     file = tmp_path / "inference.json"
-    inference.Inference((20, 16, 16), 1, 3, (16, 16, 16), rounds=1, warmup=0, out=file).run()
+    options.Inference((20, 16, 16), 1, 3, (16, 16, 16), rounds=1, warmup=0, out=file).run()
     assert json.loads(file.read_text())["windows"] == 2
     assert "24x16x16: same statistics" in capsys.readouterr().out
 
 
 def test_loss(tmp_path, capsys):
-    benchmark = loss.Loss((SHAPE,), ("blobs", "one-bin"), rounds=1, warmup=0, compile=False)
+    benchmark = options.Loss((SHAPE,), ("blobs", "one-bin"), rounds=1, warmup=0, compile=False)
     written = results(dataclasses.replace(benchmark, out=tmp_path / "new" / "loss.json"))
     assert written["targets"] == {"monai": 0.2, "paper": 0.12}
     assert [case["kind"] for case in written["cases"]] == ["blobs", "one-bin"]
@@ -106,7 +106,7 @@ def test_a_compiler_that_fails_is_recorded(failing, monkeypatch):
         return function
 
     monkeypatch.setattr(torch, "compile", compiler)
-    data = loss.make_data(loss.parse_shape(SHAPE), "blobs")
+    data = loss.make_data(options.parse_shape(SHAPE), "blobs")
     inputs = reference.ace_inputs(*data)
     programs = loss.ace_programs(data, inputs, 20)
     compiled, reasons = loss.compiled_programs(programs, inputs, 20)
@@ -119,7 +119,7 @@ def test_a_compiled_reference_that_is_wrong_is_recorded(monkeypatch):
         return lambda *args, **options: 1.1 * function(*args, **options)
 
     monkeypatch.setattr(torch, "compile", compiler)
-    data = loss.make_data(loss.parse_shape(SHAPE), "blobs")
+    data = loss.make_data(options.parse_shape(SHAPE), "blobs")
     inputs = reference.ace_inputs(*data)
     compiled, reasons = loss.compiled_programs(loss.ace_programs(data, inputs, 20), inputs, 20)
     assert not compiled
@@ -163,7 +163,7 @@ def test_ours_wrong_stops_the_benchmark(monkeypatch, tmp_path, capsys):
 
 
 def test_memory(tmp_path):
-    written = results(memory.Memory("1x2x64x32x32", num_bins=10, rounds=1, out=tmp_path / "memory.json"))
+    written = results(options.Memory("1x2x64x32x32", num_bins=10, rounds=1, out=tmp_path / "memory.json"))
     assert written["probs_bytes"] == 4 * 2 * 64 * 32 * 32
     assert written["bytes"].keys() == {"calib_jax", memory.COMPILED, "monai", "paper"}
     assert written["bytes"][memory.COMPILED][0] > 0
@@ -172,7 +172,7 @@ def test_memory(tmp_path):
 
 
 def test_scaling(tmp_path):
-    benchmark = scaling.Scaling(
+    benchmark = options.Scaling(
         (125, 1000),
         (5, 7),
         (1, 3),
@@ -195,7 +195,7 @@ def test_scaling(tmp_path):
 def test_scaling_stops_where_the_sides_disagree(monkeypatch, tmp_path):
     monkeypatch.setitem(reference.ACE_LOSSES, "monai", lambda *args, **_: reference.mean_l1_ace(*args, 3))
     with pytest.raises(AssertionError, match="of monai"):
-        scaling.Scaling(fixed_voxels=64, voxels=(64,), out=tmp_path / "scaling.json").run()
+        options.Scaling(fixed_voxels=64, voxels=(64,), out=tmp_path / "scaling.json").run()
 
 
 def test_growth_is_the_largest_rise():
@@ -265,6 +265,13 @@ def test_without_a_command_all_is_run(monkeypatch, tmp_path):
     assert [str(folder) for folder in ran] == ["benchmarks/results", str(tmp_path)]
 
 
+def test_options_import_nothing_heavy():
+    heavy = {"jax", "torch", "monai", "flax", "train.step", "matplotlib"}
+    code = f"import sys, benchmarks.cli; sys.exit(str({heavy} & set(sys.modules) or ''))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert not done.stderr.strip()
+
+
 def test_help_names_every_benchmark(capsys):
     with pytest.raises(SystemExit):
         command_line.main(["--help"])
@@ -281,7 +288,7 @@ def test_missing_reference_is_told(monkeypatch, capsys):
 @pytest.mark.parametrize("shape", ["2x4", "axbxc", "2x0x4", "2,4,8"])
 def test_a_shape_that_is_none_is_told(shape):
     with pytest.raises(SystemExit, match="2x4x96x96x96"):
-        loss.parse_shape(shape)
+        options.parse_shape(shape)
 
 
 def test_figures_of_one_case_and_of_three(tmp_path):

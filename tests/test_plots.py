@@ -178,6 +178,7 @@ def test_says_what_is_wrong(call, message, stats):
     plt.close("all")
 
 
-def test_the_library_itself_needs_no_matplotlib():
-    code = "import sys, calib_jax; sys.exit(bool({'matplotlib', 'jinja2'} & set(sys.modules)))"
+def test_library_and_report_import_nothing_heavy():
+    heavy = {"matplotlib", "jinja2", "scipy.stats"}
+    code = f"import sys, calib_jax.report; sys.exit(bool({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

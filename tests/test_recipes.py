@@ -185,7 +185,7 @@ def test_test_cases_are_those_set_apart(folders, name, test):
     dataset, splits = open_data(data)
     assert list(splits.test) == test
     assert not set(test) & {*splits.train, *splits.val}
-    assert dataset.window == data.intensities
+    assert dataset.intensity_range == data.intensities
     without = open_data(dataclasses.replace(data, protocol=""))[1]
     assert not set(dataset.held_out) & {*without.train, *without.val, *without.test}
 

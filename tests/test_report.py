@@ -242,6 +242,7 @@ class TestRepeatedResult:
         with pytest.raises(ValueError, match="repeat 'y' of 'm' has other cases or classes than 'x'"):
             RepeatedResult("m", {"x": result("a", [0.1]), "y": result("b", [0.1, 0.2])})
 
+    @pytest.mark.usefixtures("no_figures")
     def test_page_and_back(self, tmp_path, capsys):
         repeats = {"seed 0": result("a", [0.4, 0.2]), "seed 1": result("b", [0.2, 0.3])}
         page = write_report(tmp_path, [RepeatedResult("Dice", repeats)], title="seeds")
@@ -259,21 +260,21 @@ class TestRepeatedResult:
 
 
 class TestText:
+    @pytest.fixture(scope="class")
     def rows(self):
         models = [random_result(f"a model with quite a long name, {i}", 0.9 - 0.3 * i) for i in range(3)]
         return compare_models(models, reference=random_result("true posterior", 0))
 
     @pytest.mark.parametrize("per_class", [False, True])
-    def test_table_is_aligned_and_fits(self, per_class):
-        lines = format_table(self.rows(), per_class=per_class).splitlines()
+    def test_table_is_aligned_and_fits(self, per_class, rows):
+        lines = format_table(rows, per_class=per_class).splitlines()
         assert max(map(len, lines)) <= 120
         at = lines[0].index("Dice")
         ends = [line for line in lines[2 : lines.index("")] if line.strip()]
         assert all(line[at - 1] == " " and line[at] != " " for line in ends)
         assert len(ends) == (14 if per_class else 6)
 
-    def test_csv_and_json(self, tmp_path):
-        rows = self.rows()
+    def test_csv_and_json(self, tmp_path, rows):
         write_csv(rows, tmp_path / "table.csv")
         with open(tmp_path / "table.csv", newline="", encoding="utf-8") as file:
             lines = list(csv.DictReader(file))
@@ -356,6 +357,12 @@ def report(written, tmp_path):
     return shutil.copytree(written.parent, tmp_path / "report") / "index.html"
 
 
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Pages without figures, which take seconds to draw."""
+    monkeypatch.setattr("calib_jax.report.figures.report_figures", lambda *_, **__: [])
+
+
 class TestPage:
     def test_is_whole_and_self_contained(self, written):
         text = written.read_text(encoding="utf-8")
@@ -404,7 +411,9 @@ class TestPage:
 
     def test_many_models(self, tmp_path):
         """Twelve with long names, as six losses with and without temperature scaling are."""
-        many = [random_result(f"dice+ce+{i}*softace with a long name", 0.1, seed=i) for i in range(12)]
+        names = [f"dice+ce+{i}*softace with a long name" for i in range(12)]
+        many = [random_result(name, 0.1, cases=3, classes=("t",), bins=2) for name in names]
+        many[1] = RepeatedResult(names[1], {"seed 0": many[0], "seed 1": many[1]})
         page = write_report(tmp_path, many, title="t").read_text(encoding="utf-8")
         assert all(one.name in page for one in many)
         assert (tmp_path / "figures" / "cases.png").exists()
@@ -424,6 +433,19 @@ class TestPage:
         assert ">nan" not in text
 
 
+def test_rows_are_computed_once_and_must_be_of_the_same_models(tmp_path, monkeypatch):
+    models = [result("a", [0.1, 0.2]), result("b", [0.2, 0.3])]
+    rows = compare_models(models)
+    pages = [tmp_path / "computed", tmp_path / "passed"]
+    write_report(pages[0], models, title="t")
+    monkeypatch.setattr("calib_jax.report.page.compare_models", None)
+    write_report(pages[1], models, title="t", rows=rows)
+    assert pages[0].joinpath("index.html").read_bytes() == pages[1].joinpath("index.html").read_bytes()
+    for others, options in ((models[:1], {}), (models, {"baseline": "b"})):
+        with pytest.raises(ValueError, match="rows are of a, b"):
+            write_report(tmp_path / "other", others, title="t", rows=rows, **options)
+
+
 class TestCommandLine:
     def test_makes_the_same_page_again(self, report, capsys):
         before = report.read_bytes()
@@ -432,6 +454,7 @@ class TestCommandLine:
         assert report.read_bytes() == before
         assert f"Wrote {report}" in capsys.readouterr().out
 
+    @pytest.mark.usefixtures("no_figures")
     def test_options_replace_what_was_saved(self, report, tmp_path, capsys):
         out = tmp_path / "again"
         options = ["--out", str(out), "--title", "New", "--baseline", "true posterior", "--reference", "Dice"]
@@ -440,6 +463,7 @@ class TestCommandLine:
         assert (saved["title"], saved["baseline"]) == ("New", "true posterior")
         assert "dice" in saved["reference"]
 
+    @pytest.mark.usefixtures("no_figures")
     def test_takes_bare_results(self, tmp_path, capsys):
         for i in range(2):
             random_result(f"model {i}", 0.5 - 0.4 * i).save(tmp_path / f"{i}.npz")

@@ -14,6 +14,7 @@ import pytest
 
 import calib_jax
 from train.cli import main
+from train.compare import slug
 from train.config import read_config
 from train.data import train_batches
 from train.errors import InputError
@@ -203,10 +204,13 @@ def test_a_run_with_the_example_of_the_documentation(tmp_path: Path, monkeypatch
     shutil.copy(EXAMPLE, tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "my_losses", raising=False)
-    loss, out = f"dice+0.5*{TVERSKY}(alpha=0.3)", tmp_path / "runs"
-    options = "--steps 2 --batch-size 8 --channels 4 8 --strides 2 --warmup-steps 1 --num-test 2 --num-val 0 --patch 16 16"
-    plain = " --flip-prob 0 --gamma-prob 0 --intensity-prob 0 --noise-prob 0"
-    command = ["fit", "--data", "phantom2d", "--loss", loss, *(options + plain).split(), "--out", str(out)]
+    loss = f"dice+0.5*{TVERSKY}(alpha=0.3)"
+    out = tmp_path / slug(loss)
+    options = (
+        "--steps 2 --batch-size 8 --channels 4 8 --strides 2 --warmup-steps 1 --num-test 2 --num-val 0 "
+        "--patch 16 16 --flip-prob 0 --gamma-prob 0 --intensity-prob 0 --noise-prob 0"
+    )
+    command = ["fit", "--data", "phantom2d", "--loss", loss, *options.split(), "--out", str(out)]
     assert main(command) == 0
     with (out / "log.csv").open() as file:
         first = {name: float(number) for name, number in next(csv.DictReader(file)).items()}
@@ -215,7 +219,7 @@ def test_a_run_with_the_example_of_the_documentation(tmp_path: Path, monkeypatch
     config, info = read_config(out)
     assert config.loss == loss
     task = open_task(config)
-    batch = next(train_batches(task.dataset, task.splits.train, task.patch, 8, config.training.seed))
+    batch = next(train_batches(task.dataset, task.splits.train, patch=task.patch, batch_size=8, seed=0))
     model: Any = make_model(config, info)
     logits = model(jnp.asarray(batch["image"]))
     own = sys.modules["my_losses"].tversky(logits, jnp.asarray(batch["label"]), alpha=0.3)

@@ -236,8 +236,13 @@ def evaluate_run(
 
 
 def slug(loss: str) -> str:
-    """The folder name of a loss."""
-    return loss.replace("*", "x")
+    """The name of a loss as the name of a folder, without characters that file systems or shells refuse.
+
+    Example:
+        >>> slug("dice+0.5*my_losses:tversky(alpha=0.3)")
+        'dice+0.5xmy_losses.tversky(alpha=0.3)'
+    """
+    return loss.translate(str.maketrans("*:/\\[]\"'", "x.__()__"))
 
 
 def _evaluated(task: Task, plan: Plan, run: PlannedRun, resume: bool) -> list[ModelResult]:
@@ -291,7 +296,8 @@ def _report(
     reference = evaluate_posterior(dataset, cases, results[0].class_names)
     if not is_first():
         return folder / "index.html"
-    print(format_table(compare_models(results, reference=reference), per_class=True))
+    compared = compare_models(results, reference=reference)
+    print(format_table(compared, per_class=True))
     which = " ".join(filter(None, (str(len(cases)), kind, "cases")))
     rows = [row for result in results for row in rows_of(result)] + list(published)
     tables = {"Beside the published figures": [HEADER, *(row.cells() for row in rows)]} if published else {}
@@ -314,6 +320,7 @@ def _report(
             },
             reference=reference,
             tables=tables,
+            rows=compared,
         )
 
 

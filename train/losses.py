@@ -1,7 +1,7 @@
 """Losses by name: weighted sums of terms, as in `dice+0.5*ace(num_bins=15)`."""
 
-import inspect
 import re
+import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -54,12 +54,9 @@ class WeightedTerm:
         try:
             value = jnp.asarray(self.term.function(logits, labels, **arguments))
         except Exception as error:
-            file = (
-                inspect.getsourcefile(inspect.unwrap(self.term.function)) if self.call.is_external else None
-            )
-            lines = [
-                frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file
-            ]
+            file = getattr(sys.modules.get(self.name.partition(":")[0]), "__file__", None)
+            frames = traceback.extract_tb(error.__traceback__)
+            lines = [frame.lineno for frame in frames if frame.filename == file]
             place = f" ({file}, line {lines[-1]})" if lines else ""
             raise InputError(f"Loss term {self.name} failed: {describe(error)}{place}") from error
         if value.shape or not jnp.issubdtype(value.dtype, jnp.floating):

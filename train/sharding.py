@@ -79,8 +79,8 @@ def weight_spec(shape: Sequence[int], fsdp: int) -> PartitionSpec:
     """Splits parameters and moments: `fsdp` splits the largest axis that it divides, if there is one.
 
     Example:
-        >>> weight_spec((3, 3, 16, 32), 4), weight_spec((3,), 2)
-        (PartitionSpec(None, None, None, 'fsdp'), PartitionSpec())
+        >>> tuple(weight_spec((3, 3, 16, 32), 4)), tuple(weight_spec((3,), 2))
+        ((None, None, None, 'fsdp'), ())
     """
     fitting = [axis for axis, size in enumerate(shape) if size % fsdp == 0] if fsdp > 1 else []
     if not fitting:

@@ -1,4 +1,4 @@
-"""`python -m calib_jax.report FOLDER`: the page once more, from the results saved beside it."""
+"""`python -m calib_jax.report FOLDER`: makes the page again from the results saved beside it."""
 
 import argparse
 import dataclasses
@@ -13,8 +13,8 @@ from calib_jax.report.text import format_table, print_in_any_encoding
 from calib_jax.report.wording import headline
 
 _EXAMPLES = """\
-FOLDER is one that write_report wrote to, or one with results of ModelResult.save (*.npz), taken in the
-order of their file names.
+FOLDER is a folder that write_report wrote to, or a folder with results saved by ModelResult.save (*.npz), which
+are taken in the order of their file names.
 
 examples:
   python -m calib_jax.report runs/compare
@@ -33,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         page = write_report(
             options.out or options.folder,
             **{field.name: getattr(inputs, field.name) for field in dataclasses.fields(inputs)},
+            rows=rows,
         )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -48,44 +49,34 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="where the results are")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write (default: FOLDER itself)")
-    parser.add_argument("--title", help="title of the page (default: as before)")
-    parser.add_argument(
-        "--baseline", metavar="NAME", help="model to compare with (default: as before, or the first)"
-    )
-    parser.add_argument(
-        "--reference", metavar="NAME", help="result to show without a test (default: as before)"
-    )
-    parser.add_argument(
-        "--per-class", action="store_true", help="print each class in the terminal's table too"
-    )
+    add = parser.add_argument
+    add("folder", type=Path, metavar="FOLDER", help="folder with the results")
+    add("--out", type=Path, metavar="FOLDER", help="output folder (default: FOLDER itself)")
+    add("--title", help="title of the page (default: as before)")
+    add("--baseline", metavar="NAME", help="model to compare with (default: as before, or the first)")
+    add("--reference", metavar="NAME", help="result to show without a test (default: as before)")
+    add("--per-class", action="store_true", help="print a line for each class in the terminal's table")
     return parser
 
 
 def _with_options(inputs: ReportInputs, options: argparse.Namespace) -> ReportInputs:
-    """The inputs with what the command line says instead of what was saved."""
+    """The saved inputs with the values of the command line in place of the saved ones."""
     if options.reference is not None:
         inputs = _with_reference(inputs, options.reference)
-    return dataclasses.replace(
-        inputs,
-        title=options.title if options.title is not None else inputs.title,
-        baseline=options.baseline if options.baseline is not None else inputs.baseline,
-    )
+    given = {"title": options.title, "baseline": options.baseline}
+    return dataclasses.replace(inputs, **{name: value for name, value in given.items() if value is not None})
 
 
 def _with_reference(inputs: ReportInputs, name: str) -> ReportInputs:
-    everyone = [*inputs.results, *([inputs.reference] if inputs.reference else [])]
-    names = [result.name for result in everyone]
+    models = [*inputs.results, *([inputs.reference] if inputs.reference else [])]
+    names = [model.name for model in models]
     if name not in names:
         raise ValueError(f"no result is called {name!r}: the reference is one of {', '.join(names)}.")
-    results = tuple(result for result in everyone if result.name != name)
-    if not results:
+    reference = models.pop(names.index(name))
+    if not models:
         raise ValueError(f"{name!r} is the only result, so it cannot be the reference of another.")
-    baseline = inputs.baseline if inputs.baseline != name else results[0].name
-    return dataclasses.replace(
-        inputs, results=results, reference=everyone[names.index(name)], baseline=baseline
-    )
+    baseline = inputs.baseline if inputs.baseline != name else models[0].name
+    return dataclasses.replace(inputs, results=tuple(models), reference=reference, baseline=baseline)
 
 
 if __name__ == "__main__":

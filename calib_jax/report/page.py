@@ -1,25 +1,19 @@
 """The report as one self-contained HTML page, with its figures, tables and inputs beside it."""
 
-import base64
-import dataclasses
-import io
-import itertools
 import json
 import math
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 
-from calib_jax.plots import History
-from calib_jax.report import archive, figures, wording
+from calib_jax.report import archive, wording
 from calib_jax.report.archive import ReportInputs, Table
-from calib_jax.report.results import HIGHER_IS_BETTER, METRICS, Result
 from calib_jax.report.table import ModelRow, check_comparable, compare_models, to_json, write_csv
+from calib_jax.results import HIGHER_IS_BETTER, METRICS, History, Result
 
 _WORST = 10
 _WORST_METRICS = ("ACE", "MCE", "Dice")
@@ -35,68 +29,71 @@ def write_report(
     reference: Result | None = None,
     baseline: int | str = 0,
     tables: Mapping[str, Table] | None = None,
+    rows: Sequence[ModelRow] | None = None,
 ) -> Path:
     """Writes a report that compares models on a data set.
 
-    `index.html` stands alone: style and figures are inside, nothing is loaded from the network. Beside it
-    lie `figures/*.png`, the table as `table.csv` and `table.json`, every case in `cases/*.csv`, and the
-    inputs (`report.json`, `results/*.npz`), from which `python -m calib_jax.report FOLDER` makes the page
-    again.
+    `index.html` contains its style and figures and loads nothing from the network. The folder also gets
+    `figures/*.png`, the table as `table.csv` and `table.json`, every case in `cases/*.csv`, and the inputs
+    (`report.json`, `results/*.npz`), from which `python -m calib_jax.report FOLDER` makes the page again.
 
     Args:
-        folder: where to write; made if it is not there, older files of the same name are replaced.
-        results: one result per model, with the same classes; `RepeatedResult` for one trained several times.
+        folder: output folder; it is created if needed, and older files of the same names are replaced.
+        results: one result per model, all with the same classes; `RepeatedResult` for a model trained several
+            times.
         title: title of the page.
         histories: training curves by name of the model; see `calib_jax.plots.loss_curves`.
-        provenance: what the reader needs to trust and repeat the numbers, such as command, versions, data.
+        provenance: facts that a reader needs to repeat the numbers, such as command, versions and data.
         reference: a further result to show without a test, such as the best that any model could reach.
         baseline: index or name of the model that the others are compared with.
-        tables: further tables by title, as lines of cells, the head first: published figures, say.
+        tables: further tables by title, such as published figures; each is a list of rows of cells with the
+            header first.
+        rows: return value of `compare_models` for the same `results`, `baseline` and `reference`, to save the
+            time of computing it again; None computes it.
 
     Returns:
         Path of `index.html`.
 
     Raises:
-        ValueError: if the results cannot be compared; see `compare_models`.
+        ValueError: if the results cannot be compared (see `compare_models`), or `rows` are of other models.
     """
     folder = Path(folder)
     base = results[check_comparable(results, baseline=baseline, reference=reference)]
+    if rows is None:
+        rows = compare_models(results, baseline=base.name, reference=reference)
+    shown = [result.name for result in (*results, reference) if result is not None]
+    if [row.name for row in rows] != shown or wording.base_and_best(rows)[0].name != base.name:
+        raise ValueError(
+            f"rows are of {', '.join(row.name for row in rows)}, and the report is of {', '.join(shown)} with the "
+            f"baseline {base.name}: give compare_models the same results, baseline and reference."
+        )
     inputs = ReportInputs(
         tuple(results), title, histories or {}, provenance or {}, reference, base.name, tables or {}
     )
-    rows = compare_models(results, baseline=base.name, reference=reference)
     archive.save_inputs(folder, inputs)
     _write_tables(folder, rows, results)
     page = folder / "index.html"
     html = render(inputs, rows, png_folder=folder / "figures")
-    page.write_text(html, encoding="utf-8", errors="backslashreplace")  # a file's name may be no Unicode
+    page.write_text(html, encoding="utf-8", errors="backslashreplace")  # a file name may hold surrogates
     return page
 
 
-def render(inputs: ReportInputs, rows: Sequence[ModelRow], *, png_folder: Path | None = None) -> str:
+def render(inputs: ReportInputs, rows: Sequence[ModelRow], *, png_folder: Path) -> str:
     """The page as a string of HTML.
 
     Args:
-        inputs: what to report.
-        rows: its table, from `compare_models`.
-        png_folder: where to save every figure as PNG too; None saves none.
-
-    Returns:
-        The HTML.
+        inputs: arguments of `write_report`.
+        rows: the table, from `compare_models`.
+        png_folder: folder to which every figure is also saved as PNG.
     """
-    drawn = figures.report_figures(inputs.results, reference=inputs.reference, histories=inputs.histories)
-    embedded = []
-    try:
-        for figure in drawn:
-            embedded.append(_embedded(figure, png_folder))
-    except OSError:  # a full disk
-        raise
-    except Exception as error:  # numbers that took hours are not lost to a picture of them
-        warnings.warn(
-            f"the page lacks figures: matplotlib failed with {error!r}.", RuntimeWarning, stacklevel=3
-        )
+    import jinja2
+
     base, best = wording.base_and_best(rows)
-    beside = _shown_with_cases(inputs.results, base.name, best.name)
+    beside = [
+        result
+        for result in inputs.results
+        if len(inputs.results) <= 3 or result.name in (base.name, best.name)
+    ]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -108,13 +105,11 @@ def render(inputs: ReportInputs, rows: Sequence[ModelRow], *, png_folder: Path |
         title=inputs.title,
         headline=wording.headline(rows),
         tiles=[_tile(name, base, best) for name in METRICS],
-        arrows={
-            name: "higher is better" if name in HIGHER_IS_BETTER else "lower is better" for name in METRICS
-        },
+        directions={name: wording.direction(name) for name in METRICS},
         rows=rows,
         leaders=_leaders(rows),
         footnote=wording.footnote(rows),
-        sections=_sections(embedded),
+        figures=_drawn(inputs, png_folder),
         worst=_worst_cases(beside, best.name),
         worst_of=best.name,
         worst_models=[result.name for result in beside],
@@ -135,59 +130,41 @@ def _write_tables(folder: Path, rows: Sequence[ModelRow], results: Sequence[Resu
         result.write_case_csv(folder / "cases" / f"{archive.file_stem(i, result.name)}.csv")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Embedded:
-    """A figure of the page with its picture as a data URI."""
+def _drawn(inputs: ReportInputs, png_folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """The figures by kind, each with its picture as a data URI."""
+    drawn: dict[str, list[dict[str, Any]]] = {}
+    try:
+        from calib_jax.report import figures
 
-    section: str
-    title: str
-    how_to_read: str
-    alt: str
-    uri: str
-
-
-def _embedded(figure: figures.ReportFigure, png_folder: Path | None) -> _Embedded:
-    if png_folder is not None:
-        png_folder.mkdir(parents=True, exist_ok=True)
-        (png_folder / f"{figure.name}.png").write_bytes(_picture(figure.figure, "png", dpi=200))
-    svg = _picture(figure.figure, "svg", metadata={"Date": None})
-    uri = f"data:image/svg+xml;base64,{base64.b64encode(svg).decode('ascii')}"
-    return _Embedded(figure.section, figure.title, figure.how_to_read, figure.alt, uri)
-
-
-def _picture(figure: figures.Figure, kind: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    with figures.style():
-        figure.savefig(buffer, format=kind, backend={"png": "agg"}.get(kind, kind), **options)
-    return buffer.getvalue()
-
-
-def _sections(embedded: Iterable[_Embedded]) -> list[dict[str, Any]]:
-    """Figures in a row under the same heading."""
-    return [
-        {"title": section, "figures": list(members)}
-        for section, members in itertools.groupby(embedded, key=lambda figure: figure.section)
-    ]
+        for figure in figures.report_figures(
+            inputs.results, reference=inputs.reference, histories=inputs.histories
+        ):
+            entry = {"title": figure.title, "alt": figure.alt, "uri": figures.draw(figure, png_folder)}
+            drawn.setdefault(figure.name.partition("-")[0], []).append(entry)
+    except OSError:  # such as a full disk
+        raise
+    except Exception as error:  # a failure to draw must not cost the numbers, which took hours
+        warnings.warn(
+            f"the page lacks figures: matplotlib failed with {error!r}.", RuntimeWarning, stacklevel=4
+        )
+    return drawn
 
 
 def _tile(metric: str, base: ModelRow, best: ModelRow) -> dict[str, Any]:
-    """A large number at the head of the page: where the metric was, where it is, and how it changed."""
+    """A large number at the head of the page: a metric before and after, and its change."""
     before, after = base.metrics[metric], best.metrics[metric]
-    tile = {"metric": metric, "before": "", "after": wording.number(after.mean), "change": "", "tone": "same"}
+    tile = {"metric": metric, "before": "", "after": wording.number(after.mean), "tone": "same"}
     change = after.change
     if change is None:
         return tile | {"change": wording.interval(after.low, after.high)}
-    better = (change.difference > 0) == (metric in HIGHER_IS_BETTER)
-    clear = change.p_value < 0.05 and change.difference != 0
-    return tile | {
-        "before": wording.number(before.mean),
-        "change": wording.change(change),
-        "tone": "same" if not clear else "better" if better else "worse",
-    }
+    if change.p_value < 0.05 and change.difference != 0:
+        better = (change.difference > 0) == (metric in HIGHER_IS_BETTER)
+        tile["tone"] = "better" if better else "worse"
+    return tile | {"before": wording.number(before.mean), "change": wording.change(change)}
 
 
 def _leaders(rows: Sequence[ModelRow]) -> dict[str, str]:
-    """Name of the best model for each metric, the reference aside; none where there is nothing to compare."""
+    """Name of the best model for each metric, without the reference; "" if there is only one model."""
     leaders = {}
     for metric in METRICS:
         means = {row.name: row.metrics[metric].mean for row in rows if row.role != "reference"}
@@ -198,7 +175,7 @@ def _leaders(rows: Sequence[ModelRow]) -> dict[str, str]:
 
 
 def _worst_cases(results: Sequence[Result], worst_of: str) -> list[dict[str, Any]]:
-    """The cases and classes with the largest ACE under the model `worst_of`, with all `results`."""
+    """Cases and classes with the largest ACE under the model `worst_of`, with the figures of all `results`."""
     chosen = next(result for result in results if result.name == worst_of)
     ace = chosen.metrics()["ACE"]
     worst_first = [divmod(int(i), ace.shape[1]) for i in np.argsort(-ace, axis=None, kind="stable")]
@@ -217,15 +194,10 @@ def _worst_cases(results: Sequence[Result], worst_of: str) -> list[dict[str, Any
 
 
 def _numbers_by_case(result: Result) -> dict[tuple[str, int], list[str]]:
-    """What the table of single cases shows of a result, by name of the case and index of the class."""
+    """Cells of the table of single cases, by name of the case and index of the class."""
     metrics = result.metrics()
     return {
         (name, k): [wording.number(float(metrics[metric][case, k])) for metric in _WORST_METRICS]
         for case, name in enumerate(result.case_names)
         for k in range(len(result.class_names))
     }
-
-
-def _shown_with_cases(results: Sequence[Result], base: str, best: str) -> list[Result]:
-    """As many models as fit beside each other: all, or of more than three the baseline and the best."""
-    return [result for result in results if len(results) <= 3 or result.name in (base, best)]

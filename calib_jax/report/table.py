@@ -1,42 +1,41 @@
-"""Models compared in numbers: means over cases, bootstrap intervals, changes and paired tests.
+"""Comparison of models in numbers: means over cases, bootstrap intervals, changes and paired tests.
 
-A figure is computed per case first, as the mean over the classes of a case, and then averaged over cases. A
-case and class in which nothing was counted (NaN) is left out of these means, and a case without any counted
-class is left out altogether. Of a model trained several times, a case's figure is its mean over the repeats.
-Intervals and tests work on cases, not voxels, since cases are what is independent.
+A case's figure is the mean of a metric over the classes of the case. Undefined values (NaN, where nothing was
+counted) are left out of this mean, and a case without any defined value is left out altogether. For a model that
+was trained several times, a case's figure is its mean over the repeats. Intervals and tests are over cases rather
+than voxels, since voxels of one case are not independent.
 """
 
-import csv
 import dataclasses
 import functools
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
-import scipy.stats
 from jaxtyping import Float
 
 from calib_jax._checks import check_size
-from calib_jax.report.results import Result
+from calib_jax.results import Result, nan_mean, write_rows
 
 CONFIDENCE = 0.95
 Role = Literal["baseline", "model", "reference"]
-_Bootstrap = Callable[[np.ndarray], tuple[float, float]]
+_Cases = Mapping[str, Mapping[str, float]]  # by metric, then by name of the case
+_Bootstrap = Callable[[Sequence[np.ndarray]], list[tuple[float, float]]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """A metric of one model against the baseline, on the cases that both have.
+    """Change of a metric from the baseline to a model, over the cases that both have.
 
     Attributes:
         difference: mean over cases of model minus baseline.
         difference_low: lower end of the bootstrap interval of `difference`; NaN for fewer than two cases.
-        difference_high: its upper end.
-        relative: `difference` over the baseline's mean on these cases.
-        p_value: Wilcoxon signed-rank test on the per-case differences, two-sided, not corrected for the
-            number of models or metrics; 1 if no case differs, NaN if there is none.
+        difference_high: upper end of that interval.
+        relative: `difference` divided by the baseline's mean over the same cases.
+        p_value: two-sided Wilcoxon signed-rank test of the per-case differences, not corrected for the
+            number of models or metrics; 1 if no case differs, NaN if there is no case.
         pairs: number of cases compared.
     """
 
@@ -55,12 +54,12 @@ class Summary:
     Attributes:
         mean: mean over cases of the mean over classes.
         low: lower end of the bootstrap interval of `mean`; NaN for fewer than two cases.
-        high: its upper end.
-        cases: number of cases that count.
-        per_class: mean over cases of each class by itself.
-        change: comparison with the baseline; None for the baseline and the reference.
-        per_repeat: the mean of each training by itself; empty for a model trained once.
-        spread: standard deviation of `per_repeat` (of a sample); NaN for fewer than two.
+        high: upper end of that interval.
+        cases: number of cases with a defined value.
+        per_class: mean over cases of each class.
+        change: change from the baseline; None for the baseline itself and the reference.
+        per_repeat: mean of each training; empty for a model trained once.
+        spread: sample standard deviation of `per_repeat`; NaN for fewer than two.
     """
 
     mean: float
@@ -82,6 +81,14 @@ class ModelRow:
     metrics: Mapping[str, Summary]
 
 
+_NESTED = ("per_class", "per_repeat", "change")
+_CSV_COLUMNS = (
+    *("model", "role", "metric", "class", "repeat"),
+    *(field.name for field in dataclasses.fields(Summary) if field.name not in _NESTED),
+    *(field.name for field in dataclasses.fields(Change)),
+)
+
+
 def compare_models(
     results: Sequence[Result],
     *,
@@ -93,18 +100,19 @@ def compare_models(
     """Compares models over the cases of a data set.
 
     Args:
-        results: one result per model, with the same classes; `RepeatedResult` for one trained several times.
+        results: one result per model, all with the same classes; `RepeatedResult` for a model trained several
+            times.
         baseline: index or name of the model that the others are compared with.
-        reference: a further result to show in the last row without a test, such as the best that any
+        reference: a further result for the last row, shown without a test, such as the best that any
             model could reach.
-        resamples: number of bootstrap samples of cases behind each interval.
-        seed: seed of the bootstrap; the same input gives the same table.
+        resamples: number of bootstrap samples of cases for each interval.
+        seed: seed of the bootstrap; equal input gives an equal table.
 
     Returns:
-        One row per model in the order given, then the reference.
+        One row per model in the order of `results`, then the reference.
 
     Raises:
-        ValueError: if there is no result, two share a name, classes differ, or the baseline is not there.
+        ValueError: if there is no result, two results share a name, classes differ, or no result is the baseline.
 
     Example:
         >>> from calib_jax import BinStatistics
@@ -119,65 +127,64 @@ def compare_models(
     """
     check_size("resamples", resamples)
     base = results[check_comparable(results, baseline=baseline, reference=reference)]
+    base_cases = _cases_by_metric(base)
     bootstrap = functools.partial(_bootstrap, resamples=resamples, seed=seed)
-    base_metrics = base.metrics()
-
-    def row(result: Result, role: Role) -> ModelRow:
-        summaries = {}
-        repeats = {repeat: (one.case_names, one.metrics()) for repeat, one in result.repeats.items()}
-        for name, values in result.metrics().items():
-            cases = case_means(result.case_names, values)
-            base_cases = case_means(base.case_names, base_metrics[name])
-            change = _change(cases, base_cases, bootstrap) if role == "model" else None
-            per_class = dict(zip(result.class_names, map(_nan_mean, values.T), strict=True))
-            per_repeat = {
-                repeat: _nan_mean(np.array(list(case_means(names, metrics[name]).values())))
-                for repeat, (names, metrics) in repeats.items()
-            }
-            summaries[name] = _summary(cases, per_class, bootstrap, change, per_repeat)
-        return ModelRow(result.name, role, summaries)
-
-    rows = [row(result, "baseline" if result is base else "model") for result in results]
-    return rows if reference is None else [*rows, row(reference, "reference")]
+    rows = []
+    for result in results:
+        role, compared = ("baseline", {}) if result is base else ("model", base_cases)
+        rows.append(_row(result, role, compared, bootstrap))
+    return rows if reference is None else [*rows, _row(reference, "reference", {}, bootstrap)]
 
 
 def check_comparable(
     results: Sequence[Result], *, baseline: int | str = 0, reference: Result | None = None
 ) -> int:
-    """Raises ValueError where results cannot stand in one table; returns the index of the baseline."""
+    """Returns the index of the baseline; raises ValueError if the results do not fit in one table."""
     if not results:
         raise ValueError("there is no result to compare: give at least one ModelResult.")
-    everyone = [*results, *([reference] if reference is not None else [])]
-    names = [result.name for result in everyone]
+    shown = [*results, *([reference] if reference is not None else [])]
+    names = [result.name for result in shown]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"two results are called {twice[0]!r}: give every model a name of its own.")
-    for result in everyone[1:]:
-        if result.class_names != everyone[0].class_names:
+    for result in shown[1:]:
+        if result.class_names != shown[0].class_names:
             raise ValueError(
                 f"{result.name!r} has the classes {', '.join(result.class_names)} and {names[0]!r} has "
-                f"{', '.join(everyone[0].class_names)}: only results with the same classes can be compared."
+                f"{', '.join(shown[0].class_names)}: only results with the same classes can be compared."
             )
-    return _baseline_index(names[: len(results)], baseline)
+    names = names[: len(results)]
+    if isinstance(baseline, str):
+        if baseline not in names:
+            raise ValueError(f"no result is called {baseline!r}: the baseline is one of {', '.join(names)}.")
+        return names.index(baseline)
+    if not 0 <= baseline < len(names):
+        raise ValueError(f"baseline {baseline} is out of range: there are {len(names)} results, from 0 on.")
+    return baseline
 
 
 def case_means(case_names: Sequence[str], values: Float[np.ndarray, "cases classes"]) -> dict[str, float]:
-    """Mean over the counted classes of each case that has any, by the name of the case."""
-    means = {name: _nan_mean(row) for name, row in zip(case_names, values, strict=True)}
+    """Mean over the defined classes of each case that has any, by the name of the case."""
+    means = dict(zip(case_names, nan_mean(values, axis=1).tolist(), strict=True))
     return {name: mean for name, mean in means.items() if not math.isnan(mean)}
 
 
 def write_csv(rows: Sequence[ModelRow], path: str | os.PathLike[str]) -> None:
-    """Writes one row per model, metric and class; in the class `mean`, the mean over classes.
+    """Writes one row per model, metric and class; the class `mean` is the mean over classes.
 
-    Of a model trained several times, the means of each repeat follow, in rows that name it.
+    For a model that was trained several times, a row with the mean of each repeat follows.
     """
-    with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-        writer = csv.DictWriter(file, _CSV_COLUMNS, restval="")
-        writer.writeheader()
-        for row in rows:
-            for metric, summary in row.metrics.items():
-                for line in _csv_lines(row, metric, summary):
-                    writer.writerow(line)
+    lines: list[dict[str, Any]] = []
+    for row in rows:
+        for metric, summary in row.metrics.items():
+            start = {"model": row.name, "role": row.role, "metric": metric}
+            numbers = dataclasses.asdict(summary)
+            per_class, per_repeat, change = (numbers.pop(name) for name in _NESTED)
+            lines.append({**start, "class": "mean", **numbers, **(change or {})})
+            for repeat, mean in per_repeat.items():
+                lines.append({**start, "class": "mean", "repeat": repeat, "mean": mean})
+            for class_name, mean in per_class.items():
+                lines.append({**start, "class": class_name, "mean": mean})
+    write_rows(path, _CSV_COLUMNS, lines)
 
 
 def to_json(rows: Sequence[ModelRow]) -> dict[str, Any]:
@@ -185,85 +192,92 @@ def to_json(rows: Sequence[ModelRow]) -> dict[str, Any]:
     return {"models": [_without_nan(dataclasses.asdict(row)) for row in rows]}
 
 
-def _baseline_index(names: Sequence[str], baseline: int | str) -> int:
-    if isinstance(baseline, str):
-        if baseline not in names:
-            raise ValueError(f"no result is called {baseline!r}: the baseline is one of {', '.join(names)}.")
-        return list(names).index(baseline)
-    if not 0 <= baseline < len(names):
-        raise ValueError(f"baseline {baseline} is out of range: there are {len(names)} results, from 0 on.")
-    return baseline
+def _row(result: Result, role: Role, base_cases: _Cases, bootstrap: _Bootstrap) -> ModelRow:
+    """Summarises one model; without `base_cases` it is not compared with the baseline."""
+    cases = _cases_by_metric(result)
+    repeats = {repeat: _cases_by_metric(one) for repeat, one in result.repeats.items()}
+    intervals = bootstrap([np.array(list(means.values())) for means in cases.values()])
+    changes = _changes(cases, base_cases, bootstrap)
+    summaries = {}
+    for (metric, values), (low, high) in zip(result.metrics().items(), intervals, strict=True):
+        per_repeat = {repeat: _mean(means[metric]) for repeat, means in repeats.items()}
+        summaries[metric] = Summary(
+            mean=_mean(cases[metric]),
+            low=low,
+            high=high,
+            cases=len(cases[metric]),
+            per_class={
+                name: float(nan_mean(column))
+                for name, column in zip(result.class_names, values.T, strict=True)
+            },
+            change=changes.get(metric),
+            per_repeat=per_repeat,
+            spread=float(np.std(list(per_repeat.values()), ddof=1)) if len(per_repeat) > 1 else math.nan,
+        )
+    return ModelRow(result.name, role, summaries)
 
 
-def _summary(
-    cases: Mapping[str, float],
-    per_class: Mapping[str, float],
-    bootstrap: _Bootstrap,
-    change: Change | None,
-    per_repeat: Mapping[str, float],
-) -> Summary:
-    values = np.array(list(cases.values()))
-    spread = float(np.std(list(per_repeat.values()), ddof=1)) if len(per_repeat) > 1 else math.nan
-    return Summary(_nan_mean(values), *bootstrap(values), values.size, per_class, change, per_repeat, spread)
+def _cases_by_metric(result: Result) -> _Cases:
+    return {metric: case_means(result.case_names, values) for metric, values in result.metrics().items()}
 
 
-def _change(cases: Mapping[str, float], base_cases: Mapping[str, float], bootstrap: _Bootstrap) -> Change:
-    shared = [name for name in cases if name in base_cases]
-    base = np.array([base_cases[name] for name in shared])
-    differences = np.array([cases[name] for name in shared]) - base
-    relative = _nan_mean(differences) / _nan_mean(base) if base.any() else math.nan
-    return Change(
-        _nan_mean(differences), *bootstrap(differences), relative, _wilcoxon(differences), len(shared)
-    )
+def _mean(cases: Mapping[str, float]) -> float:
+    return float(nan_mean(list(cases.values())))
 
 
-def _bootstrap(values: Float[np.ndarray, " cases"], *, resamples: int, seed: int) -> tuple[float, float]:
-    """Percentile bootstrap of the mean over cases; NaN for fewer than two."""
-    if values.size < 2:
-        return math.nan, math.nan
-    interval = scipy.stats.bootstrap(
-        (values,),
-        np.mean,
-        n_resamples=resamples,
-        batch=1000,
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return float(interval.low), float(interval.high)
+def _changes(cases: _Cases, base_cases: _Cases, bootstrap: _Bootstrap) -> dict[str, Change]:
+    """Change of each metric over the cases that both models have; none without `base_cases`."""
+    differences, relative = {}, {}
+    for metric, base in base_cases.items():
+        shared = [name for name in cases[metric] if name in base]
+        before = np.array([base[name] for name in shared])
+        change = np.array([cases[metric][name] for name in shared]) - before
+        differences[metric] = change
+        relative[metric] = float(nan_mean(change) / nan_mean(before)) if before.any() else math.nan
+    intervals = bootstrap(list(differences.values()))
+    return {
+        metric: Change(
+            float(nan_mean(change)), low, high, relative[metric], _wilcoxon(change), pairs=change.size
+        )
+        for (metric, change), (low, high) in zip(differences.items(), intervals, strict=True)
+    }
+
+
+def _bootstrap(
+    samples: Sequence[Float[np.ndarray, " cases"]], *, resamples: int, seed: int
+) -> list[tuple[float, float]]:
+    """Percentile bootstrap interval of the mean of each sample; NaN for samples of fewer than two cases.
+
+    Samples of equal size share the draws of cases, which is faster and gives each the interval that it has alone.
+    """
+    from scipy.stats import bootstrap
+
+    intervals = [(math.nan, math.nan)] * len(samples)
+    for size in {sample.size for sample in samples} - {0, 1}:
+        chosen = [i for i, sample in enumerate(samples) if sample.size == size]
+        found = bootstrap(
+            [samples[i] for i in chosen],
+            lambda *drawn, axis: np.stack([sample.mean(axis) for sample in drawn]),
+            paired=True,
+            vectorized=True,
+            n_resamples=resamples,
+            batch=1000,
+            confidence_level=CONFIDENCE,
+            method="percentile",
+            rng=np.random.default_rng(seed),
+        ).confidence_interval
+        for i, low, high in zip(chosen, found.low.tolist(), found.high.tolist(), strict=True):
+            intervals[i] = low, high
+    return intervals
 
 
 def _wilcoxon(differences: Float[np.ndarray, " cases"]) -> float:
-    if not differences.size:
-        return math.nan
+    from scipy.stats import wilcoxon
+
     if not differences.any():
-        return 1.0
-    result: Any = scipy.stats.wilcoxon(differences)
+        return 1.0 if differences.size else math.nan
+    result: Any = wilcoxon(differences)
     return float(result.pvalue)
-
-
-def _nan_mean(values: Float[np.ndarray, " any"]) -> float:
-    found = values[~np.isnan(values)]
-    return float(found.mean()) if found.size else math.nan
-
-
-_NESTED = ("per_class", "per_repeat", "change")
-_CSV_COLUMNS = (
-    *("model", "role", "metric", "class", "repeat"),
-    *(field.name for field in dataclasses.fields(Summary) if field.name not in _NESTED),
-    *(field.name for field in dataclasses.fields(Change)),
-)
-
-
-def _csv_lines(row: ModelRow, metric: str, summary: Summary) -> Iterator[dict[str, Any]]:
-    start = {"model": row.name, "role": row.role, "metric": metric}
-    numbers = dataclasses.asdict(summary)
-    per_class, per_repeat, change = (numbers.pop(name) for name in _NESTED)
-    yield {**start, "class": "mean", **numbers, **(change or {})}
-    for repeat, mean in per_repeat.items():
-        yield {**start, "class": "mean", "repeat": repeat, "mean": mean}
-    for class_name, mean in per_class.items():
-        yield {**start, "class": class_name, "mean": mean}
 
 
 def _without_nan(value: Any) -> Any:

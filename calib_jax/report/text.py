@@ -1,13 +1,14 @@
-"""The table for a terminal."""
+"""The table as text for a terminal."""
 
 import codecs
+import io
 import sys
 import textwrap
 from collections.abc import Sequence
 
 from calib_jax.report import wording
-from calib_jax.report.results import HIGHER_IS_BETTER, METRICS
 from calib_jax.report.table import ModelRow
+from calib_jax.results import HIGHER_IS_BETTER, METRICS
 
 _WIDTH = 120
 _NAME_WIDTH = 24
@@ -18,13 +19,13 @@ def format_table(rows: Sequence[ModelRow], *, per_class: bool = False) -> str:
     """The rows as aligned plain text for a terminal, at most 120 columns wide.
 
     Args:
-        rows: what `compare_models` returned.
+        rows: return value of `compare_models`.
         per_class: whether to add a line for each class below each model.
 
     Returns:
-        Lines joined by newlines: for each model the means with their confidence intervals, and below them
-        the spread over repeats, if there are any, and the relative changes against the baseline with the p-values
-        of the paired tests.
+        Lines joined by newlines. Each model has a line with the means and their confidence intervals. Further
+        lines show the spread over repeats, if there are any, and the relative changes from the baseline with the
+        p-values of the paired tests.
     """
     classes = list(rows[0].metrics[METRICS[0]].per_class) if per_class else []
     names = ["model", *(row.name for row in rows), *(f"  {name}" for name in classes)]
@@ -39,17 +40,14 @@ def format_table(rows: Sequence[ModelRow], *, per_class: bool = False) -> str:
 
 
 def print_in_any_encoding() -> None:
-    """Lets `print` write what the encoding of standard output and error lacks: `-` for a minus sign, else `?`.
+    """Makes `print` replace characters that the terminal's encoding lacks, such as `-` for a minus sign, else `?`.
 
     An ASCII terminal or pipe (LANG=C, PYTHONIOENCODING=ascii) would raise UnicodeEncodeError at the first ±.
     """
     codecs.register_error("calib_jax.plain", _plain)
     for stream in (sys.stdout, sys.stderr):
-        reconfigure = getattr(
-            stream, "reconfigure", None
-        )  # which a notebook's streams lack, and need not have
-        if reconfigure:
-            reconfigure(errors="calib_jax.plain")
+        if isinstance(stream, io.TextIOWrapper):  # streams of a notebook are not, and can print any character
+            stream.reconfigure(errors="calib_jax.plain")
 
 
 def _plain(error: UnicodeError) -> tuple[str, int]:
@@ -57,21 +55,8 @@ def _plain(error: UnicodeError) -> tuple[str, int]:
     return "".join(_PLAIN.get(c) or ascii(c)[1:-1] for c in error.object[error.start : error.end]), error.end
 
 
-_PLAIN = {
-    "−": "-",
-    "–": "-",
-    "—": "-",
-    "─": "-",
-    "±": "+/-",
-    "×": "x",
-    "…": "...",
-    "↑": "^",
-    "↓": "v",
-    "“": '"',
-    "”": '"',
-    "‘": "'",
-    "’": "'",
-}
+_PLAIN = dict.fromkeys("−–—─", "-") | dict.fromkeys("“”", '"') | dict.fromkeys("‘’", "'")
+_PLAIN |= {"±": "+/-", "×": "x", "…": "...", "↑": "^", "↓": "v"}
 
 
 def _model_lines(row: ModelRow, width: int, classes: Sequence[str]) -> list[str]:

@@ -1,9 +1,10 @@
-"""Numbers and their comparison in words, the same in the terminal and on the page."""
+"""Numbers and comparisons in words, the same in the terminal and on the page."""
 
 import math
 from collections.abc import Sequence
 
 from calib_jax.report.table import CONFIDENCE, Change, ModelRow, Summary
+from calib_jax.results import HIGHER_IS_BETTER
 
 MINUS = "\N{MINUS SIGN}"
 
@@ -13,8 +14,13 @@ def number(value: float) -> str:
     return "n/a" if math.isnan(value) else f"{value:.3f}".replace("-", MINUS)
 
 
+def direction(metric: str) -> str:
+    """Which values of a metric are better, in words."""
+    return f"{'higher' if metric in HIGHER_IS_BETTER else 'lower'} is better"
+
+
 def interval(low: float, high: float) -> str:
-    """`[low, high]`, or nothing where there is no interval."""
+    """`[low, high]`, or "" where there is no interval."""
     return "" if math.isnan(low) or math.isnan(high) else f"[{number(low)}, {number(high)}]"
 
 
@@ -52,12 +58,12 @@ def p_value(p: float) -> str:
 
 
 def change(comparison: Change) -> str:
-    """A comparison with the baseline on one line: `−61%, p < 0.001`."""
+    """A change from the baseline on one line: `−61%, p < 0.001`."""
     return f"{signed_percent(comparison.relative)}, {p_value(comparison.p_value)}"
 
 
 def spread(summary: Summary) -> str:
-    """How far the repeats of a model differ: `±0.004, 3 repeats`; nothing for one trained once."""
+    """Spread over the repeats of a model: `±0.004, 3 repeats`; "" for a model trained once."""
     repeats = len(summary.per_repeat)
     return f"±{number(summary.spread)}, {count(repeats, 'repeat')}" if repeats > 1 else ""
 
@@ -90,14 +96,14 @@ def headline(rows: Sequence[ModelRow]) -> str:
 
 
 def base_and_best(rows: Sequence[ModelRow]) -> tuple[ModelRow, ModelRow]:
-    """The baseline and the other model with the lowest ACE; twice the baseline if it stands alone."""
+    """The baseline and the other model with the lowest ACE; the baseline twice if there is no other."""
     base = next(row for row in rows if row.role == "baseline")
     others = [row for row in rows if row.role == "model" and not math.isnan(row.metrics["ACE"].mean)]
     return base, min(others, key=lambda row: row.metrics["ACE"].mean, default=base)
 
 
 def footnote(rows: Sequence[ModelRow]) -> list[str]:
-    """How the numbers of a table were made, one sentence each."""
+    """How the numbers of a table were computed, one sentence each."""
     lines = [
         f"Mean over cases of the mean over classes, with its {CONFIDENCE:.0%} bootstrap interval over cases.",
         "A case or class in which nothing was counted is left out.",

@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from train.data.arrays import ArrayDataset
     from train.data.augment_config import NO_AUGMENTATION, AugmentConfig
     from train.data.augmentation import augment
     from train.data.cache import CaseStore
@@ -21,12 +22,14 @@ if TYPE_CHECKING:
     from train.data.open import open_dataset, open_layout
     from train.data.phantom import PhantomDataset
     from train.data.pipeline import CachedCases, train_batches
+    from train.data.preprocess import z_score_nonzero
     from train.data.protocols import PROTOCOLS
     from train.data.splits import Splits, chosen_splits, read_splits, split_cases, write_splits
-    from train.data.transforms import crop_back, cut_patch, draw_crop, pad_to_hold, z_score_nonzero
+    from train.data.transforms import crop_back, cut_patch, draw_crop, pad_to_hold
     from train.data.volumes import VolumeDataset
 
 _NAMES = {
+    "arrays": ("ArrayDataset",),
     "augment_config": ("NO_AUGMENTATION", "AugmentConfig"),
     "augmentation": ("augment",),
     "cache": ("CaseStore",),
@@ -37,9 +40,10 @@ _NAMES = {
     "open": ("open_dataset", "open_layout"),
     "phantom": ("PhantomDataset",),
     "pipeline": ("CachedCases", "train_batches"),
+    "preprocess": ("z_score_nonzero",),
     "protocols": ("PROTOCOLS",),
     "splits": ("Splits", "chosen_splits", "read_splits", "split_cases", "write_splits"),
-    "transforms": ("crop_back", "cut_patch", "draw_crop", "pad_to_hold", "z_score_nonzero"),
+    "transforms": ("crop_back", "cut_patch", "draw_crop", "pad_to_hold"),
     "volumes": ("VolumeDataset",),
 }
 

@@ -3,33 +3,33 @@
 import math
 from dataclasses import dataclass
 
-from train.errors import InputError
+from train.errors import InputError, check_numbers
 
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Strengths and chances; a chance or strength of zero turns an augmentation off, at no cost in the step.
+    """Chances and strengths of augmentations. A chance or strength of zero turns one off, at no cost in the step.
 
-    The paper's are zoom_prob 0.3, rotation_prob 0.3, smooth_prob 0.2, gamma_prob 0.3 with gamma 0.7 to 1.5,
+    The paper uses zoom_prob 0.3, rotation_prob 0.3, smooth_prob 0.2, gamma_prob 0.3 with gamma 0.7 to 1.5,
     noise_prob 0.2, intensity_prob 0.
 
     Attributes:
-        flip_prob: chance of a flip, for each of the axes on its own.
-        flip_axes: spatial axes that may be flipped. Axis 0 is left-right in volumes stored in RAS or LAS
-            order; anatomy is not symmetric along the other two.
+        flip_prob: chance of a flip, for each axis independently.
+        flip_axes: spatial axes that may be flipped. Axis 0 is left-right in volumes on disk; anatomy is not
+            symmetric along the other two.
         zoom_prob: chance of a zoom.
-        zoom: smallest and largest factor, the same along all axes; above 1 things grow.
+        zoom: smallest and largest factor, the same along all axes. A factor above 1 enlarges.
         rotation_prob: chance of a rotation.
         rotation: largest angle about each axis, in degrees.
         smooth_prob: chance of Gaussian smoothing.
-        smooth_std: smallest and largest standard deviation of its kernel along each axis, in voxels.
+        smooth_std: smallest and largest standard deviation of the kernel along each axis, in voxels.
         gamma_prob: chance of a change of gamma.
-        gamma: smallest and largest exponent applied to intensities scaled to 0 to 1; 1 to 1 is off.
+        gamma: smallest and largest exponent of intensities scaled to [0, 1]; 1 to 1 is off.
         intensity_prob: chance of a change of contrast and offset.
         intensity_scale: largest relative change of a channel's contrast, 0.1 for factors 0.9 to 1.1.
         intensity_shift: largest offset of a channel, in standard deviations of the image.
         noise_prob: chance of added noise.
-        noise_std: largest standard deviation of the noise; an image's own is uniform from 0 to it.
+        noise_std: largest standard deviation of the noise. Each image draws its own, uniformly from 0.
     """
 
     flip_prob: float = 0.5
@@ -49,25 +49,15 @@ class AugmentConfig:
     noise_std: float = 0.1
 
     def __post_init__(self) -> None:
-        for what in ("flip", "zoom", "rotation", "smooth", "gamma", "intensity", "noise"):
-            prob = getattr(self, f"{what}_prob")
-            if not 0 <= prob <= 1:
-                raise InputError(f"{what}_prob is {prob}: give a probability from 0 to 1.")
-        for option, largest in (
-            ("noise_std", math.inf),
-            ("intensity_scale", math.inf),
-            ("intensity_shift", math.inf),
-            ("rotation", 180.0),
-        ):
-            value = getattr(self, option)
-            if not 0 <= value <= largest or math.isinf(value):
-                most = "or more" if math.isinf(largest) else f"to {largest:g} degrees"
-                raise InputError(f"{option} is {value}: give 0 {most}.")
+        chances = ("flip", "zoom", "rotation", "smooth", "gamma", "intensity", "noise")
+        strengths = ("noise_std", "intensity_scale", "intensity_shift")
+        limits = {f"{name}_prob": (0, 1) for name in chances} | dict.fromkeys(strengths, (0, math.inf))
+        check_numbers(self, rotation=(0, 180), **limits)
         if len(set(self.flip_axes)) < len(self.flip_axes) or min(self.flip_axes, default=0) < 0:
             raise InputError(f"flip_axes is {self.flip_axes}: give different axes, counted from 0.")
         for option, what in (("zoom", "factor"), ("gamma", "exponent"), ("smooth_std", "standard deviation")):
             low, high = getattr(self, option)
-            if not 0 < low <= high < math.inf:
+            if not 0 < low <= high:
                 raise InputError(
                     f"{option} is {(low, high)}: give a smallest and a largest {what}, both positive."
                 )

@@ -21,7 +21,7 @@ from train.run.folder import writing, written_whole
 from train.terms import is_term
 
 if TYPE_CHECKING:
-    from calib_jax.report import ModelResult
+    from calib_jax.results import ModelResult
 
 _MEDIAN_OF = 20  # steps
 

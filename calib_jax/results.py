@@ -1,13 +1,15 @@
-"""What the report knows about one model: its bin statistics and Dice per case and class, on disk as .npz.
+"""Results of models on a data set: bin statistics and Dice per case and class, saved as `.npz`.
 
-A model trained several times is one model with several such results.
+`ModelResult` holds the result of one model. `RepeatedResult` holds those of a model that was trained several
+times. `calib_jax.report` makes tables, figures and a page from either.
 """
 
 import csv
 import dataclasses
 import os
+import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import jax
@@ -21,26 +23,35 @@ from calib_jax.errors import (
     maximum_calibration_error,
 )
 
-METRICS: Final = ("Dice", "ACE", "ECE", "MCE")
+CALIBRATION_ERRORS: Final[Mapping[str, Callable[[BinStatistics], Any]]] = {
+    "ACE": average_calibration_error,
+    "ECE": expected_calibration_error,
+    "MCE": maximum_calibration_error,
+}
+METRICS: Final = ("Dice", *CALIBRATION_ERRORS)
 HIGHER_IS_BETTER: Final = frozenset({"Dice"})
+
+History = Mapping[str, Sequence[float | int | None] | np.ndarray]
+"""Training history of one model: columns of equal length, `epoch` and any of `train_*` and `val_*`."""
 
 _FORMAT: Final = 1
 _BIN_FIELDS: Final = tuple(field.name for field in dataclasses.fields(BinStatistics))
+_CASE_COLUMNS: Final = ("case", "class", *(name.lower() for name in METRICS))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ModelResult:
-    """One model's results on a data set, enough to make every table and figure again.
+    """Result of one model on a data set, from which every table and figure can be made.
 
     Attributes:
-        name: how the model is called in tables and figures.
+        name: name of the model in tables and figures.
         case_names: one name per case; models are compared on the cases whose names they share.
-        class_names: the classes reported, as a rule the foreground ones.
-        stats: bin statistics `[cases, classes, bins]`; kept as NumPy arrays.
+        class_names: one name per reported class; the background is usually left out.
+        stats: bin statistics `[cases, classes, bins]`, stored as NumPy arrays.
         dice: Dice coefficient `[cases, classes]`, NaN where it is undefined.
 
     Raises:
-        ValueError: if the shapes do not fit the names, or a case or class name occurs twice.
+        ValueError: if the shapes do not match the names, or a case or class name occurs twice.
 
     Example:
         >>> bins = np.array([[[8, 2]]])
@@ -60,34 +71,28 @@ class ModelResult:
         object.__setattr__(self, "stats", jax.tree.map(np.asarray, self.stats))
         object.__setattr__(self, "dice", np.asarray(self.dice, np.float64))
         expected = (len(self.case_names), len(self.class_names))
-        for what, shape in (("stats", self.stats.count.shape[:-1]), ("dice", self.dice.shape)):
+        for field, shape in (("stats", self.stats.count.shape[:-1]), ("dice", self.dice.shape)):
             if shape != expected:
                 raise ValueError(
-                    f"{what} of {self.name!r} has shape {shape} over cases and classes, but there are "
+                    f"{field} of {self.name!r} has shape {shape} over cases and classes, but there are "
                     f"{expected[0]} case names and {expected[1]} class names: name each case and class."
                 )
-        for what, names in (("case", self.case_names), ("class", self.class_names)):
+        for kind, names in (("case", self.case_names), ("class", self.class_names)):
             if twice := sorted({name for name in names if names.count(name) > 1}):
-                raise ValueError(f"{what} names of {self.name!r} must differ, but {twice[0]!r} occurs twice.")
+                raise ValueError(f"{kind} names of {self.name!r} must differ, but {twice[0]!r} occurs twice.")
 
     @property
     def repeats(self) -> Mapping[str, "ModelResult"]:
-        """None: the model was trained once; see `RepeatedResult`."""
+        """Empty, since the model was trained once; see `RepeatedResult`."""
         return {}
 
     def metrics(self) -> Mapping[str, Float[np.ndarray, "cases classes"]]:
         """Every metric of `METRICS`, per case and class; NaN where nothing was counted."""
-        errors = {
-            "ACE": average_calibration_error,
-            "ECE": expected_calibration_error,
-            "MCE": maximum_calibration_error,
-        }
-        return {"Dice": self.dice} | {
-            name: np.asarray(error(self.stats), np.float64) for name, error in errors.items()
-        }
+        errors = {name: np.asarray(f(self.stats), np.float64) for name, f in CALIBRATION_ERRORS.items()}
+        return {"Dice": self.dice} | errors
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the result to `path` (by custom `.npz`), for `load` and `python -m calib_jax.report`."""
+        """Writes the result to `path`, usually `*.npz`, for `load` and `python -m calib_jax.report`."""
         with open(path, "wb") as file:
             np.savez_compressed(
                 file,
@@ -101,16 +106,16 @@ class ModelResult:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "ModelResult":
-        """Reads what `save` wrote.
+        """Reads a file that `save` wrote.
 
         Raises:
-            FileNotFoundError: if there is no such file.
-            ValueError: if the file is something else than a saved result.
+            FileNotFoundError: if the file does not exist.
+            ValueError: if `save` did not write the file.
         """
         try:
             with np.load(path, allow_pickle=False) as file:
                 if file["format"] != _FORMAT:
-                    raise ValueError(f"format {file['format']} where {_FORMAT} is known")
+                    raise ValueError(f"its format is {file['format']}, and this version reads {_FORMAT}")
                 return cls(
                     name=str(file["name"]),
                     case_names=tuple(file["case_names"].tolist()),
@@ -127,23 +132,22 @@ class ModelResult:
 
     def write_case_csv(self, path: str | os.PathLike[str]) -> None:
         """Writes one row per case and class: case, class and every metric (`nan` where undefined)."""
-        _write_rows(path, _CASE_COLUMNS, _case_rows(self))
+        write_rows(path, _CASE_COLUMNS, _case_rows(self))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RepeatedResult:
-    """One model trained several times, as with several seeds, in one row of the table.
+    """Results of one model that was trained several times, for example with several seeds.
 
-    A metric of a case is its mean over the repeats, so that intervals and tests stay over cases. Diagrams pool the
-    repeats.
+    The model takes one row of a table. A metric of a case is its mean over the repeats, so intervals and tests are
+    over cases. Diagrams pool the repeats.
 
     Attributes:
-        name: how the model is called in tables and figures.
-        repeats: the result of each training by what tells it apart, such as `seed 0`; on the same cases and
-            classes.
+        name: name of the model in tables and figures.
+        repeats: result of each training by a name such as `seed 0`, all on the same cases and classes.
 
     Raises:
-        ValueError: if there is no repeat, or two are on different cases or classes.
+        ValueError: if `repeats` is empty, or two repeats have different cases or classes.
 
     Example:
         >>> bins = np.array([[[10]]])
@@ -170,54 +174,60 @@ class RepeatedResult:
 
     @property
     def case_names(self) -> tuple[str, ...]:
-        """Those of every repeat."""
+        """Case names, which all repeats share."""
         return next(iter(self.repeats.values())).case_names
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Those of every repeat."""
+        """Class names, which all repeats share."""
         return next(iter(self.repeats.values())).class_names
 
     @property
     def stats(self) -> BinStatistics:
         """Bin statistics `[repeats * cases, classes, bins]`."""
-        everyone = [result.stats for result in self.repeats.values()]
-        return jax.tree.map(lambda *parts: np.concatenate(parts), *everyone)
+        stats = [result.stats for result in self.repeats.values()]
+        return jax.tree.map(lambda *parts: np.concatenate(parts), *stats)
 
     def metrics(self) -> Mapping[str, Float[np.ndarray, "cases classes"]]:
-        """Every metric of `METRICS`, per case and class: the mean over the repeats in which it is defined."""
-        everyone = [result.metrics() for result in self.repeats.values()]
-        return {name: _defined_mean(np.stack([metrics[name] for metrics in everyone])) for name in METRICS}
+        """Every metric of `METRICS`, per case and class: its mean over the repeats in which it is defined."""
+        repeats = [result.metrics() for result in self.repeats.values()]
+        return {name: nan_mean(np.stack([metrics[name] for metrics in repeats]), axis=0) for name in METRICS}
 
     def write_case_csv(self, path: str | os.PathLike[str]) -> None:
         """Writes one row per repeat, case and class: repeat, case, class and every metric."""
-        rows = ([repeat, *row] for repeat, result in self.repeats.items() for row in _case_rows(result))
-        _write_rows(path, ("repeat", *_CASE_COLUMNS), rows)
+        rows = ({"repeat": repeat, **row} for repeat, one in self.repeats.items() for row in _case_rows(one))
+        write_rows(path, ("repeat", *_CASE_COLUMNS), rows)
 
 
 Result = ModelResult | RepeatedResult
 
 
-def _defined_mean(values: Float[np.ndarray, "repeats cases classes"]) -> Float[np.ndarray, "cases classes"]:
-    """Mean over the first axis without the NaN; NaN where there is nothing else."""
-    defined = ~np.isnan(values)
-    number = defined.sum(0)
-    total = np.where(defined, values, 0.0).sum(0)
-    return np.where(number > 0, total / np.maximum(number, 1), np.nan)
+def nan_mean(values: Any, axis: int | None = None) -> Any:
+    """Mean of the values that are not NaN, in float64; NaN where every value is NaN or there is none.
+
+    Example:
+        >>> nan_mean([[1.0, np.nan], [np.nan, np.nan]], axis=1).tolist()
+        [1.0, nan]
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # np.nanmean warns where it returns NaN
+        return np.nanmean(np.asarray(values, np.float64), axis)
 
 
-_CASE_COLUMNS: Final = ("case", "class", *(name.lower() for name in METRICS))
+def write_rows(
+    path: str | os.PathLike[str], columns: Sequence[str], rows: Iterable[Mapping[str, Any]]
+) -> None:
+    """Writes `rows` as CSV in UTF-8; a column that a row lacks stays empty."""
+    # A name from the file system may hold surrogates, which become escapes.
+    with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
 
 
-def _case_rows(result: ModelResult) -> Iterator[list[str]]:
+def _case_rows(result: ModelResult) -> Iterator[dict[str, str]]:
     metrics = result.metrics()
     for i, case in enumerate(result.case_names):
         for j, class_name in enumerate(result.class_names):
-            yield [case, class_name, *(f"{metrics[name][i, j]:.6g}" for name in METRICS)]
-
-
-def _write_rows(path: str | os.PathLike[str], columns: tuple[str, ...], rows: Iterator[Any]) -> None:
-    with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-        writer = csv.writer(file)
-        writer.writerow(columns)
-        writer.writerows(rows)
+            figures = {name.lower(): f"{metrics[name][i, j]:.6g}" for name in METRICS}
+            yield {"case": case, "class": class_name, **figures}
