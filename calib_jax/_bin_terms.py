@@ -3,10 +3,11 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num
+
+from calib_jax._compat import enable_x64
 
 Edges = Any  # what of `index` differs from image to image: a tree of arrays, batch first, or None
 BinIndex = Callable[[Array, Edges], Array]
@@ -63,7 +64,7 @@ def soft_terms(
 
 
 def _tally(keep: Array, is_of_class: Array, bits: int) -> Array:
-    with jax.enable_x64(True):
+    with enable_x64(True):
         kind = np.float32 if 2 * bits <= 24 else np.float64
         return jnp.where(keep, jnp.where(is_of_class, kind(1 + (1 << bits)), kind(1)), kind(0))
 

@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from calib_jax._bin_terms import Bins, Columns, Edges, Elements, Pair, Terms, counts_of
+from calib_jax._compat import enable_x64
 
 # An image is taken in pieces of so many probabilities at most, which stay in cache. A scatter takes one, and
 # a step several scatters: one is one thread's work, several go on side by side.
@@ -101,7 +102,7 @@ def _accumulators(columns: Any, size: int) -> Columns:
     def zeros(narrow: Any, wide: Any) -> Array:
         # Made wide, not made as wide zeros: a constant would be cut to 32 bits again by whoever transforms this.
         made = jnp.zeros_like(columns[0], narrow, shape=size)
-        with jax.enable_x64(True):
+        with enable_x64(True):
             return lax.convert_element_type(made, wide)
 
     third = (zeros(jnp.float32, jnp.float64) for _ in columns[2:])
@@ -109,7 +110,7 @@ def _accumulators(columns: Any, size: int) -> Columns:
 
 
 def _scatter_add(total: Columns, place: Int[Array, "elements"], columns: Columns) -> Columns:
-    with jax.enable_x64(True):
+    with enable_x64(True):
         first, second, *third = (lax.convert_element_type(column, jnp.float64) for column in columns)
         return tuple(
             sums.at[place].add(column, mode="promise_in_bounds", wrap_negative_indices=False)
@@ -135,14 +136,14 @@ def _scattered(
             count, *third = counts_of(count, bits)
         return count, prob_sum, *third
 
-    with jax.enable_x64(True):
+    with enable_x64(True):
         sums = (functools.reduce(jnp.add, parts) for parts in zip(*map(columns, totals), strict=True))
         return tuple(_pair(x.reshape(shape).sum(1).swapaxes(1, 2)) for x in sums)
 
 
 def _pair(wide: Array) -> Pair:
     """A float64 as two float32, rounded so that no compiler takes the rounding back."""
-    with jax.enable_x64(True):
+    with enable_x64(True):
         high = lax.reduce_precision(wide, exponent_bits=8, mantissa_bits=23)
         rest = wide - high
         return lax.convert_element_type(high, jnp.float32), lax.convert_element_type(rest, jnp.float32)

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array
 
 from calib_jax._checks import as_inputs, check_voxel_mask
@@ -63,6 +62,8 @@ def one_hot_labels(inputs: Inputs) -> Array:
 
 def voxel_cross_entropy(inputs: Inputs) -> Array:
     """Cross-entropy of each voxel."""
+    import optax
+
     if inputs.labels.ndim == inputs.logits.ndim:
         return optax.losses.softmax_cross_entropy(inputs.logits, inputs.labels)
     return optax.losses.softmax_cross_entropy_with_integer_labels(inputs.logits, inputs.labels)

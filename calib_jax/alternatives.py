@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Bool, Float
 
 from calib_jax._checks import AnyArray, Labels, check_choice, check_flag, check_number
@@ -107,10 +106,12 @@ def label_smoothing_loss(
         Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", CVPR 2016; for calibration,
         Mueller et al., "When Does Label Smoothing Help?", NeurIPS 2019.
     """
+    import optax
+
     check_number("alpha", alpha, 0.0, 1.0)
     inputs = voxel_inputs(logits, labels, where, axis_name)
     targets = optax.losses.smooth_labels(one_hot_labels(inputs), alpha)
-    return voxel_mean(optax.losses.softmax_cross_entropy(inputs.logits, targets), inputs)
+    return voxel_mean(voxel_cross_entropy(inputs._replace(labels=targets)), inputs)
 
 
 @compiled(keeps_shape=True)
@@ -159,7 +160,7 @@ def spatially_varying_label_smoothing_loss(
     inputs = voxel_inputs(logits, labels, where)
     _check_spatial(inputs.logits)
     targets = _spatially_smoothed(one_hot_labels(inputs), inputs.has_class, sigma, kernel_size)
-    return voxel_mean(optax.losses.softmax_cross_entropy(inputs.logits, targets), inputs)
+    return voxel_mean(voxel_cross_entropy(inputs._replace(labels=targets)), inputs)
 
 
 @compiled()

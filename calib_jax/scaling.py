@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
@@ -28,6 +27,7 @@ from calib_jax._checks import (
     check_size,
     check_voxel_mask,
 )
+from calib_jax._compat import enable_x64
 from calib_jax._eager import compiled
 
 Logits = Float[AnyArray, "batch *spatial classes"]
@@ -517,18 +517,25 @@ def _checked(number: int, batch: Any, classes: int | None) -> tuple[AnyArray, An
 # L-BFGS with the line search on the host, since the objective is a loop over what may be files.
 
 
-_LBFGS = optax.scale_by_lbfgs()
-_update = jax.jit(_LBFGS.update)
+@functools.cache
+def _lbfgs() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The functions `init` and `update` of L-BFGS, `update` compiled."""
+    import optax
+
+    lbfgs = optax.scale_by_lbfgs()
+    return lbfgs.init, jax.jit(lbfgs.update)
 
 
 def _next_direction(gradient: Any, state: Any, params: Any) -> tuple[Any, Any]:
-    with jax.enable_x64(False):  # optax keeps part of its state in the default float
-        return _update(gradient, state, params)
+    _, update = _lbfgs()
+    with enable_x64(False):  # optax keeps part of its state in the default float
+        return update(gradient, state, params)
 
 
 def _fresh_state(params: Any) -> Any:
-    with jax.enable_x64(False):
-        return _LBFGS.init(params)
+    init, _ = _lbfgs()
+    with enable_x64(False):
+        return init(params)
 
 
 def _minimise(
@@ -565,6 +572,8 @@ def _line_search(
     Near the minimum rounding hides what is gained: there the slope must not have turned (Hager and Zhang, "A New
     Conjugate Gradient Method with Guaranteed Descent and an Efficient Line Search", 2005).
     """
+    import optax
+
     length, slope = min(1.0, _LONGEST_STEP / _largest(direction)), _dot(direction, here.gradient)
     for _ in range(_HALVINGS):
         there = optax.tree.add_scale(params, -length, direction)
