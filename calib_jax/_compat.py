@@ -1,19 +1,20 @@
-"""Functions that JAX has renamed, under one name for every version that the library supports."""
+"""Functions that moved between versions of JAX."""
 
 from typing import Any
 
-import jax
-import jax.experimental
 from jax import lax
 from jaxtyping import Array
 
-# JAX 0.8 moved it out of `jax.experimental`.
-_x64: Any = jax if hasattr(jax, "enable_x64") else jax.experimental
-enable_x64 = _x64.enable_x64
+try:
+    from jax import enable_x64
+except ImportError:  # before 0.8
+    from jax.experimental import enable_x64  # pyright: ignore[reportAttributeAccessIssue]
+
+__all__ = ["as_varying", "enable_x64"]
 
 
 def as_varying(x: Array, axis_name: str | tuple[str, ...]) -> Any:
-    """`x`, equal on all devices of a mesh axis, as an array that may differ between them."""
+    """Casts an array that is equal on all devices of a mesh axis to one that may differ between them."""
     if hasattr(lax, "pcast"):
         return lax.pcast(x, axis_name, to="varying")
-    return lax.pvary(x, axis_name)  # pyright: ignore[reportAttributeAccessIssue] (before JAX 0.9)
+    return lax.pvary(x, axis_name)  # pyright: ignore[reportAttributeAccessIssue]
