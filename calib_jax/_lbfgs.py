@@ -74,9 +74,11 @@ def _line_search(
     Near the minimum, rounding hides the decrease. There the slope must not have turned (Hager and Zhang, "A New
     Conjugate Gradient Method with Guaranteed Descent and an Efficient Line Search", 2005).
     """
+    import optax
+
     length, slope = min(1.0, _LONGEST_STEP / _largest(direction)), _dot(direction, here.gradient)
     for _ in range(_HALVINGS):
-        there = jax.tree.map(lambda x, d: x - length * d, params, direction)
+        there = optax.tree.add_scale(params, -length, direction)
         evaluation = objective(there)
         gained, left = here.value - evaluation.value, _dot(direction, evaluation.gradient)
         if gained >= _SUFFICIENT * length * slope and gained > _ROUNDING * here.value:

@@ -107,10 +107,10 @@ def label_smoothing_loss(
         Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", CVPR 2016; for calibration,
         Mueller et al., "When Does Label Smoothing Help?", NeurIPS 2019.
     """
-    check_number("alpha", alpha, 0.0, 1.0)
-    inputs = voxel_inputs(logits, labels, where, axis_name)
     import optax
 
+    check_number("alpha", alpha, 0.0, 1.0)
+    inputs = voxel_inputs(logits, labels, where, axis_name)
     targets = optax.losses.smooth_labels(one_hot(inputs.labels, inputs.logits), alpha)
     return voxel_mean(voxel_cross_entropy(inputs._replace(labels=targets)), inputs)
 
