@@ -79,6 +79,9 @@ def test_step(monkeypatch, tmp_path, capsys):
 
 
 def test_inference(tmp_path, capsys):
+    torch.manual_seed(
+        0
+    )  # of 6,144 voxels, a single one that changes its bin by rounding is more than the tolerance
     file = tmp_path / "inference.json"
     options.Inference((20, 16, 16), 1, 3, (16, 16, 16), rounds=1, warmup=0, out=file).run()
     assert json.loads(file.read_text())["windows"] == 2
