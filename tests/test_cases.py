@@ -4,7 +4,10 @@ import gzip
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import nibabel as nib
 import numpy as np
@@ -14,15 +17,8 @@ from hypothesis import strategies as st
 
 from train.data import Dataset, Splits, open_dataset, write_splits
 from train.errors import InputError
-from train.run.cases import (
-    CaseId,
-    RunCases,
-    check_initial,
-    choose_cases,
-    fingerprint,
-    identify,
-    note_duplicates,
-)
+from train.run.cases import RunCases, check_initial, choose_cases, note_duplicates, resolved
+from train.run.identity import CaseId, fingerprint, identify
 
 NAMES = [f"c{i}" for i in range(6)]
 SPLITS = Splits(("c0", "c1", "c2"), ("c3",), ("c4", "c5"))
@@ -167,7 +163,7 @@ def test_other_images_under_the_same_names(run: Path, cases: RunCases, tmp_path:
     chosen = choose_cases(run, cases, dataset_of(tmp_path / "other"), "test", given="other")
     assert not chosen.own
     assert list(chosen.names) == NAMES
-    assert "called as cases of" in chosen.notes[0]
+    assert "with the name of a case of" in chosen.notes[0]
     # Where one of them is the run's, the others are written anew.
     shutil.copy(data / "imagesTr" / "c0.nii.gz", tmp_path / "other" / "imagesTr" / "c0.nii.gz")
     chosen = choose_cases(run, cases, dataset_of(tmp_path / "other"), "test", given="other")
@@ -178,7 +174,7 @@ def test_split_of_other_data(run: Path, cases: RunCases, tmp_path: Path, data: P
     shutil.copytree(data, tmp_path / "other")
     for seed, name in enumerate(NAMES):
         save(tmp_path / "other", name, seed + 100)
-    with pytest.raises(InputError, match="--split train is of the run's own data set"):
+    with pytest.raises(InputError, match="--split train is a split of the run's own data set"):
         choose_cases(run, cases, dataset_of(tmp_path / "other"), "train", given="other")
 
 
@@ -221,6 +217,36 @@ def test_phantoms_are_told_by_their_seed() -> None:
     ids = [identify(open_dataset("phantom", seed=seed)) for seed in (0, 1)]
     assert identify(open_dataset("phantom")) == ids[0]
     assert not {case.images for case in ids[0]} & {case.images for case in ids[1]}
+
+
+@dataclass
+class Outside:
+    """A data set from outside the project, which need not be hashable."""
+
+    case_names: tuple[str, ...]
+    images: list[np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def load(self, index: int) -> Any:
+        return SimpleNamespace(image=self.images[index])
+
+
+def test_data_from_outside_is_told_by_its_arrays() -> None:
+    images = [np.full((2, 3, 1), value, np.float32) for value in range(3)]
+    first, second = Outside(("a", "b", "c"), images), Outside(("x", "y"), images[1:])
+    ids: Any = [identify(cast(Any, dataset)) for dataset in (first, second)]
+    assert [case.name for case in ids[0]] == ["a", "b", "c"]
+    assert [a.is_same(b) for a in ids[0] for b in ids[1]] == [False, False, True, False, False, True]
+    first.images = []
+    assert identify(cast(Any, first)) is ids[0]  # loaded once
+
+
+def test_only_the_path_of_a_layout_is_resolved(tmp_path: Path) -> None:
+    assert resolved("msd:data", tmp_path) == f"msd:{tmp_path}/data"
+    for data in ("phantom", "package.module:cells(folder='data')"):
+        assert resolved(data, tmp_path) == data
 
 
 def test_fingerprints_of_broken_files(tmp_path: Path) -> None:

@@ -12,9 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorstore
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -32,14 +34,17 @@ KEEP = TrainingConfig(keep_best="dice-ace")
 CASES = ["case 1", "case 2"]
 
 
-# What Orbax leaves of a write that failed complains of its closed event loop when it is collected.
+# Objects of Orbax whose write failed complain of their closed event loop when they are collected.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def _collected_here() -> Iterator[None]:
     yield
     gc.collect()
+
+
+write_fails = pytest.mark.usefixtures("_collected_here")
 
 
 def state(step: int, size: int = 4) -> TrainState:
@@ -91,6 +96,37 @@ def test_the_newest_two_and_the_best_are_kept(tmp_path: Path) -> None:
             assert data == {"n": step}
 
 
+def test_a_network_is_read_without_the_moments(tmp_path: Path) -> None:
+    def bytes_read() -> int:
+        (metric,) = tensorstore.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
+        return sum(value["value"] for value in metric["values"])
+
+    moments = {"m": jnp.asarray(np.random.default_rng(0).normal(size=500_000), jnp.float32)}
+    with Checkpoints(tmp_path, KEEP) as checkpoints:
+        checkpoints.save(state(1)._replace(opt_state=moments), {"n": 1}, {})
+    with Checkpoints(tmp_path, KEEP, read_only=True) as checkpoints:
+        before = bytes_read()
+        network, data = checkpoints.restore(state(0)._replace(opt_state=None))
+        assert bytes_read() - before < 100_000
+        assert network.opt_state is None
+        assert data == {"n": 1}
+        np.testing.assert_array_equal(network.params["w"], state(1).params["w"])
+        whole, _ = checkpoints.restore(state(0)._replace(opt_state=moments))
+        assert bytes_read() - before > 1_000_000
+        np.testing.assert_array_equal(whole.opt_state["m"], moments["m"])
+
+
+@pytest.mark.parametrize("params", [{"w": jnp.zeros(5)}, {"w": jnp.zeros(4), "more": jnp.zeros(2)}])
+@write_fails
+def test_a_checkpoint_of_another_network_is_refused(params: dict[str, jax.Array], tmp_path: Path) -> None:
+    with Checkpoints(tmp_path, KEEP) as checkpoints:
+        checkpoints.save(state(1), {}, {})
+    with Checkpoints(tmp_path, KEEP, read_only=True) as checkpoints:
+        for like in (state(0)._replace(params=params), state(0)._replace(params=params, opt_state=None)):
+            with pytest.raises(InputError, match=r"Checkpoint .*1 could not be read"):
+                checkpoints.restore(like)
+
+
 # Characters that mean something in patterns, URLs, shells, and the rest; no name holds a slash or a null.
 NAMES = st.text("[]*?\\{}%#:'\"\n\t ~$&|<>-.=ab09éé日", min_size=1, max_size=12) | st.text(
     st.characters(exclude_characters="/\0", max_codepoint=0x2FF), min_size=1, max_size=12
@@ -138,6 +174,7 @@ def damage(folder: Path) -> None:
             file.write_bytes(b"")
 
 
+@write_fails
 def test_the_first_checkpoint_is_read_back(tmp_path: Path) -> None:
     with Checkpoints(tmp_path, KEEP) as checkpoints:
         checkpoints.save(state(1), {}, {})
@@ -148,6 +185,7 @@ def test_the_first_checkpoint_is_read_back(tmp_path: Path) -> None:
             check_until_it_fails(checkpoints)
 
 
+@write_fails
 def test_the_first_checkpoint_holds_what_was_saved(tmp_path: Path) -> None:
     with Checkpoints(tmp_path / "other", KEEP) as checkpoints:
         checkpoints.save(state(1)._replace(opt_state={"m": jnp.float32(7)}), {}, {})
@@ -182,6 +220,7 @@ def test_scores(keep_best: str, score: float) -> None:
     assert config.score({}) == -np.inf
 
 
+@write_fails
 def test_a_full_disk_loses_the_newest_checkpoint_and_says_so(tmp_path: Path) -> None:
     with Checkpoints(tmp_path, KEEP) as checkpoints:
         for step in (1, 2):
@@ -204,6 +243,7 @@ def test_a_full_disk_loses_the_newest_checkpoint_and_says_so(tmp_path: Path) -> 
     assert kept(tmp_path) == ["2", "3"]  # what was half written is gone
 
 
+@write_fails
 def test_a_checkpoint_that_failed_is_noticed_before_the_next(tmp_path: Path) -> None:
     with Checkpoints(tmp_path, KEEP) as checkpoints:
         checkpoints.save(state(1, 50_000), {}, {"Dice": 0.5, "ACE": 0.1})
@@ -234,6 +274,7 @@ def save_in_vain_and_fail(folder: Path) -> None:
         raise NotFinite("The loss is not finite", CASES)
 
 
+@write_fails
 def test_what_goes_wrong_first_is_what_is_told(tmp_path: Path) -> None:
     """The last checkpoint's failure is told when the run ends, and hides nothing that came before."""
     with pytest.raises(InputError, match="could not be written"):
@@ -248,16 +289,16 @@ def row(step: int, **more: float) -> dict[str, float]:
 
 def test_a_log_that_cannot_be_written(tmp_path: Path) -> None:
     with RunLog(tmp_path, 0, 4) as log:
-        log.pend(row(0), CASES)
+        log.add_step(row(0), CASES)
         log.flush()
         size = (tmp_path / "log.csv").stat().st_size
-        log.pend(row(1), CASES)
+        log.add_step(row(1), CASES)
         cut_short = full_disk(size + 5)
         with cut_short, pytest.raises(InputError, match=r"log.csv could not be written .*: make room"):
             log.flush()
     assert [r["step"] for r in read_log(tmp_path / "log.csv")] == [0]
     with RunLog(tmp_path, 1, 4) as log:
-        log.pend(row(1), CASES)
+        log.add_step(row(1), CASES)
         log.flush()
     assert [r["step"] for r in read_log(tmp_path / "log.csv")] == [0, 1]
 
@@ -294,8 +335,8 @@ def test_a_picture_that_fails_is_one_note(
 @pytest.mark.parametrize("name", ["loss", "grad_norm"])
 def test_numbers_that_are_not_finite_stop_a_run(name: str, tmp_path: Path) -> None:
     with RunLog(tmp_path, 0, 4) as log:
-        log.pend(row(0), ["another"])
-        log.pend(row(1) | {name: float("inf")}, CASES)
+        log.add_step(row(0), ["another"])
+        log.add_step(row(1) | {name: float("inf")}, CASES)
         with pytest.raises(NotFinite, match=r"from step 1 on, .* case 1, case 2"):
             log.flush()
     assert len(read_log(tmp_path / "log.csv")) == 2

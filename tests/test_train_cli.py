@@ -14,6 +14,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from killed import logged, weights
 
 from train.cli import main
 from train.run.folder import claimed
@@ -29,12 +30,6 @@ def run(*arguments: object) -> int:
 
 def rows(file: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(file.read_text().splitlines()))
-
-
-def logged(folder: Path, name: str) -> list[dict[str, str]]:
-    """A run's log without its speed, which no two runs share."""
-    speeds = ("steps_per_second", "patches_per_second", "data_wait")
-    return [{k: v for k, v in row.items() if k not in speeds} for row in rows(folder / name)]
 
 
 def refuses(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -78,27 +73,6 @@ def trained(msd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = ["--data", f"msd:{msd}", "--num-test", 2, "--num-val", 1]
     assert run("fit", *TINY, *data, "--loss", "dice+0.5*ace", "--out", out) == 0
     return out
-
-
-def test_compare_leaves_a_page_and_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "compare"
-    assert run("compare", *PHANTOM, "--losses", "dice", "dice+ace", "--out", out) == 0
-    printed = capsys.readouterr().out
-    for name in ("dice+ace", "true posterior", "ACE", "Wilcoxon"):
-        assert name in printed
-    page = (out / "index.html").read_text()
-    assert "dice+ace" in page
-    assert len(list((out / "figures").glob("*.png"))) >= 4
-    table = json.loads((out / "table.json").read_text())
-    assert [row["name"] for row in table["models"]] == ["dice", "dice+ace", "true posterior"]
-    cases = rows(out / "cases" / "01-dice-ace.csv")
-    assert len(cases) == 3 * 3  # cases by foreground classes
-    splits = json.loads((out / "splits.json").read_text())
-    assert {row["case"] for row in cases} == set(splits["test"])
-    logs = [rows(out / loss / "log.csv") for loss in ("dice", "dice+ace")]
-    # Same weights, same batches: the first step's Dice is the same under both losses.
-    assert logs[0][0]["dice"] == logs[1][0]["dice"]
-    assert [row["step"] for row in logs[0]] == ["0", "1", "2", "3"]
 
 
 def test_compare_with_seeds_and_temperature_goes_on_at_each_network(
@@ -154,25 +128,24 @@ def test_options_alone_are_those_of_compare(capsys: pytest.CaptureFixture[str]) 
     assert "unknown" in refuses(capsys, "--losses", "dice+unknown")
 
 
-def test_evaluate_writes_the_test_cases(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("evaluate", trained) == 0
-    assert (trained / "evaluate-test" / "index.html").exists()
-    assert "dice+0.5*ace" in capsys.readouterr().out
-
-
-def test_a_full_disk_after_an_evaluation_loses_no_number(
+def test_an_evaluation_goes_on_after_a_full_disk_and_is_done_once(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("train.compare.write_report", full)
-    assert run("evaluate", trained, "--out", tmp_path / "out") == 2
+    with monkeypatch.context() as patch:
+        patch.setattr("train.compare.write_report", full)
+        assert run("evaluate", trained, "--out", tmp_path / "out") == 2
     told = capsys.readouterr()
     assert "dice+0.5*ace" in told.out
     assert "ACE" in told.out
     (line,) = [line for line in told.err.splitlines() if line.startswith("error: ")]
     assert f"{tmp_path / 'out'} could not be written (No space left on device)" in line
+    assert run("evaluate", trained, "--out", tmp_path / "out") == 0
+    assert (tmp_path / "out" / "index.html").exists()
+    for finished in (tmp_path / "out", trained):
+        assert "already holds another run" in refuses(capsys, "evaluate", trained, "--out", finished)
 
 
 def test_best_weights_of_a_run_that_kept_none(
@@ -194,8 +167,9 @@ def test_evaluate_the_same_data_elsewhere(
     assert run("evaluate", trained, "--data", f"msd:{copy}", "--out", out) == 0
     assert cases_of(out) == set(splits["test"])
     assert "Tiny: 2 held-out cases" in (out / "index.html").read_text()
-    assert run("evaluate", trained, "--split", "train", "--out", tmp_path / "train") == 0
-    assert "Tiny: 3 training cases" in (tmp_path / "train" / "index.html").read_text()
+    assert run("evaluate", trained, "--split", "train") == 0
+    assert "Tiny: 3 training cases" in (trained / "evaluate-train" / "index.html").read_text()
+    assert "dice+0.5*ace" in capsys.readouterr().out
     # New cases among those of the run: these and its test cases are measured, and the page says so.
     (copy / "imagesTr" / "new.nii.gz").write_bytes(altered(copy / "imagesTr" / "case_0.nii.gz"))
     shutil.copy(copy / "labelsTr" / "case_0.nii.gz", copy / "labelsTr" / "new.nii.gz")
@@ -235,7 +209,7 @@ def test_resume_with_paths_spelt_otherwise(
     (copy / "imagesTr" / "case_0.nii.gz").write_bytes(altered(copy / "imagesTr" / "case_0.nii.gz"))
     assert "data.data" in refuses(capsys, "fit", *options, "--data", f"msd:{copy}")
     message = refuses(capsys, "fit", *options, "--data", f"msd:{msd}", "--split-seed", 1)
-    assert "splits the cases otherwise" in message
+    assert "splits the cases differently" in message
 
 
 def test_init_from_a_run_that_has_seen_the_test_cases(
@@ -267,12 +241,23 @@ def test_predict_keeps_the_affine(trained: Path, msd: Path, tmp_path: Path) -> N
     assert len(list(out.iterdir())) == 12
 
 
-def test_resumed_run_equals_one_that_never_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+STOPPABLE = [*PHANTOM, "--dropout", 0.2, "--checkpoint-every", 2]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of these options that is never stopped."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    assert run("fit", *STOPPABLE, "--loss", "dice+ace", "--out", out) == 0
+    return out
+
+
+def test_resumed_run_equals_one_that_never_stopped(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import train.fit as fit_module
 
-    options = [*PHANTOM, "--loss", "dice+ace", "--dropout", 0.2, "--checkpoint-every", 2]
-    assert run("fit", *options, "--out", tmp_path / "whole") == 0
-
+    options = [*STOPPABLE, "--loss", "dice+ace"]
     put_batch, calls = fit_module.put_batch, []
 
     def killed_in_the_fourth_step(*arguments: object) -> object:
@@ -285,25 +270,9 @@ def test_resumed_run_equals_one_that_never_stopped(tmp_path: Path, monkeypatch: 
         patched.setattr(fit_module, "put_batch", killed_in_the_fourth_step)
         assert run("fit", *options, "--out", tmp_path / "cut") == 130
     assert run("fit", *options, "--out", tmp_path / "cut", "--resume") == 0
-    assert logged(tmp_path / "cut", "log.csv") == logged(tmp_path / "whole", "log.csv")
-    whole, cut = (weights(tmp_path / name) for name in ("whole", "cut"))
-    for a, b in zip(whole, cut, strict=True):
+    assert logged(tmp_path / "cut", "log.csv") == logged(whole, "log.csv")
+    for a, b in zip(weights(whole), weights(tmp_path / "cut"), strict=True):
         np.testing.assert_array_equal(a, b)
-
-
-def weights(run_folder: Path) -> list[np.ndarray]:
-    import jax
-
-    from train.config import read_config
-    from train.run.checkpoint import Checkpoints
-    from train.step import init_state, make_optimizer
-    from train.task import make_model
-
-    config, info = read_config(run_folder)
-    _, state = init_state(make_model(config, info), make_optimizer(config.training))
-    with Checkpoints(run_folder / "checkpoints", config.training, read_only=True) as checkpoints:
-        state, _ = checkpoints.restore(state)
-    return [np.asarray(leaf) for leaf in jax.tree.leaves((state.params, state.opt_state))]
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -488,7 +457,7 @@ def test_status_of_a_run_and_of_a_comparison(
         assert run("status", tmp_path / "both") == 0
     told = capsys.readouterr().out
     assert "comparison, running: process" in told
-    assert "killed: process 1 on host is gone without a word; --resume goes on" in told
+    assert "killed: process 1 on host no longer runs; --resume goes on" in told
     (tmp_path / "both" / "dice" / "config.json").write_text("{")
     assert "config.json is not a run's configuration" in refuses(capsys, "status", tmp_path / "both")
     assert "holds no run" in refuses(capsys, "status", tmp_path)
@@ -510,52 +479,65 @@ def test_tensorboard_has_the_scalars_of_the_csv(trained: Path) -> None:
 
 
 def test_sigterm_saves_and_resuming_ends_as_if_never_stopped(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert run("fit", *PHANTOM, "--out", whole) == 0
-    take = RunLog.pend
+    stopped, command = tmp_path / "stopped", ["fit", *STOPPABLE, "--loss", "dice+ace"]
+    take = RunLog.add_step
 
-    def pend_and_terminate(log: RunLog, row: dict, cases: list[str]) -> None:
+    def add_step_and_terminate(log: RunLog, row: dict, cases: list[str]) -> None:
         take(log, row, cases)
-        if row["step"] == 1:
+        if row["step"] == 2:  # after which no checkpoint is due
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(RunLog, "pend", pend_and_terminate)
-        assert run("fit", *PHANTOM, "--out", stopped) == 143
-    assert "Stopped after step 2 of 4; --resume goes on" in capsys.readouterr().err
+        patch.setattr(RunLog, "add_step", add_step_and_terminate)
+        assert run(*command, "--out", stopped) == 143
+    assert "Stopped after step 3 of 4; --resume goes on" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    assert run("fit", *PHANTOM, "--out", stopped, "--resume") == 0
+    assert run(*command, "--out", stopped, "--resume") == 0
     for name in ("log.csv", "validation.csv"):
         assert logged(whole, name) == logged(stopped, name)
 
 
-def test_sigterm_in_a_comparison_goes_on_with_the_loss_it_was_at(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_a_comparison_stopped_and_resumed_goes_on_with_its_loss_and_leaves_a_page_and_tables(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = ["compare", *PHANTOM, "--losses", "dice", "ce", "--out", tmp_path / "both"]
-    take = RunLog.pend
+    out = tmp_path / "both"
+    command = ["compare", *STOPPABLE, "--losses", "dice", "dice+ace", "--out", out]
+    take = RunLog.add_step
 
-    def pend_and_terminate(log: RunLog, row: dict, cases: list[str]) -> None:
+    def add_step_and_terminate(log: RunLog, row: dict, cases: list[str]) -> None:
         take(log, row, cases)
-        if row["step"] == 1 and "ce" in row:
+        if row["step"] == 1 and "ace" in row:
             for _ in range(2):
                 os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(RunLog, "pend", pend_and_terminate)
+        patch.setattr(RunLog, "add_step", add_step_and_terminate)
         assert run(*command) == 143
-    assert not (tmp_path / "both" / "index.html").exists()
-    assert run("status", tmp_path / "both") == 0
+    assert not (out / "index.html").exists()
+    assert run("status", out) == 0
     assert "comparison, stopped; --resume goes on" in capsys.readouterr().out
-    first = (tmp_path / "both" / "dice" / "log.csv").stat().st_mtime_ns
+    first = (out / "dice" / "log.csv").stat().st_mtime_ns
     assert run(*command, "--resume") == 0
-    assert (tmp_path / "both" / "dice" / "log.csv").stat().st_mtime_ns == first
-    assert run("fit", *PHANTOM, "--loss", "ce", "--out", tmp_path / "alone") == 0
+    assert (out / "dice" / "log.csv").stat().st_mtime_ns == first
     for name in ("log.csv", "validation.csv"):
-        assert logged(tmp_path / "both" / "ce", name) == logged(tmp_path / "alone", name)
-    assert "ce" in (tmp_path / "both" / "index.html").read_text()
+        assert logged(out / "dice+ace", name) == logged(whole, name)
+    printed = capsys.readouterr().out
+    for name in ("dice+ace", "true posterior", "ACE", "Wilcoxon"):
+        assert name in printed
+    assert "dice+ace" in (out / "index.html").read_text()
+    assert len(list((out / "figures").glob("*.png"))) >= 4
+    table = json.loads((out / "table.json").read_text())
+    assert [row["name"] for row in table["models"]] == ["dice", "dice+ace", "true posterior"]
+    cases = rows(out / "cases" / "01-dice-ace.csv")
+    assert len(cases) == 3 * 3  # cases by foreground classes
+    splits = json.loads((out / "splits.json").read_text())
+    assert {row["case"] for row in cases} == set(splits["test"])
+    logs = [rows(out / loss / "log.csv") for loss in ("dice", "dice+ace")]
+    # Same weights, same batches: the first step's Dice is the same under both losses.
+    assert logs[0][0]["dice"] == logs[1][0]["dice"]
+    assert [row["step"] for row in logs[0]] == ["0", "1", "2", "3"]
 
 
 def test_sigterm_during_a_validation_stops_after_the_next_step_with_its_checkpoint(

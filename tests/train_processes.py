@@ -14,12 +14,12 @@ from train.run.logs import RunLog
 
 if __name__ == "__main__":
     last = int(sys.argv[1])
-    pend = RunLog.pend
+    add_step = RunLog.add_step
 
-    def pend_and_terminate(log: RunLog, row: dict, cases: list[str]) -> None:
-        pend(log, row, cases)
+    def add_step_and_terminate(log: RunLog, row: dict, cases: list[str]) -> None:
+        add_step(log, row, cases)
         if row["step"] == last - 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    RunLog.pend = pend_and_terminate
+    RunLog.add_step = add_step_and_terminate
     raise SystemExit(main(sys.argv[2:]))

@@ -1,6 +1,7 @@
-"""The main job: the same network from the same weights under several losses, side by side on held-out cases."""
+"""The main job: train one network under several losses, and compare the results on held-out cases."""
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -8,14 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from calib_jax.report import (
-    ModelResult,
-    RepeatedResult,
-    Result,
-    compare_models,
-    format_table,
-    write_report,
-)
+from calib_jax.report import compare_models, format_table, write_report
+from calib_jax.results import ModelResult, RepeatedResult, Result
 from train.check import check_cases
 from train.config import DataInfo, DeviceConfig, RunConfig, check_same_data, resolve_regions, to_json
 from train.data import Dataset
@@ -44,7 +39,12 @@ from train.task import (
 from train.temperature import fit_temperature, temper
 
 _TEMPERATURE = "temperatures (+T), fitted on validation cases"
-TEMPERED = "+T"  # ends the name of a network whose logits are over its temperature
+TEMPERED = "+T"  # ends the name of a network whose logits are divided by its temperature
+# What an evaluation writes before its page.
+_UNFINISHED = {
+    *("config.json", "published.md", "published.json", "report.json", "results", "cases", "figures"),
+    *("table.csv", "table.json"),
+}
 
 
 def compare(
@@ -59,39 +59,44 @@ def compare(
     resume: bool = False,
     published: Sequence[Row] = (),
 ) -> Path:
-    """Trains one network per loss and seed, evaluates all on the test cases, writes tables, figures and a page.
+    """Trains one network per loss and seed, evaluates all on the test cases, and writes tables, figures and a page.
 
-    The first loss is the baseline. Every network of a seed starts from the same weights and sees the same batches
-    in the same order with the same augmentation: only the loss differs.
+    The first loss is the baseline. All networks of a seed start from the same weights and see the same batches
+    in the same order with the same augmentation; only the loss differs.
 
     Args:
-        config: of every run, but for its loss.
+        config: of every run, except its loss.
         losses: names such as `dice` and `dice+ace`.
-        folder: `<loss>/` (or `<loss>-seed<n>/`) for each run, `results/`, `cases/`, `table.csv`, `index.html`,
-            `figures/`.
-        seeds: to train every loss with; none for the configuration's alone.
-        temperature: show each network with its logits over a temperature as well, fitted on the validation cases.
-        which: of each network's weights to evaluate, the last or the best by `keep_best`.
-        devices: what the networks are trained on.
-        resume: go on with what is in `folder`.
+        folder: gets `<loss>/` (or `<loss>-seed<n>/`) for each run, `results/`, `cases/`, `table.csv`,
+            `index.html` and `figures/`.
+        seeds: to train every loss with; empty for the configuration's seed alone.
+        temperature: also show each network with temperature scaling, fitted on the validation cases.
+        which: weights to evaluate: the last or the best by `keep_best`.
+        devices: to train on.
+        resume: continue the comparison in `folder`.
         published: figures to show beside those of the networks.
 
     Returns:
-        The page.
+        Path of the page.
+
+    Raises:
+        InputError: options, data or folder are wrong.
+        Stopped: a signal asked a run to stop. The run has saved a checkpoint.
     """
     parsed = [parse_loss(name) for name in losses]
     names = [loss.name for loss in parsed]
-    if len(set(names)) < len(names):
-        raise InputError(f"--losses {' '.join(names)} names a loss twice: give each of them once.")
-    if len(set(seeds)) < len(seeds):
-        raise InputError(f"--seeds {' '.join(map(str, seeds))} names a seed twice: give each of them once.")
+    for option, values in (("losses", names), ("seeds", seeds)):
+        if len(set(values)) < len(values):
+            raise InputError(
+                f"--{option} {' '.join(map(str, values))} gives one of them twice: give each once."
+            )
     for seed in seeds:
         dataclasses.replace(config.training, seed=seed)  # which checks it
     task = open_task(config, devices)
     for loss in parsed:
         check_task_loss(task, loss)
     if temperature and not task.splits.val:
-        raise InputError("--temperature is fitted on validation cases, and num_val is 0: hold some back.")
+        raise InputError("--temperature is fitted on validation cases, but num_val is 0: hold some back.")
     if which == "best" and (config.training.keep_best == "none" or not task.splits.val):
         raise InputError("--checkpoint best needs --keep-best and validation cases (--num-val): give both.")
     if not published:
@@ -104,24 +109,24 @@ def compare(
         on_first(lambda: write_split(task, folder))
         results: list[Result] = []
         histories: dict[str, Mapping[str, Sequence[float]]] = {}
-        diverged: dict[str, str] = {}
+        folders: dict[str, Path] = {}
         for name in names:
             runs = plan.runs(folder, name)
             evaluated = [_evaluated(task, plan, run, resume) for run in runs.values()]
             for ending, repeats in zip(("", TEMPERED), zip(*evaluated, strict=True), strict=False):
-                results.append(_one_row(name + ending, dict(zip(runs, repeats, strict=True))))
+                by_seed = dict(zip(runs, repeats, strict=True))
+                results.append(by_seed[""] if "" in by_seed else RepeatedResult(name + ending, by_seed))
             histories[name] = _mean_history([_history(run.folder, task) for run in runs.values()])
-            for run in runs.values():
-                diverged |= _divergence(run.folder, run.name(""))
+            folders |= {run.name(""): run.folder for run in runs.values()}
         cases = read_cases(folder)
-        more = {**_weights(which, config), **_temperatures(folder), **_unknown(cases), **diverged}
+        remarks = _remarks(config, which, cases, folders) | _temperatures(folder)
         kind = KINDS["test"] if cases.complete else ""
-        return _report(task.dataset, task.splits.test, folder, results, histories, more, published, kind=kind)
+        return _report(task.dataset, task.splits.test, folder, results, histories, remarks, published, kind)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a comparison is made of."""
+    """The configuration of a comparison."""
 
     losses: tuple[str, ...]
     run: RunConfig
@@ -130,18 +135,15 @@ class Plan:
     which: Which = "last"
 
     def runs(self, folder: Path, loss: str) -> dict[str, "PlannedRun"]:
-        """The runs of a loss by what tells them apart: one, or one for each seed."""
+        """The runs of a loss by seed (`seed 3`); a single run has the key ""."""
         config = dataclasses.replace(self.run, loss=loss)
         if not self.seeds:
             return {"": PlannedRun(config, folder / slug(loss))}
-        return {
-            f"seed {seed}": PlannedRun(
-                dataclasses.replace(config, training=dataclasses.replace(config.training, seed=seed)),
-                folder / f"{slug(loss)}-seed{seed}",
-                f" seed {seed}",
-            )
-            for seed in self.seeds
-        }
+        runs = {}
+        for seed in self.seeds:
+            seeded = dataclasses.replace(config, training=dataclasses.replace(config.training, seed=seed))
+            runs[f"seed {seed}"] = PlannedRun(seeded, folder / f"{slug(loss)}-seed{seed}", f" seed {seed}")
+        return runs
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ class PlannedRun:
     suffix: str = ""
 
     def name(self, ending: str) -> str:
-        """What it is called among all networks; `ending` follows the loss."""
+        """Its name among all networks; `ending` follows the loss."""
         return f"{self.config.loss}{ending}{self.suffix}"
 
 
@@ -172,17 +174,21 @@ def evaluate_run(
 
     Args:
         run: folder of the run.
-        data: a data set; None for the run's own. Of the run's own data, wherever they lie, the split is
-            evaluated; of others all cases that the run was not trained or validated on.
+        data: a data set; None for the run's own. Of the run's own data, wherever they lie, `split` is
+            evaluated; of other data all cases that the run was not trained or validated on.
         split: `train`, `val` or `test`, of the run's own data set.
-        out: a new folder; None for `evaluate-<split>` in the run's.
-        which: of its weights, the last or the best.
-        temperature: show it with its logits over a temperature as well, fitted on the run's validation cases.
+        out: a new folder, or one with an unfinished evaluation of the run; None for `evaluate-<split>` in the
+            run's.
+        which: weights to evaluate, the last or the best.
+        temperature: also show the network with temperature scaling, fitted on the run's validation cases.
         published: figures to show beside its own.
-        resume: write again what is in the folder.
+        resume: replace a finished evaluation in the folder.
+
+    Returns:
+        Path of the page.
 
     Raises:
-        InputError: if the run, the data set, the split or the folder do not fit.
+        InputError: run, data set, split or folder do not fit.
     """
     config, info, predict = load_run(run, which)
     if split not in KINDS:
@@ -204,41 +210,43 @@ def evaluate_run(
     ending = f"{split if chosen.own else found.name}{'' if which == 'last' else f'-{which}'}"
     folder = out or run / f"evaluate-{ending}"
     check = partial(check_cases, dataset, (*chosen.names, *(chosen.val if temperature else ())))
-    open_run(folder, config, resume=resume, check=check, data=to_json(found))
-    notes = {"note": "; ".join(chosen.notes)} if chosen.notes else {}
+    unfinished = folder.exists() and {path.name for path in visible(folder)} <= _UNFINISHED
+    open_run(folder, config, resume=resume or unfinished, check=check, data=to_json(found))
     if is_first():
         for note in chosen.notes:
             print(f"note: {note}")
-    results, more = [evaluate(config.loss, predict, dataset, chosen.names)], _weights(which, config) | notes
+    results = [evaluate(config.loss, predict, dataset, chosen.names)]
+    remarks = _remarks(config, which, cases, {config.loss: run})
+    if chosen.notes:
+        remarks["note"] = "; ".join(chosen.notes)
     if temperature:
         value = fit_temperature(predict, dataset, chosen.val)
-        more[_TEMPERATURE] = f"{float(value):.3f}"
+        remarks[_TEMPERATURE] = f"{float(value):.3f}"
         results.append(evaluate(config.loss + TEMPERED, temper(predict, value), dataset, chosen.names))
-    more |= _unknown(cases) | _divergence(run, config.loss)
-    kind = chosen.kind if cases.complete or split != "test" else ""
-    return _report(dataset, chosen.names, folder, results, {}, more, published, kind=kind)
+    kind = KINDS[split] if cases.complete or split != "test" else ""
+    return _report(dataset, chosen.names, folder, results, {}, remarks, published, kind)
 
 
 def slug(loss: str) -> str:
-    """The name of a loss as the name of a folder, without characters that file systems or shells refuse.
+    """The folder name of a loss.
 
     Example:
-        >>> slug("dice+0.5*my_losses:tversky(alpha=0.3)")
-        'dice+0.5xmy_losses.tversky(alpha=0.3)'
+        >>> slug("dice+0.5*ace"), slug("dice+package.module:term(scale=2)")
+        ('dice+0.5xace', 'dice+package.module-term(scale=2)')
     """
-    return loss.translate(str.maketrans("*:/\\[]\"'", "x.__()__"))
+    return re.sub(r"[^\w.+=,()-]+", "-", loss.replace("*", "x"))
 
 
 def _evaluated(task: Task, plan: Plan, run: PlannedRun, resume: bool) -> list[ModelResult]:
-    """One network trained and evaluated on the test cases, then at its temperature if that is wanted.
+    """Trains a network and evaluates it on the test cases, also at its temperature if the plan says so.
 
-    What was evaluated before the run was resumed is read.
+    A resumed comparison reads the evaluations that are there.
     """
     files = [run.folder / "test.npz", *([run.folder / "test-temperature.npz"] if plan.temperature else [])]
     if not (resume and all(file.exists() for file in files)):
         predict = fit(dataclasses.replace(task, config=run.config), run.folder, resume=resume, check=False)
         if plan.which == "best":
-            _, _, predict = load_run(run.folder, plan.which)
+            predict = load_run(run.folder, plan.which)[2]
         _evaluate_into(files[0], run.name(""), predict, task)
         if plan.temperature:
             found = fit_temperature(predict, task.dataset, task.splits.val)
@@ -249,27 +257,20 @@ def _evaluated(task: Task, plan: Plan, run: PlannedRun, resume: bool) -> list[Mo
 
 
 def _evaluate_into(file: Path, name: str, predict: VolumePredictor, task: Task) -> None:
-    """Evaluates a network on the test cases, unless the file is there already.
+    """Evaluates a network on the test cases, unless the file exists. Prints what cannot be saved."""
+    if file.exists():
+        return
+    result = evaluate(name, predict, task.dataset, task.splits.test)
 
-    What is measured is told even where it cannot be kept.
-    """
-    if not file.exists():
-        result = evaluate(name, predict, task.dataset, task.splits.test)
-        on_first(lambda: _save(result, file))
+    def save() -> None:
+        try:
+            with writing(file), written_whole(file) as partial:
+                result.save(partial)
+        except InputError:
+            print(format_table(compare_models([result])))
+            raise
 
-
-def _save(result: ModelResult, file: Path) -> None:
-    try:
-        with writing(file), written_whole(file) as partial:
-            result.save(partial)
-    except InputError:
-        print(format_table(compare_models([result])))
-        raise
-
-
-def _one_row(name: str, results: Mapping[str, ModelResult]) -> Result:
-    """The trainings of one loss as one model."""
-    return results[""] if "" in results else RepeatedResult(name, results)
+    on_first(save)
 
 
 def _report(
@@ -278,12 +279,11 @@ def _report(
     folder: Path,
     results: Sequence[Result],
     histories: Mapping[str, Mapping[str, Sequence[float]]],
-    provenance: Mapping[str, str],
-    published: Sequence[Row] = (),
-    *,
-    kind: str = KINDS["test"],
+    remarks: Mapping[str, str],
+    published: Sequence[Row],
+    kind: str,
 ) -> Path:
-    """Prints the table and writes it with the figures and the page: a full disk does not lose what was measured."""
+    """Prints the table, then writes it with the figures and the page: a full disk loses no figure."""
     reference = evaluate_posterior(dataset, cases, results[0].class_names)
     if not is_first():
         return folder / "index.html"
@@ -306,7 +306,7 @@ def _report(
                 "command": command(),
                 "data": f"{dataset.name}, {which} of {len(dataset)}",
                 **({"not counted": "voxels that are labelled ignore"} if dataset.has_ignore else {}),
-                **provenance,
+                **remarks,
                 **versions(),
             },
             reference=reference,
@@ -316,14 +316,16 @@ def _report(
 
 
 def _history(run: Path, task: Task) -> dict[str, list[float]]:
-    """Training and validation curves of a run by epoch: the training loss averaged over each epoch."""
+    """Training and validation curves of a run by epoch; the training loss is averaged over each epoch."""
     per_epoch = max(len(task.splits.train) // task.config.training.batch_size, 1)
+    steps = read_log(run / "log.csv")
+    epochs = [steps[start : start + per_epoch] for start in range(0, len(steps), per_epoch)]
     rows = [
         {
-            "epoch": (chunk[-1]["step"] + 1) / per_epoch,
-            "train_loss": float(np.mean([r.get("loss", np.nan) for r in chunk])),
+            "epoch": (epoch[-1]["step"] + 1) / per_epoch,
+            "train_loss": float(np.mean([row.get("loss", np.nan) for row in epoch])),
         }
-        for chunk in _chunks(read_log(run / "log.csv"), per_epoch)
+        for epoch in epochs
     ]
     rows += [
         {"epoch": row.pop("step") / per_epoch} | {f"val_{name.lower()}": value for name, value in row.items()}
@@ -335,43 +337,31 @@ def _history(run: Path, task: Task) -> dict[str, list[float]]:
 
 
 def _mean_history(histories: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, list[float]]:
-    """Curves of the same steps, averaged; without those of logs that have lost a line."""
+    """The mean of curves over the same steps, without the curves of logs that lost a line."""
     longest = max(len(history.get("epoch", ())) for history in histories)
     whole = [history for history in histories if len(history.get("epoch", ())) == longest]
     return {column: np.mean([history[column] for history in whole], axis=0).tolist() for column in whole[0]}
 
 
-def _weights(which: Which, config: RunConfig) -> dict[str, str]:
-    """Which weights were evaluated, in a line for the page, if not the last."""
-    best = f"best by {config.training.keep_best} on the validation cases"
-    return {"checkpoint": best} if which == "best" else {}
-
-
-def _unknown(cases: RunCases) -> dict[str, str]:
-    """A line for the page where nobody knows which cases the weights have seen."""
-    text = "the imported weights may have been trained on these cases: nothing here says on which they were"
-    return {} if cases.complete else {"imported": text}
+def _remarks(config: RunConfig, which: Which, cases: RunCases, runs: Mapping[str, Path]) -> dict[str, str]:
+    """Lines for the page: which weights were evaluated, what they have seen, and whether training diverged."""
+    remarks = {}
+    if which == "best":
+        remarks["checkpoint"] = f"best by {config.training.keep_best} on the validation cases"
+    if not cases.complete:
+        remarks["imported"] = "the weights may have been trained on these cases: nothing here tells"
+    for name, run in runs.items():
+        if sentence := divergence(read_log(run / "log.csv")):
+            remarks[f"note on {name}"] = sentence
+    return remarks
 
 
 def _temperatures(folder: Path) -> dict[str, str]:
-    """The temperatures of a comparison's networks in a line for the page, if there are any."""
-    files = visible(folder, "*/temperature.json")
-    found = [f"{file.parent.name} {_temperature(file):.3f}" for file in files]
+    """A line for the page with the temperatures of a comparison's networks, if there are any."""
+    found = []
+    for file in visible(folder, "*/temperature.json"):
+        try:
+            found.append(f"{file.parent.name} {float(read_json(file)['temperature']):.3f}")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{file} holds no temperature: remove it and --resume.") from error
     return {_TEMPERATURE: ", ".join(found)} if found else {}
-
-
-def _temperature(file: Path) -> float:
-    try:
-        return float(read_json(file)["temperature"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file} holds no temperature: remove it and --resume.") from error
-
-
-def _divergence(run: Path, name: str) -> dict[str, str]:
-    """A line for the page where the training has diverged."""
-    sentence = divergence(read_log(run / "log.csv"))
-    return {f"note on {name}": sentence} if sentence else {}
-
-
-def _chunks(rows: Sequence[dict[str, float]], size: int) -> list[Sequence[dict[str, float]]]:
-    return [rows[start : start + size] for start in range(0, len(rows), size)]

@@ -1,7 +1,6 @@
-"""The surroundings of a command: what it prints to, and what other libraries say and read there."""
+"""The standard streams of a command, and what other libraries print there."""
 
 import contextlib
-import importlib
 import logging
 import os
 import sys
@@ -9,32 +8,20 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-# What these libraries log is about their own workings. What fails is raised as well.
+# These libraries log their own workings. Their failures are raised as well.
 _LOGGERS = ("absl", "etils", "grain", "matplotlib", "orbax", "tensorstore")
-_NOT_OURS = r"(?!(train|calib_jax)(\.|$))"
-
-
-def _import_matplotlib() -> None:
-    """Imports matplotlib whatever its configuration, before any module that needs it."""
-    logger = logging.getLogger("matplotlib")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)  # it warns of a folder for its configuration that cannot be written to
-    importlib.import_module("calib_jax._matplotlib")
-    logger.setLevel(level)
-
-
-_import_matplotlib()
+_OTHERS = r"(?!(train|calib_jax)(\.|$))"
 
 
 @contextlib.contextmanager
 def console() -> Iterator[None]:
-    """While in this context, nothing that is printed can fail, and warnings of other libraries are not shown.
+    """A context in which printing never fails and warnings of other libraries are not shown.
 
-    Characters that the terminal's encoding lacks are printed as escapes. Where stdout or stderr is closed, as by
-    `| head`, nothing more is printed.
+    Characters that the terminal's encoding lacks are replaced. If stdout or stderr is closed, as by `| head`,
+    nothing more is printed there.
     """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass  # else the first file that is opened would be where closed stdout or stderr was
+        pass  # otherwise the next file to be opened would take the place of a closed stdout or stderr
     os.close(descriptor)
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
@@ -45,7 +32,7 @@ def console() -> Iterator[None]:
         if sys.stderr is not None:
             stack.enter_context(contextlib.redirect_stderr(_Stream(sys.stderr)))
         stack.enter_context(warnings.catch_warnings())
-        warnings.filterwarnings("ignore", module=_NOT_OURS)
+        warnings.filterwarnings("ignore", module=_OTHERS)
         warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)
@@ -58,7 +45,7 @@ def console() -> Iterator[None]:
 
 
 class _Stream:
-    """A text stream whose writing never fails."""
+    """A text stream to which writing never fails."""
 
     def __init__(self, stream: Any):
         self._stream = stream
@@ -70,9 +57,12 @@ class _Stream:
         try:
             self._stream.write(text)
         except UnicodeEncodeError:
-            encoding = self._stream.encoding
-            self.write(text.encode(encoding, "backslashreplace").decode(encoding))
-        except (OSError, ValueError):  # ValueError: it is closed
+            from calib_jax.report.text import print_in_any_encoding  # heavy, and hardly ever needed
+
+            with contextlib.redirect_stdout(self._stream):
+                print_in_any_encoding()  # from now on
+            self._stream.write(text)
+        except (OSError, ValueError):  # ValueError: the stream is closed
             self._give_up()
         return len(text)
 
@@ -83,6 +73,6 @@ class _Stream:
             self._give_up()
 
     def _give_up(self) -> None:
-        """Leads what follows, and what Python still has to write when it exits, to nowhere."""
+        """Discards further output, and what Python would write when it exits."""
         with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), self._stream.fileno())

@@ -1,4 +1,4 @@
-"""The exceptions that mean something to the user."""
+"""Exceptions with a message for the user."""
 
 import dataclasses
 import math
@@ -7,24 +7,24 @@ from typing import Any
 
 
 class InputError(Exception):
-    """Bad input: one sentence that names the file or option, says what was found and what to do.
+    """Bad input: one sentence that names the file or option, what was found, and what to do.
 
-    `python -m train` prints the sentence and exits with status 2; nothing already on disk is touched.
+    `python -m train` prints the sentence and exits with status 2. Files on disk are left as they are.
     """
 
 
 class NotFinite(Exception):
-    """Training came to numbers that are not finite; says where, with the cases of that step's batch."""
+    """Numbers in training are no longer finite: says from which step on, and the cases of that step's batch."""
 
     def __init__(self, where: str, cases: Sequence[str]):
         super().__init__(f"{where}, whose batch held {', '.join(cases)}")
 
 
 class Stopped(Exception):
-    """A run was asked to stop, and has saved what it needs to go on.
+    """A signal asked a run to stop, and the run has saved a checkpoint.
 
     Attributes:
-        exit_status: of the command, as a shell has it for the signal that asked.
+        exit_status: of the command: 128 plus the signal's number, as in a shell.
     """
 
     def __init__(self, message: str, exit_status: int):
@@ -33,7 +33,7 @@ class Stopped(Exception):
 
 
 class CasesFailed(Exception):
-    """Some cases failed and the others went through: a message, then each case with one sentence.
+    """Some cases failed and the others succeeded: a message, then one sentence for each failed case.
 
     `python -m train` prints it and exits with status 1.
     """
@@ -45,21 +45,21 @@ class CasesFailed(Exception):
 
 
 def describe(error: Exception) -> str:
-    """What went wrong, in one line: the sentence of an InputError, or kind and first line of another exception."""
+    """One line about an exception: the sentence of an InputError, or type and first line of another."""
     if isinstance(error, InputError):
         return str(error)
     return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
 
 
 def check_numbers(config: Any, **limits: tuple[float, float]) -> None:
-    """Checks the numbers in a configuration: all are finite, and those named lie within their limits.
+    """Checks that all numbers in a configuration are finite and lie within their limits.
 
     Args:
-        config: a dataclass; a field may be a number, a tuple of them, or None.
-        limits: smallest and largest value of a field, both allowed.
+        config: a dataclass; a field may be a number, a tuple of numbers, or anything else, which is not checked.
+        limits: smallest and largest allowed value of a field.
 
     Raises:
-        InputError: for the first that does not.
+        InputError: names the first field that fails.
     """
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)

@@ -1,5 +1,6 @@
 """Cases in, bin statistics and Dice per case and class out."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -10,34 +11,37 @@ from jaxtyping import Array, Bool, Float, Int, Integer, Num, UInt8
 
 import calib_jax
 from calib_jax import BinStatistics, metrics
-from calib_jax.report import ModelResult
+from calib_jax._eager import fill_up, filled_size
+from calib_jax._labels import are_dense, memberships
+from calib_jax.results import ModelResult
 from train.data import Case, Dataset, mask_ignored, region_ids
 from train.inference import VolumePredictor
 from train.processes import is_first, join_shares, own_share
 from train.progress import progress
 
 NUM_BINS = 20
-# Voxels are padded to a multiple of this, so that cases of many sizes share a few compiled programs.
-_VOXELS = 2**16
+_FEWEST_VOXELS = (
+    2**16
+)  # cases are filled up to at least this size, so that small ones share a compiled program
 
-# Class ids, or their shares among several annotators.
+# Class ids, or the share of each class among several annotators.
 Label = Integer[Array, "*voxels"] | Float[Array, "*voxels classes"]
-# What is reported in place of the classes: (probs [..., classes], labels) -> (probs [..., regions], labels,
-# either ids of regions [...] or an array like those probs). Linear in probs: a region's probability is a sum
-# of class probabilities.
+# A function from classes to the regions that are reported: (probs [..., classes], labels) -> (probs [..., regions],
+# labels, either region ids [...] or an array of the shape of those probs). It is linear in probs: a region's
+# probability is a sum of class probabilities.
 Regions = Callable[[Array, Array], tuple[Array, Array]]
 
 
 def foreground(
     probs: Float[Array, "*voxels classes"], label: Label
 ) -> tuple[Float[Array, "*voxels foreground"], Label]:
-    """Every class but background, whose voxels get id -1: they are of no class."""
+    """Every class but background, whose voxels get the id -1 of no class."""
     return probs[..., 1:], label[..., 1:] if label.ndim == probs.ndim else label.astype(jnp.int32) - 1
 
 
 @dataclass(frozen=True)
 class SumsOfClasses:
-    """Regions that are made of classes and may overlap, as those of BraTS do.
+    """Regions that consist of classes and may overlap, as in BraTS.
 
     Attributes:
         groups: class ids of each region.
@@ -48,13 +52,10 @@ class SumsOfClasses:
     def __call__(
         self, probs: Float[Array, "*voxels classes"], label: Label
     ) -> tuple[Float[Array, "*voxels regions"], Num[Array, "*voxels regions"]]:
-        if label.ndim == probs.ndim:
-            return self._sums(probs), self._sums(label)
-        members = self.members(label)
-        return self._sums(probs), members
+        return self._sums(probs), self._sums(label) if label.ndim == probs.ndim else self.members(label)
 
     def members(self, label: Int[Array, "*voxels"]) -> UInt8[Array, "*voxels regions"]:
-        """1 where a class id belongs to the region, else 0."""
+        """1 where the class id belongs to the region, else 0."""
         members = [jnp.isin(label, jnp.array(ids, label.dtype)) for ids in self.groups]
         return jnp.stack(members, -1).astype(jnp.uint8)
 
@@ -64,7 +65,7 @@ class SumsOfClasses:
 
 @dataclass(frozen=True)
 class OwnRegions(SumsOfClasses):
-    """Regions whose probabilities the network gives itself, each by a sigmoid; only the labels are of classes."""
+    """Regions whose probabilities are the network's own sigmoids; only the labels hold classes."""
 
     def __call__(
         self, probs: Float[Array, "*voxels regions"], label: Label
@@ -73,9 +74,10 @@ class OwnRegions(SumsOfClasses):
 
 
 def regions_of(dataset: Dataset, predicted: Sequence[str] = ()) -> tuple[Regions, tuple[str, ...]]:
-    """What is reported of a data set, and its names: regions or, without any, the foreground classes.
+    """The regions to report for a data set, and their names.
 
-    Of a network with sigmoids these are the regions that it has `predicted`, in that order.
+    These are the regions that a network with sigmoids has `predicted`; otherwise the data set's regions or, if
+    it has none, the foreground classes.
     """
     if predicted:
         ids = region_ids(dataset)
@@ -87,11 +89,11 @@ def regions_of(dataset: Dataset, predicted: Sequence[str] = ()) -> tuple[Regions
 
 @dataclass(frozen=True)
 class CaseStatistics:
-    """Bin statistics and Dice of each region of a case, as a `train.inference.Summary`.
+    """Bin statistics and Dice of each region of a case: a `train.inference.Summary`.
 
     Attributes:
-        regions: what is reported; a function that stays the same one, since programs are kept by it.
-        has_ignore: whether voxels may have no label; these are left out.
+        regions: to report. The function is part of the key of compiled programs.
+        has_ignore: whether voxels may be unlabelled; these are left out.
     """
 
     regions: Regions = foreground
@@ -103,9 +105,9 @@ class CaseStatistics:
         label: UInt8[Array, "*spatial"] | Float[Array, "*spatial classes"],
         where: Bool[Array, "*spatial"],
     ) -> tuple[BinStatistics, Float[Array, "regions"]]:
-        """Bins are filled with the shares of a soft label; Dice is that of its most frequent class.
+        """Soft labels fill bins by their shares, and count for Dice as their most frequent class.
 
-        Predicted are the classes of largest probability or, under sigmoids, the regions more probable than not.
+        The prediction is the class of largest probability or, under sigmoids, each region above 1/2.
         """
         if self.has_ignore:
             label, labelled = mask_ignored(label)
@@ -116,38 +118,32 @@ class CaseStatistics:
         ids, where = ids.reshape(1, -1).astype(jnp.int32), where.reshape(1, -1)
         region_probs, region_label = self.regions(probs, ids if shares is None else shares)
         stats = calib_jax.bin_statistics(region_probs, region_label, num_bins=NUM_BINS, where=where)
-        # As certain probabilities, the predicted label map falls into regions in the same way.
+        # The predicted label map, as probabilities of 0 and 1, maps to regions in the same way.
         own = isinstance(self.regions, OwnRegions)
         certain = probs if own else jax.nn.one_hot(probs.argmax(-1), probs.shape[-1])
         certain_regions, region_ids = self.regions(certain, ids)
-        members = _members(region_ids, region_probs)
+        dense = are_dense(region_ids, region_probs)
+        members = region_ids > 0.5 if dense else memberships(region_ids, region_probs.shape[-1])
         dice = metrics.dice_of_counts(
             *metrics.overlap_counts(certain_regions > 0.5, members, where[..., None])
         )
         return jax.tree.map(lambda a: a[0], (stats, dice))
 
 
-def _members(label: Array, probs: Array) -> Bool[Array, "one voxels regions"]:
-    """Which regions each voxel is of."""
-    return label > 0.5 if label.ndim == probs.ndim else metrics.is_class(label, probs.shape[-1])
-
-
-_statistics = jax.jit(
-    lambda statistics, probs, label, where: statistics(probs, label, where), static_argnums=0
-)
+_statistics = jax.jit(CaseStatistics.__call__, static_argnums=0)
 
 
 def evaluate(name: str, predict: VolumePredictor, dataset: Dataset, case_names: Sequence[str]) -> ModelResult:
-    """Statistics and Dice of whole volumes, 20 bins, per case and foreground class, or region where there are any.
+    """Evaluates whole volumes: bin statistics (20 bins) and Dice per case and foreground class or region.
 
-    They are those of the file's own grid, to which probabilities are interpolated where the network sees another
-    one: figures then mean the same whatever the spacing. Several annotators count by their shares of each class.
-    Voxels without a label are left out; a case without any other has NaN.
+    A scan is evaluated on its original grid, to which the probabilities of a resampled scan are interpolated,
+    so that figures do not depend on the spacing. Several annotators count by their shares of each class.
+    Unlabelled voxels are left out; a case without a labelled voxel gives NaN.
 
     Args:
-        name: how the model is called in tables.
+        name: of the model in tables.
         predict: the model.
-        dataset: where the cases come from.
+        dataset: the data set of the cases.
         case_names: the cases to evaluate.
     """
     regions, names = regions_of(dataset, predict.regions)
@@ -168,12 +164,12 @@ def evaluate(name: str, predict: VolumePredictor, dataset: Dataset, case_names: 
 def evaluate_posterior(
     dataset: Dataset, case_names: Sequence[str], region_names: Sequence[str] = ()
 ) -> ModelResult | None:
-    """The same for the probabilities that the labels were drawn from, where the data set knows them.
+    """Evaluates the probabilities that the labels were drawn from; None if the data set does not know them.
 
-    Reported are the named regions; without names, what `evaluate` reports of a softmax.
+    It reports the named regions; without names, the regions that `evaluate` reports for a softmax.
 
-    No network can be calibrated better on these cases but by chance: what error is left comes from the
-    finite number of voxels, and from neighbouring labels being drawn together.
+    No network is better calibrated on these cases, except by chance. The remaining error comes from the finite
+    number of voxels, and from neighbouring labels that are drawn together.
     """
     if dataset.load(0).posterior is None:
         return None
@@ -204,7 +200,7 @@ def _collect(
     share = own_share(case_names)
     for case_name in progress(share, desc=f"evaluating {name}", leave=False, disable=not is_first()):
         case = dataset.load(index_of[case_name])
-        # Waits for the case before only now that this one is read; and no more than two are held at a time.
+        # Wait for the previous case only after this one is read. At most two cases are held at a time.
         rows[-1:] = jax.device_get(rows[-1:])
         rows.append(statistics(case))
     rows = jax.device_get(rows)
@@ -221,10 +217,8 @@ def case_statistics(
     regions: Regions = foreground,
     has_ignore: bool = False,
 ) -> tuple[BinStatistics, Float[Array, "regions"]]:
-    """Bin statistics and Dice of a case whose probabilities are at hand."""
-    voxels = np.prod(probs.shape[:-1], dtype=int)
-    padding = -voxels % _VOXELS
-    where = np.arange(voxels + padding) < voxels
-    flat = [array.reshape(voxels, *array.shape[probs.ndim - 1 :]) for array in (probs, label)]
-    padded = [np.pad(array, [(0, padding), *[(0, 0)] * (array.ndim - 1)]) for array in flat]
-    return _statistics(CaseStatistics(regions, has_ignore), *padded, where)
+    """Bin statistics and Dice of a case from its probabilities."""
+    voxels = probs.shape[:-1]
+    size = filled_size(max(math.prod(voxels), _FEWEST_VOXELS))
+    arrays = (fill_up(x[None], len(voxels), size)[0] for x in (probs, label, np.ones(voxels, bool)))
+    return _statistics(CaseStatistics(regions, has_ignore), *arrays)

@@ -1,7 +1,7 @@
 """Train one network with one loss: read `fit` from the top down."""
 
-import sys
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,15 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from calib_jax.report import ModelResult
-from train.config import (
-    DataInfo,
-    to_json,
-)
-from train.data import (
-    region_ids,
-    train_batches,
-)
+from calib_jax.results import ModelResult
+from train.config import DataInfo, TrainingConfig, to_json
+from train.data import region_ids, train_batches
 from train.errors import InputError, NotFinite, Stopped
 from train.evaluate import evaluate
 from train.inference import VolumePredictor, volume_predictor
@@ -28,75 +22,81 @@ from train.progress import progress
 from train.run.cases import as_kept
 from train.run.checkpoint import Checkpoints
 from train.run.folder import claimed, open_run, stop_on_signal
-from train.run.load import load_state
+from train.run.load import load_network
 from train.run.logs import RunLog
-from train.sharding import (
-    place_weights,
-    process_share,
-    put_batch,
-)
-from train.step import TrainState, init_state, make_optimizer, make_train_step
+from train.sharding import place_weights, process_share, put_batch
+from train.step import TrainState, TrainStep, init_state, make_optimizer, make_train_step
 from train.task import Task, check_task, make_model, write_split
 
-_FLUSH_EVERY = 20  # steps between reads of the metrics, so that the loop does not wait for each step
+_LOG_EVERY = 20  # steps between reads of the metrics; the loop need not wait for the device in between
 
 
 def fit(task: Task, folder: Path, *, resume: bool = False, check: bool = True) -> VolumePredictor:
-    """Trains, validates and checkpoints into `folder`; returns the trained network, ready for whole volumes.
+    """Trains a network into `folder` and returns it, ready to predict whole volumes.
 
     Args:
-        task: what is trained.
-        folder: of the run, new or empty.
-        resume: go on with the run in `folder`.
+        task: what to train.
+        folder: a new or empty folder for the run.
+        resume: continue the run in `folder`.
         check: call `check_task` before a new run.
 
     Raises:
-        InputError: on bad options, data or folders, before anything is written; if the loss stops being a
-            number, with what is already on disk kept.
+        InputError: options, data or folder are wrong, in which case nothing is written; or the loss is no longer
+            finite, in which case the files on disk are kept.
+        Stopped: a signal asked the run to stop. The run has saved a checkpoint.
     """
-    config = task.config
-    info = DataInfo.of(task.dataset)
-    if resume:
-        config = as_kept(config, folder, task.dataset, task.splits)
+    config, info = task.config, DataInfo.of(task.dataset)
+    kept = as_kept(config, folder, task.dataset, task.splits) if resume else config
     before = partial(check_task, task) if check else lambda: None
-    open_run(folder, config, resume=resume, check=before, data=to_json(info))
-    config = task.config
-    optimizer = make_optimizer(config.training)
-    graphdef, state = init_state(make_model(config, info), optimizer)
-    state = place_weights(state, task.mesh)
-    if config.init:
-        _, initial = load_state(Path(config.init), mesh=task.mesh)
-        state = state._replace(params=initial.params, rest=initial.rest)
-    share = process_share(task.mesh, jax.process_index())
-    batches = train_batches(
-        task.dataset,
-        task.splits.train,
-        patch=task.patch,
-        batch_size=config.training.batch_size // share[1],
-        seed=config.training.seed,
-        shard=share,
-        foreground_crops=config.data.foreground_crops,
-        random_annotators=config.data.annotators == "random",
-        num_threads=config.data.loader_threads,
-        prefetch=config.data.prefetch,
-    )
+    open_run(folder, kept, resume=resume, check=before, data=to_json(info))
+    graphdef, state = initial_state(task, info)
+    batches = _batches(task)
     with claimed(folder), Checkpoints(folder / "checkpoints", config.training) as checkpoints:
         on_first(lambda: write_split(task, folder))
         if resume and checkpoints.latest_step is not None:
-            state, data_state = checkpoints.restore(state)
-            batches.set_state(data_state)
+            state, position = checkpoints.restore(state)
+            batches.set_state(position)
         try:
-            state = _loop(task, folder, graphdef, state, batches, checkpoints)
+            state = _train(task, folder, graphdef, state, batches, checkpoints)
         except NotFinite as found:
             checkpoints.wait()
             raise InputError(
-                f"{found}: mend these cases and --resume, which goes on {checkpoints.resume_point()}; or start "
+                f"{found}: correct these cases and --resume, which goes on {checkpoints.resume_point()}; or start "
                 "again with a lower --learning-rate or with --clip-norm."
             ) from found
-    return volume_predictor(graphdef, state, config.data.window, config.model.regions)
+    return _predictor(task, graphdef, state)
 
 
-def _loop(
+def initial_state(task: Task, info: DataInfo) -> tuple[nnx.GraphDef, TrainState]:
+    """The network's static part and the state before the first step, on the task's mesh."""
+    config = task.config
+    graphdef, state = init_state(make_model(config, info), make_optimizer(config.training))
+    state = place_weights(state, task.mesh)
+    if config.init:
+        _, initial = load_network(Path(config.init), mesh=task.mesh)
+        state = state._replace(params=initial.params, rest=initial.rest)
+    return graphdef, state
+
+
+def _batches(task: Task) -> Any:
+    """The endless iterator over this process's share of the training batches."""
+    data, training = task.config.data, task.config.training
+    share = process_share(task.mesh, jax.process_index())
+    return train_batches(
+        task.dataset,
+        task.splits.train,
+        patch=task.patch,
+        batch_size=training.batch_size // share[1],
+        seed=training.seed,
+        shard=share,
+        foreground_crops=data.foreground_crops,
+        random_annotators=data.annotators == "random",
+        num_threads=data.loader_threads,
+        prefetch=data.prefetch,
+    )
+
+
+def _train(
     task: Task,
     folder: Path,
     graphdef: nnx.GraphDef,
@@ -104,73 +104,101 @@ def _loop(
     batches: Any,
     checkpoints: Checkpoints,
 ) -> TrainState:
-    training = task.config.training
-    regions = task.config.model.regions
-    ids = region_ids(task.dataset)
-    train_step = make_train_step(
-        graphdef,
-        make_optimizer(training),
-        task.config,
-        task.mesh,
-        regions=tuple(ids[name] for name in regions),
-        accumulate=task.devices.accumulate,
-        remat=task.devices.remat,
-        has_ignore=task.dataset.has_ignore,
-    )
-    start = int(state.step)
-    validate_every = training.validate_every or -(-training.steps // 4)
-    checkpoint_every = training.checkpoint_every or validate_every
-    bar = progress(
-        range(start, training.steps),
-        desc=task.config.loss,
-        initial=start,
-        unit="step",
-        disable=not is_first(),
-    )
-    diverged = False
+    """Takes the steps that are left, with logs, validations and checkpoints in between."""
+    training, start = task.config.training, int(state.step)
+    train_step = _train_step(task, graphdef)
+    steps = range(start, training.steps)
+    bar = progress(steps, desc=task.config.loss, initial=start, unit="step", disable=not is_first())
     with RunLog(folder, start, training.batch_size) as log, stop_on_signal() as stop:
         for step in bar:
             asked = time.perf_counter()
             batch = next(batches)
-            # The device may still be at steps before, so this is the most that this step can have waited.
+            # An upper bound: the device may still compute earlier steps meanwhile.
             data_wait = time.perf_counter() - asked
             state, metrics = train_step(state, put_batch(batch, task.mesh))
             cases = [task.dataset.case_names[i] for i in batch["index"]]
-            log.pend({"step": step, "data_wait": data_wait, **metrics}, cases)
-            done, last = step + 1, step + 1 == training.steps
-            # Looked at once: a signal that comes later in the step, as during a validation, is the next one's.
-            stopping = stop.after(done)
-            validation_due = bool(task.splits.val) and (done % validate_every == 0 or last)
-            worth_keeping = validation_due and training.keep_best != "none"
-            checkpoint_due = done % checkpoint_every == 0 or last or bool(stopping) or worth_keeping
-            validated: dict[str, float] = {}
-            if done % _FLUSH_EVERY == 0 or checkpoint_due:
+            log.add_step({"step": step, "data_wait": data_wait, **metrics}, cases)
+            done = step + 1
+            # Read the stop signal once per step; a later one is handled in the next step.
+            signal = stop.after(done)
+            due = what_is_due(training, done, can_validate=bool(task.splits.val), stopping=signal is not None)
+            if due.log:
                 bar.set_postfix(loss=f"{log.flush():.4f}")
                 checkpoints.check()
-                if not diverged and (sentence := log.divergence()):
-                    diverged = True
-                    print(f"\nnote: {sentence}", file=sys.stderr)
-            # Before the checkpoint, so that a run resumed from it lacks no validation.
-            if validation_due:
-                result = evaluate(
-                    "validation",
-                    volume_predictor(graphdef, state, task.config.data.window, regions),
-                    task.dataset,
-                    task.splits.val,
-                )
-                validated = mean_metrics(result)
-                log.validation(done, validated, result)
-            if checkpoint_due:
+                log.note_divergence()
+            # The validation precedes the checkpoint, so that a run resumed from there lacks no validation.
+            validated = (
+                _validate(_predictor(task, graphdef, state), task, done, log) if due.validation else {}
+            )
+            if due.checkpoint:
                 if not _all_finite(state.params):
                     raise NotFinite(f"The weights are not finite after step {step}", cases)
                 checkpoints.save(state, batches.get_state(), validated)
-            if stopping and not last:
+            if signal is not None and done < training.steps:
                 checkpoints.wait()
                 raise Stopped(
                     f"Stopped after step {done} of {training.steps}; --resume goes on from there.",
-                    128 + stopping,
+                    128 + signal,
                 )
     return state
+
+
+def _train_step(task: Task, graphdef: nnx.GraphDef) -> TrainStep:
+    ids = region_ids(task.dataset)
+    return make_train_step(
+        graphdef,
+        make_optimizer(task.config.training),
+        task.config,
+        task.mesh,
+        regions=tuple(ids[name] for name in task.config.model.regions),
+        accumulate=task.devices.accumulate,
+        remat=task.devices.remat,
+        has_ignore=task.dataset.has_ignore,
+    )
+
+
+@dataclass(frozen=True)
+class Due:
+    """What follows a training step."""
+
+    log: bool
+    validation: bool
+    checkpoint: bool
+
+
+def what_is_due(training: TrainingConfig, done: int, *, can_validate: bool, stopping: bool = False) -> Due:
+    """Decides what follows after `done` steps.
+
+    Args:
+        training: intervals, and whether the best checkpoint is kept.
+        done: steps done.
+        can_validate: whether there are validation cases.
+        stopping: whether the run stops after this step.
+
+    Example:
+        >>> what_is_due(TrainingConfig(steps=8), 2, can_validate=True)
+        Due(log=True, validation=True, checkpoint=True)
+    """
+    validate_every = training.validate_every or -(-training.steps // 4)
+    checkpoint_every = training.checkpoint_every or validate_every
+    last = done == training.steps
+    validation = can_validate and (last or done % validate_every == 0)
+    checkpoint = (
+        last or stopping or done % checkpoint_every == 0 or (validation and training.keep_best != "none")
+    )
+    return Due(checkpoint or done % _LOG_EVERY == 0, validation, checkpoint)
+
+
+def _validate(predict: VolumePredictor, task: Task, done: int, log: RunLog) -> dict[str, float]:
+    """Evaluates and logs the validation cases; returns the mean of each metric."""
+    result = evaluate("validation", predict, task.dataset, task.splits.val)
+    means = mean_metrics(result)
+    log.validation(done, means, result)
+    return means
+
+
+def _predictor(task: Task, graphdef: nnx.GraphDef, state: TrainState) -> VolumePredictor:
+    return volume_predictor(graphdef, state, task.config.data.sliding_window, task.config.model.regions)
 
 
 @jax.jit
@@ -179,6 +207,6 @@ def _all_finite(weights: Any) -> jax.Array:
 
 
 def mean_metrics(result: ModelResult) -> dict[str, float]:
-    """Mean of each metric over cases and classes, undefined ones left out."""
+    """Mean of each metric over cases and classes, without undefined values."""
     defined = {name: values[~np.isnan(values)] for name, values in result.metrics().items()}
     return {name: float(values.mean()) if values.size else float("nan") for name, values in defined.items()}

@@ -1,4 +1,4 @@
-"""Several processes, on one machine or many, that train as one: the same program, each on its own devices."""
+"""Several processes, on one machine or many, that train as one: each runs the same program on its own devices."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,15 +12,15 @@ from train.errors import InputError
 
 
 def join_processes(devices: DeviceConfig) -> None:
-    """Waits for the other processes of `devices`, if it names any; to be called before JAX is used.
+    """Joins the other processes that `devices` names, if any. Call it before JAX is used.
 
     Raises:
-        InputError: if the options do not fit together, or the others cannot be reached.
+        InputError: the options do not fit together, or the other processes cannot be reached.
     """
     numbers = (devices.num_processes, devices.process_id)
     if devices.coordinator in ("", "auto"):
         if numbers != (None, None):
-            raise InputError("num_processes and process_id go with --coordinator HOST:PORT: give that too.")
+            raise InputError("num_processes and process_id need --coordinator HOST:PORT: give it too.")
     elif None in numbers:
         raise InputError(
             f"coordinator {devices.coordinator} needs --num-processes and --process-id, or use --coordinator auto."
@@ -34,7 +34,7 @@ def join_processes(devices: DeviceConfig) -> None:
         reason = str(error).strip().splitlines()[0]
         raise InputError(
             f"coordinator {devices.coordinator} could not be joined ({reason}): check that all processes run and "
-            "reach it."
+            "can reach it."
         ) from error
 
 
@@ -47,7 +47,7 @@ def on_first(action: Callable[[], None]) -> None:
     """Runs `action` in the first process while the others wait.
 
     Raises:
-        InputError: in every process, if it did in the first.
+        InputError: in every process, if `action` raised it in the first.
     """
     on_all(action if is_first() else lambda: None)
 
@@ -56,7 +56,7 @@ def on_all(action: Callable[[], None]) -> None:
     """Runs `action` in every process.
 
     Raises:
-        InputError: in every process, if it did in one.
+        InputError: in every process, if `action` raised it in one.
     """
     failure: InputError | None = None
     try:
@@ -72,16 +72,16 @@ def on_all(action: Callable[[], None]) -> None:
 
 
 def first_says(value: bool) -> bool:
-    """The value of the first process, in every process."""
-    return (
-        value if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
-    )
+    """The first process's `value`, in every process."""
+    if jax.process_count() == 1:
+        return value
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
 
 
 def own_share(items: Any) -> Any:
-    """Every n-th item of a sequence, for this of n processes; no fewer than the first one has.
+    """Every n-th item of a sequence, for this one of n processes.
 
-    What fills up is the last item again: `join_shares` drops it.
+    All shares have the same length: the last item is repeated where needed, and `join_shares` drops it.
     """
     count = jax.process_count()
     filled = [*items, *[items[-1]] * (-len(items) % count)]
@@ -89,7 +89,7 @@ def own_share(items: Any) -> Any:
 
 
 def join_shares(tree: Any, size: int) -> Any:
-    """What all processes computed of their shares of `size` items, in order; leading axes count items."""
+    """Joins what the processes computed of their shares of `size` items, in order; leading axes count items."""
     if jax.process_count() == 1:
         return tree
     gathered = multihost_utils.process_allgather(tree)  # [processes, items of each, ...]

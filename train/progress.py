@@ -1,8 +1,9 @@
-"""Progress of a loop on stderr: a bar on a terminal, plain lines everywhere else."""
+"""Progress of a loop on stderr: a bar on a terminal, plain lines elsewhere."""
 
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from tqdm import tqdm
@@ -14,7 +15,7 @@ _NEXT_LINE = 30.0  # seconds between plain lines
 
 
 class Progress(Protocol[Item]):
-    """A loop's items, whose progress is shown while they are taken."""
+    """Items of a loop whose progress is shown while they are taken."""
 
     def __iter__(self) -> Iterator[Item]: ...
 
@@ -33,18 +34,19 @@ def progress(
     leave: bool = True,
     disable: bool = False,
 ) -> Progress[Item]:
-    """Iterates over `iterable` and shows on stderr how far the loop is.
+    """Iterates over `iterable` and shows the progress on stderr.
 
-    A terminal gets tqdm's bar. A file or a pipe gets plain lines, the first after a few seconds, then one every
+    A terminal gets tqdm's bar. A file or a pipe gets plain lines: the first after a few seconds, then one every
     half minute, and one at the end.
 
     Args:
         iterable: the items.
-        desc: what the loop does, at the start of each line.
-        total: number of items, those before `initial` included; by default `initial` and the length of `iterable`.
-        initial: items that an earlier run has already done.
+        desc: what the loop does; starts each line.
+        total: number of items, including those before `initial`; by default `initial` plus the length of
+            `iterable`.
+        initial: number of items done by an earlier run.
         unit: what an item is called.
-        leave: keep the bar, or print the last line, when the loop ends. Without it a loop that ends within the
+        leave: keep the bar, or print the last line, when the loop ends. If False, a loop that ends within the
             first seconds prints nothing.
         disable: show nothing.
 
@@ -61,56 +63,46 @@ def progress(
     return _Lines(iterable, desc, total, initial, unit, leave, disable or sys.stderr is None)
 
 
+@dataclass
 class _Lines(Progress[Item]):
-    """`progress` in plain lines."""
+    """`progress` as plain lines."""
 
-    def __init__(
-        self,
-        iterable: Iterable[Item],
-        desc: str,
-        total: int | None,
-        initial: int,
-        unit: str,
-        leave: bool,
-        disable: bool,
-    ):
-        self._iterable = iterable
-        self._desc = desc
-        self._total = total
-        self._initial = initial
-        self._unit = unit
-        self._leave = leave
-        self._disable = disable
-        self._values: dict[str, Any] = {}
+    iterable: Iterable[Item]
+    desc: str
+    total: int | None
+    initial: int
+    unit: str
+    leave: bool
+    disable: bool
+    values: dict[str, Any] = field(default_factory=dict)
 
     def set_postfix(self, **values: Any) -> None:
-        self._values = values
+        self.values = values
 
     def __iter__(self) -> Iterator[Item]:
-        if self._disable:
-            yield from self._iterable
+        if self.disable:
+            yield from self.iterable
             return
-        due, printed, done = time.monotonic() + _FIRST_LINE, -1, self._initial
+        due, printed, done = time.monotonic() + _FIRST_LINE, -1, self.initial
         first_done = 0.0
-        for done, item in enumerate(self._iterable, self._initial + 1):
+        for done, item in enumerate(self.iterable, self.initial + 1):
             yield item
             now = time.monotonic()
             # The first item may include a compilation, so the speed counts from its end.
             first_done = first_done or now
             if now >= due:
-                self._print(
-                    done, (done - self._initial - 1) / (now - first_done) if now > first_done else 0.0
-                )
+                elapsed = now - first_done
+                self._print(done, (done - self.initial - 1) / elapsed if elapsed else 0.0)
                 due, printed = now + _NEXT_LINE, done
-        if printed != done and (self._leave or printed >= 0):
+        if printed != done and (self.leave or printed >= 0):
             self._print(done, 0.0)
 
     def _print(self, done: int, speed: float) -> None:
-        parts = [f"{self._unit} {done}" + (f" of {self._total}" if self._total is not None else "")]
-        parts += [f"{name} {value}" for name, value in self._values.items()]
+        parts = [f"{self.unit} {done}" + (f" of {self.total}" if self.total is not None else "")]
+        parts += [f"{name} {value}" for name, value in self.values.items()]
         if speed:
-            parts.append(f"{speed:.3g} {self._unit}s/s")
-            if self._total is not None:
-                minutes, seconds = divmod(round((self._total - done) / speed), 60)
+            parts.append(f"{speed:.3g} {self.unit}s/s")
+            if self.total is not None:
+                minutes, seconds = divmod(round((self.total - done) / speed), 60)
                 parts.append(f"{minutes}:{seconds:02d} min left")
-        print(f"{self._desc}: {', '.join(parts)}", file=sys.stderr, flush=True)
+        print(f"{self.desc}: {', '.join(parts)}", file=sys.stderr, flush=True)

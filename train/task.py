@@ -1,4 +1,4 @@
-"""What a run is made of: its data, split, network and devices, opened from a configuration and checked."""
+"""What a run is made of: data, split, network and devices, opened from a configuration and checked."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -31,54 +31,49 @@ from train.data import (
 )
 from train.errors import InputError
 from train.losses import Loss, parse_loss
-from train.models import make_network
+from train.models.registry import check_logits, is_external, make_network
 from train.processes import is_first
 from train.run.cases import cases_for, check_initial, note_duplicates, read_cases
-from train.sharding import (
-    check_split,
-    device_mesh,
-    parts_in_turn,
-)
+from train.sharding import check_split, device_mesh, parts_in_turn
 from train.step import check_loss
 
 
 @dataclass(frozen=True)
 class Task:
-    """A configuration with what it refers to: the data set, the split, the patch and the devices."""
+    """What to train, on which data and devices.
+
+    Attributes:
+        config: with every open option resolved.
+        dataset: that the configuration names.
+        splits: the training, validation and test cases.
+        patch: voxels of a training patch.
+        devices: with the number of parts of a batch resolved.
+        mesh: of the devices.
+    """
 
     config: RunConfig
     dataset: Dataset
     splits: Splits
     patch: tuple[int, ...]
-    devices: DeviceConfig  # as it came out: so many parts of a batch
+    devices: DeviceConfig
     mesh: Mesh
 
 
 def open_task(config: RunConfig, devices: DeviceConfig = DeviceConfig()) -> Task:  # noqa: B008, it is frozen
-    """Opens the data of a run and checks everything that can be checked before it starts."""
+    """Opens the data of a run, resolves its options and checks everything that can be checked before it starts."""
     dataset, splits = open_data(config.data)
     info = DataInfo.of(dataset)
-    config = _as_initial(config, info) if config.init else config
+    config = _with_initial_network(config, info) if config.init else config
     config = dataclasses.replace(config, model=resolve_regions(config.model, dataset))
-    data = config.data
-    patch = resolve_patch(data.patch, dataset.largest_shape, config.model.divisor)
-    mesh = device_mesh(devices.mesh)
-    divisor = config.model.divisor
-    batch_size = config.training.batch_size
+    divisor = find_divisor(config, info)
+    patch = resolve_patch(config.data.patch, dataset.largest_shape, divisor)
+    # The run keeps its patches, so that prediction needs no data set to find them.
+    data = dataclasses.replace(config.data, patch=patch, eval_patch=_eval_patch(config, patch, divisor))
+    config = dataclasses.replace(config, data=data)
+    _check_options(config, info)
+    batch_size, mesh = config.training.batch_size, device_mesh(devices.mesh)
     devices = dataclasses.replace(devices, accumulate=parts_in_turn(devices.accumulate, batch_size, mesh))
     check_split(batch_size, patch, divisor, devices.accumulate, mesh)
-    # The patches are kept with the run, so that predicting needs no data set to find them.
-    eval_patch = _eval_patch(config, patch)
-    config = dataclasses.replace(config, data=dataclasses.replace(data, patch=patch, eval_patch=eval_patch))
-    if config.model.norm == "batch" and not config.init:
-        raise InputError(
-            "norm is batch, whose statistics come from imported weights: give --init, or another norm."
-        )
-    if config.augment.flip_prob and max(config.augment.flip_axes, default=0) >= info.spatial_dims:
-        raise InputError(
-            f"flip_axes is {config.augment.flip_axes}, but the images have the axes 0 to {info.spatial_dims - 1}."
-        )
-    nnx.eval_shape(lambda: make_model(config, info))
     if config.init:
         check_initial(Path(config.init), read_cases(Path(config.init)), dataset, splits)
     note_duplicates(dataset, splits)
@@ -102,10 +97,22 @@ def check_task_loss(task: Task, loss: Loss) -> None:
     )
 
 
-def check_best_is_known(task: Task) -> None:
-    """Raises `InputError` where the best checkpoint is to be kept and no validation case says which that is.
+def _check_options(config: RunConfig, info: DataInfo) -> None:
+    if config.model.norm == "batch" and not config.init:
+        raise InputError(
+            "norm is batch, whose statistics come from imported weights: give --init, or another norm."
+        )
+    if config.augment.flip_prob and max(config.augment.flip_axes, default=0) >= info.spatial_dims:
+        raise InputError(
+            f"flip_axes is {config.augment.flip_axes}, but the images have the axes 0 to {info.spatial_dims - 1}."
+        )
+    check_model(config, info)
 
-    Recipes keep it where they can.
+
+def check_best_is_known(task: Task) -> None:
+    """Raises `InputError` if the best checkpoint is to be kept, but there are no validation cases to find it.
+
+    Recipes are not checked: they keep the best checkpoint where they can.
     """
     keep_best = task.config.training.keep_best
     if keep_best != "none" and not task.splits.val:
@@ -115,26 +122,27 @@ def check_best_is_known(task: Task) -> None:
         )
 
 
-def _eval_patch(config: RunConfig, patch: tuple[int, ...]) -> tuple[int, ...]:
-    """What the network sees at once in evaluation; empty for the training patch."""
+def _eval_patch(config: RunConfig, patch: tuple[int, ...], divisor: int) -> tuple[int, ...]:
+    """The patch of evaluation; empty if it is the training patch."""
     eval_patch = config.data.eval_patch
     if not eval_patch or eval_patch == patch:
         return ()
-    if config.model.architecture == "unetr":
+    if config.model.network.fixed_patch:
         raise InputError(
-            f"eval_patch is {eval_patch}, but unetr sees patches of one size only: leave it out."
+            f"eval_patch is {eval_patch}, but {config.model.architecture} sees patches of one size only: leave it "
+            "out."
         )
-    return resolve_patch(eval_patch, patch, config.model.divisor, option="eval_patch")
+    return resolve_patch(eval_patch, patch, divisor, option="eval_patch")
 
 
 def open_data(data: DataConfig) -> tuple[Dataset, Splits]:
-    """The data set that a configuration names, and who trains, validates and tests."""
+    """Opens the data set that a configuration names, and splits its cases."""
     dataset = open_cases(data)
     return dataset, _splits(data, dataset)
 
 
 def open_cases(data: DataConfig) -> Dataset:
-    """The data set that a configuration names."""
+    """Opens the data set that a configuration names."""
     return open_dataset(
         data.data,
         geometry=data.geometry,
@@ -146,24 +154,29 @@ def open_cases(data: DataConfig) -> Dataset:
 
 
 def _splits(data: DataConfig, dataset: Dataset) -> Splits:
-    names, who = dataset.case_names, dataset.subjects
+    subject_of = dict(zip(dataset.case_names, dataset.subjects, strict=True))
     if data.splits:
-        file = Path(data.splits).expanduser()
         return chosen_splits(
-            file, names, fold=data.fold, num_val=data.num_val, seed=data.split_seed, subjects=who
+            Path(data.splits).expanduser(),
+            list(subject_of),
+            fold=data.fold,
+            num_val=data.num_val,
+            seed=data.split_seed,
+            subjects=list(subject_of.values()),
         )
     if data.fold is not None:
         raise InputError(f"fold is {data.fold}: give the file with the folds as --splits.")
     if data.protocol and (splits := _published_splits(data.protocol, dataset)):
         return splits
-    # What the data set sets apart itself is nobody's to train on.
-    whose = {name: subject for name, subject in zip(names, who, strict=True) if name not in dataset.held_out}
+    # Cases that the data set holds out are never trained on.
+    for name in dataset.held_out:
+        subject_of.pop(name, None)
     return split_cases(
-        list(whose),
+        list(subject_of),
         num_test=data.num_test,
         num_val=data.num_val,
         seed=data.split_seed,
-        subjects=list(whose.values()),
+        subjects=list(subject_of.values()),
     )
 
 
@@ -173,14 +186,14 @@ def _published_splits(protocol: str, dataset: Dataset) -> Splits | None:
     splits = PROTOCOLS[protocol].splits(dataset.case_names, dataset.held_out)
     if splits is None and is_first():
         print(
-            f"note: {dataset.name} lacks the test cases of {protocol}; they are drawn by num_test and num_val, so "
-            "that the figures are no reproduction of the published ones."
+            f"note: {dataset.name} lacks the test cases of {protocol}, so they are drawn by num_test and num_val: "
+            "the figures do not reproduce the published ones."
         )
     return splits
 
 
-def _as_initial(config: RunConfig, info: DataInfo) -> RunConfig:
-    """`config` with the network, and where it leaves it open the patch, of the run that it starts from."""
+def _with_initial_network(config: RunConfig, info: DataInfo) -> RunConfig:
+    """`config` with the network of the run that it starts from and, unless given, that run's patch."""
     run = Path(config.init)
     initial, trained = read_config(run)
     if config.model not in (ModelConfig(), initial.model):
@@ -191,12 +204,12 @@ def _as_initial(config: RunConfig, info: DataInfo) -> RunConfig:
 
 
 def check_task(task: Task) -> None:
-    """Reads what a run depends on late: validation and test cases whole, and the labels of training cases.
+    """Reads what training reads late: validation and test cases whole, and the labels of training cases.
 
-    Training images are read in the first epoch. With a `cache_dir`, which keeps them for it, they are read here.
+    Training images are read in the first epoch, or here if a `cache_dir` keeps them.
 
     Raises:
-        InputError: lists the faults that were found.
+        InputError: lists the faults.
     """
     splits = task.splits
     cached = splits.train if task.config.data.cache_dir else ()
@@ -204,26 +217,43 @@ def check_task(task: Task) -> None:
 
 
 def write_split(task: Task, folder: Path) -> None:
-    """Keeps with a run who trains, validates and tests, and what the cases are."""
+    """Writes the split and the identity of the cases into a run's folder."""
     write_splits(folder / "splits.json", task.splits)
-    initial = Path(task.config.init) if task.config.init else None
-    cases_for(task.dataset, initial and (initial, read_cases(initial))).write(folder)
+    cases_for(task.dataset, task.config.init).write(folder)
 
 
 def make_model(config: RunConfig, data: DataInfo) -> nnx.Module:
-    """The network of a run, freshly initialised from its seed.
+    """The network of a run, initialised from its seed.
 
     Raises:
-        InputError: if its options contradict one another, as a softmax over one channel does.
+        InputError: its options contradict one another, as a softmax over one channel does.
     """
     outputs = config.model.regions if config.model.activation == "sigmoid" else data.class_names
     if config.model.activation == "softmax" and len(outputs) < 2:
         raise InputError("A network with one output channel has no softmax: give --activation sigmoid.")
     return make_network(
         config.model,
-        config.data.patch,
+        patch=config.data.patch,
         spatial_dims=data.spatial_dims,
         in_channels=data.num_channels,
         out_channels=len(outputs),
         rngs=nnx.Rngs(config.training.seed),
     )
+
+
+def find_divisor(config: RunConfig, data: DataInfo) -> int:
+    """What every side of a patch must be a multiple of. A network from outside the project says so itself."""
+    if not is_external(config.model.architecture):
+        return config.model.network.divisor
+    any_patch = config.data.patch or (128,) * data.spatial_dims
+    tried = dataclasses.replace(config, data=dataclasses.replace(config.data, patch=any_patch))
+    return int(getattr(nnx.eval_shape(lambda: make_model(tried, data)), "divisor", 1))
+
+
+def check_model(config: RunConfig, data: DataInfo) -> None:
+    """Raises `InputError` if the options make no network, or one from outside the project does not fit the data."""
+    network = nnx.eval_shape(lambda: make_model(config, data))
+    if is_external(config.model.architecture):
+        patches = dict.fromkeys((config.data.patch, config.data.sliding_window))
+        classes = len(config.model.regions or data.class_names)
+        check_logits(config.model.architecture, network, list(patches), data.num_channels, classes)

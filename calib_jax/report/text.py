@@ -52,7 +52,7 @@ def print_in_any_encoding() -> None:
 
 def _plain(error: UnicodeError) -> tuple[str, int]:
     assert isinstance(error, UnicodeEncodeError)
-    return "".join(_PLAIN.get(c, "?") for c in error.object[error.start : error.end]), error.end
+    return "".join(_PLAIN.get(c) or ascii(c)[1:-1] for c in error.object[error.start : error.end]), error.end
 
 
 _PLAIN = dict.fromkeys("−–—─", "-") | dict.fromkeys("“”", '"') | dict.fromkeys("‘’", "'")

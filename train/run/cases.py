@@ -1,59 +1,31 @@
-"""The cases of a run: kept with it, recognised in other data, and which of them it may be measured on."""
+"""The cases of a run: which ones it has seen, and which ones it may be evaluated on."""
 
-import gzip
 import json
-import os
-import struct
-import zlib
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
-import numpy as np
-
 from train.config import IMPORTED, RunConfig, from_json, read_config
-from train.data import LAYOUTS, Dataset, PhantomDataset, Splits, VolumeDataset, read_splits
+from train.data import LAYOUTS, Dataset, Splits, read_splits
 from train.errors import InputError
 from train.processes import is_first
-from train.progress import progress
 from train.run.folder import write_json
+from train.run.identity import CaseId, CaseIndex, identify
 
 _FILE = "cases.json"
 KINDS = {"train": "training", "val": "validation", "test": "held-out"}
 
 
 @dataclass(frozen=True)
-class CaseId:
-    """What a case is, wherever its files lie.
-
-    Attributes:
-        name: in its data set.
-        images: a fingerprint of each image's content; none where they are not known.
-    """
-
-    name: str
-    images: frozenset[str] = frozenset()
-
-    def is_same(self, other: "CaseId") -> bool:
-        """Compares the images, of which one of the two may have some only; names where images are not known."""
-        if not (self.images and other.images):
-            return self.name == other.name
-        return self.images <= other.images or other.images <= self.images
-
-
-@dataclass(frozen=True)
 class RunCases:
-    """The cases that the weights of a run may have seen, and those that it holds out.
+    """The cases that the weights of a run may have seen, and the cases that it holds out.
 
     Attributes:
         own: all cases of the run's data set.
         initial: training and validation cases of the runs that its weights come from.
-        complete: whether these are all; not so where imported weights are among them.
-        trained: whether the run was trained on its own split; an imported one was not.
+        complete: whether `own` and `initial` are all cases seen; False where weights were imported.
+        trained: whether the run was trained on its own split; False for an imported run.
     """
 
     own: tuple[CaseId, ...]
@@ -62,25 +34,24 @@ class RunCases:
     trained: bool = True
 
     def write(self, run: Path) -> None:
-        """Keeps the cases with a run, unless they are kept: a run that goes on may not find those it came from."""
-        if (run / _FILE).exists():
-            return
-        flags = {"complete": self.complete, "trained": self.trained}
-        write_json(run / _FILE, {"own": _to_json(self.own), "initial": _to_json(self.initial), **flags})
+        """Writes the cases into a run's folder, unless it has them: a resumed run may lack its initial run."""
+        if not (run / _FILE).exists():
+            flags = {"complete": self.complete, "trained": self.trained}
+            write_json(run / _FILE, {"own": _to_json(self.own), "initial": _to_json(self.initial), **flags})
 
 
 def read_cases(run: Path) -> RunCases:
-    """The cases of the run in `run`; of runs that kept none, the names in its split.
+    """The cases of the run in `run`; for runs that kept none, the names in its split.
 
     Raises:
-        InputError: if they cannot be read.
+        InputError: the cases cannot be read.
     """
     file = run / _FILE
     if not file.exists():
-        splits = run / "splits.json"
-        names = _names(read_splits(splits)) if splits.exists() else ()
+        splits = read_splits(run / "splits.json") if (run / "splits.json").exists() else Splits((), (), ())
         trained = read_config(run)[0].loss != IMPORTED
-        return RunCases(tuple(map(CaseId, names)), complete=trained, trained=trained)
+        own = tuple(map(CaseId, (*splits.train, *splits.val, *splits.test)))
+        return RunCases(own, complete=trained, trained=trained)
     try:
         kept = json.loads(file.read_text(encoding="utf-8"))
         own, initial = (
@@ -89,88 +60,9 @@ def read_cases(run: Path) -> RunCases:
         return RunCases(own, initial, bool(kept["complete"]), bool(kept["trained"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
-            f"{file} is no list of a run's cases ({type(error).__name__}: {error}): remove it to tell cases by "
-            "their names."
+            f"{file} is not a list of a run's cases ({type(error).__name__}: {error}): remove it to recognise "
+            "cases by their names."
         ) from error
-
-
-@lru_cache(maxsize=4)
-def identify(dataset: Dataset) -> tuple[CaseId, ...]:
-    """What each case of a data set is.
-
-    Volumes on disk are told apart by the CRC-32 and the size of what is in their image files, which gzip keeps at
-    a file's end: a copy is recognised under any name and in any layout, compressed or not. A file whose header or
-    voxels were written anew is another.
-    """
-    if isinstance(dataset, PhantomDataset):
-        kind = repr(replace(dataset, num_cases=0))
-        return tuple(CaseId(name, frozenset([f"{kind} {name}"])) for name in dataset.case_names)
-    if not isinstance(dataset, VolumeDataset):
-        return tuple(map(CaseId, dataset.case_names))
-    entries = progress(dataset.layout.entries, desc="identifying cases", leave=False, disable=not is_first())
-    return tuple(
-        CaseId(entry.name, frozenset(fingerprint(file) for file in entry.images)) for entry in entries
-    )
-
-
-def fingerprint(file: Path) -> str:
-    """CRC-32 and size of a file's content, uncompressed.
-
-    Example:
-        >>> fingerprint(Path("/dev/null"))
-        '00000000-0'
-    """
-    try:
-        with file.open("rb") as raw:
-            compressed = raw.read(2) == b"\x1f\x8b"
-            if compressed and (expected := _nifti_size(file)):
-                raw.seek(-8, os.SEEK_END)
-                crc, size = struct.unpack("<II", raw.read())
-                if size == expected % 2**32:  # else the file has several parts, or something behind the last
-                    return f"{crc:08x}-{expected:x}"
-        with gzip.open(file) if compressed else file.open("rb") as content:
-            return _checksum(content)
-    except (OSError, EOFError, zlib.error):
-        with file.open("rb") as raw:  # as it is
-            return _checksum(raw)
-
-
-def _checksum(content: Any) -> str:
-    crc = size = 0
-    while chunk := content.read(2**20):
-        crc, size = zlib.crc32(chunk, crc), size + len(chunk)
-    return f"{crc:08x}-{size:x}"
-
-
-def _nifti_size(file: Path) -> int:
-    """Bytes of an uncompressed volume by its header; 0 if it has none."""
-    try:
-        volume: Any = nib.load(file)
-        return int(np.prod(volume.shape) * volume.get_data_dtype().itemsize + volume.dataobj.offset)
-    except Exception:  # whatever a broken header raises
-        return 0
-
-
-class _Index:
-    """Cases by what they are."""
-
-    def __init__(self, cases: Iterable[CaseId]):
-        self._by_name: dict[str, list[CaseId]] = defaultdict(list)
-        self._by_image: dict[str, list[CaseId]] = defaultdict(list)
-        for case in cases:
-            self._by_name[case.name].append(case)
-            for image in case.images:
-                self._by_image[image].append(case)
-
-    def find(self, case: CaseId) -> set[CaseId]:
-        """Those that are the same as `case`: the one of its name alone, if there is one."""
-        named = [known for known in self._by_name[case.name] if known.is_same(case)]
-        imaged = [known for image in case.images for known in self._by_image[image] if known.is_same(case)]
-        return set(named or imaged)
-
-    def has_name(self, case: CaseId) -> bool:
-        """Whether a case is called like this one."""
-        return bool(self._by_name[case.name])
 
 
 @dataclass(frozen=True)
@@ -178,44 +70,44 @@ class Choice:
     """The cases that a run is evaluated on.
 
     Attributes:
-        names: in the data set.
-        kind: what they are to the run, an adjective.
-        own: whether they are of the run's own data set.
+        names: of the cases in the data set.
+        own: whether they belong to the run's own data set.
         val: the run's validation cases in the data set.
-        notes: what a reader has to know of the choice.
+        notes: sentences that a reader of the results must know.
     """
 
     names: tuple[str, ...]
-    kind: str
     own: bool
     val: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
 
 def choose_cases(run: Path, cases: RunCases, dataset: Dataset, split: str, *, given: str | None) -> Choice:
-    """The cases of `dataset` to evaluate the run on.
+    """Chooses the cases of `dataset` to evaluate a run on.
 
-    Of the run's own data set, or a part of it, those are the cases of `split`, whatever the folder and the cases
-    are called. Of other data all cases count but those that the run was trained or validated on.
+    If the data are the run's own data set, or a part of it, under whatever names, these are the cases of
+    `split`. Of other data these are all cases that the run was not trained or validated on.
 
     Args:
         run: its folder.
-        cases: the run's.
-        dataset: what it is evaluated on.
+        cases: of the run.
+        dataset: the data to evaluate on.
         split: `train`, `val` or `test`.
-        given: how the data set was called; None for the run's own.
+        given: the data set as the user named it; None for the run's own.
 
     Raises:
-        InputError: if no case is left, or the split is not that of the data.
+        InputError: no case is left, or `split` is not that of the data.
     """
     splits = read_splits(run / "splits.json") if given is None or cases.own else Splits((), (), ())
     if given is None:
         return _own_choice(run, cases, dataset, splits, split)
-    ids, own, initial = identify(dataset), _Index(cases.own), _Index(cases.initial)
+    ids, own, initial = identify(dataset), CaseIndex(cases.own), CaseIndex(cases.initial)
+    own_names = {case.name for case in cases.own}
     split_of = {name: part for part in KINDS for name in getattr(splits, part)}
+    # The splits of the run's cases that each case is the same as; "" for a case of the run without a split.
     parts = {case.name: {split_of.get(known.name, "") for known in own.find(case)} for case in ids}
-    namesakes = [case.name for case in ids if not parts[case.name] and own.has_name(case)]
-    if any(parts.values()):  # some are the run's, so that these are as well, written anew
+    namesakes = [case.name for case in ids if not parts[case.name] and case.name in own_names]
+    if any(parts.values()):  # some cases are the run's, so namesakes are its cases with rewritten files
         parts |= {name: {split_of.get(name, "")} for name in namesakes}
         namesakes = []
     trained = {name for name, found in parts.items() if found & {"train", "val"} and cases.trained}
@@ -224,54 +116,13 @@ def choose_cases(run: Path, cases: RunCases, dataset: Dataset, split: str, *, gi
         return _part_of_own(run, splits, parts, seen, split, given)
     if split != "test":
         raise InputError(
-            f"--split {split} is of the run's own data set, and {given} is other data: leave it out."
+            f"--split {split} is a split of the run's own data set, and {given} is other data: leave it out."
         )
     return _unseen(run, [case.name for case in ids], seen, namesakes, given)
 
 
-def _part_of_own(
-    run: Path, splits: Splits, parts: Mapping[str, set[str]], seen: set[str], split: str, given: str
-) -> Choice:
-    """The cases of a split among those of the run's data set that are there; `parts` are the splits of each."""
-    names = [
-        name for name, found in parts.items() if split in found and not (split == "test" and name in seen)
-    ]
-    if not names:
-        raise InputError(
-            f"{given} holds {_count(list(parts))} of {run}'s own data set ({_some(list(parts))}), but none of its "
-            f"{split} split: choose another --split, or leave out --data."
-        )
-    absent = len(getattr(splits, split)) - len(names)
-    notes = (f"{given} lacks {absent} of the {len(names) + absent} cases of {run}'s {split} split",)
-    val = tuple(name for name, found in parts.items() if "val" in found)
-    all_val = val if len(val) == len(splits.val) else ()
-    return Choice(tuple(names), KINDS[split], True, all_val, notes if absent > 0 else ())
-
-
-def _unseen(run: Path, names: Sequence[str], seen: set[str], namesakes: Sequence[str], given: str) -> Choice:
-    """The cases of other data that the run has not seen."""
-    left_out = [name for name in names if name in seen]
-    if len(left_out) == len(names):
-        raise InputError(
-            f"{run} was trained or validated on every case of {given} ({_some(left_out)}): give data that it has "
-            "not seen."
-        )
-    notes = []
-    if left_out:
-        notes.append(
-            f"{_count(left_out)} of {given} left out, since the run was trained or validated on them: "
-            f"{_some(left_out)}"
-        )
-    if namesakes:
-        notes.append(
-            f"{_count(namesakes)} of {given} called as cases of {run} are, but with other images, taken for other "
-            f"cases: {_some(namesakes)}"
-        )
-    return Choice(tuple(name for name in names if name not in seen), KINDS["test"], False, (), tuple(notes))
-
-
 def _own_choice(run: Path, cases: RunCases, dataset: Dataset, splits: Splits, split: str) -> Choice:
-    """The cases of the run's split, by their names."""
+    """The cases of the run's split, by name."""
     names = getattr(splits, split)
     known, found = {case.name: case for case in cases.own}, {case.name: case for case in identify(dataset)}
     if not names:
@@ -282,34 +133,71 @@ def _own_choice(run: Path, cases: RunCases, dataset: Dataset, splits: Splits, sp
             "that holds them as --data."
         )
     changed = [name for name in names if name in known and not known[name].is_same(found[name])]
-    notes = (f"{_count(changed)} with other images than when {run} was trained: {_some(changed)}",)
-    return Choice(names, KINDS[split], True, splits.val, notes if changed else ())
+    note = f"{_count(changed)} with other images than when {run} was trained: {_some(changed)}"
+    return Choice(names, True, splits.val, (note,) if changed else ())
 
 
-def cases_for(dataset: Dataset, initial: tuple[Path, RunCases] | None = None) -> RunCases:
-    """What is to be kept of a run on `dataset` whose weights come from the run `initial`."""
-    if initial is None:
+def _part_of_own(
+    run: Path, splits: Splits, parts: Mapping[str, set[str]], seen: set[str], split: str, given: str
+) -> Choice:
+    """The cases of a split among those of the run's own data set; `parts` holds the splits of each case."""
+    names = [
+        name for name, found in parts.items() if split in found and not (split == "test" and name in seen)
+    ]
+    if not names:
+        raise InputError(
+            f"{given} holds {_count(parts)} of {run}'s own data set ({_some(parts)}), but none of its {split} "
+            "split: choose another --split, or leave out --data."
+        )
+    size = len(getattr(splits, split))
+    note = f"{given} lacks {size - len(names)} of the {size} cases of {run}'s {split} split"
+    val = tuple(name for name, found in parts.items() if "val" in found)
+    all_val = val if len(val) == len(splits.val) else ()
+    return Choice(tuple(names), True, all_val, (note,) if len(names) < size else ())
+
+
+def _unseen(run: Path, names: Sequence[str], seen: set[str], namesakes: Sequence[str], given: str) -> Choice:
+    """The cases of other data that the run has not seen."""
+    left_out = [name for name in names if name in seen]
+    if len(left_out) == len(names):
+        raise InputError(
+            f"{run} was trained or validated on every case of {given} ({_some(left_out)}): give data that it has "
+            "not seen."
+        )
+    notes = {
+        f"{_count(left_out)} of {given} left out, since the run was trained or validated on them": left_out,
+        f"{_count(namesakes)} of {given} with the name of a case of {run}, but other images, taken as another "
+        "case": namesakes,
+    }
+    told = tuple(f"{note}: {_some(about)}" for note, about in notes.items() if about)
+    return Choice(tuple(name for name in names if name not in seen), False, (), told)
+
+
+def cases_for(dataset: Dataset, init: str = "") -> RunCases:
+    """The cases to keep with a run on `dataset` whose weights come from the run in `init`, if any."""
+    if not init:
         return RunCases(identify(dataset))
-    run, cases = initial
-    return RunCases(identify(dataset), (*cases.initial, *_seen(run, cases, "train", "val")), cases.complete)
+    cases = read_cases(Path(init))
+    seen = _seen(Path(init), cases, "train", "val")
+    return RunCases(identify(dataset), (*cases.initial, *seen), cases.complete)
 
 
 def check_initial(run: Path, cases: RunCases, dataset: Dataset, splits: Splits) -> None:
     """Checks that the run whose weights training starts from has not seen the test cases.
 
     Raises:
-        InputError: if it was trained or validated on one of them.
+        InputError: the run was trained or validated on a test case.
     """
     ids = {case.name: case for case in identify(dataset)}
 
     def seen(names: Sequence[str], *parts: str) -> list[str]:
-        known = _Index((*cases.initial, *_seen(run, cases, *parts)))
+        known = CaseIndex((*cases.initial, *_seen(run, cases, *parts)))
         return [name for name in names if known.find(ids[name])]
 
     if test := seen(splits.test, "train", "val"):
         raise InputError(
             f"--init {run} was trained or validated on {_count(test)} of this command's test split "
-            f"({_some(test)}): split the data as it did, with --splits {run / 'splits.json'} or its options."
+            f"({_some(test)}): split the data as that run did, with --splits {run / 'splits.json'} or its options."
         )
     val = seen(splits.val, "train")
     if val and is_first():
@@ -320,38 +208,38 @@ def check_initial(run: Path, cases: RunCases, dataset: Dataset, splits: Splits) 
 
 
 def note_duplicates(dataset: Dataset, splits: Splits) -> None:
-    """Says which test cases have the images of a case that trains or validates under another name."""
+    """Prints which test cases have the images of a training or validation case with another name."""
     ids = {case.name: case for case in identify(dataset)}
-    seen = _Index(replace(ids[name], name="") for name in (*splits.train, *splits.val) if ids[name].images)
+    seen = CaseIndex(replace(ids[name], name="") for name in (*splits.train, *splits.val) if ids[name].images)
     twice = [name for name in splits.test if seen.find(ids[name])]
     if twice and is_first():
         print(
-            f"note: {_count(twice)} of the test split with the same images as training or validation cases under "
-            f"other names, so that they are not held out: {_some(twice)}"
+            f"note: {_count(twice)} of the test split with the same images as training or validation cases of "
+            f"other names, and so not held out: {_some(twice)}"
         )
 
 
 def as_kept(config: RunConfig, folder: Path, dataset: Dataset, splits: Splits) -> RunConfig:
-    """`config` in the words of the run or comparison that is to be resumed in `folder`, where both mean the same.
+    """Replaces options by those of the run or comparison to resume in `folder`, where both mean the same.
 
-    Paths may be spelt otherwise, data may lie elsewhere, and what only makes training faster may differ.
+    Paths may be spelt differently, data may lie elsewhere, and options that only make training faster may
+    differ.
 
     Raises:
-        InputError: if the cases are no longer split as they were.
+        InputError: the cases are split differently.
     """
-    file = folder / "config.json"
     try:
-        kept = json.loads(file.read_text(encoding="utf-8"))
+        kept = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         directory = Path(kept.get("directory", ""))
         before: RunConfig = from_json(RunConfig, kept["config"].get("run", kept["config"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return config  # `open_run` says what is wrong
+        return config  # `open_run` reports the fault
     same = {name: getattr(before.data, name) for name in ("cache_dir", "loader_threads", "prefetch")}
     if (folder / "splits.json").exists():
         if read_splits(folder / "splits.json") != splits:
             raise InputError(
-                f"{folder / 'splits.json'} splits the cases otherwise than this command does: give the data and "
-                "the options that the run was started with."
+                f"{folder / 'splits.json'} splits the cases differently from this command: give the data and the "
+                "options that the run was started with."
             )
         same["splits"] = before.data.splits
     known = {case.name: case for case in read_cases(folder).own if case.images}
@@ -367,25 +255,20 @@ def as_kept(config: RunConfig, folder: Path, dataset: Dataset, splits: Splits) -
 
 
 def resolved(data: str, directory: Path = Path()) -> str:
-    """A data set's name with the one path that leads to it."""
-    kind, colon, path = data.partition(":")
-    if kind not in LAYOUTS:  # phantoms, and functions of the user
-        return data
-    return kind + colon + (str((directory / Path(path).expanduser()).resolve()) if path else "")
+    """The name of a data set; the path of LAYOUT:PATH is resolved from `directory`."""
+    kind, _, path = data.partition(":")
+    return f"{kind}:{(directory / Path(path).expanduser()).resolve()}" if kind in LAYOUTS and path else data
 
 
 def own_data(run: Path, data: str) -> str:
-    """The data set that `run` calls `data`, from the folder that it was started in if that is still there."""
-    try:
-        directory = json.loads((run / "config.json").read_text(encoding="utf-8")).get("directory", "")
-        found = resolved(data, Path(directory))
-    except (OSError, ValueError, AttributeError, TypeError):
-        return resolved(data)
+    """The data set that `run` calls `data`, resolved from the folder that the run was started in if it is there."""
+    directory = json.loads((run / "config.json").read_text(encoding="utf-8")).get("directory", "")
+    found = resolved(data, Path(directory))
     return found if Path(found.partition(":")[2]).exists() else resolved(data)
 
 
 def _seen(run: Path, cases: RunCases, *parts: str) -> list[CaseId]:
-    """The cases of these parts of a run's split, if it was trained on that."""
+    """The cases in these parts of a run's split, if the run was trained on its split."""
     if not (cases.own and cases.trained):
         return []
     splits = read_splits(run / "splits.json")
@@ -393,15 +276,12 @@ def _seen(run: Path, cases: RunCases, *parts: str) -> list[CaseId]:
     return [case for case in cases.own if case.name in names]
 
 
-def _names(splits: Splits) -> tuple[str, ...]:
-    return (*splits.train, *splits.val, *splits.test)
+def _some(names: Iterable[str]) -> str:
+    first = list(names)
+    return ", ".join(first[:3]) + (f" and {len(first) - 3} more" if len(first) > 3 else "")
 
 
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _count(names: Sequence[str]) -> str:
+def _count(names: Sequence[str] | Mapping[str, Any]) -> str:
     return f"{len(names)} case{'s' if len(names) != 1 else ''}"
 
 

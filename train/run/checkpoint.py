@@ -1,13 +1,12 @@
-"""Checkpoints: the training state and the position in the data, together, by Orbax."""
+"""Checkpoints: the training state and the position in the data, written together by Orbax."""
 
 import contextlib
 import os
 import re
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,43 +22,43 @@ from train.step import TrainState
 
 Which = Literal["last", "best"]
 _NEWEST = 2
-# What Orbax raises where a file cannot be read or written; its array store says ValueError.
+# Orbax raises these when a file cannot be read or written; its array store raises ValueError.
 _FILE_ERRORS = (OSError, ValueError)
-# Orbax takes the path of a checkpoint for a pattern of files, and Tensorstore for a URL. Neither sees anything but
-# a name in these characters.
+_READ_ERRORS = (*_FILE_ERRORS, KeyError, TypeError)
+# Orbax reads the path of a checkpoint as a glob pattern, and Tensorstore as a URL. A path of these characters means
+# the same to both as to the system.
 _PLAIN_PATH = re.compile(r"[\w./ +,=@()-]*")
 
 
 class Checkpoints:
-    """The checkpoints of one run: the newest two, and the best by the run's `keep_best`.
+    """The checkpoints of one run: the newest two, and the best one by `TrainingConfig.keep_best`.
 
-    Saving goes on in the background while training does. Each checkpoint is written beside its final name and
-    renamed when complete, and older ones go only then: a killed run or a full disk leaves none half done.
-
-    The first checkpoint of each process is read back as soon as it is complete and compared with what was saved.
-    Folders may have any name.
+    Saving runs in the background. Orbax writes each checkpoint beside its final name, renames it when it is
+    complete and deletes older ones only then, so a killed run or a full disk leaves no half-written checkpoint.
+    The first checkpoint of each process is read back and compared with what was saved. The folder may have any
+    name.
 
     Args:
         folder: of the checkpoints.
-        training: says what `best` means.
-        read_only: leave the folder as it is, which another process may be writing to.
+        training: its `keep_best` says which checkpoint is the best.
+        read_only: change nothing in the folder, which another process may be writing to.
     """
 
     def __init__(self, folder: Path, training: TrainingConfig, *, read_only: bool = False):
         self.folder = folder
         self._keeps_best = training.keep_best != "none"
-        newest, best = (
-            keeping.LatestN(_NEWEST),
-            keeping.BestN(n=1, get_metric_fn=training.score, keep_checkpoints_without_metrics=False),
-        )
+        self._has_saved = False
+        self._unread: _Saved | None = None  # the first checkpoint, until it is read back
+        kept: list[Any] = [keeping.LatestN(_NEWEST)]
+        if self._keeps_best:
+            score = training.score
+            kept.append(keeping.BestN(n=1, get_metric_fn=score, keep_checkpoints_without_metrics=False))
         options = ocp.CheckpointManagerOptions(
             best_fn=training.score if self._keeps_best else None,
-            preservation_policy=keeping.AnyPreservationPolicy(
-                [newest, best] if self._keeps_best else [newest]
-            ),
+            preservation_policy=keeping.AnyPreservationPolicy(kept),
             create=not read_only,
             read_only=read_only,
-            cleanup_tmp_directories=not read_only,  # of runs that were killed while they wrote one
+            cleanup_tmp_directories=not read_only,  # those of killed runs
         )
         self._closing = contextlib.ExitStack()
         try:
@@ -69,11 +68,6 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(self._path, options=options)
         except OSError as error:
             raise InputError(f"{folder} cannot be opened ({_reason(error)}).") from error
-        self._training = training
-        self._has_saved = False
-        self._unread: TrainState | None = (
-            None  # the first checkpoint's `_fingerprints`, until it is read back
-        )
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -82,7 +76,7 @@ class Checkpoints:
         try:
             if kind is None:
                 self.wait()
-            else:  # the failure that is being raised is the one to tell of
+            else:  # the exception being raised matters more than a failed checkpoint
                 with contextlib.suppress(InputError):
                     self._wait_written()
         finally:
@@ -96,48 +90,47 @@ class Checkpoints:
 
     @property
     def best_step(self) -> int | None:
-        """Step of the best checkpoint; None if none is kept as such, or none was validated."""
+        """Step of the best checkpoint; None if the run keeps no best one or none was validated."""
         step = self._manager.best_step() if self._keeps_best else None
         return step if step is not None and self._manager.metrics(step) else None
 
     def save(self, state: TrainState, data_state: dict[str, Any], metrics: Mapping[str, float]) -> None:
-        """Starts to write a checkpoint of `state` and of where the data iterator stands.
+        """Starts to write a checkpoint.
 
         Args:
-            state: of the run.
-            data_state: of the iterator.
-            metrics: of a validation of these very weights; none without one.
+            state: the training state.
+            data_state: the position of the data iterator.
+            metrics: the validation of these weights; empty without one.
 
         Raises:
-            InputError: if it, or the one before, cannot be written.
+            InputError: this checkpoint or the one before cannot be written.
         """
-        items = ocp.args.Composite(
-            state=ocp.args.StandardSave(state._asdict()), data=ocp.args.JsonSave(data_state)
-        )
         self.wait()
-        step = int(state.step)
         if not self._has_saved and is_first():
-            self._unread = jax.tree.map(_Fingerprint.of, state)
+            self._unread = _Saved.of(state._asdict())
         self._has_saved = True
+        items = ocp.args.Composite(
+            state=ocp.args.PyTreeSave(state._asdict()), data=ocp.args.JsonSave(data_state)
+        )
         try:
-            self._manager.save(step, args=items, metrics=dict(metrics))
+            self._manager.save(int(state.step), args=items, metrics=dict(metrics))
         except _FILE_ERRORS as error:
             raise self._not_written(error) from error
 
     def check(self) -> None:
-        """Raises InputError if the last checkpoint has failed; does not wait for one that is being written.
+        """Raises InputError if the last checkpoint failed; does not wait for one that is being written.
 
-        Not by Orbax's `check_for_errors`: told of the failure before its own thread is, that would take the
-        checkpoint for written and remove those that it was to replace.
+        Orbax's `check_for_errors` is no use here: it reports the failure before Orbax's own thread sees it,
+        which then takes the checkpoint for written and deletes the ones that it was to replace.
         """
         if not self._manager.is_saving_in_progress():
             self.wait()
 
     def wait(self) -> None:
-        """Waits until what is being written is complete, and reads the first checkpoint back.
+        """Waits until the checkpoint is written; reads the first one back.
 
         Raises:
-            InputError: if it cannot be written, or cannot be read.
+            InputError: the checkpoint cannot be written, or cannot be read back.
         """
         self._wait_written()
         saved, self._unread = self._unread, None
@@ -150,17 +143,15 @@ class Checkpoints:
         except _FILE_ERRORS as error:
             raise self._not_written(error) from error
 
-    def _read_back(self, saved: TrainState) -> None:
-        """Compares the newest checkpoint with what was saved, on the host of this process alone."""
+    def _read_back(self, saved: "_Saved") -> None:
+        """Compares the newest checkpoint with what was saved, in this process alone."""
         step = self.latest_step
-        like = jax.tree.map(lambda fingerprint: fingerprint.like, saved._asdict())
         try:
-            # The manager's own `restore` would wait for the other processes.
+            # `CheckpointManager.restore` would wait for the other processes.
             folder = epath.Path(self._path / str(step) / "state")
-            found = ocp.StandardCheckpointHandler().restore(folder, args=ocp.args.StandardRestore(like))
-            equal = jax.tree.map(lambda fingerprint, leaf: fingerprint.fits(leaf), saved._asdict(), found)
-            reason = "" if jax.tree.all(equal) else "it holds other numbers than were saved"
-        except (*_FILE_ERRORS, KeyError, TypeError) as error:
+            found = ocp.StandardCheckpointHandler().restore(folder, args=ocp.args.StandardRestore(saved.like))
+            reason = "" if saved.equals(found) else "it holds other numbers than were saved"
+        except _READ_ERRORS as error:
             reason = self._reason(error)
         if reason:
             raise InputError(
@@ -169,29 +160,43 @@ class Checkpoints:
             )
 
     def resume_point(self) -> str:
-        """In words, where a resumed run starts: at the newest complete checkpoint."""
-        complete = sorted(int(path.name) for path in self.folder.glob("*") if path.name.isdigit())
+        """A phrase for where a resumed run starts: the newest complete checkpoint."""
+        complete = [int(path.name) for path in self.folder.glob("*") if path.name.isdigit()]
         if not complete:
             return "from the start, since there is no checkpoint yet"
-        return f"from step {complete[-1]}, whose checkpoint is {self.folder / str(complete[-1])}"
+        return f"from step {max(complete)}, whose checkpoint is {self.folder / str(max(complete))}"
 
     def restore(self, like: TrainState, which: Which = "last") -> tuple[TrainState, dict[str, Any]]:
-        """A checkpoint, the newest or the best, in the shapes and shardings of `like`.
+        """Reads a checkpoint's state, and the position of its data iterator.
+
+        Args:
+            like: arrays or `jax.ShapeDtypeStruct`s with the shapes, dtypes and shardings to restore. A part
+                that is None, such as `opt_state` where only the network is wanted, is not read.
+            which: the newest checkpoint or the best one.
 
         Raises:
-            InputError: if there is none, or it does not fit the model.
+            InputError: there is no such checkpoint, or it does not fit `like`.
         """
         step = self._step(which)
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
+        wanted = {name: part for name, part in like._asdict().items() if part is not None}
+        item = jax.tree.map(ocp.utils.to_shape_dtype_struct, wanted)
+        restore_args = ocp.checkpoint_utils.construct_restore_args(item)
+        items = ocp.args.Composite(
+            state=ocp.args.PyTreeRestore(item, restore_args=restore_args, partial_restore=True),
+            data=ocp.args.JsonRestore(),
+        )
         try:
             restored = self._manager.restore(step, args=items)
-        except (*_FILE_ERRORS, KeyError, TypeError) as error:
+            # Orbax returns the leaves of `item` that the checkpoint lacks as they are.
+            for path, leaf in jax.tree_util.tree_leaves_with_path(restored["state"]):
+                if isinstance(leaf, jax.ShapeDtypeStruct):
+                    raise KeyError(f"it lacks {jax.tree_util.keystr(path)}")
+        except _READ_ERRORS as error:
             raise InputError(
                 f"Checkpoint {self.folder / str(step)} could not be read ({self._reason(error)}): remove that "
                 "folder to go on from the one before."
             ) from error
-        return TrainState(**restored["state"]), restored["data"]
+        return like._replace(**restored["state"]), restored["data"]
 
     def _step(self, which: Which) -> int:
         if which == "best" and not self._keeps_best:
@@ -214,37 +219,46 @@ class Checkpoints:
         return _reason(error).replace(str(self._path), str(self.folder))
 
 
-@dataclass(frozen=True)
-class _Fingerprint:
-    """What tells the values of an array from others; `like` is an array of its shape and dtype."""
+class _Saved(NamedTuple):
+    """Identifies saved arrays.
+
+    Attributes:
+        like: arrays of the same shapes and dtypes that take no memory.
+        checksums: of each array's values; None for random keys, and for arrays that this process cannot read whole.
+    """
 
     like: Any
-    checksum: int | None
+    checksums: list[int | None]
 
     @classmethod
-    def of(cls, array: jax.Array) -> "_Fingerprint":
-        if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
-            return cls(jax.ShapeDtypeStruct(array.shape, array.dtype), None)
-        like = np.broadcast_to(np.zeros((), array.dtype), array.shape)
-        # Of an array that is spread over several processes, each has its part only.
-        return cls(
-            like, _checksum(array) if array.is_fully_replicated or array.is_fully_addressable else None
-        )
+    def of(cls, state: Any) -> "_Saved":
+        return cls(jax.tree.map(_like, state), [_checksum(leaf) for leaf in jax.tree.leaves(state)])
 
-    def fits(self, array: Any) -> bool:
-        return self.checksum is None or self.checksum == _checksum(array)
+    def equals(self, found: Any) -> bool:
+        values = zip(self.checksums, jax.tree.leaves(found), strict=True)
+        return all(checksum in (None, _checksum(leaf)) for checksum, leaf in values)
 
 
-def _checksum(array: Any) -> int:
+def _like(array: jax.Array) -> Any:
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        return jax.ShapeDtypeStruct(array.shape, array.dtype)
+    return np.broadcast_to(np.zeros((), array.dtype), array.shape)
+
+
+def _checksum(array: Any) -> int | None:
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        return None
+    if isinstance(array, jax.Array) and not (array.is_fully_replicated or array.is_fully_addressable):
+        return None
     return zlib.crc32(np.ascontiguousarray(array).tobytes())
 
 
 @contextlib.contextmanager
 def _plain_path(folder: Path) -> Iterator[Path]:
-    """A path to `folder` in which Orbax and Tensorstore see a name and nothing else.
+    """A path to `folder` that Orbax and Tensorstore take literally.
 
     Raises:
-        InputError: where the system has no such path for the name that the folder has.
+        InputError: the system offers no such path for this folder.
     """
     path = folder.absolute()
     if _PLAIN_PATH.fullmatch(str(path)):
@@ -264,7 +278,7 @@ def _plain_path(folder: Path) -> Iterator[Path]:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of what went wrong, which Orbax may wrap into long ones."""
+    """The first line of an exception's text, which Orbax may wrap into long ones."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = str(error).strip()

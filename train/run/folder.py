@@ -1,4 +1,4 @@
-"""The folder of a run: what is in it, and who may write to it."""
+"""The folder of a run: its configuration, its lock, and how files are written to it."""
 
 import contextlib
 import fcntl
@@ -31,61 +31,66 @@ PACKAGES = ("calib_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "
 
 
 def default_folder(name: str) -> Path:
-    """A new folder under `runs/`, named after what is run and when."""
+    """A new folder under `runs/`, named after the command and the time."""
     return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def open_run(
     folder: Path, config: Any, *, resume: bool, check: Callable[[], None] = lambda: None, **more: Any
 ) -> None:
-    """Claims `folder` for a run of `config`, new or to be resumed; `more` is kept beside the configuration.
+    """Makes `folder` the folder of a run of `config`, or checks that the run in it may be resumed.
 
-    A new run calls `check` in every process, after the folder was found free and before anything is written to it.
+    Args:
+        folder: of the run.
+        config: a dataclass.
+        resume: accept a run of the same configuration in `folder`.
+        check: called in every process for a new run, before anything is written.
+        more: kept beside the configuration.
 
     Raises:
-        InputError: if the folder holds something and `resume` is False, or holds a run of another
-            configuration, or cannot be written to, or if `check` does.
+        InputError: the folder holds something and `resume` is False, holds a run of another configuration, or
+            cannot be written; or `check` raised it.
     """
     file = folder / "config.json"
-    on_first(lambda: _refuse_others(folder, config, resume))
+    on_first(lambda: _check_free(folder, config, resume))
     if first_says(resume and file.exists()):
         return
     on_all(check)
-    on_first(lambda: _write_config(folder, config, more))
+    on_first(lambda: _write_config(file, config, more))
 
 
-def _refuse_others(folder: Path, config: Any, resume: bool) -> None:
+def _check_free(folder: Path, config: Any, resume: bool) -> None:
     file = folder / "config.json"
     if resume and file.exists():
         _check_same(file, config)
-        return
-    if folder.exists() and (not folder.is_dir() or _holds_something(folder)):
+    # A run killed at its very start leaves a partial file.
+    elif folder.exists() and (not folder.is_dir() or any(path.suffix != PARTIAL for path in visible(folder))):
         found = "another run" if file.exists() else "something else"
-        hint = " or add --resume to go on with it" if file.exists() else ""
+        hint = " or, to go on with a training, add --resume" if file.exists() else ""
         raise InputError(f"Output folder {folder} already holds {found}: choose another --out{hint}.")
 
 
-def _write_config(folder: Path, config: Any, more: dict[str, Any]) -> None:
+def _write_config(file: Path, config: Any, more: dict[str, Any]) -> None:
+    started = {"command": command(), "directory": os.getcwd()}  # relative paths start from the directory
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        kept = {"config": to_json(config), **more, **started(), "versions": versions()}
-        write_json(folder / "config.json", kept)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, {"config": to_json(config), **more, **started, "versions": versions()})
     except OSError as error:
         raise InputError(
-            f"Output folder {folder} cannot be written ({error.strerror}): choose another."
+            f"Output folder {file.parent} cannot be written ({error.strerror}): choose another --out."
         ) from error
 
 
 @contextlib.contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """While in this context, no other process trains in `folder`, and `process_of` tells of this one.
+    """A context in which no other process trains in `folder`, and `process_of` describes this one.
 
-    The claim is a lock on an open file, which the system drops with the process, however that ends.
+    The claim is a lock on an open file, which the system releases when the process ends, however it ends.
 
     Raises:
-        InputError: if another process has it.
+        InputError: another process has claimed the folder.
     """
-    if not is_first():  # which writes for all
+    if not is_first():  # the first process claims it for all
         yield
         return
     with writing(folder):
@@ -104,13 +109,13 @@ def claimed(folder: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Process:
-    """The process that has, or last had, a folder.
+    """The last process that claimed a folder.
 
     Attributes:
         running: whether it is alive.
-        name: in words, `process 12 on host`.
-        state: what it last said: `running`, `finished`, `stopped` or `failed: why`. One that says it runs and does
-            not was killed.
+        name: such as `process 12 on host`.
+        state: its last note: `running`, `finished`, `stopped` or `failed: why`. A process whose note is
+            `running` and that is not alive was killed.
     """
 
     running: bool
@@ -119,45 +124,45 @@ class Process:
 
 
 def process_of(folder: Path) -> Process | None:
-    """The last process that claimed `folder`; None if there is no trace of one."""
+    """The last process that claimed `folder`; None if none is known."""
     try:
         with (folder / _PROCESS).open(encoding="utf-8") as file:
             alive = not _try_lock(file, fcntl.LOCK_SH)
-            said = json.loads(file.read())
-            return Process(alive, str(said["name"]), str(said["state"]))
+            note = json.load(file)
+            return Process(alive, str(note["name"]), str(note["state"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def _lock(file: TextIO, folder: Path) -> None:
-    for _ in range(10):  # someone who asks for the state has it for a moment
+    for _ in range(10):  # `process_of` in another process locks it for a moment
         if _try_lock(file, fcntl.LOCK_EX):
             return
         time.sleep(0.1)
     owner = process_of(folder)
     raise InputError(
-        f"{folder} is in use by {owner.name if owner else 'another process'}: wait for its end, or stop it first."
+        f"{folder} is in use by {owner.name if owner else 'another process'}: wait until it ends, or stop it."
     )
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """While in this context no other process is in this context of the same folder; leaves no file behind.
+    """A context that one process at a time can enter for the same folder. It leaves no file behind.
 
     Raises:
-        InputError: if another process is.
+        InputError: another process is in the context.
     """
     handle = os.open(folder, os.O_RDONLY)
     try:
         if not _try_lock(handle, fcntl.LOCK_EX):
-            raise InputError(f"Another process is writing to {folder}: wait for its end, or stop it first.")
+            raise InputError(f"Another process is writing to {folder}: wait until it ends, or stop it.")
         yield
     finally:
         os.close(handle)
 
 
 def _try_lock(file: TextIO | int, kind: int) -> bool:
-    """False if another process has a lock that excludes this one."""
+    """Locks the file; False if another process holds a lock that excludes this one."""
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -168,8 +173,8 @@ def _try_lock(file: TextIO | int, kind: int) -> bool:
 
 
 def _note(file: TextIO, state: str) -> None:
-    """Writes down what this process is doing; a full disk is not worth ending it for."""
-    with contextlib.suppress(OSError):
+    """Writes this process's state into its claim."""
+    with contextlib.suppress(OSError):  # a full disk need not end the run here
         file.seek(0)
         file.truncate()
         name = f"process {os.getpid()} on {socket.gethostname()}"
@@ -179,26 +184,26 @@ def _note(file: TextIO, state: str) -> None:
 
 @contextlib.contextmanager
 def writing(what: Path) -> Iterator[None]:
-    """Turns a full disk, or a place that cannot be written to, into one sentence.
+    """A context that turns OSErrors, as of a full disk, into one sentence.
 
     Raises:
-        InputError: for any OSError of its block.
+        InputError: for any OSError in the context.
     """
     try:
         yield
     except OSError as error:
         raise InputError(
             f"{error.filename or what} could not be written ({error.strerror or error}): make room, or make the "
-            "folder writable, and add --resume to the same command to go on."
+            "folder writable, and repeat the command, with --resume if it trains."
         ) from error
 
 
 class stop_on_signal:
-    """While in this context, SIGTERM (as a scheduler sends before it takes the machine) only sets `requested`.
+    """A context in which SIGTERM, which schedulers send before they take the machine, only sets `requested`.
 
-    So does Ctrl-C the first time; a second one interrupts at once. Outside the main thread, where Python lets no
-    one handle signals, it changes nothing. Where several processes train as one, JAX listens for SIGTERM in all of
-    them from the start, and Ctrl-C interrupts at once.
+    The first Ctrl-C does the same; a second one interrupts at once. Outside the main thread Python handles no
+    signals, and the context changes nothing. Where several processes train as one, JAX handles SIGTERM in all
+    of them, and Ctrl-C interrupts at once.
 
     Attributes:
         requested: the signal that asked this process to stop, or None.
@@ -219,7 +224,7 @@ class stop_on_signal:
                 signal.signal(number, handler)
 
     def after(self, step: int) -> signal.Signals | None:
-        """The signal for which to stop after `step`: asked after each, it tells all processes the same."""
+        """The signal to stop for after `step`, or None; the same in all processes if each asks after every step."""
         if multihost_utils.reached_preemption_sync_point(step):
             return signal.SIGTERM
         return self.requested
@@ -228,59 +233,51 @@ class stop_on_signal:
         if number == signal.SIGINT:
             if self.requested == signal.SIGINT:
                 raise KeyboardInterrupt
-            print("\nstopping with a checkpoint after this step; Ctrl-C again stops at once", file=sys.stderr)
+            print(
+                "\nstopping after this step, with a checkpoint; Ctrl-C again stops at once", file=sys.stderr
+            )
         self.requested = signal.Signals(number)
 
 
-def started() -> dict[str, str]:
-    """The command line, and the folder that its relative paths start from."""
-    return {"command": command(), "directory": os.getcwd()}
-
-
 def command() -> str:
-    """The command line, as a user would type it."""
+    """The command line as a user would type it."""
     text = shlex.join(sys.argv[1:])
     return f"python -m train {os.fsencode(text).decode(errors='backslashreplace')}".strip()
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide the numbers."""
+    """Versions of Python and of the packages that affect the numbers."""
     return {"python": sys.version.split()[0]} | {name: metadata.version(name) for name in PACKAGES}
 
 
 def write_json(file: Path, values: Any) -> None:
-    """Writes JSON as a whole."""
+    """Writes JSON; a reader never sees half of it."""
     with written_whole(file) as partial:
         partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager
 def written_whole(file: Path) -> Iterator[Path]:
-    """A path beside `file` to write to, which then takes its place: a reader never sees half a file."""
+    """A context that gives a path beside `file` to write to, and renames it to `file` at the end."""
     partial = file.with_name(f"{file.name}{PARTIAL}")
     try:
         yield partial
         partial.replace(file)
-    except BaseException:  # such as a full disk, on which the half would take room
+    except BaseException:  # on a full disk the partial file would take room
         with contextlib.suppress(OSError):
             partial.unlink()
         raise
 
 
-def _holds_something(folder: Path) -> bool:
-    """Anything but what a run killed at its very start leaves."""
-    return any(path.suffix != PARTIAL for path in visible(folder))
-
-
 def _check_same(file: Path, wanted: Any) -> None:
     try:
         kept = json.loads(file.read_text(encoding="utf-8"))["config"]
-        # An option that is newer than the run had its default.
+        # The run had the defaults of options that are newer.
         kept = to_json(from_json(type(wanted), kept))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{file} cannot be read ({error}): it is not a run's configuration.") from error
     for name, (old, new) in _differences(kept, to_json(wanted)).items():
-        raise InputError(f"{file} has {name} = {old}, this command {new}: resume with the same options.")
+        raise InputError(f"{file} has {name} = {old}, this command has {new}: resume with the same options.")
 
 
 def _differences(old: Any, new: Any, name: str = "") -> dict[str, tuple[Any, Any]]:
