@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from calib_jax._checks import AnyArray, as_class_ids, as_inputs, check_voxel_mask
+from calib_jax._checks import AnyArray, as_inputs, check_voxel_mask
+from calib_jax._labels import as_class_ids
 
 Batch = tuple[Any, ...]  # (logits, labels) or (logits, labels, where)
 Source = Iterable[Batch] | Callable[[], Iterable[Batch]]

@@ -26,7 +26,6 @@ from calib_jax._checks import (
     AnyArray,
     Labels,
     Probs,
-    as_class_ids,
     as_inputs,
     check_choice,
     check_flag,
@@ -34,8 +33,8 @@ from calib_jax._checks import (
     check_voxel_mask,
 )
 from calib_jax._eager import compiled, nan_where_undefined
-from calib_jax._labels import memberships, one_hot
-from calib_jax._sums.exact import as_pair
+from calib_jax._labels import as_class_ids, memberships, one_hot
+from calib_jax._sums.exact import as_pair, mean_or_nan
 from calib_jax._sums.totals import Count, Sum, is_total
 from calib_jax._sums.voxels import count_voxels, sum_in_chunks, sum_voxels
 from calib_jax.binning import BinStatistics, Closed, bin_statistics
@@ -329,8 +328,8 @@ def _compute(state: State) -> Results:
         ace=average_calibration_error(stats),
         ece=expected_calibration_error(stats),
         mce=maximum_calibration_error(stats),
-        brier=metrics.ratio(values.squared_error, stats.weight.sum(-1)),
-        nll=metrics.ratio(values.nll, values.labelled),
+        brier=mean_or_nan(values.squared_error, stats.weight.sum(-1)),
+        nll=mean_or_nan(values.nll, values.labelled),
         dice=metrics.dice_of_counts(values.overlap, values.predicted, values.true),
     )
 

@@ -15,14 +15,13 @@ from calib_jax._checks import (
     Labels,
     Mask,
     Probs,
-    as_class_ids,
     as_inputs,
     check_size,
     check_voxel_mask,
 )
 from calib_jax._eager import compiled, nan_where_undefined
-from calib_jax._labels import are_dense, blank, have_class, memberships, one_hot
-from calib_jax._sums.exact import rounded
+from calib_jax._labels import are_dense, as_class_ids, blank, have_class, memberships, one_hot
+from calib_jax._sums.exact import mean_or_nan, rounded
 from calib_jax._sums.voxels import count_voxels, sum_in_chunks, sum_voxels
 
 
@@ -111,7 +110,7 @@ def brier_score(probs: Probs, labels: Labels, *, where: Mask | None = None) -> F
     total = brier_sums(probs, labels, where)
     # Not a sum of ones, on which XLA spends seconds when it compiles.
     count = jnp.full(total.shape, probs.shape[1]) if where is None else count_voxels(where)[0]
-    return ratio(total, jnp.broadcast_to(count, total.shape))
+    return mean_or_nan(total, jnp.broadcast_to(count, total.shape))
 
 
 @nan_where_undefined
@@ -154,7 +153,7 @@ def negative_log_likelihood(
     """
     logits, labels, where = as_inputs(logits, labels, where, probs_name="logits")
     check_voxel_mask(where, logits)
-    return ratio(*likelihood_sums(*flatten(logits, labels, where)))
+    return mean_or_nan(*likelihood_sums(*flatten(logits, labels, where)))
 
 
 # Sums over the voxels of each image. Metrics divide them, accumulators add them up. Arguments have been checked.
@@ -275,13 +274,7 @@ def dice_of_counts(
     """Dice of overlaps and sizes; NaN where both maps are empty."""
     # Float32 before adding: the sum of two int32 sizes of 2^30 voxels overflows.
     overlap, predicted, true = (x.astype(jnp.float32) for x in (overlap, predicted, true))
-    return ratio(2 * overlap, predicted + true)
-
-
-def ratio(total: Array, count: Array) -> Float[Array, "*shape"]:
-    """`total / count`, NaN where nothing was counted."""
-    count = count.astype(jnp.float32)
-    return jnp.where(count > 0, total / jnp.maximum(count, 1), jnp.nan)
+    return mean_or_nan(2 * overlap, predicted + true)
 
 
 def _per_voxel(x: AnyArray, columns: tuple[int, ...] = ()) -> Array:
