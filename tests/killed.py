@@ -125,10 +125,9 @@ def kill_at(process: subprocess.Popen[bytes], moment: Moment, out: Path, said: P
 
 
 def moment(number: int, rng: random.Random) -> Moment:
-    """Chosen ones and random ones in turn, each made when its process starts."""
-    if number % 4 == 0:
-        return while_writing
-    return while_validating() if number % 4 == 2 else after(rng.uniform(0.0, 1.5))
+    """While writing, while validating and at a random time in turn, each made when its process starts."""
+    kinds = (lambda: while_writing, while_validating, lambda: after(rng.uniform(0.0, 1.5)))
+    return kinds[number % len(kinds)]()
 
 
 def run_with_kills(folder: Path, kills: int, *, steps: int, seed: int = 0) -> int:

@@ -75,27 +75,6 @@ def trained(msd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_compare_leaves_a_page_and_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "compare"
-    assert run("compare", *PHANTOM, "--losses", "dice", "dice+ace", "--out", out) == 0
-    printed = capsys.readouterr().out
-    for name in ("dice+ace", "true posterior", "ACE", "Wilcoxon"):
-        assert name in printed
-    page = (out / "index.html").read_text()
-    assert "dice+ace" in page
-    assert len(list((out / "figures").glob("*.png"))) >= 4
-    table = json.loads((out / "table.json").read_text())
-    assert [row["name"] for row in table["models"]] == ["dice", "dice+ace", "true posterior"]
-    cases = rows(out / "cases" / "01-dice-ace.csv")
-    assert len(cases) == 3 * 3  # cases by foreground classes
-    splits = json.loads((out / "splits.json").read_text())
-    assert {row["case"] for row in cases} == set(splits["test"])
-    logs = [rows(out / loss / "log.csv") for loss in ("dice", "dice+ace")]
-    # Same weights, same batches: the first step's Dice is the same under both losses.
-    assert logs[0][0]["dice"] == logs[1][0]["dice"]
-    assert [row["step"] for row in logs[0]] == ["0", "1", "2", "3"]
-
-
 def test_compare_with_seeds_and_temperature_goes_on_at_each_network(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -478,7 +457,7 @@ def test_status_of_a_run_and_of_a_comparison(
         assert run("status", tmp_path / "both") == 0
     told = capsys.readouterr().out
     assert "comparison, running: process" in told
-    assert "killed: process 1 on host is gone without a word; --resume goes on" in told
+    assert "killed: process 1 on host no longer runs; --resume goes on" in told
     (tmp_path / "both" / "dice" / "config.json").write_text("{")
     assert "config.json is not a run's configuration" in refuses(capsys, "status", tmp_path / "both")
     assert "holds no run" in refuses(capsys, "status", tmp_path)
@@ -507,23 +486,24 @@ def test_sigterm_saves_and_resuming_ends_as_if_never_stopped(
 
     def add_step_and_terminate(log: RunLog, row: dict, cases: list[str]) -> None:
         take(log, row, cases)
-        if row["step"] == 1:
+        if row["step"] == 2:  # after which no checkpoint is due
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
         patch.setattr(RunLog, "add_step", add_step_and_terminate)
         assert run(*command, "--out", stopped) == 143
-    assert "Stopped after step 2 of 4; --resume goes on" in capsys.readouterr().err
+    assert "Stopped after step 3 of 4; --resume goes on" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert run(*command, "--out", stopped, "--resume") == 0
     for name in ("log.csv", "validation.csv"):
         assert logged(whole, name) == logged(stopped, name)
 
 
-def test_sigterm_in_a_comparison_goes_on_with_the_loss_it_was_at(
+def test_a_comparison_stopped_and_resumed_goes_on_with_its_loss_and_leaves_a_page_and_tables(
     whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = ["compare", *STOPPABLE, "--losses", "dice", "dice+ace", "--out", tmp_path / "both"]
+    out = tmp_path / "both"
+    command = ["compare", *STOPPABLE, "--losses", "dice", "dice+ace", "--out", out]
     take = RunLog.add_step
 
     def add_step_and_terminate(log: RunLog, row: dict, cases: list[str]) -> None:
@@ -535,15 +515,29 @@ def test_sigterm_in_a_comparison_goes_on_with_the_loss_it_was_at(
     with monkeypatch.context() as patch:
         patch.setattr(RunLog, "add_step", add_step_and_terminate)
         assert run(*command) == 143
-    assert not (tmp_path / "both" / "index.html").exists()
-    assert run("status", tmp_path / "both") == 0
+    assert not (out / "index.html").exists()
+    assert run("status", out) == 0
     assert "comparison, stopped; --resume goes on" in capsys.readouterr().out
-    first = (tmp_path / "both" / "dice" / "log.csv").stat().st_mtime_ns
+    first = (out / "dice" / "log.csv").stat().st_mtime_ns
     assert run(*command, "--resume") == 0
-    assert (tmp_path / "both" / "dice" / "log.csv").stat().st_mtime_ns == first
+    assert (out / "dice" / "log.csv").stat().st_mtime_ns == first
     for name in ("log.csv", "validation.csv"):
-        assert logged(tmp_path / "both" / "dice+ace", name) == logged(whole, name)
-    assert "dice+ace" in (tmp_path / "both" / "index.html").read_text()
+        assert logged(out / "dice+ace", name) == logged(whole, name)
+    printed = capsys.readouterr().out
+    for name in ("dice+ace", "true posterior", "ACE", "Wilcoxon"):
+        assert name in printed
+    assert "dice+ace" in (out / "index.html").read_text()
+    assert len(list((out / "figures").glob("*.png"))) >= 4
+    table = json.loads((out / "table.json").read_text())
+    assert [row["name"] for row in table["models"]] == ["dice", "dice+ace", "true posterior"]
+    cases = rows(out / "cases" / "01-dice-ace.csv")
+    assert len(cases) == 3 * 3  # cases by foreground classes
+    splits = json.loads((out / "splits.json").read_text())
+    assert {row["case"] for row in cases} == set(splits["test"])
+    logs = [rows(out / loss / "log.csv") for loss in ("dice", "dice+ace")]
+    # Same weights, same batches: the first step's Dice is the same under both losses.
+    assert logs[0][0]["dice"] == logs[1][0]["dice"]
+    assert [row["step"] for row in logs[0]] == ["0", "1", "2", "3"]
 
 
 def test_sigterm_during_a_validation_stops_after_the_next_step_with_its_checkpoint(

@@ -8,14 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from calib_jax.report import (
-    ModelResult,
-    RepeatedResult,
-    Result,
-    compare_models,
-    format_table,
-    write_report,
-)
+from calib_jax.report import compare_models, format_table, write_report
+from calib_jax.results import ModelResult, RepeatedResult, Result
 from train.check import check_cases
 from train.config import DataInfo, DeviceConfig, RunConfig, check_same_data, resolve_regions, to_json
 from train.data import Dataset
@@ -90,10 +84,11 @@ def compare(
     """
     parsed = [parse_loss(name) for name in losses]
     names = [loss.name for loss in parsed]
-    if len(set(names)) < len(names):
-        raise InputError(f"--losses {' '.join(names)} names a loss twice: give each of them once.")
-    if len(set(seeds)) < len(seeds):
-        raise InputError(f"--seeds {' '.join(map(str, seeds))} names a seed twice: give each of them once.")
+    for option, values in (("losses", names), ("seeds", seeds)):
+        if len(set(values)) < len(values):
+            raise InputError(
+                f"--{option} {' '.join(map(str, values))} gives one of them twice: give each once."
+            )
     for seed in seeds:
         dataclasses.replace(config.training, seed=seed)  # which checks it
     task = open_task(config, devices)
@@ -113,7 +108,7 @@ def compare(
         on_first(lambda: write_split(task, folder))
         results: list[Result] = []
         histories: dict[str, Mapping[str, Sequence[float]]] = {}
-        diverged: dict[str, str] = {}
+        folders: dict[str, Path] = {}
         for name in names:
             runs = plan.runs(folder, name)
             evaluated = [_evaluated(task, plan, run, resume) for run in runs.values()]
@@ -121,12 +116,11 @@ def compare(
                 by_seed = dict(zip(runs, repeats, strict=True))
                 results.append(by_seed[""] if "" in by_seed else RepeatedResult(name + ending, by_seed))
             histories[name] = _mean_history([_history(run.folder, task) for run in runs.values()])
-            for run in runs.values():
-                diverged |= _divergence(run.folder, run.name(""))
+            folders |= {run.name(""): run.folder for run in runs.values()}
         cases = read_cases(folder)
-        more = {**_weights(which, config), **_temperatures(folder), **_unknown(cases), **diverged}
+        remarks = _remarks(config, which, cases, folders) | _temperatures(folder)
         kind = KINDS["test"] if cases.complete else ""
-        return _report(task.dataset, task.splits.test, folder, results, histories, more, published, kind=kind)
+        return _report(task.dataset, task.splits.test, folder, results, histories, remarks, published, kind)
 
 
 @dataclass(frozen=True)
@@ -144,14 +138,11 @@ class Plan:
         config = dataclasses.replace(self.run, loss=loss)
         if not self.seeds:
             return {"": PlannedRun(config, folder / slug(loss))}
-        return {
-            f"seed {seed}": PlannedRun(
-                dataclasses.replace(config, training=dataclasses.replace(config.training, seed=seed)),
-                folder / f"{slug(loss)}-seed{seed}",
-                f" seed {seed}",
-            )
-            for seed in self.seeds
-        }
+        runs = {}
+        for seed in self.seeds:
+            seeded = dataclasses.replace(config, training=dataclasses.replace(config.training, seed=seed))
+            runs[f"seed {seed}"] = PlannedRun(seeded, folder / f"{slug(loss)}-seed{seed}", f" seed {seed}")
+        return runs
 
 
 @dataclass(frozen=True)
@@ -223,16 +214,16 @@ def evaluate_run(
     if is_first():
         for note in chosen.notes:
             print(f"note: {note}")
-    results, more = [evaluate(config.loss, predict, dataset, chosen.names)], _weights(which, config)
+    results = [evaluate(config.loss, predict, dataset, chosen.names)]
+    remarks = _remarks(config, which, cases, {config.loss: run})
     if chosen.notes:
-        more["note"] = "; ".join(chosen.notes)
+        remarks["note"] = "; ".join(chosen.notes)
     if temperature:
         value = fit_temperature(predict, dataset, chosen.val)
-        more[_TEMPERATURE] = f"{float(value):.3f}"
+        remarks[_TEMPERATURE] = f"{float(value):.3f}"
         results.append(evaluate(config.loss + TEMPERED, temper(predict, value), dataset, chosen.names))
-    more |= _unknown(cases) | _divergence(run, config.loss)
-    kind = chosen.kind if cases.complete or split != "test" else ""
-    return _report(dataset, chosen.names, folder, results, {}, more, published, kind=kind)
+    kind = KINDS[split] if cases.complete or split != "test" else ""
+    return _report(dataset, chosen.names, folder, results, {}, remarks, published, kind)
 
 
 def slug(loss: str) -> str:
@@ -254,7 +245,7 @@ def _evaluated(task: Task, plan: Plan, run: PlannedRun, resume: bool) -> list[Mo
     if not (resume and all(file.exists() for file in files)):
         predict = fit(dataclasses.replace(task, config=run.config), run.folder, resume=resume, check=False)
         if plan.which == "best":
-            _, _, predict = load_run(run.folder, plan.which)
+            predict = load_run(run.folder, plan.which)[2]
         _evaluate_into(files[0], run.name(""), predict, task)
         if plan.temperature:
             found = fit_temperature(predict, task.dataset, task.splits.val)
@@ -265,20 +256,20 @@ def _evaluated(task: Task, plan: Plan, run: PlannedRun, resume: bool) -> list[Mo
 
 
 def _evaluate_into(file: Path, name: str, predict: VolumePredictor, task: Task) -> None:
-    """Evaluates a network on the test cases, unless the file exists."""
-    if not file.exists():
-        result = evaluate(name, predict, task.dataset, task.splits.test)
-        on_first(lambda: _save(result, file))
+    """Evaluates a network on the test cases, unless the file exists. Prints what cannot be saved."""
+    if file.exists():
+        return
+    result = evaluate(name, predict, task.dataset, task.splits.test)
 
+    def save() -> None:
+        try:
+            with writing(file), written_whole(file) as partial:
+                result.save(partial)
+        except InputError:
+            print(format_table(compare_models([result])))
+            raise
 
-def _save(result: ModelResult, file: Path) -> None:
-    """Saves a result; prints its table where that fails, so that the figures are not lost."""
-    try:
-        with writing(file), written_whole(file) as partial:
-            result.save(partial)
-    except InputError:
-        print(format_table(compare_models([result])))
-        raise
+    on_first(save)
 
 
 def _report(
@@ -287,10 +278,9 @@ def _report(
     folder: Path,
     results: Sequence[Result],
     histories: Mapping[str, Mapping[str, Sequence[float]]],
-    provenance: Mapping[str, str],
-    published: Sequence[Row] = (),
-    *,
-    kind: str = KINDS["test"],
+    remarks: Mapping[str, str],
+    published: Sequence[Row],
+    kind: str,
 ) -> Path:
     """Prints the table, then writes it with the figures and the page: a full disk loses no figure."""
     reference = evaluate_posterior(dataset, cases, results[0].class_names)
@@ -315,7 +305,7 @@ def _report(
                 "command": command(),
                 "data": f"{dataset.name}, {which} of {len(dataset)}",
                 **({"not counted": "voxels that are labelled ignore"} if dataset.has_ignore else {}),
-                **provenance,
+                **remarks,
                 **versions(),
             },
             reference=reference,
@@ -352,16 +342,17 @@ def _mean_history(histories: Sequence[Mapping[str, Sequence[float]]]) -> dict[st
     return {column: np.mean([history[column] for history in whole], axis=0).tolist() for column in whole[0]}
 
 
-def _weights(which: Which, config: RunConfig) -> dict[str, str]:
-    """A line for the page about the weights that were evaluated, if they are not the last."""
-    best = f"best by {config.training.keep_best} on the validation cases"
-    return {"checkpoint": best} if which == "best" else {}
-
-
-def _unknown(cases: RunCases) -> dict[str, str]:
-    """A line for the page if it is not known which cases the weights have seen."""
-    text = "the imported weights may have been trained on these cases: nothing here says which cases they have seen"
-    return {} if cases.complete else {"imported": text}
+def _remarks(config: RunConfig, which: Which, cases: RunCases, runs: Mapping[str, Path]) -> dict[str, str]:
+    """Lines for the page: which weights were evaluated, what they have seen, and whether training diverged."""
+    remarks = {}
+    if which == "best":
+        remarks["checkpoint"] = f"best by {config.training.keep_best} on the validation cases"
+    if not cases.complete:
+        remarks["imported"] = "the weights may have been trained on these cases: nothing here tells"
+    for name, run in runs.items():
+        if sentence := divergence(read_log(run / "log.csv")):
+            remarks[f"note on {name}"] = sentence
+    return remarks
 
 
 def _temperatures(folder: Path) -> dict[str, str]:
@@ -373,9 +364,3 @@ def _temperatures(folder: Path) -> dict[str, str]:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{file} holds no temperature: remove it and --resume.") from error
     return {_TEMPERATURE: ", ".join(found)} if found else {}
-
-
-def _divergence(run: Path, name: str) -> dict[str, str]:
-    """A line for the page if the training has diverged."""
-    sentence = divergence(read_log(run / "log.csv"))
-    return {f"note on {name}": sentence} if sentence else {}

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +12,12 @@ from jaxtyping import Array, Bool, Float, Int, Integer, Num, UInt8
 import calib_jax
 from calib_jax import BinStatistics, metrics
 from calib_jax._eager import fill_up, filled_size
+from calib_jax._labels import are_dense, memberships
+from calib_jax.results import ModelResult
 from train.data import Case, Dataset, mask_ignored, region_ids
 from train.inference import VolumePredictor
 from train.processes import is_first, join_shares, own_share
 from train.progress import progress
-
-if TYPE_CHECKING:
-    from calib_jax.report import ModelResult
 
 NUM_BINS = 20
 _FEWEST_VOXELS = (
@@ -124,26 +122,18 @@ class CaseStatistics:
         own = isinstance(self.regions, OwnRegions)
         certain = probs if own else jax.nn.one_hot(probs.argmax(-1), probs.shape[-1])
         certain_regions, region_ids = self.regions(certain, ids)
-        members = _members(region_ids, region_probs)
+        dense = are_dense(region_ids, region_probs)
+        members = region_ids > 0.5 if dense else memberships(region_ids, region_probs.shape[-1])
         dice = metrics.dice_of_counts(
             *metrics.overlap_counts(certain_regions > 0.5, members, where[..., None])
         )
         return jax.tree.map(lambda a: a[0], (stats, dice))
 
 
-def _members(label: Array, probs: Array) -> Bool[Array, "one voxels regions"]:
-    """Whether each voxel belongs to each region."""
-    return label > 0.5 if label.ndim == probs.ndim else metrics.is_class(label, probs.shape[-1])
+_statistics = jax.jit(CaseStatistics.__call__, static_argnums=0)
 
 
-_statistics = jax.jit(
-    lambda statistics, probs, label, where: statistics(probs, label, where), static_argnums=0
-)
-
-
-def evaluate(
-    name: str, predict: VolumePredictor, dataset: Dataset, case_names: Sequence[str]
-) -> "ModelResult":
+def evaluate(name: str, predict: VolumePredictor, dataset: Dataset, case_names: Sequence[str]) -> ModelResult:
     """Evaluates whole volumes: bin statistics (20 bins) and Dice per case and foreground class or region.
 
     A scan is evaluated on its original grid, to which the probabilities of a resampled scan are interpolated,
@@ -173,7 +163,7 @@ def evaluate(
 
 def evaluate_posterior(
     dataset: Dataset, case_names: Sequence[str], region_names: Sequence[str] = ()
-) -> "ModelResult | None":
+) -> ModelResult | None:
     """Evaluates the probabilities that the labels were drawn from; None if the data set does not know them.
 
     It reports the named regions; without names, the regions that `evaluate` reports for a softmax.
@@ -204,7 +194,7 @@ def _collect(
     dataset: Dataset,
     case_names: Sequence[str],
     region_names: Sequence[str],
-) -> "ModelResult":
+) -> ModelResult:
     index_of = {case: index for index, case in enumerate(dataset.case_names)}
     rows: list[tuple[BinStatistics, Array]] = []
     share = own_share(case_names)
@@ -217,8 +207,6 @@ def _collect(
     stats = jax.tree.map(lambda *parts: np.stack(parts), *[stats for stats, _ in rows])
     dice = np.stack([dice for _, dice in rows])
     stats, dice = join_shares((stats, dice), len(case_names))
-    from calib_jax.report import ModelResult
-
     return ModelResult(name, tuple(case_names), tuple(region_names), stats, dice)
 
 

@@ -4,13 +4,14 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from calib_jax.results import ModelResult
 from train.config import DataInfo, TrainingConfig, to_json
 from train.data import region_ids, train_batches
 from train.errors import InputError, NotFinite, Stopped
@@ -26,9 +27,6 @@ from train.run.logs import RunLog
 from train.sharding import place_weights, process_share, put_batch
 from train.step import TrainState, TrainStep, init_state, make_optimizer, make_train_step
 from train.task import Task, check_task, make_model, write_split
-
-if TYPE_CHECKING:
-    from calib_jax.report import ModelResult
 
 _LOG_EVERY = 20  # steps between reads of the metrics; the loop need not wait for the device in between
 
@@ -208,7 +206,7 @@ def _all_finite(weights: Any) -> jax.Array:
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(weights)]).all()
 
 
-def mean_metrics(result: "ModelResult") -> dict[str, float]:
+def mean_metrics(result: ModelResult) -> dict[str, float]:
     """Mean of each metric over cases and classes, without undefined values."""
     defined = {name: values[~np.isnan(values)] for name, values in result.metrics().items()}
     return {name: float(values.mean()) if values.size else float("nan") for name, values in defined.items()}

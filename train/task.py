@@ -219,8 +219,7 @@ def check_task(task: Task) -> None:
 def write_split(task: Task, folder: Path) -> None:
     """Writes the split and the identity of the cases into a run's folder."""
     write_splits(folder / "splits.json", task.splits)
-    initial = Path(task.config.init) if task.config.init else None
-    cases_for(task.dataset, initial and (initial, read_cases(initial))).write(folder)
+    cases_for(task.dataset, task.config.init).write(folder)
 
 
 def make_model(config: RunConfig, data: DataInfo) -> nnx.Module:

@@ -71,14 +71,12 @@ class Choice:
 
     Attributes:
         names: of the cases in the data set.
-        kind: what the cases are to the run, an adjective.
         own: whether they belong to the run's own data set.
         val: the run's validation cases in the data set.
         notes: sentences that a reader of the results must know.
     """
 
     names: tuple[str, ...]
-    kind: str
     own: bool
     val: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -104,10 +102,11 @@ def choose_cases(run: Path, cases: RunCases, dataset: Dataset, split: str, *, gi
     if given is None:
         return _own_choice(run, cases, dataset, splits, split)
     ids, own, initial = identify(dataset), CaseIndex(cases.own), CaseIndex(cases.initial)
+    own_names = {case.name for case in cases.own}
     split_of = {name: part for part in KINDS for name in getattr(splits, part)}
     # The splits of the run's cases that each case is the same as; "" for a case of the run without a split.
     parts = {case.name: {split_of.get(known.name, "") for known in own.find(case)} for case in ids}
-    namesakes = [case.name for case in ids if not parts[case.name] and own.has_name(case)]
+    namesakes = [case.name for case in ids if not parts[case.name] and case.name in own_names]
     if any(parts.values()):  # some cases are the run's, so namesakes are its cases with rewritten files
         parts |= {name: {split_of.get(name, "")} for name in namesakes}
         namesakes = []
@@ -135,7 +134,7 @@ def _own_choice(run: Path, cases: RunCases, dataset: Dataset, splits: Splits, sp
         )
     changed = [name for name in names if name in known and not known[name].is_same(found[name])]
     note = f"{_count(changed)} with other images than when {run} was trained: {_some(changed)}"
-    return Choice(names, KINDS[split], True, splits.val, (note,) if changed else ())
+    return Choice(names, True, splits.val, (note,) if changed else ())
 
 
 def _part_of_own(
@@ -154,7 +153,7 @@ def _part_of_own(
     note = f"{given} lacks {size - len(names)} of the {size} cases of {run}'s {split} split"
     val = tuple(name for name, found in parts.items() if "val" in found)
     all_val = val if len(val) == len(splits.val) else ()
-    return Choice(tuple(names), KINDS[split], True, all_val, (note,) if len(names) < size else ())
+    return Choice(tuple(names), True, all_val, (note,) if len(names) < size else ())
 
 
 def _unseen(run: Path, names: Sequence[str], seen: set[str], namesakes: Sequence[str], given: str) -> Choice:
@@ -171,15 +170,16 @@ def _unseen(run: Path, names: Sequence[str], seen: set[str], namesakes: Sequence
         "case": namesakes,
     }
     told = tuple(f"{note}: {_some(about)}" for note, about in notes.items() if about)
-    return Choice(tuple(name for name in names if name not in seen), KINDS["test"], False, (), told)
+    return Choice(tuple(name for name in names if name not in seen), False, (), told)
 
 
-def cases_for(dataset: Dataset, initial: tuple[Path, RunCases] | None = None) -> RunCases:
-    """The cases to keep with a run on `dataset` whose weights come from the run `initial`."""
-    if initial is None:
+def cases_for(dataset: Dataset, init: str = "") -> RunCases:
+    """The cases to keep with a run on `dataset` whose weights come from the run in `init`, if any."""
+    if not init:
         return RunCases(identify(dataset))
-    run, cases = initial
-    return RunCases(identify(dataset), (*cases.initial, *_seen(run, cases, "train", "val")), cases.complete)
+    cases = read_cases(Path(init))
+    seen = _seen(Path(init), cases, "train", "val")
+    return RunCases(identify(dataset), (*cases.initial, *seen), cases.complete)
 
 
 def check_initial(run: Path, cases: RunCases, dataset: Dataset, splits: Splits) -> None:
@@ -262,11 +262,8 @@ def resolved(data: str, directory: Path = Path()) -> str:
 
 def own_data(run: Path, data: str) -> str:
     """The data set that `run` calls `data`, resolved from the folder that the run was started in if it is there."""
-    try:
-        directory = json.loads((run / "config.json").read_text(encoding="utf-8")).get("directory", "")
-        found = resolved(data, Path(directory))
-    except (OSError, ValueError, AttributeError, TypeError):
-        return resolved(data)
+    directory = json.loads((run / "config.json").read_text(encoding="utf-8")).get("directory", "")
+    found = resolved(data, Path(directory))
     return found if Path(found.partition(":")[2]).exists() else resolved(data)
 
 

@@ -5,9 +5,8 @@ import os
 import re
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +48,7 @@ class Checkpoints:
         self.folder = folder
         self._keeps_best = training.keep_best != "none"
         self._has_saved = False
-        self._unread: TrainState | None = None  # fingerprints of the first checkpoint, until it is read back
+        self._unread: _Saved | None = None  # the first checkpoint, until it is read back
         kept: list[Any] = [keeping.LatestN(_NEWEST)]
         if self._keeps_best:
             score = training.score
@@ -108,7 +107,7 @@ class Checkpoints:
         """
         self.wait()
         if not self._has_saved and is_first():
-            self._unread = jax.tree.map(_Fingerprint.of, state)
+            self._unread = _Saved.of(state._asdict())
         self._has_saved = True
         items = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state._asdict()), data=ocp.args.JsonSave(data_state)
@@ -144,16 +143,14 @@ class Checkpoints:
         except _FILE_ERRORS as error:
             raise self._not_written(error) from error
 
-    def _read_back(self, saved: TrainState) -> None:
-        """Compares the newest checkpoint with the fingerprints of what was saved, in this process alone."""
+    def _read_back(self, saved: "_Saved") -> None:
+        """Compares the newest checkpoint with what was saved, in this process alone."""
         step = self.latest_step
-        like = jax.tree.map(lambda fingerprint: fingerprint.like, saved._asdict())
         try:
             # `CheckpointManager.restore` would wait for the other processes.
             folder = epath.Path(self._path / str(step) / "state")
-            found = ocp.StandardCheckpointHandler().restore(folder, args=ocp.args.StandardRestore(like))
-            equal = jax.tree.map(lambda fingerprint, leaf: fingerprint.fits(leaf), saved._asdict(), found)
-            reason = "" if jax.tree.all(equal) else "it holds other numbers than were saved"
+            found = ocp.StandardCheckpointHandler().restore(folder, args=ocp.args.StandardRestore(saved.like))
+            reason = "" if saved.equals(found) else "it holds other numbers than were saved"
         except _READ_ERRORS as error:
             reason = self._reason(error)
         if reason:
@@ -222,31 +219,37 @@ class Checkpoints:
         return _reason(error).replace(str(self._path), str(self.folder))
 
 
-@dataclass(frozen=True)
-class _Fingerprint:
-    """Identifies an array's values.
+class _Saved(NamedTuple):
+    """Identifies saved arrays.
 
     Attributes:
-        like: an array of the same shape and dtype that takes no memory.
-        checksum: of the values; None if this process cannot read them all.
+        like: arrays of the same shapes and dtypes that take no memory.
+        checksums: of each array's values; None for random keys, and for arrays that this process cannot read whole.
     """
 
     like: Any
-    checksum: int | None
+    checksums: list[int | None]
 
     @classmethod
-    def of(cls, array: jax.Array) -> "_Fingerprint":
-        if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
-            return cls(jax.ShapeDtypeStruct(array.shape, array.dtype), None)
-        like = np.broadcast_to(np.zeros((), array.dtype), array.shape)
-        readable = array.is_fully_replicated or array.is_fully_addressable
-        return cls(like, _checksum(array) if readable else None)
+    def of(cls, state: Any) -> "_Saved":
+        return cls(jax.tree.map(_like, state), [_checksum(leaf) for leaf in jax.tree.leaves(state)])
 
-    def fits(self, array: Any) -> bool:
-        return self.checksum is None or self.checksum == _checksum(array)
+    def equals(self, found: Any) -> bool:
+        values = zip(self.checksums, jax.tree.leaves(found), strict=True)
+        return all(checksum in (None, _checksum(leaf)) for checksum, leaf in values)
 
 
-def _checksum(array: Any) -> int:
+def _like(array: jax.Array) -> Any:
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        return jax.ShapeDtypeStruct(array.shape, array.dtype)
+    return np.broadcast_to(np.zeros((), array.dtype), array.shape)
+
+
+def _checksum(array: Any) -> int | None:
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        return None
+    if isinstance(array, jax.Array) and not (array.is_fully_replicated or array.is_fully_addressable):
+        return None
     return zlib.crc32(np.ascontiguousarray(array).tobytes())
 
 

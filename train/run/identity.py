@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 
 from train.data import Dataset, PhantomDataset, VolumeDataset
@@ -53,10 +52,6 @@ class CaseIndex:
         named = [known for known in self._by_name[case.name] if known.is_same(case)]
         imaged = [known for image in case.images for known in self._by_image[image] if known.is_same(case)]
         return set(named or imaged)
-
-    def has_name(self, case: CaseId) -> bool:
-        """Whether a case has the name of `case`."""
-        return bool(self._by_name[case.name])
 
 
 _identified: list[
@@ -131,6 +126,8 @@ def _checksum(content: Any) -> str:
 
 def _nifti_size(file: Path) -> int:
     """Bytes of an uncompressed volume according to its header; 0 if it has none."""
+    import nibabel as nib  # here, since most commands identify no file
+
     try:
         volume: Any = nib.load(file)
         return int(np.prod(volume.shape) * volume.get_data_dtype().itemsize + volume.dataobj.offset)

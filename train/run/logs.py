@@ -1,27 +1,23 @@
 """The numbers of a run, step by step: CSV files, and the same for TensorBoard."""
 
 import contextlib
-import csv
-import io
 import os
 import shutil
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import UInt8
 
+from calib_jax.results import ModelResult
 from train.errors import NotFinite
 from train.processes import is_first
 from train.run.folder import writing, written_whole
 from train.terms import is_term
-
-if TYPE_CHECKING:
-    from calib_jax.results import ModelResult
 
 _MEDIAN_OF = 20  # steps
 
@@ -89,7 +85,7 @@ class RunLog:
             self._has_diverged = True
             print(f"\nnote: {sentence}", file=sys.stderr)
 
-    def validation(self, step: int, metrics: Mapping[str, float], result: "ModelResult") -> None:
+    def validation(self, step: int, metrics: Mapping[str, float], result: ModelResult) -> None:
         """Logs a validation with its reliability diagram.
 
         Raises:
@@ -111,13 +107,15 @@ class RunLog:
         self._since = time.perf_counter()  # the validation's time does not count as the steps'
 
 
-def reliability_picture(result: "ModelResult") -> UInt8[np.ndarray, "height width rgb"]:
+def reliability_picture(result: ModelResult) -> UInt8[np.ndarray, "height width rgb"]:
     """A reliability diagram of all classes together, in the report's style and without pyplot."""
-    from calib_jax import plots
-    from calib_jax.report import figures
+    from calib_jax import plots  # first, since it imports matplotlib despite a broken configuration
 
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # isort: skip, plots imports it first
-    from matplotlib.figure import Figure  # isort: skip
+    # isort: split
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from calib_jax.report import figures
 
     with figures.style():
         figure = Figure(figsize=(4, 4), layout="constrained")
@@ -154,7 +152,7 @@ class CsvLog:
         self.rows += new
         if known:
             with writing(self._file), self._file.open("a", encoding="utf-8", newline="") as file:
-                file.write(self._text(new))
+                file.write(self._lines(new))
         else:  # the first rows, or those of a version that logs more
             self._write_whole()
 
@@ -165,15 +163,13 @@ class CsvLog:
         columns = list(dict.fromkeys(name for row in self.rows for name in row))
         self.rows = [{name: row.get(name, np.nan) for name in columns} for row in self.rows]
         with writing(self._file), written_whole(self._file) as partial:
-            text = self._text([dict(zip(columns, columns, strict=True)), *self.rows])
+            text = f"{','.join(columns)}\r\n{self._lines(self.rows)}"
             partial.write_text(text, encoding="utf-8", newline="")
 
-    def _text(self, rows: Sequence[Mapping[str, float | str]]) -> str:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=list(self.rows[0]), restval="nan")
-        for row in rows:
-            writer.writerow({n: v if isinstance(v, str) else f"{v:.7g}" for n, v in row.items()})
-        return text.getvalue()
+    def _lines(self, rows: Sequence[Mapping[str, float]]) -> str:
+        columns = self.rows[0]
+        lines = (",".join(f"{row.get(name, np.nan):.7g}" for name in columns) for row in rows)
+        return "".join(f"{line}\r\n" for line in lines)
 
 
 class TensorBoardLog:

@@ -1,10 +1,10 @@
-"""How far runs have come, read from their folders while they go on or after they ended."""
+"""The progress of runs, read from their folders while they run or later."""
 
 import json
 import math
 from pathlib import Path
 
-from train.config import TrainingConfig, read_config
+from train.config import read_config
 from train.errors import InputError
 from train.files import visible
 from train.run.folder import process_of
@@ -12,10 +12,10 @@ from train.run.logs import broken_lines, divergence, parse_log
 
 
 def status(folder: Path) -> str:
-    """One paragraph for the run in `folder`, or one for each run of the comparison in it.
+    """A paragraph about the run in `folder`, or one about each run of the comparison in it.
 
     Raises:
-        InputError: if there is no run.
+        InputError: the folder holds no run.
     """
     if not (folder / "config.json").exists():
         raise InputError(f"{folder} holds no run: {folder / 'config.json'} does not exist.")
@@ -27,7 +27,7 @@ def status(folder: Path) -> str:
 
 
 def _is_run(folder: Path) -> bool:
-    """A comparison's configuration holds that of its runs, a run's own names one loss."""
+    """Whether the folder is of a run, whose configuration has one loss, rather than of a comparison."""
     file = folder / "config.json"
     try:
         return "loss" in dict(json.loads(file.read_text(encoding="utf-8"))["config"])
@@ -50,29 +50,24 @@ def _paragraph(run: Path) -> str:
         lines.append(f"  validation at {_measured(validations[-1])}")
     kept = sorted(int(path.name) for path in (run / "checkpoints").glob("*") if path.name.isdigit())
     lines.append(f"  checkpoints at steps {', '.join(map(str, kept)) or 'none'}")
-    if best := _best(config.training, [row for row in validations if row["step"] in kept]):
+    measured = [row for row in validations if row["step"] in kept]
+    if config.training.keep_best != "none" and measured:
+        best = max(reversed(measured), key=config.training.score)  # the later one of equals
         lines.append(f"  best by {config.training.keep_best}: {_measured(best)}")
     notes = [broken_lines(log, broken), broken_lines(validation, broken_validations), divergence(rows)]
     return "\n".join([*lines, *(f"  note: {note}" for note in notes if note)])
 
 
 def _process(folder: Path) -> str:
-    """Whether someone is at work, or how the last one ended."""
+    """Whether a process is at work on the run, or how the last one ended."""
     process = process_of(folder)
     if process is None:
         return "no process known"
     if process.running:
         return f"running: {process.name}"
     if process.state == "running":
-        return f"killed: {process.name} is gone without a word; --resume goes on"
+        return f"killed: {process.name} no longer runs; --resume goes on"
     return f"{process.state}; --resume goes on" if process.state == "stopped" else process.state
-
-
-def _best(training: TrainingConfig, kept: list[dict[str, float]]) -> dict[str, float] | None:
-    """The validation of the best checkpoint, the later of equal ones."""
-    if training.keep_best == "none" or not kept:
-        return None
-    return max(reversed(kept), key=training.score)
 
 
 def _measured(row: dict[str, float]) -> str:
@@ -81,10 +76,9 @@ def _measured(row: dict[str, float]) -> str:
 
 
 def _time_left(rows: list[dict[str, float]], steps: int) -> str:
-    if not rows or rows[-1]["step"] + 1 >= steps:
+    left = steps - rows[-1]["step"] - 1 if rows else 0
+    speed = rows[-1].get("steps_per_second", 0.0) if rows else 0.0
+    if left <= 0 or not speed:
         return ""
-    speed = rows[-1].get("steps_per_second", 0.0)
-    if not speed:
-        return ""
-    minutes, seconds = divmod(int((steps - rows[-1]["step"] - 1) / speed), 60)
+    minutes, seconds = divmod(int(left / speed), 60)
     return f", {minutes}:{seconds:02d} min left at {speed:.2f} steps/s"
