@@ -257,14 +257,7 @@ class DataInfo:
     @classmethod
     def of(cls, dataset: "Dataset") -> "DataInfo":
         """The properties of `dataset`."""
-        return cls(
-            dataset.name,
-            dataset.class_names,
-            dataset.num_channels,
-            dataset.spatial_dims,
-            dataset.intensity_range,
-            dataset.geometry,
-        )
+        return cls(**{field.name: getattr(dataset, field.name) for field in dataclasses.fields(cls)})
 
 
 def check_same_data(data: str, found: DataInfo, run: Path, trained: DataInfo) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from calib_jax.report import METRICS, Result
+from calib_jax.results import METRICS, Result
 
 HEADER = ("", "cases", *METRICS)
 
