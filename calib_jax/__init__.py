@@ -25,7 +25,7 @@ from calib_jax.errors import (
     maximum_calibration_error,
     top_label_statistics,
 )
-from calib_jax.losses import mL1_ace, mL1_ece, mL1_mce, segmentation_loss, segmentation_loss_parts
+from calib_jax.losses import mL1_ace, mL1_ece, mL1_mce
 from calib_jax.metrics import brier_score, dice_score, negative_log_likelihood
 from calib_jax.reliability import ReliabilityCurve, reliability_band, reliability_curve, reliability_histogram
 from calib_jax.scaling import (
@@ -35,6 +35,7 @@ from calib_jax.scaling import (
     fit_temperature,
     fit_vector_scaling,
 )
+from calib_jax.segmentation import segmentation_loss, segmentation_loss_parts
 
 __all__ = [
     "Accumulator",

@@ -1,4 +1,4 @@
-"""Checks of arguments: shapes, dtypes and options always, values of arrays only where they are concrete."""
+"""Checks of arguments: of shapes, dtypes and options always, of array values only if they are concrete."""
 
 import math
 from collections.abc import Collection, Mapping
@@ -10,13 +10,15 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Num
 
+from calib_jax._labels import are_dense, as_class_ids, check_labels
+
 AnyArray = Array | np.ndarray
 Probs = Float[AnyArray, "batch *spatial classes"]
 Labels = Num[AnyArray, "batch *spatial"] | Num[AnyArray, "batch *spatial classes"]
 Mask = Bool[AnyArray, "batch *spatial"] | Bool[AnyArray, "batch *spatial classes"]
 
-# How far outside [0, 1] rounding may put a probability: one unit of float16 at 1, since files often hold float32
-# values that were computed in half precision, or four units of its own dtype.
+# Rounding may put a probability outside [0, 1] by one unit of float16 at 1 (files often hold float32 values that
+# were computed in half precision), or by four units of its own dtype.
 _ROUNDING = 1e-3
 _UNITS = 4
 
@@ -39,7 +41,7 @@ def check_size(name: str, value: Any) -> None:
 
 
 def check_flag(name: str, value: Any) -> None:
-    """Raises unless `value` is True or False, so that the string "False" does not count as True."""
+    """Raises unless `value` is True or False: the string "False" would count as True."""
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f"{name} must be True or False; got {value!r}.")
 
@@ -58,7 +60,7 @@ def check_number(name: str, value: Any, low: float = -math.inf, high: float = ma
 
 
 def check_weights(name: str, weights: Any) -> None:
-    """Raises unless `weights` are finite, not negative and not all zero. Traced ones pass."""
+    """Raises unless `weights` are finite, not negative and not all zero. Traced weights pass."""
     if isinstance(weights, Tracer):
         return
     values = np.asarray(weights, np.float64)
@@ -69,12 +71,12 @@ def check_weights(name: str, weights: Any) -> None:
 
 
 def check_values(arguments: Mapping[str, Any]) -> None:
-    """Raises if probabilities, or labels of their shape, lie outside [0, 1] by more than rounding.
+    """Raises if probabilities or dense labels lie outside [0, 1] by more than rounding.
 
-    Values that `where` masks may be anything, and so may NaN, which shows in the result.
+    Masked values may be anything. NaN passes and shows in the result.
 
     Args:
-        arguments: arrays with values (none is traced) of shapes that agree: `probs` or `logits`, `labels`, `where`.
+        arguments: concrete arrays whose shapes agree: `probs` or `logits`, `labels`, `where`.
     """
     values, where = arguments.get("logits"), arguments.get("where")
     if values is None:
@@ -86,30 +88,17 @@ def check_values(arguments: Mapping[str, Any]) -> None:
 
 
 def check_soft_labels(values: Any, labels: Any, where: Any) -> None:
-    """Raises if labels of the shape of `values` (logits or probabilities) lie outside [0, 1]."""
-    if labels.ndim == values.ndim:
+    """Raises if labels are dense (`values` are logits or probabilities) and lie outside [0, 1]."""
+    if are_dense(labels, values):
         _check_unit_interval(
             "labels", labels, where, "Divide masks of 0 and 255 by 255, and mask voxels to ignore with where."
         )
 
 
-def as_class_ids(ids: Any) -> AnyArray:
-    """An array of `ids`, NumPy's unless it is JAX's; those of 64 bits as int32, or as -1 where that is too short.
-
-    -1 is no class. A cast would wrap them: 2^32 + 1 would become class 1.
-    """
-    ids = ids if isinstance(ids, jax.Array) else np.asarray(ids)
-    if ids.dtype in (np.int64, np.uint64):
-        numpy = np if isinstance(ids, np.ndarray) else jnp
-        fits = (ids >= 0) & (ids <= np.iinfo(np.int32).max)
-        ids = numpy.where(fits, ids.astype(np.int32), np.int32(-1))
-    return ids
-
-
 def as_inputs(
     probs: Any, labels: Any, where: Any, *, probs_name: str = "probs"
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Arrays of agreeing shape and sensible dtype: `probs`, `labels` and `where` (or None), or an error."""
+    """`probs`, `labels` and `where` (or None) as arrays whose shapes and dtypes agree, or an error."""
     probs, labels = jnp.asarray(probs), jnp.asarray(as_class_ids(labels))
     if not jnp.issubdtype(probs.dtype, jnp.floating):
         raise TypeError(
@@ -119,7 +108,7 @@ def as_inputs(
         raise ValueError(
             f"{probs_name} must have shape [batch, *spatial, classes] without empty axes; got {probs.shape}."
         )
-    _check_labels(labels, probs, probs_name)
+    check_labels(labels, probs, probs_name)
     return probs, labels, None if where is None else _checked_mask(where, probs, probs_name)
 
 
@@ -148,40 +137,22 @@ def _check_unit_interval(name: str, values: Any, where: Any, remedy: str) -> Non
 
 
 def _extremes(values: np.ndarray) -> tuple[Any, Any]:
-    """Smallest and largest value; anything where none is negative or NaN is among them."""
+    """Smallest and largest value. They are arbitrary if no value is negative or a value is NaN."""
     if values.dtype.itemsize != 2 or not jnp.issubdtype(values.dtype, jnp.floating):
         return values.min(), values.max()
-    # NumPy compares half precision slowly. As unsigned integers the most negative number is the largest, as signed
-    # ones the most positive.
+    # NumPy compares half precision slowly. The bits of the most negative number are the largest unsigned integer,
+    # the bits of the most positive number the largest signed one.
     bits = np.array([values.view(np.uint16).max(), values.view(np.int16).max().astype(np.uint16)])
     low, high = bits.view(values.dtype).astype(np.float32)
     return low, high
 
 
 def check_voxel_mask(where: jax.Array | None, probs: jax.Array) -> None:
-    """Raises if a mask has classes, where a voxel counts with all its classes or with none."""
+    """Raises if a mask has a class axis."""
     if where is not None and where.ndim == probs.ndim:
         raise ValueError(
             f"where must have shape {probs.shape[:-1]}, one entry per voxel: a voxel counts with all its classes "
             f"or with none; got {where.shape}."
-        )
-
-
-def _check_labels(labels: jax.Array, probs: jax.Array, probs_name: str) -> None:
-    if jnp.issubdtype(labels.dtype, jnp.complexfloating):
-        raise TypeError(f"labels must be class ids or a one-hot or soft array; got {labels.dtype}.")
-    if labels.shape == probs.shape:
-        return
-    if labels.shape != probs.shape[:-1]:
-        raise ValueError(
-            f"labels must be class ids of shape {probs.shape[:-1]} or one-hot / soft of shape {probs.shape}, "
-            f"to go with {probs_name} of shape {probs.shape}; got {labels.shape}. Axes are "
-            "[batch, *spatial, classes]: move a channel-first array with jnp.moveaxis(x, 1, -1)."
-        )
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise TypeError(
-            f"labels of shape {labels.shape} are read as class ids and must be integers; got {labels.dtype}. "
-            "Cast them with labels.astype(jnp.int32)."
         )
 
 

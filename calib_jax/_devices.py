@@ -1,4 +1,4 @@
-"""Sums over an image whose voxels lie on several devices: inside `shard_map`, by the name of a mesh axis."""
+"""Sums over images whose voxels are split over devices, inside `shard_map`."""
 
 import functools
 from typing import Any
@@ -12,11 +12,11 @@ AxisName = str | tuple[str, ...]
 
 
 def whole_sum(parts: Any, axis_name: AxisName | None) -> Any:
-    """Sums of whole images from those of each device's part; None: the part is the whole.
+    """Sums over whole images from the sums over each device's part. `axis_name=None`: the part is the whole.
 
-    A part's gradient is the whole's, so that a device that differentiates gets its share of the true gradient. The
-    transpose of `psum` is that under `check_vma=True` alone; without, it would add up all devices' cotangents,
-    which are equal already.
+    The gradient of a part is the gradient of the whole, so that each device gets its share of the true gradient.
+    The transpose of `psum` does this only under `check_vma=True`. Otherwise it adds up the cotangents of all
+    devices, which are equal already.
     """
     if axis_name is None:
         return parts
@@ -24,16 +24,16 @@ def whole_sum(parts: Any, axis_name: AxisName | None) -> Any:
 
 
 def whole_size(part: int, axis_name: AxisName | None) -> int:
-    """Elements of the whole where each device has `part` of them."""
+    """Number of elements of the whole, of which each device has `part`."""
     return part if axis_name is None else part * lax.axis_size(axis_name)
 
 
 def check_not_split(what: str, axis_name: AxisName | None) -> None:
-    """Raises if what cannot be computed from sums is asked for of images that are split over devices."""
+    """Raises if images are split over devices: `what` cannot be computed from sums."""
     if axis_name is not None:
         raise ValueError(
-            f"{what} needs voxels that lie on other devices, and cannot be had with axis_name={axis_name!r}; "
-            "split the batch over devices instead of the voxels, or leave it out."
+            f"{what} needs voxels that lie on other devices and does not work with axis_name={axis_name!r}. "
+            "Split the batch over devices instead of the voxels, or leave it out."
         )
 
 

@@ -1,8 +1,8 @@
-"""Public functions outside of `jit`: one compiled program each, for a few sizes of images.
+"""Public functions outside `jit`: a few compiled programs each, for images of all sizes.
 
-Outside of `jit`, JAX compiles a loop inside a function anew at every call, and every operation for every new shape.
-`compiled` keeps one program for each set of options. Where all arguments are concrete it also fills images up with
-masked voxels to a few sizes, so that a data set of many sizes needs a few programs.
+Outside `jit`, JAX compiles a loop anew at every call, and every operation for every new shape. `compiled` keeps
+one program for each set of options. If all arguments are concrete, it also pads images with masked voxels to a few
+sizes, so that a data set of many sizes needs few programs.
 """
 
 import contextlib
@@ -16,7 +16,8 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from calib_jax._checks import as_class_ids, check_values, check_weights
+from calib_jax._checks import check_values, check_weights
+from calib_jax._labels import as_class_ids
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -34,12 +35,12 @@ def compiled(
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Decorates a public function of images, which then runs as one compiled program wherever it is called.
 
-    Under `jit` the program is inlined: nothing changes there. Positional arguments are arrays or pytrees of arrays.
-    Keyword-only arguments are static unless they are arrays.
+    Under `jit` the program is inlined. Positional arguments are arrays or pytrees of arrays. Keyword-only
+    arguments are static unless they are arrays. Values of concrete arrays are checked here, outside the program.
 
     Args:
-        keeps_shape: whether the function looks at more of a voxel than its values, such as its neighbors, so that
-            images are not filled up; or a function that tells it from the static options.
+        keeps_shape: True if the function needs the shape of images, for instance the neighbours of a voxel, so that
+            images are not padded; or a function of the static options that says so.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -63,7 +64,7 @@ def compiled(
                     check_values(arrays)
                 keep = keeps_shape(options) if callable(keeps_shape) else keeps_shape
                 if not (keep or _config.jax_disable_jit):
-                    # What the function refuses it refuses below, naming the shapes that the caller gave.
+                    # What the function refuses is refused below, where messages name the caller's shapes.
                     with contextlib.suppress(TypeError, ValueError):
                         return program(_filled_up(arrays, shape), static)
             return program(arrays, static)
@@ -74,7 +75,7 @@ def compiled(
 
 
 def nan_where_undefined(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorates a function whose results are NaN where nothing was counted: `jax_debug_nans` lets them pass."""
+    """Decorates a function whose results are NaN where nothing was counted. `jax_debug_nans` lets these pass."""
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -85,7 +86,7 @@ def nan_where_undefined(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def filled_size(voxels: int) -> int:
-    """Voxels that an image is filled up to: the next power of two, above a million the next eighth of one.
+    """Voxels of a padded image: the next power of two, above a million the next eighth of a power of two.
 
     Example:
         >>> filled_size(50_000), filled_size(1_100_000)
@@ -97,7 +98,7 @@ def filled_size(voxels: int) -> int:
 
 
 def fill_up(x: Any, axes: int, size: int) -> np.ndarray:
-    """`[batch, *voxels, ...]` with so many `axes` of voxels, as `[batch, size, ...]` with zeros behind them."""
+    """`[batch, *voxels, ...]` with `axes` axes of voxels as `[batch, size, ...]`, padded with zeros."""
     x = np.asarray(x)
     voxels, rest = math.prod(x.shape[1 : 1 + axes]), x.shape[1 + axes :]
     filled = np.zeros((x.shape[0], size, *rest), x.dtype)
@@ -134,7 +135,7 @@ def _are_names(value: Any) -> bool:
 
 
 def _are_concrete(arrays: Mapping[str, Any]) -> bool:
-    """Whether all arrays have values, each on one device."""
+    """Whether all arrays are concrete and each is on one device."""
     return all(
         not isinstance(leaf, Tracer)
         and (not isinstance(leaf, jax.Array) or len(leaf.sharding.device_set) == 1)
@@ -143,7 +144,7 @@ def _are_concrete(arrays: Mapping[str, Any]) -> bool:
 
 
 def _shape_of_images(arrays: Mapping[str, Any]) -> tuple[int, ...]:
-    """`[batch, *spatial]`; empty where the arrays do not agree on it, which the function refuses."""
+    """`[batch, *spatial]`. Empty if arrays disagree on it; the decorated function refuses these."""
     images = {name: arrays[name] for name in _IMAGES if arrays.get(name) is not None}
     first = next(iter(images.values()))
     shape = np.shape(first) if "predictions" in images else np.shape(first)[:-1]
@@ -154,7 +155,7 @@ def _shape_of_images(arrays: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def _filled_up(arrays: dict[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
-    """Arrays whose images, of this shape, have masked voxels behind their own."""
+    """Arrays whose images, of shape `shape`, are padded with masked voxels."""
     images = {name: arrays[name] for name in _IMAGES if arrays.get(name) is not None}
     first = next(iter(images.values()))
     images.setdefault("where", np.ones(shape, bool))

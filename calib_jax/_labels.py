@@ -7,12 +7,45 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 
 def are_dense(labels: Any, like: Any) -> bool:
     """Whether labels have the shape of `like`, instead of one class id per voxel."""
     return labels.ndim == like.ndim
+
+
+def as_class_ids(ids: Any) -> Array | np.ndarray:
+    """`ids` as an array of NumPy or JAX, 64-bit ids as int32.
+
+    An id that does not fit becomes -1, which is no class. A cast would wrap it: 2^32 + 1 would become class 1.
+    """
+    ids = ids if isinstance(ids, jax.Array) else np.asarray(ids)
+    if ids.dtype in (np.int64, np.uint64):
+        numpy = np if isinstance(ids, np.ndarray) else jnp
+        fits = (ids >= 0) & (ids <= np.iinfo(np.int32).max)
+        ids = numpy.where(fits, ids.astype(np.int32), np.int32(-1))
+    return ids
+
+
+def check_labels(labels: Array, like: Array, name: str) -> None:
+    """Raises unless labels are class ids or dense for the array `like`, the caller's argument `name`."""
+    if jnp.issubdtype(labels.dtype, jnp.complexfloating):
+        raise TypeError(f"labels must be class ids or a one-hot or soft array; got {labels.dtype}.")
+    if labels.shape == like.shape:
+        return
+    if labels.shape != like.shape[:-1]:
+        raise ValueError(
+            f"labels must be class ids of shape {like.shape[:-1]} or one-hot / soft of shape {like.shape}, "
+            f"to go with {name} of shape {like.shape}; got {labels.shape}. Axes are "
+            "[batch, *spatial, classes]: move a channel-first array with jnp.moveaxis(x, 1, -1)."
+        )
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(
+            f"labels of shape {labels.shape} are class ids and must be integers; got {labels.dtype}. "
+            "Cast them with labels.astype(jnp.int32)."
+        )
 
 
 def one_hot(labels: Array, like: Float[Array, "*voxels classes"]) -> Float[Array, "*voxels classes"]:
@@ -42,3 +75,11 @@ def without_background(labels: Array, like: Float[Array, "*voxels classes"]) -> 
     # The lowest number of a dtype wraps to its highest, which must be no class.
     wide = labels if jnp.iinfo(labels.dtype).max >= like.shape[-1] else labels.astype(jnp.int32)
     return wide - 1
+
+
+def have_class(labels: Array, like: Float[Array, "*voxels classes"]) -> Bool[Array, "*voxels"]:
+    """Whether each voxel belongs to a class: its id is in range, or a label of it is not zero."""
+    if are_dense(labels, like):
+        return (labels != 0).any(-1)
+    ids = labels.astype(jnp.int32)
+    return (ids >= 0) & (ids < like.shape[-1])

@@ -1,8 +1,8 @@
-"""The field's other losses against overconfidence, straight from logits, to compare and combine with mL1-ACE.
+"""Other published losses against overconfidence, to compare and combine with mL1-ACE. All take logits.
 
-All of them read their arguments alike. A voxel that `where` masks, or whose label is no class (an id outside
-`[0, classes)`, a row of zeros), costs nothing and gets no gradient, NaN or not; means are over the voxels that
-`where` leaves, without a class or not, and zero if it leaves none.
+A voxel that `where` masks, or that has no class (an id outside `[0, classes)`, a row of zeros), costs nothing and
+gets no gradient, even if its logits are NaN. Means are over the voxels that `where` keeps, with or without a class.
+They are zero if it keeps none.
 """
 
 import math
@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float
 
-from calib_jax._checks import AnyArray, Labels, check_choice, check_flag, check_number
+from calib_jax._checks import AnyArray, Labels, check_choice, check_flag, check_number, check_size
 from calib_jax._devices import AxisName, whole_sum
 from calib_jax._eager import compiled
-from calib_jax._voxels import one_hot_labels, voxel_cross_entropy, voxel_inputs, voxel_mean
+from calib_jax._labels import are_dense, one_hot
+from calib_jax._voxels import Inputs, voxel_cross_entropy, voxel_inputs, voxel_mean
 
 Logits = Float[AnyArray, "batch *spatial classes"]
 VoxelMask = Bool[AnyArray, "batch *spatial"]
@@ -31,10 +32,10 @@ def focal_loss(
     where: VoxelMask | None = None,
     axis_name: AxisName | None = None,
 ) -> Float[Array, ""]:
-    r"""Multi-class focal loss: cross-entropy that lets go of voxels which are right already.
+    r"""Multi-class focal loss: cross-entropy with small weights for voxels that are right already.
 
     :math:`-\sum_c y_c (1 - p_c)^\gamma \log p_c` with p = softmax(logits), averaged over voxels. The factor
-    bounds the reward of ever larger logits, which calibrates; gamma 0 is cross-entropy.
+    limits the reward for ever larger logits, which improves calibration. Gamma 0 gives cross-entropy.
 
     Args:
         logits: unnormalised scores `[batch, *spatial, classes]`, at least two classes.
@@ -44,8 +45,8 @@ def focal_loss(
         axis_name: the mesh axis over which each image's voxels are split, see `calib_jax.segmentation_loss`.
 
     Returns:
-        The scalar loss. MONAI's `FocalLoss(use_softmax=True)` averages over classes too, and is this divided
-        by their number.
+        The scalar loss. MONAI's `FocalLoss(use_softmax=True)` also averages over classes: it equals this loss
+        divided by the number of classes.
 
     Raises:
         TypeError, ValueError: on dtypes, shapes or options that do not fit, and on one-hot or soft labels that are
@@ -63,7 +64,7 @@ def focal_loss(
     """
     check_number("gamma", gamma, 0.0)
     inputs = voxel_inputs(logits, labels, where, axis_name)
-    if inputs.labels.ndim == inputs.logits.ndim:
+    if are_dense(inputs.labels, inputs.logits):
         surprise = -jax.nn.log_softmax(inputs.logits)
         return voxel_mean((inputs.labels * _focal(surprise, gamma)).sum(-1), inputs)
     return voxel_mean(_focal(voxel_cross_entropy(inputs), gamma), inputs)
@@ -78,7 +79,7 @@ def label_smoothing_loss(
     where: VoxelMask | None = None,
     axis_name: AxisName | None = None,
 ) -> Float[Array, ""]:
-    r"""Cross-entropy with labels mixed with the uniform distribution.
+    r"""Cross-entropy with labels that are mixed with the uniform distribution.
 
     :math:`-\sum_c ((1 - \alpha) y_c + \alpha / K) \log p_c` with p = softmax(logits) of K classes, averaged over
     voxels: PyTorch's `CrossEntropyLoss(label_smoothing=alpha)`.
@@ -109,7 +110,7 @@ def label_smoothing_loss(
     """
     check_number("alpha", alpha, 0.0, 1.0)
     inputs = voxel_inputs(logits, labels, where, axis_name)
-    targets = optax.losses.smooth_labels(one_hot_labels(inputs), alpha)
+    targets = optax.losses.smooth_labels(one_hot(inputs.labels, inputs.logits), alpha)
     return voxel_mean(optax.losses.softmax_cross_entropy(inputs.logits, targets), inputs)
 
 
@@ -126,9 +127,9 @@ def spatially_varying_label_smoothing_loss(
 
     The target of voxel i is :math:`\tfrac{1}{2} y_i + \tfrac{1}{2} \sum_j w_j y_j / \sum_j w_j` over its neighbours
     j in a cube of `kernel_size` voxels along every spatial axis, w_j = exp(-|i - j|^2 / (2 sigma^2)): a Gaussian
-    kernel whose centre has been given the weight of all its neighbours together. Images are continued by
-    repeating their outermost voxels. Neighbours that `where` masks or that have no class are left out, and
-    the rest of the kernel, centre included, scaled up to a sum of 1.
+    kernel whose centre weighs as much as all its neighbours together. Beyond its border, an image repeats its
+    outermost voxels. Neighbours that `where` masks or that have no class are left out, and the remaining weights,
+    centre included, are scaled to a sum of 1.
 
     Args:
         logits: unnormalised scores `[batch, *spatial, classes]`, at least two classes and one spatial axis.
@@ -155,10 +156,8 @@ def spatially_varying_label_smoothing_loss(
         IPMI 2021, arXiv 2104.05788.
     """
     check_number("sigma", sigma, 0.1)
-    _check_kernel_size(kernel_size)
-    inputs = voxel_inputs(logits, labels, where)
-    _check_spatial(inputs.logits)
-    targets = _spatially_smoothed(one_hot_labels(inputs), inputs.has_class, sigma, kernel_size)
+    inputs = _spatial_inputs(logits, labels, where, kernel_size)
+    targets = _spatially_smoothed(one_hot(inputs.labels, inputs.logits), inputs.has_class, sigma, kernel_size)
     return voxel_mean(optax.losses.softmax_cross_entropy(inputs.logits, targets), inputs)
 
 
@@ -172,17 +171,17 @@ def margin_label_smoothing_loss(
     where: VoxelMask | None = None,
     axis_name: AxisName | None = None,
 ) -> Float[Array, ""]:
-    r"""MbLS: cross-entropy, and a price for logits that lie more than a margin below the largest.
+    r"""MbLS: cross-entropy plus a penalty on logits that lie more than a margin below the largest.
 
     :math:`\mathrm{CE} + \lambda \frac{1}{K} \sum_c \max(0, \max_k l_k - l_c - m)` for the K logits l of a voxel,
-    averaged over voxels. Label smoothing pulls at every distance between logits, this at excessive ones only.
+    averaged over voxels. Label smoothing penalises every distance between logits, MbLS only excessive ones.
 
     Args:
         logits: unnormalised scores `[batch, *spatial, classes]`, at least two classes.
         labels: class ids `[batch, *spatial]`, or one-hot or soft labels of the shape of `logits`.
-        margin: distance m between logits that is free, at least 0.
-        weight: weight lambda of the penalty, at least 0. The paper sums it over classes, the authors' code
-            averages it; here it is averaged, so that their 0.1 means the same.
+        margin: distance m between logits that costs nothing, at least 0.
+        weight: weight lambda of the penalty, at least 0. The paper sums the penalty over classes. This function
+            averages it, as the authors' code does, so that their 0.1 means the same.
         where: voxels to count, boolean, `[batch, *spatial]`; None counts all.
         axis_name: the mesh axis over which each image's voxels are split, see `calib_jax.segmentation_loss`.
 
@@ -221,19 +220,19 @@ def neighbor_aware_loss(
     norm: Literal["l1", "l2"] = "l1",
     where: VoxelMask | None = None,
 ) -> Float[Array, ""]:
-    r"""NACL: cross-entropy, and a price for logits that differ from the share of each class nearby.
+    r"""NACL: cross-entropy plus a penalty on logits that differ from the share of each class nearby.
 
     :math:`\mathrm{CE} + \lambda \frac{1}{K} \sum_c |\tau_c - l_c|` for the K logits l of a voxel, averaged over
     voxels; tau_c is the share of class c in the cube of `kernel_size` voxels along every spatial axis around the
-    voxel, itself included. Voxels beyond the image, masked or without a class are in no class's count but
-    remain in the size of the cube: MONAI's `NACLLoss`. It holds the logits themselves near [0, 1].
+    voxel, itself included. Voxels that lie beyond the image, are masked or have no class count for no class, but
+    for the size of the cube, as in MONAI's `NACLLoss`. The penalty keeps the logits themselves near [0, 1].
 
     Args:
         logits: unnormalised scores `[batch, *spatial, classes]`, at least two classes and one spatial axis.
         labels: class ids `[batch, *spatial]`, or one-hot or soft labels of the shape of `logits`.
         kernel_size: side of the cube in voxels, odd and at least 3.
-        weight: weight lambda of the penalty, at least 0. The paper sums it over classes, the authors' code and
-            MONAI's average it; here it is averaged, so that their 0.1 means the same.
+        weight: weight lambda of the penalty, at least 0. The paper sums the penalty over classes. This function
+            averages it, as the authors' code and MONAI's do, so that their 0.1 means the same.
         norm: `"l1"` for the absolute difference, `"l2"` for the squared one.
         where: voxels to count, boolean, `[batch, *spatial]`; None counts all.
 
@@ -254,16 +253,14 @@ def neighbor_aware_loss(
         Murugesan et al., "Trust your neighbours: Penalty-based constraints for model calibration", MICCAI 2023,
         arXiv 2303.06268; "Neighbor-Aware Calibration of Segmentation Networks", arXiv 2401.14487.
     """
-    _check_kernel_size(kernel_size)
     check_number("weight", weight, 0.0)
     check_choice("norm", norm, ("l1", "l2"))
-    inputs = voxel_inputs(logits, labels, where)
-    _check_spatial(inputs.logits)
-    shares = one_hot_labels(inputs)
+    inputs = _spatial_inputs(logits, labels, where, kernel_size)
+    shares = one_hot(inputs.labels, inputs.logits)
     for axis in _spatial_axes(shares):
-        shares = _window_sum(shares, axis, [1 / kernel_size] * kernel_size, "constant")
+        shares = _kernel_sum(shares, axis, [1 / kernel_size] * kernel_size, "constant")
     difference = inputs.logits - shares
-    # Not abs: its gradient at 0 is 1 in JAX, which would push at logits that are where they should be.
+    # Not abs: its gradient at 0 is 1 in JAX, which would move logits that are right.
     distance = jnp.sign(difference) * difference if norm == "l1" else difference**2
     return voxel_mean(voxel_cross_entropy(inputs) + weight * distance.mean(-1), inputs)
 
@@ -279,17 +276,17 @@ def dsc_plus_plus_loss(
     where: VoxelMask | None = None,
     axis_name: AxisName | None = None,
 ) -> Float[Array, ""]:
-    r"""DSC++: soft Dice whose small errors weigh less than its confident ones.
+    r"""DSC++: soft Dice in which small errors weigh less than confident ones.
 
     :math:`1 - 2\,TP / (2\,TP + FP + FN)` per image and class, with :math:`TP = \sum p y`,
     :math:`FP = \sum (p (1 - y))^\gamma` and :math:`FN = \sum ((1 - p) y)^\gamma` over voxels, averaged over
-    images and classes. Plain Dice (gamma 1) rewards pushing every probability to 0 or 1; here the last bit of
+    images and classes. Plain Dice (gamma 1) rewards pushing every probability to 0 or 1. Here a remaining small
     doubt costs next to nothing.
 
     Args:
         logits: unnormalised scores `[batch, *spatial, classes]`, at least two classes.
         labels: class ids `[batch, *spatial]`, or one-hot or soft labels of the shape of `logits`. Voxels without
-            a class are left out; they are no class's false positives.
+            a class are left out: they are not false positives of any class.
         gamma: power of each voxel's error, at least 0; 1 is `optax.losses.dice_loss`.
         smooth: added to TP, and to TP + (FP + FN) / 2, as in `optax.losses.dice_loss`.
         include_background: False leaves class 0 out of the mean.
@@ -319,7 +316,7 @@ def dsc_plus_plus_loss(
     inputs = voxel_inputs(logits, labels, where, axis_name)
     first = 0 if include_background else 1
     probs = jax.nn.softmax(inputs.logits)[..., first:]
-    targets = one_hot_labels(inputs)[..., first:]
+    targets = one_hot(inputs.labels, inputs.logits)[..., first:]
     wrong = _power(probs * (1 - targets), gamma) + _power((1 - probs) * targets, gamma)
     wrong = jnp.where(inputs.has_class[..., None], wrong, 0)
     axes = _spatial_axes(probs)
@@ -331,13 +328,13 @@ def dsc_plus_plus_loss(
 
 
 def _focal(surprise: Array, gamma: float) -> Array:
-    """(1 - p)^gamma * -log p, from -log p, which still tells p from 1 where 1 - p does not."""
+    """(1 - p)^gamma * -log p, from -log p, which differs from 0 even where p rounds to 1."""
     return _power(-jnp.expm1(-surprise), gamma) * surprise
 
 
 def _power(base: Array, exponent: float) -> Array:
-    """Power of numbers >= 0, with the gradient 0 at 0, where that of an exponent under 1 is infinite."""
-    zero = base <= 0  # and not NaN, which must be seen
+    """Power of numbers >= 0. Its gradient at 0 is 0, where that of an exponent below 1 would be infinite."""
+    zero = base <= 0  # False for NaN, which must reach the result
     return jnp.where(zero, 0, jnp.where(zero, 1, base) ** exponent)
 
 
@@ -347,7 +344,7 @@ def _spatially_smoothed(targets: Array, has_class: Array, sigma: float, kernel_s
     gaussian[reach] = 0.0
     spread = _neighbor_sum(targets, gaussian)
     present = _neighbor_sum(has_class[..., None].astype(jnp.float32), gaussian)
-    # All weights but the centre's: (1 + sum of an axis)^axes - 1, which is also the centre's in SVLS.
+    # The weights of all neighbours sum to (1 + sum along one axis)^axes - 1, which SVLS gives the centre too.
     centre = math.expm1(len(_spatial_axes(targets)) * math.log1p(sum(gaussian)))
     return (centre * targets + spread) / (centre + present)
 
@@ -355,17 +352,17 @@ def _spatially_smoothed(targets: Array, has_class: Array, sigma: float, kernel_s
 def _neighbor_sum(x: Array, off_centre: list[float]) -> Array:
     """Sum of each voxel's neighbours, weighted by a separable kernel of centre 1, without the voxel itself.
 
-    Each axis takes in its neighbours and theirs along the axes before: exact where subtracting the centre from
-    a full convolution would cancel, and without a 3-D convolution, which is slow in XLA on CPU.
+    Along each axis, neighbours are added together with their neighbours along the axes before. This is exact where
+    a full convolution minus its centre would cancel, and needs no 3-D convolution, which XLA:CPU computes slowly.
     """
     total = jnp.zeros_like(x)
     for axis in _spatial_axes(x):
-        total = total + _window_sum(x + total, axis, off_centre, "edge")
+        total = total + _kernel_sum(x + total, axis, off_centre, "edge")
     return total
 
 
-def _window_sum(x: Array, axis: int, weights: list[float], padding: Literal["edge", "constant"]) -> Array:
-    """Weighted sum of the voxels around each voxel along one axis; beyond the image, its edge or zeros."""
+def _kernel_sum(x: Array, axis: int, weights: list[float], padding: Literal["edge", "constant"]) -> Array:
+    """Weighted sum of the voxels around each voxel along one axis. Padding repeats the edge or is zero."""
     reach = len(weights) // 2
     widths = [(reach, reach) if i == axis else (0, 0) for i in range(x.ndim)]
     padded = jnp.pad(x, widths, mode=padding)
@@ -378,15 +375,14 @@ def _spatial_axes(x: Array) -> tuple[int, ...]:
     return tuple(range(1, x.ndim - 1))
 
 
-def _check_spatial(logits: Array) -> None:
-    if logits.ndim < 3:
-        raise ValueError(
-            f"logits must have at least one spatial axis, [batch, *spatial, classes]; got {logits.shape}."
-        )
-
-
-def _check_kernel_size(kernel_size: Any) -> None:
-    if isinstance(kernel_size, bool) or not isinstance(kernel_size, int):
-        raise TypeError(f"kernel_size must be a Python int; got {type(kernel_size).__name__}.")
+def _spatial_inputs(logits: Any, labels: Any, where: Any, kernel_size: Any) -> Inputs:
+    """Inputs of a loss that looks at the voxels around each voxel."""
+    check_size("kernel_size", kernel_size)
     if kernel_size < 3 or kernel_size % 2 == 0:
         raise ValueError(f"kernel_size must be odd and at least 3, to have a centre; got {kernel_size}.")
+    inputs = voxel_inputs(logits, labels, where)
+    if inputs.logits.ndim < 3:
+        raise ValueError(
+            f"logits must have at least one spatial axis, [batch, *spatial, classes]; got {inputs.logits.shape}."
+        )
+    return inputs

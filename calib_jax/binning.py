@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,35 +10,33 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, Num
 
-from calib_jax import _segment_reduce
-from calib_jax._bin_terms import single_or_double
-from calib_jax._checks import (
-    AnyArray,
-    Labels,
-    Mask,
-    Probs,
-    as_inputs,
-    check_choice,
-    check_size,
-)
+from calib_jax._checks import AnyArray, Labels, Mask, Probs, as_inputs, check_choice, check_size
 from calib_jax._devices import AxisName, check_not_split, whole_sum
 from calib_jax._eager import compiled, nan_where_undefined
-
-Closed = Literal["right", "left"]
-Binning = Literal["hard", "soft", "adaptive"]
-BINNINGS = ("hard", "soft", "adaptive")
+from calib_jax._labels import one_hot
+from calib_jax._sums import cpu, gpu, tpu
+from calib_jax._sums.bins import (
+    Binning,
+    Bins,
+    Closed,
+    equal_edges,
+    hard_index,
+    single_or_double,
+    soft_neighbours,
+)
+from calib_jax._sums.exact import mean_or_nan
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BinStatistics:
-    """Sums per image, class and bin, from which every calibration error, curve and histogram follows.
+    """Sums per image, class and bin. Calibration errors, curves and histograms are functions of them.
 
-    Sums add up: statistics of batches, devices, hosts or tiles merge with `a + b` into those of the whole.
-    A pytree, so it passes through `jit`, `vmap`, `psum` and `jax.tree.map`.
+    `a + b` merges the statistics of batches, devices, hosts or tiles exactly. `BinStatistics` is a pytree: it
+    passes through `jit`, `vmap`, `psum` and `jax.tree.map`.
 
     Attributes:
-        count: voxels in each bin, `[..., classes, num_bins]`; integers, with soft bins sums of weights.
+        count: voxels in each bin, `[..., classes, num_bins]`; integers, or sums of weights in soft bins.
         prob_sum: sum of their predicted probabilities, same shape.
         label_sum: sum of their labels (1 where the voxel has the class), same shape.
     """
@@ -64,13 +62,12 @@ class BinStatistics:
 
     @property
     def weight(self) -> Float[Array, "*batch classes bins"]:
-        """`count` as float32, to divide by; NumPy's 64-bit counts of a whole data set do not overflow in it."""
+        """`count` as float32, in which the 64-bit counts of a whole data set do not overflow."""
         return jnp.asarray(self.count, jnp.float32)
 
     @nan_where_undefined
     def _per_voxel(self, total: AnyArray) -> Array:
-        filled = self.weight > 0
-        return jnp.where(filled, jnp.asarray(total, jnp.float32) / jnp.where(filled, self.weight, 1), jnp.nan)
+        return mean_or_nan(jnp.asarray(total, jnp.float32), self.weight)
 
     def __add__(self, other: "BinStatistics") -> "BinStatistics":
         return jax.tree.map(lambda a, b: a + b, self, other)
@@ -78,8 +75,8 @@ class BinStatistics:
     def sum(self, axis: int | tuple[int, ...] = 0) -> "BinStatistics":
         """Statistics of all images together: the sums over `axis` (default: the batch).
 
-        Counts of a data set may outgrow int32, so those on a device come out as float32, rounded to its 24
-        bits; NumPy's are summed as 64-bit integers.
+        Counts of a data set may outgrow int32. JAX counts therefore become float32, rounded to 24 bits. NumPy
+        counts are summed as 64-bit integers.
         """
         return BinStatistics(_sum_counts(self.count, axis), self.prob_sum.sum(axis), self.label_sum.sum(axis))
 
@@ -87,16 +84,16 @@ class BinStatistics:
 def _sum_counts(count: AnyArray, axis: int | tuple[int, ...]) -> AnyArray:
     if isinstance(count, np.ndarray) or count.dtype != jnp.int32:
         return count.sum(axis)
-    # The halves of a count, summed apart, stay within int32 for 2^15 images.
+    # The 16-bit halves of counts are summed separately: the sums of up to 2^15 images fit into int32.
     low, high = (part.sum(axis, dtype=jnp.int32) for part in (count & 0xFFFF, count >> 16))
     return high.astype(jnp.float32) * 2**16 + low.astype(jnp.float32)
 
 
 def bin_edges(num_bins: int) -> Float[np.ndarray, "edges"]:
-    """Bin edges as the reference has them, to the last bit: float32 `linspace(0, 1 + eps, num_bins + 1)`.
+    """Bin edges, equal to the reference's to the last bit: float32 `linspace(0, 1 + eps, num_bins + 1)`.
 
-    `torch.linspace` counts up from the start in its first half and down from the end in its second, with
-    one rounding each; float64 gives that rounding exactly.
+    `torch.linspace` counts up from the start in its first half and down from the end in its second half, with one
+    rounding each. Float64 arithmetic gives this rounding exactly.
 
     Args:
         num_bins: number of bins.
@@ -105,37 +102,33 @@ def bin_edges(num_bins: int) -> Float[np.ndarray, "edges"]:
         float32 edges `[num_bins + 1]`, from 0 to 1 + eps.
 
     Raises:
-        TypeError, ValueError: if `num_bins` is no integer of at least 1.
+        TypeError, ValueError: unless `num_bins` is an integer of at least 1.
 
     Example:
         >>> bin_edges(2).tolist()
         [0.0, 0.5000000596046448, 1.0000001192092896]
     """
     check_size("num_bins", num_bins)
-    end = np.float32(1) + np.finfo(np.float32).eps
-    step = np.float64(end / np.float32(num_bins))
-    i = np.arange(num_bins + 1)
-    edges = np.where(i < (num_bins + 1) // 2, step * i, np.float64(end) - step * (num_bins - i))
-    return edges.astype(np.float32)
+    return equal_edges(num_bins)
 
 
 @compiled(keeps_shape=True)
 def bin_index(
     probs: Float[AnyArray, "*shape"], *, num_bins: int = 20, closed: Closed = "right"
 ) -> Int[Array, "*shape"]:
-    """Index of the bin that each probability falls in.
+    """Index of the bin of each probability.
 
     Args:
         probs: probabilities of any shape. Values outside [0, 1] fall into the end bins, NaN into the last.
         num_bins: number of equal-width bins.
-        closed: the side on which a bin holds its edge. `"right"`: (l, r], the first one [0, r], which is the
-            reference's `torch.bucketize(..., right=False)`; `"left"`: [l, r), the last one [l, 1].
+        closed: the side on which a bin includes its edge. `"right"`: (l, r], the first bin [0, r], as the
+            reference's `torch.bucketize(..., right=False)`. `"left"`: [l, r), the last bin [l, 1].
 
     Returns:
         int32 indices in `[0, num_bins)`, of the shape of `probs`.
 
     Raises:
-        ValueError: if `num_bins` is below 1 or `closed` is neither of the two.
+        ValueError: if `num_bins` is below 1 or `closed` is not one of the two.
 
     Example:
         >>> edge = bin_edges(2)[1]  # 0.5000001
@@ -146,30 +139,7 @@ def bin_index(
     """
     check_size("num_bins", num_bins)
     check_choice("closed", closed, ("right", "left"))
-    probs = single_or_double(jnp.asarray(probs))
-    last = num_bins - 1
-    # The right bin or the one below it, so that comparing with one edge puts it right. NaN: the last bin.
-    guess = jnp.floor(probs.astype(jnp.float32) * np.float32(num_bins * (1 - 2.0**-20)))
-    guess = jnp.maximum(jnp.where(guess < last, guess, last), 0)
-    edge = _upper_edge(guess, num_bins).astype(probs.dtype)
-    beyond = probs > edge if closed == "right" else probs >= edge
-    return jnp.minimum(jnp.where(beyond, guess + 1, guess), last).astype(jnp.int32)
-
-
-def _upper_edge(index: Float[Array, "*shape"], num_bins: int) -> Float[Array, "*shape"]:
-    """Edge above each bin, with the bits of `bin_edges`, from arithmetic that vectorises where a look-up does not.
-
-    The step is split in two so that both products and the first difference are exact (up to 4,096 bins):
-    one rounding is left, as in `bin_edges`.
-    """
-    if num_bins > 4096:
-        return jnp.asarray(bin_edges(num_bins))[index.astype(jnp.int32) + 1]
-    end = np.float32(1) + np.finfo(np.float32).eps
-    step = end / np.float32(num_bins)
-    coarse = np.rint(step * np.float32(2**24)) / np.float32(2**24)
-    above, below = index + 1, num_bins - 1 - index
-    down = (end - coarse * below) - (step - coarse) * below
-    return jnp.where(above < (num_bins + 1) // 2, step * above, down)
+    return hard_index(jnp.asarray(probs), None, Bins("hard", num_bins, closed))
 
 
 @compiled()
@@ -185,8 +155,8 @@ def bin_statistics(
 ) -> BinStatistics:
     r"""Count, probability sum and label sum of every bin, per image and class.
 
-    For image b, class c and bin m: `count` is the number of voxels whose probability of c falls in m,
-    `prob_sum` the sum of those probabilities and `label_sum` the number of those voxels that are of class c.
+    For image b, class c and bin m: `count` is the number of voxels whose probability of c falls in m, `prob_sum` is
+    the sum of these probabilities, and `label_sum` is the number of these voxels that belong to class c.
     Counts are exact integers and bin means are within 1e-6 relative of float64, up to 2^30 voxels an image.
 
     Args:
@@ -196,22 +166,21 @@ def bin_statistics(
             overlapping or soft labels of the shape of `probs`.
         num_bins: number of bins.
         binning: `"hard"`: bins of equal width on [0, 1], each voxel in one. `"soft"`: a voxel is shared by the
-            two bins whose centres are its neighbours, in proportion to its nearness, :math:`w_m(p) = \max(0,
-            1 - |p M - m - 1/2|)`; beyond the first and last centre it belongs to the end bin alone. Sums are
-            then weighted by w and `count` is a float. `"adaptive"`: bins of equal mass, their edges the
-            quantiles of each image's and class's probabilities, ties kept together.
-        closed: the side on which a hard bin holds its edge, see `bin_index`.
-        where: voxels to count, boolean, `[batch, *spatial]` or of the shape of `probs`; None counts all.
-            Elsewhere neither values nor gradients are touched, not even by NaN.
-        axis_name: inside `jax.shard_map`, the mesh axis (or axes) over which each image's voxels are split; the
-            statistics are then those of the whole images, on every device. Not for adaptive bins, whose edges
-            are no sums.
+            two bins with the nearest centres, in proportion to its nearness, :math:`w_m(p) = \max(0,
+            1 - |p M - m - 1/2|)`; beyond the first and last centre it belongs to the end bin. Sums are weighted by
+            w, and `count` is a float. `"adaptive"`: bins of equal mass; the edges are quantiles of the
+            probabilities of each image and class, and equal probabilities stay together.
+        closed: the side on which a hard bin includes its edge, see `bin_index`.
+        where: voxels to count, boolean, `[batch, *spatial]` or of the shape of `probs`; None counts all. Values
+            elsewhere, NaN included, change neither statistics nor gradients.
+        axis_name: inside `jax.shard_map`, the mesh axis (or axes) over which each image's voxels are split. Every
+            device then gets the statistics of the whole images. Not for adaptive bins, whose edges are not sums.
 
     Returns:
-        `BinStatistics` of shape `[batch, classes, num_bins]`. A NaN probability makes `prob_sum` NaN in the
-        last bin of its image and class. Differentiable in `probs` and float `labels` (reverse mode): hard and
-        adaptive bins take membership for constant, as the paper does; through soft ones the gradient of the
-        weights flows too. Bins of adaptive statistics are each image's own: merge hard or soft ones.
+        `BinStatistics` of shape `[batch, classes, num_bins]`. A NaN probability makes `prob_sum` NaN in the last
+        bin of its image and class. Differentiable in `probs` and float `labels` (reverse mode). The gradient of
+        hard and adaptive bins treats membership as constant, as the paper does; the gradient of soft bins includes
+        the weights. Every image has adaptive bins of its own, so merge statistics of hard or soft bins only.
 
     Raises:
         TypeError, ValueError: on dtypes, shapes or options that do not fit, and on probabilities or one-hot or soft
@@ -228,7 +197,7 @@ def bin_statistics(
         >>> [round(float(weight), 4) for weight in soft.count[0, 0]]
         [0.3, 1.7]
 
-        Under a trace values are not checked. `jax.experimental.checkify` does so where it is wanted:
+        Traced values are not checked. `jax.experimental.checkify` checks them:
 
         >>> from jax.experimental import checkify
         >>> def checked(probs, labels):
@@ -243,38 +212,38 @@ def bin_statistics(
         Segmentation", arXiv 2403.06759, and arXiv 2506.03942 (soft bins); Nixon et al., "Measuring Calibration
         in Deep Learning", 2019 (adaptive bins).
     """
-    check_bin_options(num_bins, binning, closed, axis_name)
-    probs, labels, where = as_inputs(probs, labels, where)
-    batch, classes = probs.shape[0], probs.shape[-1]
-    flat_probs = probs.reshape(batch, -1, classes)
-    flat_labels = labels.reshape(batch, -1, *labels.shape[probs.ndim - 1 :])
-    flat_where = None if where is None else where.reshape(batch, -1, *(where.shape[probs.ndim - 1 :] or (1,)))
-    if binning == "soft":
-        sums: Any = _soft_sums(flat_probs, flat_labels, flat_where, num_bins)
-    else:
-        edges = adaptive_edges(flat_probs, flat_where, num_bins) if binning == "adaptive" else None
-        sums = _hard_sums(flat_probs, flat_labels, flat_where, edges, num_bins, closed)
-    return BinStatistics(*whole_sum(sums, axis_name))
+    bins = Bins(binning, num_bins, closed)
+    check_bins(bins, axis_name)
+    return statistics_in_bins(*as_inputs(probs, labels, where), bins, axis_name)
 
 
-def check_bin_options(num_bins: Any, binning: Any, closed: Any, axis_name: AxisName | None) -> None:
+def check_bins(bins: Bins, axis_name: AxisName | None) -> None:
     """Raises on options that `bin_statistics` does not take."""
-    check_size("num_bins", num_bins)
-    check_choice("binning", binning, BINNINGS)
-    check_choice("closed", closed, ("right", "left"))
-    if binning != "hard" and closed != "right":
-        raise ValueError(f'closed="left" applies to binning="hard" only; got binning={binning!r}.')
-    if binning == "adaptive":
+    check_size("num_bins", bins.num_bins)
+    check_choice("binning", bins.binning, ("hard", "soft", "adaptive"))
+    check_choice("closed", bins.closed, ("right", "left"))
+    if bins.binning != "hard" and bins.closed != "right":
+        raise ValueError(f'closed="left" applies to binning="hard" only; got binning={bins.binning!r}.')
+    if bins.binning == "adaptive":
         check_not_split('binning="adaptive"', axis_name)
 
 
-# Hard and adaptive bins: a voxel belongs to one bin.
+def statistics_in_bins(
+    probs: Array, labels: Array, where: Array | None, bins: Bins, axis_name: AxisName | None = None
+) -> BinStatistics:
+    """`bin_statistics` of arguments that have been checked."""
+    batch, axes = probs.shape[0], probs.ndim - 1
+    labels = labels.reshape(batch, -1, *labels.shape[axes:])
+    where = None if where is None else where.reshape(batch, -1, *(where.shape[axes:] or (1,)))
+    probs = probs.reshape(batch, -1, probs.shape[-1])
+    edges = _adaptive_edges(probs, where, bins.num_bins) if bins.binning == "adaptive" else None
+    return BinStatistics(*whole_sum(_bin_sums(probs, labels, where, edges, bins), axis_name))
 
 
-def adaptive_edges(
+def _adaptive_edges(
     probs: Float[Array, "batch voxels classes"], where: Array | None, num_bins: int
 ) -> Float[Array, "batch classes inner_edges"]:
-    """Quantiles that part the counted probabilities of each image and class into bins of equal mass.
+    """Quantiles that divide the counted probabilities of each image and class into bins of equal mass.
 
     Each edge is one of the probabilities and belongs to the bin below it.
     """
@@ -289,110 +258,72 @@ def adaptive_edges(
     return jnp.take_along_axis(ordered, jnp.maximum(rank, 0), axis=-1)
 
 
-def _index(probs: Array, edges: Array | None, *, num_bins: int, closed: Closed) -> Array:
-    """Bins of some probabilities of an image, in any shape but voxel by voxel: equal ones, or between its edges."""
-    if edges is None:
-        return bin_index(probs, num_bins=num_bins, closed=closed)
-    values = single_or_double(probs).reshape(-1, edges.shape[0], 1)
-    bins = jnp.where(jnp.isnan(values), True, values > edges[None]).sum(-1, dtype=jnp.int32)
-    return bins.reshape(probs.shape)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _hard_sums(
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _bin_sums(
     probs: Float[Array, "batch voxels classes"],
-    labels: Num[Array, "batch voxels"] | Num[Array, "batch voxels classes"],
+    labels: Num[Array, "batch voxels *classes"],
     where: Array | None,
     edges: Float[Array, "batch classes inner_edges"] | None,
-    num_bins: int,
-    closed: Closed,
-) -> Any:
-    index = functools.partial(_index, num_bins=num_bins, closed=closed)
-    return _segment_reduce.bin_sums(probs, labels, where, index, num_bins, edges=edges)
+    bins: Bins,
+) -> tuple[Array, Array, Array]:
+    """Counts or weights, sums of probabilities and sums of labels, `[batch, classes, bins]` each."""
+    platforms = {
+        name: functools.partial(platform.bin_sums, bins=bins)
+        for name, platform in (("cpu", cpu), ("tpu", tpu), ("default", gpu))
+    }
+    return _rounded(lax.platform_dependent(probs, labels, where, edges, **platforms), bins)
 
 
-def _hard_sums_forward(
-    probs: Array, labels: Array, where: Any, edges: Any, num_bins: int, closed: Closed
-) -> Any:
-    return _hard_sums(probs, labels, where, edges, num_bins, closed), (probs, labels, where, edges)
+def _rounded(pairs: Any, bins: Bins) -> tuple[Array, Array, Array]:
+    """Each sum as one number; counts of hard bins as integers, which float32 would round."""
+    count, *sums = pairs
+    if bins.binning != "soft":
+        count = jax.tree.map(lambda x: x.astype(jnp.int32), count)
+    count, prob_sum, label_sum = (high + low for high, low in (count, *sums))
+    return count, prob_sum, label_sum
 
 
-def _hard_sums_backward(num_bins: int, closed: Closed, residuals: Any, cotangents: Any) -> Any:
-    # A sum's gradient is 1 for each voxel in it, so every voxel looks up the cotangent of its own bin. The
-    # index is computed again: it costs less than keeping it.
+def _bin_sums_forward(probs: Array, labels: Array, where: Any, edges: Any, bins: Bins) -> Any:
+    return _bin_sums(probs, labels, where, edges, bins), (probs, labels, where, edges)
+
+
+def _bin_sums_backward(bins: Bins, residuals: Any, cotangents: Any) -> Any:
+    # The bins are computed again: that costs less than storing them.
     probs, labels, where, edges = residuals
-    _, d_prob_sum, d_label_sum = cotangents
-    index = functools.partial(_index, num_bins=num_bins, closed=closed)
+    labels_vary = jnp.issubdtype(labels.dtype, jnp.floating)
 
-    def look_up(table: Array) -> Array:
-        return _segment_reduce.table_lookup(table, probs, lambda probs: jax.vmap(index)(probs, edges))
+    def masked(gradient: Any, dtype: Any) -> Array:
+        gradient = gradient.astype(dtype)
+        return gradient if where is None else jnp.where(where, gradient, 0)
 
-    d_probs = _counted(look_up(d_prob_sum), where, probs.dtype)
-    d_labels = _counted(look_up(d_label_sum), where, labels.dtype) if _is_float(labels) else None
-    return d_probs, d_labels, None, None
-
-
-_hard_sums.defvjp(_hard_sums_forward, _hard_sums_backward)
-
-
-def _is_float(x: Array) -> bool:
-    return jnp.issubdtype(x.dtype, jnp.floating)
+    if bins.binning == "soft":
+        d_probs, d_labels = _soft_gradients(probs, labels, cotangents, bins.num_bins)
+    else:
+        # A sum's gradient is 1 for each voxel in it: every voxel looks up the cotangent of its own bin.
+        index = jax.vmap(functools.partial(hard_index, bins=bins))(probs, edges)
+        d_probs = _look_up(cotangents[1], index)
+        d_labels = _look_up(cotangents[2], index) if labels_vary else None
+    return masked(d_probs, probs.dtype), masked(d_labels, labels.dtype) if labels_vary else None, None, None
 
 
-def _counted(gradient: Array, where: Array | None, dtype: Any) -> Array:
-    gradient = gradient.astype(dtype)
-    return gradient if where is None else jnp.where(where, gradient, 0)
+_bin_sums.defvjp(_bin_sums_forward, _bin_sums_backward)
 
 
-# Soft bins: a voxel is shared by two neighbours.
-
-
-def _soft_place(probs: Array, num_bins: int) -> tuple[Array, Array]:
-    """The lower of the two bins that share each probability, and the upper one's share. NaN: the last bin's."""
-    position = jnp.clip(probs.astype(jnp.float32) * num_bins - 0.5, 0, num_bins - 1)
-    position = jnp.where(jnp.isnan(position), num_bins - 1, position)
-    lower = jnp.floor(position)
-    return lower.astype(jnp.int32), position - lower
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _soft_sums(
-    probs: Float[Array, "batch voxels classes"],
-    labels: Num[Array, "batch voxels"] | Num[Array, "batch voxels classes"],
-    where: Array | None,
-    num_bins: int,
-) -> Any:
-    place = functools.partial(_soft_place, num_bins=num_bins)
-    return _segment_reduce.soft_bin_sums(probs, labels, where, place, num_bins)
-
-
-def _soft_sums_forward(probs: Array, labels: Array, where: Array | None, num_bins: int) -> Any:
-    return _soft_sums(probs, labels, where, num_bins), (probs, labels, where)
-
-
-def _soft_sums_backward(num_bins: int, residuals: Any, cotangents: Any) -> Any:
+def _soft_gradients(probs: Array, labels: Array, cotangents: Any, num_bins: int) -> tuple[Array, Array]:
     # With lower bin j, share f, cotangents (c, P, Y) of the sums and D their step from bin j to bin j + 1:
     #   d_label = Y_j + f DY,    d_prob = P_j + f DP + f' (Dc + p DP + y DY),    f' = M between the end centres.
-    probs, labels, where = residuals
-    place = functools.partial(_soft_place, num_bins=num_bins)
+    lower, share = soft_neighbours(probs, num_bins)
 
     def look_up(table: Array) -> tuple[Array, Array]:
-        step = jnp.diff(table, axis=-1, append=table[..., -1:])
-        entries = (_segment_reduce.table_lookup(t, probs, lambda p: place(p)[0]) for t in (table, step))
-        return next(entries), next(entries)
+        return _look_up(table, lower), _look_up(jnp.diff(table, axis=-1, append=table[..., -1:]), lower)
 
-    (_, count_step), (prob, prob_step), (label, label_step) = (look_up(table) for table in cotangents)
+    (_, count_step), (prob, prob_step), (label, label_step) = map(look_up, cotangents)
     values = probs.astype(jnp.float32)
-    dense = labels.ndim == probs.ndim
-    # int32, because jax.nn.one_hot counts the classes in the dtype of the ids, and 300 do not fit into uint8.
-    target = labels if dense else jax.nn.one_hot(labels.astype(jnp.int32), probs.shape[-1], dtype=jnp.float32)
-    share = place(probs)[1]
     position = values * num_bins - 0.5
     slope = jnp.where((position > 0) & (position < num_bins - 1), float(num_bins), 0.0)
-    through_weights = slope * (count_step + values * prob_step + target.astype(jnp.float32) * label_step)
-    d_probs = _counted(prob + share * prob_step + through_weights, where, probs.dtype)
-    d_labels = _counted(label + share * label_step, where, labels.dtype) if _is_float(labels) else None
-    return d_probs, d_labels, None
+    through_weights = slope * (count_step + values * prob_step + one_hot(labels, probs) * label_step)
+    return prob + share * prob_step + through_weights, label + share * label_step
 
 
-_soft_sums.defvjp(_soft_sums_forward, _soft_sums_backward)
+def _look_up(table: Float[Array, "batch classes bins"], index: Int[Array, "batch voxels classes"]) -> Array:
+    return lax.platform_dependent(table, index, tpu=tpu.look_up, default=cpu.look_up)

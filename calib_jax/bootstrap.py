@@ -1,4 +1,4 @@
-"""Confidence intervals over cases: what another draw of patients might have given."""
+"""Confidence intervals over cases."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -13,7 +13,7 @@ from calib_jax._eager import nan_where_undefined
 
 Cases = TypeVar("Cases")
 
-_AT_ONCE = 100  # resamples that are held at a time
+_AT_ONCE = 100  # resamples in memory at a time
 
 
 @nan_where_undefined
@@ -25,25 +25,26 @@ def bootstrap_interval(
     num_resamples: int = 1000,
     level: float = 0.95,
 ) -> tuple[PyTree, PyTree]:
-    """Percentile bootstrap over cases: draws as many cases with replacement, again and again.
+    """Percentile bootstrap over cases: the quantiles of a statistic over samples drawn with replacement.
 
-    Voxels of a case are not independent of one another, cases are; hence the case is what is drawn.
+    Each sample has as many cases as there are. Cases are drawn and not voxels, because the voxels of a case are not
+    independent of one another.
 
     Args:
-        key: of the draws.
-        cases: a pytree of arrays whose first axis is the case, as `BinStatistics` or `[cases, classes]` errors are.
-        statistic: pure function from such a pytree to what is wanted of it, of any shape.
-        num_resamples: number of draws.
-        level: coverage of the interval.
+        key: random key of the draws.
+        cases: a pytree of arrays whose first axis is the case: `BinStatistics`, or errors `[cases, classes]`.
+        statistic: pure function from such a pytree to a pytree of arrays.
+        num_resamples: number of samples.
+        level: coverage of the interval, between 0 and 1.
 
     Returns:
-        `(low, high)`, each of the shape of `statistic(cases)`. Draws in which it is NaN (a bin that they leave
-        empty) are left out.
+        `(low, high)`, each of the shape of `statistic(cases)`. Samples whose statistic is NaN are left out, such as
+        those that leave a bin empty.
 
     Raises:
-        TypeError: if `num_resamples` is no integer or `level` no number.
-        ValueError: if `level` is not between 0 and 1, there is no draw or no case, or the arrays of `cases` differ
-            in their number of cases.
+        TypeError: if `num_resamples` is not an integer or `level` is not a number.
+        ValueError: if `level` is not between 0 and 1, if there is no sample or no case, or if the arrays of `cases`
+            differ in their number of cases.
 
     Example:
         >>> errors = jnp.array([0.10, 0.14, 0.12, 0.11, 0.13])
@@ -73,7 +74,7 @@ def bootstrap_interval(
     keys = jax.random.split(key, num_resamples)
     if isinstance(keys, Tracer):
         values = jax.lax.map(one, keys, batch_size=min(num_resamples, _AT_ONCE))
-    else:  # a loop in a program would be compiled anew for each new `statistic`, operations are not
+    else:  # `lax.map` would compile a program for each new `statistic`; these operations are compiled once
         chunks = [
             jax.vmap(one)(keys[start : start + _AT_ONCE]) for start in range(0, num_resamples, _AT_ONCE)
         ]

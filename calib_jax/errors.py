@@ -1,9 +1,9 @@
 """Calibration errors from bin statistics: average (ACE), expected (ECE), maximum (MCE), and debiased.
 
-All of them summarise the same gaps, |mean probability - observed frequency| of each non-empty bin; they differ
-in what they do with them: ACE averages them, ECE weighs them by the bins' counts, MCE takes the largest. Of
-adaptive bins, ECE is what the literature calls the adaptive calibration error; its mean over classes of pooled
-images, `expected_calibration_error(stats.sum(), average="macro")`, is the classwise one.
+All summarise the gaps |mean probability - observed frequency| of non-empty bins. ACE is their mean, ECE their mean
+weighted by the bins' counts, MCE the largest gap. The ECE of adaptive bins is the literature's adaptive
+calibration error. Its mean over the classes of pooled images, `expected_calibration_error(stats.sum(),
+average="macro")`, is the classwise calibration error.
 """
 
 from collections.abc import Callable
@@ -21,31 +21,34 @@ from calib_jax._checks import (
     check_voxel_mask,
 )
 from calib_jax._eager import compiled, nan_where_undefined
-from calib_jax.binning import Binning, BinStatistics, Closed, bin_statistics
+from calib_jax._labels import are_dense
+from calib_jax._sums.bins import Binning, Bins, Closed
+from calib_jax._sums.exact import mean_or_nan
+from calib_jax.binning import BinStatistics, check_bins, statistics_in_bins
 
 Average = Literal["none", "macro", "micro"]
 
-# Bins with less weight count as empty. Soft bins share voxels, so that a bin may hold a trace of one.
+# Bins with less weight count as empty: a soft bin may hold a trace of a voxel.
 _LEAST_WEIGHT = 0.01
 
 
 def average_calibration_error(
     stats: BinStatistics, *, average: Average = "none"
 ) -> Float[Array, "*averaged"]:
-    """Mean gap over non-empty bins, all bins alike: ACE = 1/M * sum_m |prob_m - label_m|.
+    """Mean gap over the M non-empty bins: ACE = 1/M * sum_m |prob_m - label_m|.
 
     Args:
         stats: bin statistics `[*batch, classes, num_bins]`.
-        average: `"none"` for the error of each image and class; `"macro"` for the mean of those errors, those of
-            which nothing was counted left out; `"micro"` for the error of all voxels, images and classes
-            pooled in the same bins. `stats.sum()` pools images alone.
+        average: `"none"`: the error of each image and class. `"macro"`: the mean of these errors, without images
+            and classes in which nothing was counted. `"micro"`: the error of all voxels of all images and classes,
+            pooled in one set of bins. `stats.sum()` pools images alone.
 
     Returns:
-        The error, in [0, 1], `[*batch, classes]` or a scalar; NaN where nothing was counted or a probability was
+        The error, in [0, 1], `[*batch, classes]` or a scalar. NaN where nothing was counted or a probability was
         NaN.
 
     Raises:
-        ValueError: if `average` is none of the three.
+        ValueError: if `average` is not one of the three.
 
     Example:
         >>> stats = bin_statistics(jnp.array([[[0.1], [0.8]]]), jnp.array([[[0], [1]]]), num_bins=2)
@@ -69,11 +72,11 @@ def expected_calibration_error(
         average: as for `average_calibration_error`.
 
     Returns:
-        The error, in [0, 1], `[*batch, classes]` or a scalar; NaN where nothing was counted or a probability was
+        The error, in [0, 1], `[*batch, classes]` or a scalar. NaN where nothing was counted or a probability was
         NaN.
 
     Raises:
-        ValueError: if `average` is none of the three.
+        ValueError: if `average` is not one of the three.
 
     Example:
         >>> probs = jnp.array([[[0.1], [0.8], [0.8], [0.8]]])
@@ -98,11 +101,11 @@ def maximum_calibration_error(
         average: as for `average_calibration_error`.
 
     Returns:
-        The error, in [0, 1], `[*batch, classes]` or a scalar; NaN where nothing was counted or a probability was
+        The error, in [0, 1], `[*batch, classes]` or a scalar. NaN where nothing was counted or a probability was
         NaN.
 
     Raises:
-        ValueError: if `average` is none of the three.
+        ValueError: if `average` is not one of the three.
 
     Example:
         >>> probs = jnp.array([[[0.1], [0.8], [0.8], [0.8]]])
@@ -119,23 +122,23 @@ def maximum_calibration_error(
 def debiased_calibration_error(
     stats: BinStatistics, *, average: Average = "none"
 ) -> Float[Array, "*averaged"]:
-    r"""Root-mean-square calibration error without what chance adds to it in small samples.
+    r"""Root-mean-square calibration error without the part that chance adds in small samples.
 
     :math:`\sqrt{\max(0, \sum_m \frac{n_m}{n} [(\bar p_m - \bar y_m)^2 - \bar y_m (1 - \bar y_m) / (n_m - 1)])}`:
-    the square of each gap, less the variance that the observed frequency of n_m independent voxels has anyway. Bins
-    of one voxel contribute nothing. Voxels of one image are not independent, so that some bias remains; take
-    intervals from `bootstrap_interval` over cases.
+    the square of each gap minus the variance of the observed frequency of n_m independent voxels. Bins of one voxel
+    contribute nothing. Voxels of one image are not independent, so some bias remains; take intervals from
+    `bootstrap_interval` over cases.
 
     Args:
         stats: hard or adaptive bin statistics `[*batch, classes, num_bins]`.
         average: as for `average_calibration_error`.
 
     Returns:
-        The error, in [0, 1], `[*batch, classes]` or a scalar; NaN where nothing was counted or a probability was
+        The error, in [0, 1], `[*batch, classes]` or a scalar. NaN where nothing was counted or a probability was
         NaN.
 
     Raises:
-        ValueError: if `average` is none of the three.
+        ValueError: if `average` is not one of the three.
 
     Example:
         >>> probs = jnp.full((1, 100, 1), 0.8)
@@ -159,11 +162,10 @@ def top_label_statistics(
     closed: Closed = "right",
     where: Mask | None = None,
 ) -> BinStatistics:
-    """Bin statistics of the predicted class alone: its probability, and whether it is the true one.
+    """Bin statistics of the predicted class: its probability, and whether it is the true class.
 
     From these, `expected_calibration_error` is the ECE of the classification literature ("top-label" or
-    "confidence" calibration), which all classes share; the errors of `bin_statistics` are marginal, class by
-    class.
+    "confidence" calibration). The errors of `bin_statistics` are marginal, one for each class.
 
     Args:
         probs: class probabilities `[batch, *spatial, classes]`.
@@ -185,69 +187,71 @@ def top_label_statistics(
     References:
         Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
     """
+    bins = Bins(binning, num_bins, closed)
+    check_bins(bins, None)
     probs, labels, where = as_inputs(probs, labels, where)
     check_voxel_mask(where, probs)
     predicted = probs.argmax(-1, keepdims=True)
-    if labels.ndim == probs.ndim:
+    if are_dense(labels, probs):
         hit = jnp.take_along_axis(labels, predicted, axis=-1)
     else:
         hit = (predicted == labels[..., None].astype(predicted.dtype)).astype(jnp.float32)
-    return bin_statistics(
-        probs.max(-1, keepdims=True), hit, num_bins=num_bins, binning=binning, closed=closed, where=where
-    )
+    return statistics_in_bins(probs.max(-1, keepdims=True), hit, where, bins)
+
+
+def are_counted(stats: BinStatistics) -> Bool[Array, "*batch classes"]:
+    """Where an error is defined: at least one bin is filled."""
+    return _are_filled(stats).any(-1)
+
+
+def _are_filled(stats: BinStatistics) -> Bool[Array, "*batch classes bins"]:
+    return stats.weight >= _LEAST_WEIGHT
 
 
 @nan_where_undefined
 def _averaged(error: Callable[[BinStatistics], Array], stats: BinStatistics, average: Average) -> Array:
     check_choice("average", average, ("none", "macro", "micro"))
     if average == "micro":
-        return error(stats.sum(tuple(range(stats.count.ndim - 1))))
-    errors = error(stats)
-    if average == "none":
-        return errors
-    counted = (stats.weight >= _LEAST_WEIGHT).any(-1)
-    total = jnp.where(counted, errors, 0).sum() / jnp.maximum(counted.sum(), 1).astype(errors.dtype)
-    return jnp.where(counted.any(), total, jnp.nan)
+        stats = stats.sum(tuple(range(stats.count.ndim - 1)))
+    counted, errors = are_counted(stats), error(stats)
+    if average == "macro":
+        return mean_or_nan(jnp.where(counted, errors, 0).sum(), counted.sum())
+    return jnp.where(counted, errors, jnp.nan)
+
+
+# One error for each image and class. Zero, or anything finite, where no bin is filled.
 
 
 def _ace(stats: BinStatistics) -> Array:
-    gaps, filled = _gaps(stats)
-    return _nan_unless(filled, gaps.sum(-1) / jnp.maximum(filled.sum(-1, dtype=gaps.dtype), 1))
+    gaps = _gaps(stats)
+    return gaps.sum(-1) / jnp.maximum(_are_filled(stats).sum(-1, dtype=gaps.dtype), 1)
 
 
 def _ece(stats: BinStatistics) -> Array:
-    gaps, filled = _gaps(stats)
-    return _nan_unless(filled, (_share(stats) * gaps).sum(-1))
+    return (_share(stats) * _gaps(stats)).sum(-1)
 
 
 def _mce(stats: BinStatistics) -> Array:
-    gaps, filled = _gaps(stats)
-    return _nan_unless(filled, gaps.max(-1))
+    return _gaps(stats).max(-1)
 
 
 def _debiased(stats: BinStatistics) -> Array:
-    gaps, filled = _gaps(stats)
-    several = stats.weight >= 2
+    gaps, several = _gaps(stats), stats.weight >= 2
     frequency = jnp.where(several, stats.mean_label, 0)
     chance = frequency * (1 - frequency) / jnp.where(several, stats.weight - 1, 1)
+    # 0 * gaps, not 0: a NaN must show.
     square = (_share(stats) * jnp.where(several, gaps**2 - chance, 0 * gaps)).sum(-1)
-    return _nan_unless(filled, jnp.sqrt(jnp.maximum(square, 0)))
+    return jnp.sqrt(jnp.maximum(square, 0))
 
 
 def _share(stats: BinStatistics) -> Array:
     return stats.weight / jnp.maximum(stats.weight.sum(-1, keepdims=True), _LEAST_WEIGHT)
 
 
-def _gaps(
-    stats: BinStatistics,
-) -> tuple[Float[Array, "*batch classes bins"], Bool[Array, "*batch classes bins"]]:
-    """Gap of each bin, zero in empty ones, and which bins are filled. Divides safely, so gradients are finite."""
-    filled = stats.weight >= _LEAST_WEIGHT
+def _gaps(stats: BinStatistics) -> Float[Array, "*batch classes bins"]:
+    """Gap of each bin, zero in empty ones. The division is safe, so gradients are finite."""
+    filled = _are_filled(stats)
     difference = jnp.where(filled, jnp.asarray(stats.prob_sum - stats.label_sum, jnp.float32), 0)
     # Not abs: its gradient at 0 is 1 in JAX, which would push at bins that are calibrated exactly.
     magnitude = jnp.sign(difference) * difference
-    return magnitude / jnp.where(filled, stats.weight, 1), filled
-
-
-def _nan_unless(filled: Array, error: Array) -> Array:
-    return jnp.where(filled.any(-1), error, jnp.nan)
+    return magnitude / jnp.where(filled, stats.weight, 1)

@@ -1,21 +1,15 @@
 """Segmentation metrics per image: Dice overlap, Brier score and negative log-likelihood.
 
-Voxels are summed in blocks, and the sums of blocks with what float32 rounds away: a plain float32 sum of 3e7
-equal numbers is off by percents. Class ids are compared with the classes inside the sum, so that one-hot labels
-never exist in memory.
+Sums over voxels are exact at any size. Class ids are compared with the classes inside the sums, so that one-hot
+labels never exist in memory.
 """
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Integer, Num
 
-from calib_jax import _segment_reduce
 from calib_jax._checks import (
     AnyArray,
     Labels,
@@ -27,9 +21,9 @@ from calib_jax._checks import (
     check_voxel_mask,
 )
 from calib_jax._eager import compiled, nan_where_undefined
-
-_CHUNK = 2**17  # voxels of which intermediate values exist at a time
-_BLOCK = 2**15  # voxels: the square root of 2^30, so that neither level of a sum has more terms than that
+from calib_jax._labels import are_dense, blank, have_class, memberships, one_hot
+from calib_jax._sums.exact import rounded
+from calib_jax._sums.voxels import count_voxels, sum_in_chunks, sum_voxels
 
 
 @nan_where_undefined
@@ -46,11 +40,11 @@ def dice_score(
     Args:
         predictions: predicted class ids `[batch, *spatial]`.
         labels: true class ids, same shape.
-        num_classes: number of classes, background included. Ids outside `[0, num_classes)` are of no class.
+        num_classes: number of classes, background included. Ids outside `[0, num_classes)` belong to no class.
         where: voxels to count, boolean, same shape; None counts all.
 
     Returns:
-        Dice in [0, 1], `[batch, num_classes]`; NaN where a class is in neither map.
+        Dice in [0, 1], `[batch, num_classes]`; NaN where neither map has the class.
 
     Raises:
         TypeError: if the label maps are not integers or `where` is not boolean.
@@ -76,7 +70,7 @@ def dice_score(
         raise ValueError(f"where must have the shape of labels, {labels.shape}; got {where.shape}.")
     if where is not None and where.dtype != jnp.bool_:
         raise TypeError(f"where must be boolean (True = count this voxel); got {where.dtype}.")
-    predicted, true = (is_class(_per_voxel(ids), num_classes) for ids in (predictions, labels))
+    predicted, true = (memberships(_per_voxel(ids), num_classes) for ids in (predictions, labels))
     keep = None if where is None else _per_voxel(where)[..., None]
     return dice_of_counts(*overlap_counts(predicted, true, keep))
 
@@ -86,8 +80,8 @@ def dice_score(
 def brier_score(probs: Probs, labels: Labels, *, where: Mask | None = None) -> Float[Array, "batch classes"]:
     """Mean squared error of the probabilities of each class: BS_c = mean over voxels of (p_c - y_c)^2.
 
-    This is the marginal score, one per class, each in [0, 1]. The multi-class Brier score of an image, in
-    [0, 2], is their sum over the classes: `brier_score(probs, labels).sum(-1)`.
+    Each class has a score of its own (the marginal score), in [0, 1]. Their sum over the classes,
+    `brier_score(probs, labels).sum(-1)`, is the multi-class Brier score of an image, in [0, 2].
 
     Args:
         probs: class probabilities `[batch, *spatial, classes]`.
@@ -115,7 +109,7 @@ def brier_score(probs: Probs, labels: Labels, *, where: Mask | None = None) -> F
     probs, labels, where = as_inputs(probs, labels, where)
     probs, labels, where = flatten(probs, labels, where)
     total = brier_sums(probs, labels, where)
-    # A number, not a sum of ones, which XLA would spend seconds on when it compiles.
+    # Not a sum of ones, on which XLA spends seconds when it compiles.
     count = jnp.full(total.shape, probs.shape[1]) if where is None else count_voxels(where)[0]
     return ratio(total, jnp.broadcast_to(count, total.shape))
 
@@ -130,8 +124,8 @@ def negative_log_likelihood(
 ) -> Float[Array, "batch"]:
     """Mean negative log-likelihood of the labels: NLL = mean over voxels of -sum_c y_c log softmax(logits)_c.
 
-    From logits, whose softmax may underflow where its logarithm does not. Log-probabilities are logits too
-    (their softmax is the probabilities), so for a model that gives those, pass `jnp.log(probs)`.
+    It takes logits because the softmax may underflow where its logarithm does not. Log-probabilities are logits too
+    (their softmax returns the probabilities): for a model that returns probabilities, pass `jnp.log(probs)`.
 
     Args:
         logits: `[batch, *spatial, classes]`.
@@ -163,16 +157,17 @@ def negative_log_likelihood(
     return ratio(*likelihood_sums(*flatten(logits, labels, where)))
 
 
-# Sums over the voxels of an image: what metrics divide and accumulators add up. Inputs have been checked.
+# Sums over the voxels of each image. Metrics divide them, accumulators add them up. Arguments have been checked.
 
 
 def flatten(
     probs: Float[Array, "batch *spatial classes"], labels: Array, where: Array | None
 ) -> tuple[Array, Array, Array | None]:
     """Probabilities `[batch, voxels, classes]`, labels with or without classes, mask with classes or 1."""
+    axes = probs.ndim - 1
     flat = _per_voxel(probs, probs.shape[-1:])
-    labels = _per_voxel(labels, labels.shape[probs.ndim - 1 :])
-    return flat, labels, None if where is None else _per_voxel(where, where.shape[probs.ndim - 1 :] or (1,))
+    labels = _per_voxel(labels, labels.shape[axes:])
+    return flat, labels, None if where is None else _per_voxel(where, where.shape[axes:] or (1,))
 
 
 def brier_sums(
@@ -181,9 +176,9 @@ def brier_sums(
     where: Array | None,
 ) -> Float[Array, "batch classes"]:
     """Sum of squared errors of each class."""
-    errors = probs.astype(jnp.float32) - _memberships(labels, probs.shape[-1])
-    # The mask comes before the square, whose gradient at NaN is NaN however little of it is wanted.
-    return voxel_sum(jnp.square(errors if where is None else jnp.where(where, errors, 0)))
+    errors = probs.astype(jnp.float32) - one_hot(labels, probs)
+    # The mask comes before the square, whose gradient at NaN is NaN even if its cotangent is 0.
+    return sum_voxels(jnp.square(errors if where is None else jnp.where(where, errors, 0)))
 
 
 @jax.custom_vjp
@@ -192,13 +187,13 @@ def likelihood_sums(
     labels: Num[Array, "batch voxels *classes"],
     where: Bool[Array, "batch voxels 1"] | None,
 ) -> tuple[Float[Array, "batch"], Int[Array, "batch"]]:
-    """Sum of negative log-likelihoods, and voxels counted."""
+    """Sum of negative log-likelihoods, and number of voxels counted."""
 
     def sums(*chunk: Any) -> tuple[Array, ...]:
         losses, counted = voxel_likelihoods(*chunk)
-        return voxel_sum(losses)[:, 0], count_voxels(counted)[0][:, 0]
+        return sum_voxels(losses)[:, 0], count_voxels(counted)[0][:, 0]
 
-    total, count = sum_over_chunks(sums, logits, labels, where)
+    total, count = sum_in_chunks(sums, logits, labels, where)
     return rounded(total), count
 
 
@@ -226,29 +221,37 @@ def voxel_likelihoods(
     labels: Num[Array, "batch voxels *classes"],
     where: Array | None,
 ) -> tuple[Float[Array, "batch voxels 1"], Bool[Array, "batch voxels 1"]]:
-    """Negative log-likelihood of each voxel, zero where it is not counted, and whether it is."""
+    """Negative log-likelihood of each voxel, zero where it is not counted, and whether it is counted.
+
+    Nearly all voxels of a segmentation cost 1e-6 or less, and equal ones round in the same direction. The sum over
+    the other classes and `log1p` keep these digits; the losses for training, which do not need them, use optax.
+    """
     logits = logits.astype(jnp.float32)
     if where is not None:
-        logits, labels = jnp.where(where, logits, 0), _blank(labels, where)
-    top = logits.argmax(-1)
-    is_top = is_class(top, logits.shape[-1])
-    # Below the largest logit, whose own 0 is not left to a subtraction: what XLA fuses, it may round twice.
-    below = jnp.where(is_top, 0, _entry(logits, top)[..., None] - logits)
-    others = jnp.where(is_top, 0, jnp.exp(-below)).sum(-1)
-    if labels.ndim == logits.ndim:
+        logits, labels = jnp.where(where, logits, 0), blank(labels, where, logits)
+    below, is_largest = below_largest(logits)
+    counted = have_class(labels, logits)
+    if are_dense(labels, logits):
         labels = labels.astype(jnp.float32)
         weight = labels.sum(-1)
-        counted = weight != 0
         # A class without label may have probability zero, logit -inf: 0 * inf must not come up.
         chosen = (labels * jnp.where(labels == 0, 0, below)).sum(-1)
     else:
-        labels = labels.astype(jnp.int32)
-        weight, counted = jnp.float32(1), (labels >= 0) & (labels < logits.shape[-1])
-        chosen = _entry(below, jnp.where(counted, labels, 0))
-    # Exact to the last digits also at 1e-6: nearly all voxels of a segmentation are that certain, and equal ones
-    # are off in the same direction.
-    losses = chosen + weight * jnp.log1p(others)
-    return jnp.where(counted, losses, 0)[..., None], counted[..., None]
+        weight, chosen = jnp.float32(1), _entry(below, jnp.where(counted, labels.astype(jnp.int32), 0))
+    others = jnp.where(is_largest, 0, jnp.exp(-below)).sum(-1)
+    return jnp.where(counted, chosen + weight * jnp.log1p(others), 0)[..., None], counted[..., None]
+
+
+def below_largest(
+    logits: Float[Array, "batch voxels classes"],
+) -> tuple[Float[Array, "batch voxels classes"], Bool[Array, "batch voxels classes"]]:
+    """How far each logit lies below the largest of its voxel, and which one is the largest.
+
+    The largest logit's own 0 is set, not computed: XLA may round the two sides of a subtraction differently.
+    """
+    largest = logits.argmax(-1)
+    is_largest = memberships(largest, logits.shape[-1])
+    return jnp.where(is_largest, 0, _entry(logits, largest)[..., None] - logits), is_largest
 
 
 def _entry(x: Float[Array, "batch voxels classes"], index: Int[Array, "batch voxels"]) -> Array:
@@ -270,109 +273,16 @@ def dice_of_counts(
     overlap: Num[Array, "*shape"], predicted: Num[Array, "*shape"], true: Num[Array, "*shape"]
 ) -> Float[Array, "*shape"]:
     """Dice of overlaps and sizes; NaN where both maps are empty."""
-    # Float32 before adding: as int32, the sizes of two maps of 2^30 voxels do not fit together.
+    # Float32 before adding: the sum of two int32 sizes of 2^30 voxels overflows.
     overlap, predicted, true = (x.astype(jnp.float32) for x in (overlap, predicted, true))
     return ratio(2 * overlap, predicted + true)
-
-
-def is_class(ids: Integer[Array, "batch voxels"], num_classes: int) -> Bool[Array, "batch voxels classes"]:
-    """Which class each voxel is of, to be used inside a sum, where the comparison takes no memory."""
-    return ids.astype(jnp.int32)[..., None] == jnp.arange(num_classes, dtype=jnp.int32)[None, None]
-
-
-@jax.custom_jvp
-def voxel_sum(x: Float[Array, "batch voxels columns"]) -> Float[Array, "batch columns"]:
-    """Sum over voxels, within 1e-6 relative of float64 for numbers of one sign."""
-    high, low = _sum_in_blocks((x, jnp.zeros_like(x)), _segment_reduce._two_sum)
-    return rounded((high, low))
-
-
-# A reduction by a function of its own has no transpose in JAX; a sum's derivative is a sum.
-voxel_sum.defjvps(lambda tangent, total, x: tangent.sum(1))
-
-
-def count_voxels(*columns: Bool[Array, "batch voxels columns"]) -> tuple[Int[Array, "batch columns"], ...]:
-    """How often each is true: all in one pass, exact to 2^31."""
-    ones = tuple(column.astype(jnp.int32) for column in columns)
-    return _sum_in_blocks(ones, lambda a, b: tuple(map(jnp.add, a, b)))
-
-
-def _sum_in_blocks(columns: tuple[Array, ...], add: Callable[..., Any]) -> tuple[Array, ...]:
-    """Reduces axis 1 of all columns together: blocks first, which keeps threads busy and rounding errors small.
-
-    Not `sum`: XLA:CPU hands one to a library, and writes out in full what is to be summed.
-    """
-    size = columns[0].shape[1]
-    blocks = -(-size // _BLOCK)
-    block = -(-size // blocks)
-
-    def split(x: Array) -> Array:
-        padded = jnp.pad(x, ((0, 0), (0, blocks * block - size), (0, 0)))
-        return padded.reshape(x.shape[0], blocks, block, x.shape[2])
-
-    zeros = tuple(np.zeros((), column.dtype) for column in columns)
-    partial = lax.reduce(tuple(map(split, columns)), zeros, add, (2,))
-    return tuple(lax.reduce(partial, zeros, add, (1,)))
-
-
-def sum_over_chunks(
-    sums: Callable[[Array, Array, Array | None], tuple[Array, ...]],
-    probs: Float[Array, "batch voxels classes"],
-    labels: Num[Array, "batch voxels *classes"],
-    where: Bool[Array, "batch voxels #classes"] | None,
-) -> tuple[Any, ...]:
-    """The sums of all voxels from those of a few at a time, whose intermediate values stay small. No gradient.
-
-    Returns:
-        What `sums` does, added up; in place of floats pairs, the sum and what it rounded away.
-    """
-    size = probs.shape[1]
-    taken = min(size, _CHUNK)
-
-    def part(i: int | Array) -> tuple[Any, ...]:
-        start = jnp.minimum(i * taken, size - taken)  # the last chunk overlaps the one before
-        cut = functools.partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=taken, axis=1)
-        keep = None if where is None else cut(where)
-        if size % taken:
-            fresh = (start + jnp.arange(taken, dtype=jnp.int32) >= i * taken)[None, :, None]
-            keep = jnp.broadcast_to(fresh, (probs.shape[0], taken, 1)) if keep is None else fresh & keep
-        return tuple(
-            (x, jnp.zeros_like(x)) if jnp.issubdtype(x.dtype, jnp.floating) else x
-            for x in sums(cut(probs), cut(labels), keep)
-        )
-
-    def add(i: Array, total: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(
-            _segment_reduce._two_sum(a, b) if isinstance(a, tuple) else a + b
-            for a, b in zip(total, part(i), strict=True)
-        )
-
-    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(part, 0))
-    return lax.fori_loop(0, -(-size // taken), add, zeros)
-
-
-def rounded(total: tuple[Array, Array]) -> Array:
-    """A sum with what it rounded away added, which for infinity is NaN."""
-    high, low = total
-    return jnp.where(jnp.isfinite(high), high + low, high)
-
-
-def _blank(labels: Array, where: Array) -> Array:
-    """Labels of no class where not counted."""
-    if labels.ndim == where.ndim:
-        return jnp.where(where, labels, jnp.zeros((), labels.dtype))
-    return jnp.where(where[..., 0], labels.astype(jnp.int32), -1)
-
-
-def _per_voxel(x: AnyArray, columns: tuple[int, ...] = ()) -> Array:
-    return jnp.asarray(x).reshape(x.shape[0], -1, *columns)
-
-
-def _memberships(labels: Array, num_classes: int) -> Float[Array, "batch voxels classes"]:
-    return (labels if labels.ndim == 3 else is_class(labels, num_classes)).astype(jnp.float32)
 
 
 def ratio(total: Array, count: Array) -> Float[Array, "*shape"]:
     """`total / count`, NaN where nothing was counted."""
     count = count.astype(jnp.float32)
     return jnp.where(count > 0, total / jnp.maximum(count, 1), jnp.nan)
+
+
+def _per_voxel(x: AnyArray, columns: tuple[int, ...] = ()) -> Array:
+    return jnp.asarray(x).reshape(x.shape[0], -1, *columns)

@@ -29,7 +29,7 @@ class ReliabilityCurve:
 
 
 def reliability_curve(stats: BinStatistics) -> ReliabilityCurve:
-    """Observed frequency against predicted probability, the voxels of all images pooled.
+    """Observed frequency against predicted probability, over the pooled voxels of all images.
 
     Args:
         stats: bin statistics `[batch, classes, num_bins]`.
@@ -53,16 +53,16 @@ def reliability_curve(stats: BinStatistics) -> ReliabilityCurve:
 def reliability_band(
     key: PRNGKeyArray, stats: BinStatistics, *, num_resamples: int = 1000, level: float = 0.95
 ) -> tuple[Float[Array, "classes bins"], Float[Array, "classes bins"]]:
-    """Bootstrap interval of the observed frequencies of `reliability_curve`, drawn over images.
+    """Bootstrap interval of the observed frequencies of `reliability_curve`; images are resampled.
 
     Args:
-        key: of the draws.
+        key: random key.
         stats: bin statistics `[batch, classes, num_bins]`, one row per image.
-        num_resamples: number of draws.
-        level: coverage at each bin.
+        num_resamples: number of resamples.
+        level: coverage in each bin.
 
     Returns:
-        `(low, high)` of the observed frequency, `[classes, num_bins]` each; NaN in bins that are empty.
+        `(low, high)` of the observed frequency, `[classes, num_bins]` each; NaN in empty bins.
 
     Raises:
         ValueError: on options that do not fit, see `calib_jax.bootstrap_interval`.
@@ -86,18 +86,18 @@ def reliability_band(
 
 @nan_where_undefined
 def reliability_histogram(stats: BinStatistics) -> Int[Array, "classes frequency_bins prob_bins"]:
-    """Dataset reliability histogram: how many images have which observed frequency in which bin.
+    """Dataset reliability histogram: the number of images with each observed frequency in each probability bin.
 
-    One image's reliability diagram is a curve; this counts the curves of a whole data set on a grid of
-    `num_bins` frequencies by `num_bins` probabilities. A well calibrated model has its mass on the diagonal,
-    and its spread across images, which pooling would hide, is seen.
+    The reliability diagram of one image is a curve. This histogram counts the curves of a data set on a grid of
+    `num_bins` frequencies by `num_bins` probabilities. A well calibrated model has its mass on the diagonal. The
+    spread across images, which pooling hides, is visible.
 
     Args:
         stats: bin statistics `[batch, classes, num_bins]`, one row per image.
 
     Returns:
-        Numbers of images, int32 `[classes, frequency bin, probability bin]`; an image's empty bins count
-        nowhere.
+        Numbers of images, int32 `[classes, frequency bin, probability bin]`. Empty bins of an image are not
+        counted.
 
     Example:
         >>> from calib_jax import bin_statistics

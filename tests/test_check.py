@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -156,7 +157,7 @@ def test_any_exception_is_a_fault_of_its_file(folder: Path, monkeypatch: pytest.
     def read(*_: object) -> None:
         raise MemoryError("no room\nat all")
 
-    monkeypatch.setattr("train.check.read_channels", read)
+    monkeypatch.setattr("train.check.read_scan", read)
     layout = LAYOUTS["msd"](folder)
     report = inspect_case(layout, layout.entries[0])
     file = str(folder / "imagesTr/a.nii.gz")
@@ -277,7 +278,7 @@ def test_what_is_checked_fills_the_cache(
     dataset = open_dataset(f"msd:{folder}", cache_dir=str(tmp_path / "cache"))
     check_cases(dataset, ["a", "b"], labels=["b", "c"])
     assert len(list((tmp_path / "cache").iterdir())) == 2
-    monkeypatch.setattr("train.data.volumes.read_channels", None)
+    monkeypatch.setattr("train.data.volumes.read_scan", None)
     assert dataset.load(0).name == "a"
 
 
@@ -413,15 +414,15 @@ def test_a_full_disk_keeps_what_was_predicted(
 ) -> None:
     import train.predict as module
 
-    save = module._save
+    write_whole = module.written_whole
 
-    def full(file: Path, volume: nib.Nifti1Image) -> None:
+    def full(file: Path) -> Any:
         if file.name == "c_probs.nii.gz":
             raise OSError(28, os.strerror(28))
-        save(file, volume)
+        return write_whole(file)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_save", full)
+        patch.setattr(module, "written_whole", full)
         assert predict(trained, scans) == 1
     told = capsys.readouterr().err
     assert "2 of 4 cases" in told

@@ -13,7 +13,8 @@ from train.data import Geometry, open_dataset, train_batches
 from train.data.annotators import majority, soft_label
 from train.errors import InputError
 from train.evaluate import SumsOfClasses, case_statistics, evaluate
-from train.losses import TERMS, parse_loss
+from train.losses import parse_loss
+from train.terms import TERMS
 
 SHAPE = (6, 5, 4)
 

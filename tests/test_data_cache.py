@@ -54,7 +54,7 @@ def _break_reading(monkeypatch):
     def read(*_):
         raise AssertionError("read from its files")
 
-    monkeypatch.setattr("train.data.volumes.read_channels", read)
+    monkeypatch.setattr("train.data.volumes.read_scan", read)
 
 
 @pytest.mark.parametrize(

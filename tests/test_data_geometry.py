@@ -106,12 +106,12 @@ def test_a_crop_keeps_the_foreground_and_its_margin(folder, margin, shape):
     np.testing.assert_allclose(case.affine @ [*inside, 1], plain.affine @ [*start, 1])
 
 
-def test_an_empty_scan_is_not_cropped_and_a_window_has_its_own_background():
+def test_an_empty_scan_is_not_cropped_and_a_clipped_one_has_its_own_background():
     empty = np.zeros((4, 5, 6, 1), np.float32)
     assert Geometry(crop_margin=0).place(empty, np.eye(4)).shape == (4, 5, 6)
     scan = np.full((4, 5, 6, 1), -1.0, np.float32)
     scan[1:3, 2, 3:] = [[0.0], [1.0], [2.0]]
-    assert Geometry(crop_margin=0).place(scan, np.eye(4), windowed=True).shape == (2, 1, 3)
+    assert Geometry(crop_margin=0).place(scan, np.eye(4), clipped=True).shape == (2, 1, 3)
 
 
 def test_the_median_spacing_is_found_and_kept(folder):

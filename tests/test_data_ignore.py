@@ -36,11 +36,12 @@ from train.errors import InputError
 from train.evaluate import evaluate, evaluate_posterior, foreground
 from train.fit import fit
 from train.inference import volume_predictor
-from train.losses import TERMS, parse_loss
+from train.losses import parse_loss
 from train.run.logs import read_log
 from train.step import init_state
 from train.task import open_task
 from train.temperature import fit_temperature
+from train.terms import TERMS
 
 SHAPE = (6, 5, 4)
 LABELS = {"background": 0, "organ": 1, "core": 2, "ignore": 3}

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 
 from train.config import DataInfo
 from train.data import IGNORE, LAYOUTS, VolumeDataset, open_dataset
-from train.data.io import Grid, read_channels, read_label
+from train.data.faults import refuse
+from train.data.io import Grid, read_label, read_scan
 from train.data.volumes import Entry, Layout
 from train.errors import InputError
 from train.evaluate import regions_of
-from train.predict import check_fits, list_cases
+from train.predict import check_fits, find_cases
 
 SHAPE = (6, 5, 4)
 AFFINE = np.diag([1.0, 1.5, 2.0, 1.0])
@@ -341,8 +342,8 @@ def test_ct_is_cut_off_to_soft_tissue_and_mri_of_amos_is_not(tmp_path):
     write_amos(tmp_path / "ct")
     write_amos(tmp_path / "mri", numbers=(507, 540))
     ct, mri = (open_dataset(f"amos:{tmp_path / kind}") for kind in ("ct", "mri"))
-    assert ct.layout.window == (-200.0, 300.0)
-    assert mri.layout.window is None
+    assert ct.layout.intensity_range == (-200.0, 300.0)
+    assert mri.layout.intensity_range is None
     assert (ct.load(0).image == ct.load(0).image.min()).sum() > (scan(2) < 250).sum()
 
 
@@ -544,7 +545,7 @@ def test_an_array_in_ras_order_goes_back_to_the_files_axes(codes, tmp_path):
     )
     volume = nib.Nifti1Image(scan(0), AFFINE).as_reoriented(turn)
     nib.save(nib.Nifti1Image(np.asarray(volume.dataobj), volume.affine), tmp_path / "scan.nii.gz")
-    image, grid = read_channels([tmp_path / "scan.nii.gz"])
+    image, grid = read_scan([tmp_path / "scan.nii.gz"])
     assert image.shape == (*SHAPE, 1) == (*grid.shape, 1)
     stored = np.asarray(volume.dataobj)
     assert isinstance(grid, Grid)
@@ -555,7 +556,7 @@ def test_an_array_in_ras_order_goes_back_to_the_files_axes(codes, tmp_path):
 def test_cases_to_predict_may_have_a_file_for_each_channel(tmp_path):
     write_nnunet(tmp_path)
     info = DataInfo("Tiny", ("background", "liver"), 2, 3)
-    cases = list_cases(tmp_path / "imagesTr", info)
+    cases, _ = find_cases(tmp_path / "imagesTr", info)
     assert list(cases) == ["liver_001", "liver_002"]
     assert [file.name for file in cases["liver_001"]] == ["liver_001_0000.nii.gz", "liver_001_0001.nii.gz"]
     write(tmp_path / "imagesTr" / "liver_002_0001.nii.gz", np.ones((6, 5, 5), np.float32))
@@ -563,4 +564,4 @@ def test_cases_to_predict_may_have_a_file_for_each_channel(tmp_path):
         check_fits(cases["liver_002"], info)
     (tmp_path / "imagesTr" / "liver_002_0001.nii.gz").unlink()
     with pytest.raises(InputError, match="has 1 channels, the network was trained on 2"):
-        check_fits(list_cases(tmp_path / "imagesTr", info)["liver_002"], info)
+        refuse(find_cases(tmp_path / "imagesTr", info)[1])

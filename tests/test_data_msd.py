@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from train.data import LAYOUTS, Dataset, VolumeDataset, open_dataset
-from train.data.io import read_channels
+from train.data.io import read_scan
+from train.data.preprocess import preprocess
 from train.data.volume_files import open_volume
 from train.data.volumes import header_faults
 from train.errors import InputError
@@ -90,7 +91,8 @@ def test_a_3d_image_has_one_channel_and_a_label_may_be_float(folder):
 
 
 def test_an_image_alone_is_read_as_in_training(folder):
-    image, grid = read_channels([folder / "imagesTr/a.nii.gz"])
+    voxels, grid = read_scan([folder / "imagesTr/a.nii.gz"])
+    image, _ = preprocess(voxels, grid.affine)
     np.testing.assert_array_equal(image, open_msd(folder).load(0).image)
     np.testing.assert_array_equal(grid.affine, AFFINE)
 
@@ -226,10 +228,10 @@ def test_voxels_of_a_strange_type_are_told(folder):
 
 def test_an_image_for_prediction_that_is_missing_or_no_volume_is_told(tmp_path):
     with pytest.raises(InputError, match=r"scan.nii.gz does not exist"):
-        read_channels([tmp_path / "scan.nii.gz"])
+        read_scan([tmp_path / "scan.nii.gz"])
     nib.save(nib.GiftiImage(), tmp_path / "scan.gii")
     with pytest.raises(InputError, match=r"scan.gii is a GiftiImage, not a volume"):
-        read_channels([tmp_path / "scan.gii"])
+        read_scan([tmp_path / "scan.gii"])
 
 
 # Lists of other tools.

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train.config import DataInfo
+from train.data.faults import refuse
 from train.data.names import name_cases
 from train.errors import InputError
-from train.predict import find_cases, group_channels, list_cases
+from train.predict import find_cases, group_channels
 
 MODALITIES = ("flair", "t1", "t1ce", "t2")
 PARTS = st.text("abA01.-_", min_size=1, max_size=4).filter(lambda text: text.strip("-_. ") != "")
@@ -128,7 +129,7 @@ def test_cases_of_all_kinds_of_files_lie_beside_each_other(tmp_path, capsys):
     nib.save(nib.Nifti1Pair(np.ones((4, 4, 4, 2), np.float32), np.eye(4)), tmp_path / "e.img")
     (tmp_path / "notes.txt").touch()
     (tmp_path / "sub").mkdir()
-    assert list(list_cases(tmp_path, info(2))) == ["a", "b_0007", "c", "d", "e"]
+    assert list(find_cases(tmp_path, info(2))[0]) == ["a", "b_0007", "c", "d", "e"]
     told = capsys.readouterr().err
     assert "is ignored: notes.txt, sub\n" in told
 
@@ -158,7 +159,7 @@ def test_all_files_that_fit_no_case_are_told_at_once(tmp_path):
         assert told[name].startswith(message)
     assert "f_0001.nii has an affine that differs" in told["f"]
     with pytest.raises(InputError, match="the first of 8 files with faults"):
-        list_cases(tmp_path, info(2))
+        refuse(faults)
 
 
 @pytest.mark.parametrize("channels", [1, 2])

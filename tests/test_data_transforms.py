@@ -16,7 +16,7 @@ from train.data import (
     pad_to_hold,
     z_score_nonzero,
 )
-from train.data.augment import (
+from train.data.augmentation import (
     random_affine,
     random_flip,
     random_gamma,
@@ -289,8 +289,8 @@ def test_no_augmentation_changes_and_costs_nothing():
         ({"gamma": (1.5, 0.7)}, r"gamma is \(1.5, 0.7\)"),
         ({"gamma": (0.0, 1.0)}, "gamma is"),
         ({"zoom": (1.5, 0.7)}, r"zoom is \(1.5, 0.7\): give a smallest and a largest factor"),
-        ({"zoom_prob": -0.1}, "zoom_prob is -0.1: give a probability"),
-        ({"rotation": 200.0}, "rotation is 200.0: give 0 to 180 degrees"),
+        ({"zoom_prob": -0.1}, "zoom_prob is -0.1: give a number from 0 to 1"),
+        ({"rotation": 200.0}, "rotation is 200.0: give a number from 0 to 180"),
         ({"smooth_std": (0.0, 1.0)}, r"smooth_std is \(0.0, 1.0\)"),
         ({"noise_prob": float("nan")}, "noise_prob is nan"),
     ],

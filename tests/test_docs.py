@@ -1,6 +1,5 @@
-"""The README's snippets run, the API page is that of the code, and every public function teaches."""
+"""Snippets of README and documentation run, the API pages are complete, and every public function teaches."""
 
-import importlib.util
 import inspect
 import re
 from pathlib import Path
@@ -13,20 +12,19 @@ import pytest
 import calib_jax
 
 ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FUNCTIONS = [name for name in calib_jax.__all__ if inspect.isfunction(getattr(calib_jax, name))]
 
 
-def snippets():
-    """The README's Python blocks under the heading before each."""
-    text = (ROOT / "README.md").read_text()
-    found, title = {}, ""
-    for heading, block in re.findall(
-        r"^#+ ([^\n]+)$|^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL
-    ):
-        title = heading or title
-        if block:
-            found[f"{title} {sum(key.startswith(title) for key in found) + 1}"] = block
-    return found
+def blocks(language):
+    """Blocks of code by page and number."""
+    return {
+        f"{page.relative_to(ROOT)} {number}": block
+        for page in PAGES
+        for number, block in enumerate(
+            re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+        )
+    }
 
 
 def readers_names():
@@ -53,25 +51,37 @@ def readers_names():
     }
 
 
-@pytest.mark.parametrize("name", snippets())
-def test_snippets_of_the_readme_run(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", blocks("python"))
+def test_snippets_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "Agg")
-    exec(compile(snippets()[name], f"README: {name}", "exec"), readers_names())
+    exec(compile(blocks("python")[name], name, "exec"), readers_names())
 
 
-def test_the_readme_has_a_snippet_for_each_way_of_use():
-    text = "\n".join(snippets().values())
-    for word in ("optax.apply_updates", "nnx.Optimizer", "jax.vmap", "jax.shard_map", "fit_temperature"):
+def test_the_pages_have_a_snippet_for_each_way_of_use():
+    text = "\n".join(blocks("python").values())
+    for word in (
+        "optax.apply_updates",
+        "nnx.Optimizer",
+        "jax.vmap",
+        "jax.shard_map",
+        "fit_temperature",
+        "where=",
+    ):
         assert word in text
 
 
-def test_the_api_page_is_that_of_the_docstrings():
-    spec = importlib.util.spec_from_file_location("make_api", ROOT / "docs" / "make_api.py")
-    make_api = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(make_api)
-    assert make_api.PAGE.read_text() == make_api.page(), "run python docs/make_api.py"
-    assert all(f"### `{name}`" in make_api.page() for name in calib_jax.__all__)
+def test_the_api_pages_have_every_public_name():
+    text = "\n".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
+    documented = re.findall(r"^\.\. auto(?:function|class):: (\w+)$", text, flags=re.MULTILINE)
+    assert set(calib_jax.__all__) <= set(documented)
+    assert len(documented) == len(set(documented))
+
+
+def test_pages_link_to_files_that_exist():
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

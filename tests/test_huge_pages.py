@@ -11,7 +11,7 @@ from train import huge_pages
 PROGRAM = """
 import os, sys
 from train import huge_pages
-huge_pages._are_to_be_asked_for = lambda: {asked}
+huge_pages._are_on_request = lambda: {asked}
 huge_pages.restart_in_huge_pages()
 print(os.environ.get("GLIBC_TUNABLES"), *sys.argv[1:])
 """
@@ -50,7 +50,7 @@ def test_asks_where_the_kernel_gives_them_on_request_only(kernel, expected, tmp_
     if kernel:
         file.write_text(kernel)
     monkeypatch.setattr(huge_pages, "_KERNEL", file)
-    assert huge_pages._are_to_be_asked_for() is expected
+    assert huge_pages._are_on_request() is expected
 
 
 @pytest.mark.parametrize("module", ["train", "benchmarks"])

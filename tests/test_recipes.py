@@ -129,7 +129,7 @@ def test_each_builds_its_network_and_its_command_parses(name):
     channels = len(recipe.config.data.channel_order) or 1
     info = DataInfo(name, classes, channels, 3)
     nnx.eval_shape(lambda: make_model(recipe.config, info))
-    assert parse_loss(recipe.config.loss).weights
+    assert parse_loss(recipe.config.loss).terms
     assert all(side % recipe.config.model.divisor == 0 for side in recipe.config.data.sliding_window)
     program, *command = shlex.split(recipe.command)
     assert (program, command[:2]) == ("python", ["-m", "train"])
@@ -194,7 +194,7 @@ def test_test_cases_are_those_set_apart(folders, name, test):
     dataset, splits = open_data(data)
     assert list(splits.test) == test
     assert not set(test) & {*splits.train, *splits.val}
-    assert dataset.window == data.intensities
+    assert dataset.intensity_range == data.intensities
     without = open_data(dataclasses.replace(data, protocol=""))[1]
     assert not set(dataset.held_out) & {*without.train, *without.val, *without.test}
 

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from train.errors import InputError
-from train.losses import check_splittable, parse_loss
+from train.losses import parse_loss
 from train.sharding import (
     AXES,
     batch_spec,
@@ -21,6 +21,7 @@ from train.sharding import (
     weight_shardings,
     weight_spec,
 )
+from train.step import check_loss
 
 
 def fake_mesh(devices_of_processes: list[int], **sizes: int) -> Any:
@@ -142,7 +143,13 @@ def test_even_splits() -> None:
 
 
 def test_losses_of_neighbours_refuse_split_volumes() -> None:
-    with pytest.raises(InputError, match="nacl looks at neighbouring voxels"):
-        check_splittable(parse_loss("dice+nacl"), device_mesh("space=2"))
-    check_splittable(parse_loss("dice+nacl"), device_mesh("fsdp=2"))
-    check_splittable(parse_loss("dice+ace"), device_mesh("space=2"))
+    def check(name: str, mesh: str) -> None:
+        check_loss(parse_loss(name), device_mesh(mesh), (8, 16, 8), channels=3)
+
+    with pytest.raises(InputError, match=r"nacl has no argument axis_name.*split over space=2"):
+        check("dice+nacl", "space=2")
+    check("dice+nacl", "fsdp=2")
+    check("dice+ace", "space=2")
+    with pytest.raises(InputError, match="adaptive"):
+        check("dice+ace(binning=adaptive)", "space=2")
+    check("dice+ace(binning=adaptive)", "fsdp=2")

@@ -28,7 +28,7 @@ def draw(seed, size, classes, num_bins, sharpness):
     return probs, labels.astype(np.int32)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
     size=st.sampled_from([1, 7, 100]),

@@ -288,6 +288,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--losses", "dice", "dise"], ["dise", "dice, ce, ace"]),
         (["--losses", "dice", "dice"], ["twice"]),
+        (["--losses", "dice+focal(gama=3)", "--data", "msd:/nowhere"], ["no argument 'gama'", "gamma"]),
         (["--seeds", "1", "1"], ["--seeds 1 1", "twice"]),
         (["--temperature", "--num-val", "0", "--batch-size", "8"], ["--temperature", "num_val"]),
         (["--losses", "dice", "dice+-1*ace"], ["Weight", "positive"]),
@@ -326,7 +327,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
             ["keep_best is dice", "validation cases"],
         ),
         (["--losses", "dice", "ce", "--ace-ramp", "0.1"], ["ace_ramp is an option of the loss terms ace"]),
-        (["--losses", "dice", "--ignore-empty-classes"], ["ignore_empty_classes", "neither"]),
+        (["--losses", "dice", "--ignore-empty-classes"], ["ignore_empty_classes", "none of them"]),
         (
             ["--architecture", "segresnet", "--channels", "8", "16", "32", "64"],
             ["channels is an option of unet"],

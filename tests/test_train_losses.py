@@ -11,7 +11,8 @@ import pytest
 
 from calib_jax import mL1_ace
 from train.errors import InputError
-from train.losses import TERMS, parse_loss
+from train.losses import parse_loss
+from train.terms import TERMS
 
 
 @pytest.mark.parametrize(("term", "binning"), [("ace", "hard"), ("softace", "soft")])

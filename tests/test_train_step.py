@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+from pathlib import Path
 from typing import Any
 
 import chex
@@ -116,8 +117,11 @@ def test_volumes_on_a_mesh_of_three_axes() -> None:
     assert_same_step(on_one_device(CONFIG, INFO), one_step(CONFIG, INFO, "data=2,space=2,fsdp=2"))
 
 
-def test_every_loss_term_on_split_volumes() -> None:
-    config = dataclasses.replace(CONFIG, loss="dice+ce+softace+focal+ls+mbls+dscpp")
+def test_every_loss_term_on_split_volumes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One from outside too."""
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "docs" / "examples")
+    loss = "dice+ce+softace(num_bins=15)+focal(gamma=3)+ls+mbls+dscpp+my_losses:tversky(alpha=0.3)"
+    config = dataclasses.replace(CONFIG, loss=loss)
     assert_same_step(on_one_device(config, FLAT), one_step(config, FLAT, "data=2,space=2,fsdp=2"))
 
 

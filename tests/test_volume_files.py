@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train.config import DataInfo
-from train.data.io import GRID_TOLERANCE, Grid, check_same_grid, read_channels
+from train.data.io import GRID_TOLERANCE, Grid, check_same_grid, read_scan
 from train.data.volume_files import ending_of, open_volume, parts_of, stem, volumes_in
 from train.errors import InputError
 from train.predict import check_fits
@@ -62,8 +62,8 @@ def refuses(message, action, *args):
     ],
 )
 def test_every_kind_of_nibabel_is_the_same_scan(tmp_path, name, kind):
-    expected, grid = read_channels([save(tmp_path / "plain.nii.gz", scan())])
-    found, other = read_channels([save(tmp_path / name, scan(), kind=kind)])
+    expected, grid = read_scan([save(tmp_path / "plain.nii.gz", scan())])
+    found, other = read_scan([save(tmp_path / name, scan(), kind=kind)])
     np.testing.assert_array_equal(found, expected)
     np.testing.assert_allclose(other.affine, grid.affine, atol=1e-5)
     assert type(other.header) is nib.Nifti1Header
@@ -86,8 +86,8 @@ def test_what_simpleitk_writes_is_the_same_scan_in_every_format(tmp_path, ending
     assert (opened.shape, opened.channels) == (SHAPE, *(channels or (1,)))
     np.testing.assert_array_equal(opened.read(), voxels.reshape(*SHAPE, -1))
     np.testing.assert_allclose(opened.header.get_best_affine(), AFFINE, atol=1e-5)
-    found, grid = read_channels([tmp_path / f"a{ending}"])
-    expected, same = read_channels([tmp_path / "b.nii.gz"])
+    found, grid = read_scan([tmp_path / f"a{ending}"])
+    expected, same = read_scan([tmp_path / "b.nii.gz"])
     np.testing.assert_array_equal(found, expected)
     np.testing.assert_allclose(grid.affine, same.affine, atol=1e-5)
 
@@ -346,8 +346,8 @@ def test_files_turned_against_each_other_are_one_scan(tmp_path_factory, codes, l
         nib.save(volume.as_reoriented(change), folder / f"{name}.nii")
         nib.save(volume, folder / f"{name}{name}.nii")
     check_fits([folder / "a.nii", folder / "b.nii"], DataInfo("x", ("background", "y"), 2, 3))
-    found, grid = read_channels([folder / "a.nii", folder / "b.nii"])
-    expected, same = read_channels([folder / "aa.nii", folder / "bb.nii"])
+    found, grid = read_scan([folder / "a.nii", folder / "b.nii"])
+    expected, same = read_scan([folder / "aa.nii", folder / "bb.nii"])
     np.testing.assert_allclose(found, expected, atol=1e-6)
     np.testing.assert_allclose(grid.affine, same.affine, atol=1e-5)
 

@@ -1,4 +1,4 @@
-"""Reads every voxel of a data set before anything depends on it: `python -m train check`, and before a run."""
+"""Reads all voxels of a data set and lists the faults: `python -m train check`, and before each run."""
 
 import contextlib
 import csv
@@ -12,10 +12,11 @@ from typing import TypeVar
 
 import numpy as np
 
-from train.data import LAYOUTS, Dataset, VolumeDataset, open_layout
+from train.data import LAYOUTS, Dataset, PhantomDataset, VolumeDataset, open_layout
+from train.data.arrays import check_case
 from train.data.faults import Fault, collected, refuse
-from train.data.io import read_channels
-from train.data.volumes import Entry, Layout, header_faults, read_class_ids
+from train.data.io import read_scan
+from train.data.volumes import Entry, Layout, header_faults, layout_faults, read_class_ids
 from train.errors import InputError
 from train.processes import is_first, own_share
 from train.progress import progress
@@ -25,16 +26,16 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _COLUMNS = ("case", "file", "problem")
-_THREADS = min(4, os.cpu_count() or 1)  # each holds one case at a time
+_THREADS = min(4, os.cpu_count() or 1)  # each thread holds one case at a time
 
 
 @dataclass(frozen=True)
 class CaseReport:
-    """What reading a case whole showed.
+    """The result of reading a case.
 
     Attributes:
         faults: of its files.
-        class_voxels: voxels of each class in its readable labels.
+        class_voxels: number of voxels of each class in its readable labels.
     """
 
     faults: tuple[Fault, ...]
@@ -43,12 +44,12 @@ class CaseReport:
 
 @dataclass(frozen=True)
 class DataReport:
-    """What reading a data set whole showed.
+    """The result of reading a data set.
 
     Attributes:
         faults: of all its files.
-        num_cases: that it lists.
-        class_voxels: voxels of each class over all readable labels, by its name.
+        num_cases: number of cases that it lists.
+        class_voxels: number of voxels of each class in all readable labels, by class name.
     """
 
     faults: tuple[Fault, ...]
@@ -56,7 +57,7 @@ class DataReport:
     class_voxels: dict[str, int] = field(default_factory=dict)
 
     def summary(self) -> str:
-        """Lines for the terminal: faults, cases, and how often each class occurs."""
+        """Lines for the terminal: faults, number of cases, frequency of each class."""
         total = sum(self.class_voxels.values())
         lines = [f"{fault.case or 'data set'}: {fault.file} {fault.problem}" for fault in self.faults]
         lines.append(f"{len(self.faults)} faults in {self.num_cases} cases, {total} voxels labelled:")
@@ -77,11 +78,11 @@ def check_data(spec: str) -> DataReport:
         spec: LAYOUT:PATH.
 
     Raises:
-        InputError: if it names no folder of volumes. Whatever is wrong inside that folder is in the report.
+        InputError: `spec` names no folder of volumes. The report lists the faults inside of that folder.
     """
     if spec.startswith("phantom"):
         raise InputError(
-            f"data is {spec}, which is made and not read: give LAYOUT:PATH, a folder of volumes."
+            f"data is {spec}, which is generated and not read: give LAYOUT:PATH, a folder of volumes."
         )
     kind, _, path = spec.partition(":")
     root = Path(path).expanduser()
@@ -97,7 +98,7 @@ def check_data(spec: str) -> DataReport:
     faults = [fault for report in reports for fault in report.faults]
     counts = np.sum([report.class_voxels for report in reports], axis=0).tolist()
     return DataReport(
-        tuple(dict.fromkeys([*_layout_faults(layout, faults), *faults])),
+        tuple(dict.fromkeys([*layout_faults(layout), *faults])),
         len(layout.entries),
         dict(zip(layout.class_names, counts, strict=True)) if reports else {},
     )
@@ -105,10 +106,10 @@ def check_data(spec: str) -> DataReport:
 
 @contextlib.contextmanager
 def faults_file(file: Path) -> Iterator[Callable[[Sequence[Fault]], None]]:
-    """Opens the CSV of faults, and gives the function that writes one row for each: case, file, problem.
+    """Opens the CSV of faults and yields a function that writes one row per fault: case, file, problem.
 
     Raises:
-        InputError: if the file cannot be written, or is there and holds something else.
+        InputError: the file cannot be written, or exists and is no list of faults.
     """
     header = ",".join(_COLUMNS)
     try:
@@ -124,19 +125,20 @@ def faults_file(file: Path) -> Iterator[Callable[[Sequence[Fault]], None]]:
 def check_cases(dataset: Dataset, whole: Sequence[str], labels: Sequence[str] = ()) -> None:
     """Reads cases before a run depends on them. Phantoms are not read.
 
-    Several processes share the cases. What is read goes into the data set's `cache_dir`, if it has one.
+    Processes share the cases. The data set's `cache_dir`, if it has one, keeps the cases that are read whole.
 
     Args:
         dataset: where the cases come from.
-        whole: cases of which images and labels are read.
-        labels: cases of which only the labels are read.
+        whole: cases whose images and labels are read.
+        labels: cases whose labels only are read, where volumes on disk hold them.
 
     Raises:
         InputError: lists the faults that were found.
     """
-    if not isinstance(dataset, VolumeDataset):
+    if isinstance(dataset, PhantomDataset):
         return
     index_of = {name: index for index, name in enumerate(dataset.case_names)}
+    labels = labels if isinstance(dataset, VolumeDataset) else ()
     is_whole = dict.fromkeys(labels, False) | dict.fromkeys(whole, True)
     cases = [(index_of[name], read_whole) for name, read_whole in is_whole.items()]
     found = _in_threads(
@@ -146,37 +148,27 @@ def check_cases(dataset: Dataset, whole: Sequence[str], labels: Sequence[str] = 
 
 
 def inspect_case(layout: Layout, entry: Entry) -> CaseReport:
-    """Reads every file of a case; whatever goes wrong with one is a fault of it, and the others are read."""
+    """Reads every file of a case. A fault of one file does not stop the others."""
     faults: list[Fault] = []
     class_voxels = np.zeros(len(layout.class_names), int)
     with collected(faults, entry.name, entry.images[0]):
         faults += header_faults(replace(layout, entries=(entry,)))
     for file in entry.images:
         with collected(faults, entry.name, file):
-            read_channels([file], layout.window)
+            read_scan([file])
     for file in entry.labels:
         with collected(faults, entry.name, file):
             counts = np.bincount(read_class_ids(file, layout).ravel(), minlength=len(class_voxels))
             class_voxels += counts[: len(class_voxels)]
-    # What a header shows is found twice.
+    # Faults of headers are found twice.
     return CaseReport(tuple(dict.fromkeys(faults)), tuple(class_voxels.tolist()))
 
 
-def _layout_faults(layout: Layout, faults: Sequence[Fault]) -> list[Fault]:
-    """What is wrong with the data set as a whole, such as a case or a class that is named twice."""
-    faulty = {fault.case for fault in faults}
-    entries = tuple(entry for entry in layout.entries if entry.name not in faulty)
-    if not entries and layout.entries:
-        return []
-    try:
-        VolumeDataset(replace(layout, entries=entries))
-    except Exception as error:
-        return [Fault.of("", layout.source, error)]
-    return []
-
-
-def _load_faults(dataset: VolumeDataset, index: int, whole: bool) -> Sequence[Fault]:
-    """What is wrong with a case, or with its labels, of those files that the data set reads."""
+def _load_faults(dataset: Dataset, index: int, whole: bool) -> Sequence[Fault]:
+    """Faults of the files that `dataset.load` reads of a case, or of its label files only."""
+    if not isinstance(dataset, VolumeDataset):
+        check_case(dataset, index)
+        return ()
     entry = dataset.layout.entries[index]
     entry = replace(entry, labels=dataset.label_files(entry))
     try:
@@ -192,7 +184,7 @@ def _load_faults(dataset: VolumeDataset, index: int, whole: bool) -> Sequence[Fa
 
 
 def _in_threads(function: Callable[[Item], Result], items: Sequence[Item], desc: str) -> list[Result]:
-    """The results in order. Ctrl-C waits for the cases that are being read, not for the others."""
+    """The results in order. Ctrl-C waits only for the cases that are being read."""
     pool = ThreadPoolExecutor(_THREADS)
     try:
         found = pool.map(function, items)

@@ -23,6 +23,7 @@ from train.numerics import numerics
 from train.options import check_given, given_options
 from train.published import Row
 from train.recipes import RECIPES, describe, find_recipe
+from train.terms import describe as describe_terms
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,10 @@ class Compare(_Options):
         python -m train compare --data msd:Task04_Hippocampus --losses dice 'dice+2*ace' dice+ce 'dice+ce+2*ace'
     """
 
-    losses: tuple[str, ...] = ("dice", "dice+2*ace")
-    """Losses to compare, the baseline first: terms joined by + and weighted as in dice+0.5*ace. Terms: dice, ce
-    (cross-entropy), ace (mL1-ACE), focal, ls (label smoothing), svls (spatially varying), mbls (margin-based),
-    nacl (neighbour-aware), dscpp (DSC++)."""
+    losses: Annotated[
+        tuple[str, ...],
+        tyro.conf.arg(help=f"Losses to compare, the baseline first. Each is {describe_terms()}"),
+    ] = ("dice", "dice+2*ace")
     seeds: tuple[int, ...] = ()
     """Seeds to train every loss with, for means and spreads over them; left out, the one of --seed."""
     temperature: bool = False
@@ -109,9 +110,7 @@ class Fit(_Options):
         python -m train fit --recipe paper_brats_dice_ace --data brats:PATH
     """
 
-    loss: str = "dice+2*ace"
-    """Terms joined by + and weighted as in dice+0.5*ace. Terms: dice, ce (cross-entropy), ace (mL1-ACE), focal, ls
-    (label smoothing), svls (spatially varying), mbls (margin-based), nacl (neighbour-aware), dscpp (DSC++)."""
+    loss: Annotated[str, tyro.conf.arg(help=f"The loss: {describe_terms()}")] = "dice+2*ace"
     recipe: str = ""
     """Published experiment to follow."""
     temperature: bool = False

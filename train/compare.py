@@ -1,7 +1,6 @@
 """The main job: train one network under several losses, and compare the results on held-out cases."""
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +18,7 @@ from train.evaluate import evaluate, evaluate_posterior
 from train.files import read_json, visible
 from train.fit import fit
 from train.inference import VolumePredictor
-from train.losses import check_splittable, parse_loss
+from train.losses import parse_loss
 from train.processes import is_first, on_first
 from train.published import HEADER, Row, rows_of, to_markdown, write_table
 from train.run.cases import KINDS, RunCases, as_kept, choose_cases, own_data, read_cases, resolved
@@ -27,7 +26,15 @@ from train.run.checkpoint import Which
 from train.run.folder import claimed, command, open_run, versions, write_json, writing, written_whole
 from train.run.load import load_run
 from train.run.logs import divergence, read_log
-from train.task import Task, check_best_is_known, check_task, open_cases, open_task, write_split
+from train.task import (
+    Task,
+    check_best_is_known,
+    check_task,
+    check_task_loss,
+    open_cases,
+    open_task,
+    write_split,
+)
 from train.temperature import fit_temperature, temper
 
 _TEMPERATURE = "temperatures (+T), fitted on validation cases"
@@ -86,7 +93,7 @@ def compare(
         dataclasses.replace(config.training, seed=seed)  # which checks it
     task = open_task(config, devices)
     for loss in parsed:
-        check_splittable(loss, task.mesh)
+        check_task_loss(task, loss)
     if temperature and not task.splits.val:
         raise InputError("--temperature is fitted on validation cases, but num_val is 0: hold some back.")
     if which == "best" and (config.training.keep_best == "none" or not task.splits.val):
@@ -220,13 +227,13 @@ def evaluate_run(
 
 
 def slug(loss: str) -> str:
-    """The folder name of a loss.
+    """The name of a loss as the name of a folder, without characters that file systems or shells refuse.
 
     Example:
-        >>> slug("dice+0.5*ace"), slug("dice+package.module:term(scale=2)")
-        ('dice+0.5xace', 'dice+package.module-term(scale=2)')
+        >>> slug("dice+0.5*my_losses:tversky(alpha=0.3)")
+        'dice+0.5xmy_losses.tversky(alpha=0.3)'
     """
-    return re.sub(r"[^\w.+=,()-]+", "-", loss.replace("*", "x"))
+    return loss.translate(str.maketrans("*:/\\[]\"'", "x.__()__"))
 
 
 def _evaluated(task: Task, plan: Plan, run: PlannedRun, resume: bool) -> list[ModelResult]:

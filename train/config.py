@@ -328,7 +328,7 @@ class DataInfo:
             dataset.class_names,
             dataset.num_channels,
             dataset.spatial_dims,
-            dataset.window,
+            dataset.intensity_range,
             dataset.geometry,
         )
 

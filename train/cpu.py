@@ -1,4 +1,4 @@
-"""How programs are compiled to run faster on a CPU than by default."""
+"""Compiler options that make programs faster on CPUs."""
 
 import functools
 
@@ -7,19 +7,19 @@ import jax
 _EIGEN_CONVOLUTIONS: dict[str, str | bool] = {
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"
 }
-# XLA's CPU compiler drops barriers. It then keeps what was to be computed again, and computes several times what
-# was to be written out once for all its readers, as probabilities are.
+# XLA's CPU compiler drops optimisation barriers. It then keeps values that should be recomputed, and recomputes for
+# each reader values that should be written once, such as probabilities.
 _KEEP_BARRIERS: dict[str, str | bool] = {"xla_disable_hlo_passes": "cse_barrier_expander"}
 
 
 def compiler_options(platform: str | None = None) -> dict[str, str | bool]:
-    """What to give `jax.jit` as `compiler_options`; nothing on other platforms than CPUs.
+    """The `compiler_options` for `jax.jit`; empty on platforms other than CPUs.
 
-    YNNPACK is left to matrix products, and Eigen computes convolutions: those of the paper's 2-D network
-    with 32 and more channels at 140 to 180 GFLOP/s on two cores instead of 70 to 100 (jaxlib 0.10.2).
+    Eigen computes convolutions, and YNNPACK matrix products only. Convolutions of the paper's 2-D network with 32
+    or more channels then run at 140 to 180 GFLOP/s on two cores instead of 70 to 100 (jaxlib 0.10.2).
 
     Args:
-        platform: of the devices that the program is for; by default JAX's own choice.
+        platform: the platform that the program will run on; JAX's default backend if missing.
     """
     if (platform or jax.default_backend()) != "cpu":
         return {}
@@ -28,7 +28,7 @@ def compiler_options(platform: str | None = None) -> dict[str, str | bool]:
 
 @functools.cache
 def _compiler_knows_ynnpack() -> bool:
-    """Asked of the compiler itself, since options come and go with its versions."""
+    """Whether the compiler accepts the option. Options come and go with its versions, so try it."""
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         program = jax.jit(lambda: 0).lower()
     try:

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Integer, Num, UInt8
 import calib_jax
 from calib_jax import BinStatistics, metrics
 from calib_jax._eager import fill_up, filled_size
+from calib_jax._labels import are_dense, memberships
 from calib_jax.results import ModelResult
 from train.data import Case, Dataset, mask_ignored, region_ids
 from train.inference import VolumePredictor
@@ -121,8 +122,8 @@ class CaseStatistics:
         own = isinstance(self.regions, OwnRegions)
         certain = probs if own else jax.nn.one_hot(probs.argmax(-1), probs.shape[-1])
         certain_regions, region_ids = self.regions(certain, ids)
-        dense = region_ids.ndim == region_probs.ndim
-        members = region_ids > 0.5 if dense else metrics.is_class(region_ids, region_probs.shape[-1])
+        dense = are_dense(region_ids, region_probs)
+        members = region_ids > 0.5 if dense else memberships(region_ids, region_probs.shape[-1])
         dice = metrics.dice_of_counts(
             *metrics.overlap_counts(certain_regions > 0.5, members, where[..., None])
         )

@@ -1,9 +1,9 @@
-"""Whole volumes through a network that sees patches, in one program on the device.
+"""Predicts whole volumes with a network that sees patches, in one program on the device.
 
-A volume is padded to a canvas that volumes of similar size share, and seen through windows that overlap. Where
-they lie is data to the program, and so is the volume's size: a few compiled programs serve a data set of many
-sizes. What is to be known of the probabilities may be computed in the same program, so that they never leave
-the device.
+A volume is padded to a canvas, a size that similar volumes share, and covered by overlapping windows of the
+patch's size. The positions of the windows and the size of the volume are arguments of the program, so a few
+compiled programs serve a data set of many sizes. A program may reduce the probabilities to a summary, so that
+they never leave the device.
 """
 
 import functools
@@ -25,25 +25,25 @@ from train.data import crop_back, pad_to_hold
 from train.sharding import on_first_device
 from train.step import TrainState
 
-_VOXELS_AT_ONCE = 4 * 128**3  # of windows, in evaluation
+_VOXELS_AT_ONCE = 4 * 128**3  # voxels of the windows that the network sees at a time
 
-# (weights, patches [batch, *patch, channels]) -> probabilities [batch, *patch, classes], which sum to 1 over
-# classes unless the function has `regions`, see `Network`.
+# (weights, patches [batch, *patch, channels]) -> probabilities [batch, *patch, classes]. They sum to 1 over classes
+# unless the function has `regions`, see `Network`.
 Forward = Callable[[Any, Array], Array]
-# (probabilities [*canvas, classes], labels [*canvas], where [*canvas]) -> whatever is wanted of them. What `where`
-# leaves out is padding.
+# (probabilities [*canvas, classes], labels [*canvas], where [*canvas]) -> any pytree of arrays. `where` is False in
+# the padding.
 Summary = Callable[[Array, Array, Array], Any]
 
 
 @dataclass(frozen=True)
 class Network:
-    """The `Forward` of a Flax model, dropout off; its weights are (params, rest).
+    """The `Forward` of a Flax model without dropout. Its weights are (params, rest).
 
-    Equal to another of the same model, so that compiled programs are found again.
+    Two of the same model are equal, so that they share compiled programs.
 
     Attributes:
-        graphdef: the model's static part.
-        regions: the region of each channel, whose probability is a sigmoid; empty for a softmax over classes.
+        graphdef: the static part of the model.
+        regions: name of the region of each output channel, for sigmoids; empty for a softmax over classes.
     """
 
     graphdef: nnx.GraphDef
@@ -57,13 +57,13 @@ class Network:
     def probabilities(
         self, logits: Float[Array, "batch *patch classes"]
     ) -> Float[Array, "batch *patch classes"]:
-        """The softmax of `logits`, or the sigmoids."""
+        """Softmax or sigmoids of the logits."""
         return jax.nn.sigmoid(logits) if self.regions else jax.nn.softmax(logits)
 
     def logits(
         self, weights: Any, images: Float[Array, "batch *patch channels"]
     ) -> Float32[Array, "batch *patch classes"]:
-        """What the model gives before the softmax or the sigmoids."""
+        """The output of the model, before the softmax or the sigmoids."""
         model = nnx.merge(self.graphdef, *weights)
         model.eval()
         return model(images).astype(jnp.float32)
@@ -71,18 +71,17 @@ class Network:
 
 @dataclass(frozen=True)
 class VolumePredictor:
-    """A trained network on volumes of any size.
+    """A trained network that predicts volumes of any size.
 
-    A volume that fits into the patch is padded to it and seen at once. A larger one is seen through windows
-    that overlap; their probabilities are averaged with Gaussian weights, which trust a window's centre more
-    than its rim.
+    A volume that fits into the patch is padded to it. A larger volume is covered by overlapping windows. Their
+    probabilities are averaged with Gaussian weights, so that the centre of a window counts more than its rim.
 
     Attributes:
-        forward: patches to probabilities; hashable, since programs are kept by it.
-        weights: its first argument, any pytree of arrays.
-        patch: window, in voxels.
-        overlap: share of a window that the next one covers again, at least.
-        windows_per_batch: windows that the network sees at a time, at most.
+        forward: patches to probabilities; hashable, as a key of the compiled programs.
+        weights: first argument of `forward`, any pytree of arrays.
+        patch: size of a window, in voxels.
+        overlap: smallest share of a window that the next one covers too.
+        windows_per_batch: largest number of windows that the network sees at a time.
     """
 
     forward: Forward
@@ -94,7 +93,7 @@ class VolumePredictor:
     def __call__(
         self, image: Float32[np.ndarray, "*spatial channels"]
     ) -> Float32[np.ndarray, "*spatial classes"]:
-        """Class probabilities on the grid of `image`, on the host; they sum to 1 unless `regions` are predicted."""
+        """Class probabilities on the grid of `image`, on the host. They sum to 1 unless there are `regions`."""
         plan = self.plan(image.shape[:-1])
         padded = pad_to_hold(image, plan.canvas)
         program = volume_probabilities(self.forward, self.patch)
@@ -103,7 +102,7 @@ class VolumePredictor:
 
     @property
     def regions(self) -> tuple[str, ...]:
-        """The region of each channel of the probabilities, each a sigmoid; empty for a softmax over classes."""
+        """Name of the region of each channel, for sigmoids; empty for a softmax over classes."""
         return getattr(self.forward, "regions", ())
 
     def summary(
@@ -112,11 +111,11 @@ class VolumePredictor:
         image: Float32[np.ndarray, "*spatial channels"],
         label: UInt8[np.ndarray, "*spatial"],
     ) -> Any:
-        """What `summary` says of the probabilities and labels; only that leaves the device, when it is read.
+        """Computes `summary` of the probabilities and labels. The probabilities stay on the device.
 
         Args:
-            summary: pure function, hashable, since programs are kept by it.
-            image: a volume, as the network was trained on.
+            summary: pure and hashable, as a key of the compiled programs.
+            image: preprocessed volume.
             label: class ids on the same grid.
         """
         plan = self.plan(image.shape[:-1])
@@ -130,13 +129,13 @@ class VolumePredictor:
         )
 
     def plan(self, shape: Sequence[int]) -> "Plan":
-        """Where the windows of a volume of this shape lie."""
+        """The windows that cover a volume of this shape."""
         return plan_windows(shape, self.patch, self.overlap, self.windows_per_batch)
 
 
 @functools.cache
 def volume_probabilities(forward: Forward, patch: tuple[int, ...]) -> Callable[..., Array]:
-    """The compiled program that gives class probabilities of a padded volume; zero where no window reaches."""
+    """Compiles the class probabilities of a padded volume. They are zero where no window reaches."""
 
     def program(
         weights: Any,
@@ -151,7 +150,7 @@ def volume_probabilities(forward: Forward, patch: tuple[int, ...]) -> Callable[.
 
 @functools.cache
 def volume_summary(forward: Forward, patch: tuple[int, ...], summary: Summary) -> Callable[..., Any]:
-    """The compiled program that gives `summary` of a padded volume's probabilities."""
+    """Compiles `summary` of the probabilities of a padded volume."""
 
     def program(
         weights: Any,
@@ -168,11 +167,11 @@ def volume_summary(forward: Forward, patch: tuple[int, ...], summary: Summary) -
 
 
 class Plan(NamedTuple):
-    """Where the windows of a volume lie.
+    """The windows that cover a volume.
 
     Attributes:
-        canvas: the size that the volume is padded to, centred.
-        corners: of the windows, on the canvas, in the groups that the network sees at a time.
+        canvas: shape of the padded volume, which holds the volume in its centre.
+        corners: first voxel of each window on the canvas, in groups that the network sees at a time.
         counted: False for the windows that only fill up the last group.
     """
 
@@ -182,9 +181,10 @@ class Plan(NamedTuple):
 
 
 def plan_windows(shape: Sequence[int], patch: Sequence[int], overlap: float, windows_per_batch: int) -> Plan:
-    """Evenly spread windows that cover a volume, the first and last flush with its ends.
+    """Spreads windows evenly over a volume. The first and the last window end with the volume.
 
-    The canvas is the patch and a whole number of half strides. All volumes on it take equally many windows.
+    The canvas is longer than the patch by a whole number of half strides. All volumes on one canvas need the same
+    number of windows.
 
     Example:
         >>> plan = plan_windows((20, 5), (8, 8), 0.5, 4)
@@ -203,22 +203,19 @@ def plan_windows(shape: Sequence[int], patch: Sequence[int], overlap: float, win
 
 
 def _plan_axis(length: int, size: int, overlap: float) -> tuple[int, list[int]]:
-    """Length of the canvas and corners of the windows along one axis."""
+    """Length of the canvas, and first voxels of the windows, along one axis."""
     stride = max(int(size * (1 - overlap)), 1)
     held = max(length, size)
     room = held - size
-    padded = size + -(-_round_up(2 * room, stride) // 2)
+    half_strides = -(-2 * room // stride) * stride
+    padded = size + -(-half_strides // 2)
     starts = np.linspace(0, room, -(-room // stride) + 1).round().astype(int)
-    # `pad_to_hold` centres the volume.
+    # `pad_to_hold` puts the volume into the centre.
     return padded, (starts + (padded - held) // 2).tolist()
 
 
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
-
-
 def _group_size(count: int, most: int) -> int:
-    """Of the group sizes from half of `most` up, the one that leaves the fewest places to be filled up."""
+    """The group size between half of `most` and `most` that leaves the fewest places to fill up."""
     most = min(most, count)
     return min(range(-(-most // 2), most + 1), key=lambda size: (-count % size, -size))
 
@@ -226,13 +223,13 @@ def _group_size(count: int, most: int) -> int:
 def _sliding_window(
     network: Forward, weights: Any, image: Array, corners: Array, counted: Array, patch: tuple[int, ...]
 ) -> Array:
-    """Probabilities of the windows, averaged with Gaussian weights."""
+    """Averages the probabilities of the windows with Gaussian weights."""
     if corners.shape[:2] == (1, 1):
         return network(weights, image[None])[0]
     sums_to_one = not getattr(network, "regions", ())
 
     def forward(patches: Array) -> Array:
-        """Probabilities, with a last channel of ones where they do not sum to 1."""
+        """Probabilities; if they do not sum to 1, a last channel of ones collects the weights."""
         probs = network(weights, patches)
         return probs if sums_to_one else jnp.concatenate([probs, jnp.ones_like(probs[..., :1])], -1)
 
@@ -248,16 +245,16 @@ def _sliding_window(
     one = jax.ShapeDtypeStruct((1, *patch, image.shape[-1]), image.dtype)
     zeros = jnp.zeros((*image.shape[:-1], jax.eval_shape(forward, one).shape[-1]), jnp.float32)
     total, _ = lax.scan(add_group, zeros, (corners, counted))
-    # Each window's probabilities sum to 1, so their weighted sum over classes is the sum of weights.
+    # Probabilities that sum to 1 over classes give the sum of weights as their weighted sum.
     norm = total.sum(-1, keepdims=True) if sums_to_one else total[..., -1:]
     probs = total / jnp.where(norm == 0, 1, norm)
-    return probs if sums_to_one else jnp.minimum(probs[..., :-1], 1)  # a rounding above 1
+    return probs if sums_to_one else jnp.minimum(probs[..., :-1], 1)  # rounding may exceed 1
 
 
 def cut_windows(
     array: Shaped[Array, "*canvas channels"], corners: Int[Array, "windows axes"], patch: tuple[int, ...]
 ) -> Shaped[Array, "windows *patch channels"]:
-    """The windows at `corners`; one by one, since a batch of slices would be a gather."""
+    """Cuts the windows at `corners` one by one; a batch of slices would become a gather."""
     return jnp.stack([_cut(array, corner, patch) for corner in corners])
 
 
@@ -266,7 +263,7 @@ def _cut(array: Array, corner: Array, patch: tuple[int, ...]) -> Array:
 
 
 def _gaussian_window(patch: Sequence[int]) -> Float[Array, "*patch one"]:
-    """exp(-r^2 / 2) with a standard deviation of an eighth of each side, and never zero."""
+    """exp(-r^2 / 2), r in units of an eighth of each side from the centre; at least 0.001."""
     weight = jnp.ones((1,) * (len(patch) + 1), jnp.float32)
     for axis, size in enumerate(patch):
         offset = (np.arange(size) - (size - 1) / 2) / (size / 8)
@@ -276,7 +273,7 @@ def _gaussian_window(patch: Sequence[int]) -> Float[Array, "*patch one"]:
 
 
 def inside(shape: Int[Array, "axes"], canvas: tuple[int, ...]) -> Bool[Array, "*canvas"]:
-    """Where on the canvas the volume lies that was centred on it."""
+    """True on the voxels of a volume in the centre of a canvas, False in the padding."""
     inside = jnp.ones(canvas, bool)
     for axis, (size, padded) in enumerate(zip(shape, canvas, strict=True)):
         place = lax.broadcasted_iota(jnp.int32, canvas, axis)
@@ -286,16 +283,21 @@ def inside(shape: Int[Array, "axes"], canvas: tuple[int, ...]) -> Bool[Array, "*
 
 
 def volume_predictor(
-    graphdef: nnx.GraphDef, state: TrainState, window: tuple[int, ...], regions: tuple[str, ...] = ()
+    graphdef: nnx.GraphDef, state: TrainState, patch: tuple[int, ...], regions: tuple[str, ...] = ()
 ) -> VolumePredictor:
-    """Prediction of whole volumes under the weights of `state`, through windows of so many voxels.
+    """Makes the predictor of a trained state.
 
-    With `regions` its probabilities are sigmoids, else a softmax.
-    A volume is one device's work, so a copy of the weights on this process's first one is taken.
+    One device predicts a volume, so the predictor copies the weights to the first device of this process.
+
+    Args:
+        graphdef: the static part of the model.
+        state: its weights.
+        patch: size of a sliding window, in voxels.
+        regions: name of the region of each output channel, for sigmoids; empty for a softmax over classes.
     """
     return VolumePredictor(
         Network(graphdef, regions),
         on_first_device((state.params, state.rest)),
-        window,
-        windows_per_batch=max(min(_VOXELS_AT_ONCE // math.prod(window), 4), 1),
+        patch,
+        windows_per_batch=max(min(_VOXELS_AT_ONCE // math.prod(patch), 4), 1),
     )

@@ -1,50 +1,86 @@
-"""Losses by name: `dice`, `dice+ace`, `dice+ce+0.5*softace`."""
+"""Losses by name: weighted sums of terms, as in `dice+0.5*ace(num_bins=15)`."""
 
 import re
-from collections.abc import Sequence
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 import calib_jax
-from train.errors import InputError
-from train.sharding import SPACE
+from train.errors import InputError, describe
+from train.plugins import Call, parse_call, split_outside_parentheses
+from train.terms import Term, find_term
 
-# Each term as the part of `calib_jax.segmentation_loss_parts`.
-TERMS = {
-    "dice": "dice",
-    "ce": "cross_entropy",
-    "ace": "ace",
-    "softace": "ace",  # with soft bins
-    "focal": "focal",
-    "ls": "label_smoothing",
-    "svls": "svls",
-    "mbls": "mbls",
-    "nacl": "nacl",
-    "dscpp": "dsc_plus_plus",
-}
 # Class ids of each region.
 Regions = tuple[tuple[int, ...], ...]
-_TERM = re.compile(r"(?:(?P<weight>[0-9.eE-]+)\*)?(?P<name>[a-z]+)")
+_QUOTED = re.compile("""('[^']*'|"[^"]*")""")
 
 
-@dataclass(frozen=True)
-class Loss:
-    """A weighted sum of terms, named as the user wrote it.
+@dataclass(frozen=True, eq=False)
+class WeightedTerm:
+    """A term of a loss, with its weight and its arguments.
 
     Attributes:
-        name: as the user wrote it.
-        weights: of the terms, by name.
-        ignore_empty_classes: as in `parse_loss`.
-        regions: what the channels of the logits stand for, each for a sigmoid; empty for a softmax over classes.
+        weight: a positive number.
+        call: the name and arguments, as the user wrote them.
+        term: what the name stands for.
+    """
+
+    weight: float
+    call: Call
+    term: Term
+
+    @property
+    def name(self) -> str:
+        """The term's name, which is its column in `log.csv`."""
+        return self.call.name
+
+    def arguments(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of the call; `defaults` apply to the parameters that the call leaves out."""
+        known = {name: value for name, value in defaults.items() if name in self.term.parameters}
+        return {**known, **self.term.fixed, **self.call.arguments}
+
+    def value(self, logits: Array, labels: Array, arguments: Mapping[str, Any]) -> Array:
+        """Calls the term's function.
+
+        Raises:
+            InputError: if the function fails, or does not return a scalar.
+        """
+        try:
+            value = jnp.asarray(self.term.function(logits, labels, **arguments))
+        except Exception as error:
+            file = getattr(sys.modules.get(self.name.partition(":")[0]), "__file__", None)
+            frames = traceback.extract_tb(error.__traceback__)
+            lines = [frame.lineno for frame in frames if frame.filename == file]
+            place = f" ({file}, line {lines[-1]})" if lines else ""
+            raise InputError(f"Loss term {self.name} failed: {describe(error)}{place}") from error
+        if value.shape or not jnp.issubdtype(value.dtype, jnp.floating):
+            raise InputError(
+                f"Loss term {self.name} returned {value.dtype} of shape {value.shape}: return a float scalar, "
+                "such as the mean over images and classes."
+            )
+        return value
+
+
+@dataclass(frozen=True, eq=False)
+class Loss:
+    """A weighted sum of terms.
+
+    Attributes:
+        name: the loss as the user wrote it, without spaces.
+        terms: terms with their weights.
+        ignore_empty_classes: whether calibration terms count classes without a voxel in an image as calibrated,
+            unless a term says otherwise itself.
+        regions: class ids of each output channel of a network with sigmoids; empty for a softmax over classes.
     """
 
     name: str
-    weights: tuple[tuple[str, float], ...]
+    terms: tuple[WeightedTerm, ...]
     ignore_empty_classes: bool = False
     regions: Regions = ()
 
@@ -55,15 +91,18 @@ class Loss:
         axis_name: str | None = None,
         where: Bool[Array, "batch *spatial"] | None = None,
     ) -> dict[str, Array]:
-        """Each term by name, unweighted; of several logits (deep supervision) the mean weighted by `level_weights`.
+        """Each term by name, unweighted. Deep supervision averages the levels by `level_weights`.
 
         Args:
-            logits: of one level, or of several, the finest first.
-            labels: class ids or soft labels on the finest level's grid; coarser ones take the nearest voxels.
+            logits: scores of one level, or of several levels, the finest first.
+            labels: class ids or soft labels on the finest level's grid; coarser levels take the nearest voxels.
             axis_name: inside `shard_map`, the mesh axis over which images are split.
-            where: voxels to count, on the grid of the labels; None counts all. Given, each term is the mean over
-                images of that of one image: images count alike however many of their voxels do, and the loss does
-                not depend on which device holds which image. An image of which no voxel counts costs nothing.
+            where: voxels to count, on the grid of the labels; None counts all. With a mask, each term is computed
+                per image and then averaged. So images weigh alike however many of their voxels count, and the loss
+                does not depend on which device holds which image. An image without a counted voxel costs nothing.
+
+        Raises:
+            InputError: if a term cannot be computed, or is not a scalar.
         """
         if isinstance(logits, tuple):
             levels = [
@@ -88,30 +127,47 @@ class Loss:
     def _parts_of_level(
         self, logits: Array, labels: Array, axis_name: str | None, where: Array | None = None
     ) -> dict[str, Array]:
-        names = [name for name, _ in self.weights]
-        binning = "soft" if "softace" in names else "hard"
-        options: dict[str, Any] = {}
+        defaults = {"ignore_empty_classes": self.ignore_empty_classes}
         if self.regions:
             logits, labels = as_pairs(logits, labels, self.regions)
             where = None if where is None else jnp.repeat(where, len(self.regions), axis=0)
-            options = {"dice_include_background": False, "include_background": False}
-        parts = calib_jax.segmentation_loss_parts(
-            logits,
-            labels,
-            [TERMS[name] for name in names],
-            where=where,
-            binning=binning,
-            ignore_empty_classes=self.ignore_empty_classes,
-            axis_name=axis_name,
-            **options,
-        )
-        return {name: parts[TERMS[name]] for name in names}
+            defaults["include_background"] = False
+        supplied = {k: v for k, v in {"where": where, "axis_name": axis_name}.items() if v is not None}
+        shared = [term for term in self.terms if term.term.part]
+        parts = _shared_parts(shared, logits, labels, defaults, supplied) if shared else {}
+        for term in self.terms:
+            if term not in shared:
+                parts[term.name] = term.value(logits, labels, {**term.arguments(defaults), **supplied})
+        return parts
 
     def total(self, parts: dict[str, Array], ace_scale: float | Array = 1.0) -> Array:
-        """The sum that is minimised; `ace_scale` lets the calibration term set in gradually."""
-        scale = {"ace": ace_scale}
-        weighted = [weight * scale.get(TERMS[name], 1.0) * parts[name] for name, weight in self.weights]
+        """The sum that is minimised; `ace_scale` scales the calibration terms, which set in gradually."""
+        weighted = [
+            term.weight * (ace_scale if term.term.is_calibration else 1.0) * parts[term.name]
+            for term in self.terms
+        ]
         return jnp.stack(weighted).sum()
+
+
+def _shared_parts(
+    terms: Sequence[WeightedTerm],
+    logits: Array,
+    labels: Array,
+    defaults: Mapping[str, Any],
+    supplied: Mapping[str, Any],
+) -> dict[str, Array]:
+    """The terms that share one softmax, by name."""
+    options = {
+        term.term.options[name]: value for term in terms for name, value in term.arguments(defaults).items()
+    }
+    try:
+        parts = calib_jax.segmentation_loss_parts(
+            logits, labels, [term.term.part for term in terms], **options, **supplied
+        )
+    except (TypeError, ValueError) as error:
+        names = ", ".join(term.name for term in terms)
+        raise InputError(f"Loss terms {names} failed: {describe(error)}") from error
+    return {term.name: parts[term.term.part] for term in terms}
 
 
 def as_pairs(
@@ -121,13 +177,16 @@ def as_pairs(
 ) -> tuple[Float[Array, "images *spatial two"], Shaped[Array, "images *_"]]:
     """Sigmoids as softmaxes: each region of each image becomes an image of two classes, outside and inside.
 
-    sigmoid(x) is the softmax over the scores (0, x). The regions of an image follow one another, so that images are
-    batch * regions.
+    sigmoid(x) is the softmax over the scores (0, x). The result has batch * regions images; the regions of an image
+    follow one another.
 
     Args:
-        logits: of each region.
-        labels: class ids, which become memberships, or soft labels, whose shares add up to a region's.
-        regions: class ids of each.
+        logits: one score per region.
+        labels: class ids, or soft labels. The share of a region is the sum of the shares of its classes.
+        regions: class ids of each region.
+
+    Returns:
+        Logits of two classes, and labels: class ids 0 and 1, or the shares of outside and inside.
 
     Example:
         >>> logits, labels = as_pairs(jnp.array([[[0.5, -1.0]]]), jnp.array([[2]]), ((1, 2), (1,)))
@@ -146,7 +205,7 @@ def as_pairs(
 
 
 def level_weights(levels: int) -> list[float]:
-    """Of the loss at each level, the finest first: 1, 1/2, 1/4, ..., scaled to sum to 1.
+    """Weights of the loss at each level, the finest first: 1, 1/2, 1/4, ..., scaled to sum to 1.
 
     Example:
         >>> level_weights(2)
@@ -157,11 +216,11 @@ def level_weights(levels: int) -> list[float]:
 
 
 def nearest(labels: Shaped[Array, "batch *fine"], sizes: Sequence[int]) -> Shaped[Array, "batch *coarse"]:
-    """Labels on a coarser grid: in each block the voxel nearest to its centre, as PyTorch's `nearest-exact`.
+    """Labels on a coarser grid: the voxel nearest to each block's centre, as PyTorch's `nearest-exact` takes it.
 
     Args:
-        labels: class ids, or soft labels, whose classes follow the grid's axes.
-        sizes: of the coarser grid; they divide the finer one's.
+        labels: class ids, or soft labels with the classes behind the grid's axes.
+        sizes: sizes of the coarser grid, which divide those of the finer one.
 
     Example:
         >>> nearest(jnp.arange(8)[None], (4,)).tolist()
@@ -171,49 +230,43 @@ def nearest(labels: Shaped[Array, "batch *fine"], sizes: Sequence[int]) -> Shape
     return labels[:, *(slice(step // 2, None, step) for step in steps)]
 
 
-def check_splittable(loss: Loss, mesh: Mesh) -> None:
-    """Raises `InputError` for terms that look at neighbours where the mesh splits volumes between them."""
-    looking = [name for name, _ in loss.weights if name in ("svls", "nacl")]
-    if looking and mesh.shape[SPACE] > 1:
-        raise InputError(
-            f"Loss term {looking[0]} looks at neighbouring voxels, which lie on other devices with "
-            f"space={mesh.shape[SPACE]}: split the batch (data, fsdp) instead, or choose another term."
-        )
-
-
 def parse_loss(name: str, ignore_empty_classes: bool = False) -> Loss:
-    """The loss called `name`: terms joined by `+`, each with an optional weight, as in `dice+0.5*ace`.
+    """Parses a loss: terms joined by `+`, each with an optional weight and optional parameters.
 
-    With `ignore_empty_classes` mL1-ACE takes a class that an image has no voxel of for calibrated there.
+    Args:
+        name: the loss, such as `dice+0.5*ace(num_bins=15)`. `train.terms` lists the terms.
+        ignore_empty_classes: as in `Loss`.
 
     Raises:
-        InputError: if a term is unknown, stands twice (`softace` is `ace` with soft bins) or has no positive
-            weight.
+        InputError: if a term is unknown, stands twice (`softace` is `ace` with soft bins), has a parameter that
+            does not fit, or has no positive weight.
 
     Example:
-        >>> parse_loss("dice+0.5*ace").weights
-        (('dice', 1.0), ('ace', 0.5))
+        >>> [(term.weight, term.name) for term in parse_loss("dice+0.5*ace").terms]
+        [(1.0, 'dice'), (0.5, 'ace')]
     """
-    weights = [_parse_term(name, term.strip()) for term in name.split("+")]
-    parts = [TERMS[term] for term, _ in weights]
+    terms = tuple(_parse_term(text) for text in split_outside_parentheses(name, "+"))
+    parts = [term.term.part or term.name for term in terms]
     if len(set(parts)) < len(parts):
         raise InputError(
-            f"Loss {name!r} names a term twice (softace is ace with soft bins); give each of them once."
+            f"Loss {name!r} names a term twice (softace is ace with soft bins); give each term once."
         )
-    return Loss(name.replace(" ", ""), tuple(weights), ignore_empty_classes)
+    without_spaces = "".join(
+        text if index % 2 else text.replace(" ", "") for index, text in enumerate(_QUOTED.split(name))
+    )
+    return Loss(without_spaces, terms, ignore_empty_classes)
 
 
-def _parse_term(loss: str, text: str) -> tuple[str, float]:
-    match = _TERM.fullmatch(text)
-    if match is None or match["name"] not in TERMS:
-        raise InputError(
-            f"Unknown loss term {text!r} in {loss!r}; terms are {', '.join(TERMS)}, joined by '+' and weighted "
-            "as in 'dice+0.5*ace'."
-        )
+def _parse_term(text: str) -> WeightedTerm:
+    *weights, called = split_outside_parentheses(text, "*")
+    call = parse_call(called)
+    term = find_term(call)
     try:
-        weight = float(match["weight"] or 1.0)
+        (weight,) = map(float, weights or ("1",))
     except ValueError:
         weight = 0.0
     if not 0 < weight < float("inf"):
-        raise InputError(f"Weight of {text!r} in loss {loss!r} must be a positive number.")
-    return match["name"], weight
+        raise InputError(
+            f"Weight of loss term {text.strip()!r} must be one positive number, as in 0.5*{call.name}."
+        )
+    return WeightedTerm(weight, call, term)

@@ -1,17 +1,17 @@
-"""Options that were given on the command line but would do nothing."""
+"""Refuses options that are given on the command line but have no effect."""
 
 import dataclasses
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
-from train.config import ARCHITECTURE_OPTIONS, DataConfig, ModelConfig, read_config
-from train.data import AugmentConfig
+from train.config import ARCHITECTURE_OPTIONS, ModelConfig, read_config
 from train.errors import InputError
-from train.losses import TERMS, parse_loss
+from train.losses import parse_loss
+from train.terms import TERMS
 
 
 def given_options(arguments: Sequence[str]) -> set[str]:
-    """Names of the options among the arguments, as Python spells them.
+    """Names of the options among the arguments, with underscores.
 
     Example:
         >>> sorted(given_options(["fit", "--ace-delay", "0.2", "--loss=dice"]))
@@ -22,21 +22,20 @@ def given_options(arguments: Sequence[str]) -> set[str]:
 
 
 def check_given(command: Any, given: Collection[str]) -> None:
-    """Checks that each option that was given has an effect.
+    """Checks that each option on the command line has an effect.
 
     Args:
-        command: options of a command, those of `train.cli`.
-        given: names of those that were given, see `given_options`.
+        command: a command of `train.cli`.
+        given: names of the options on the command line, see `given_options`.
 
     Raises:
-        InputError: for the first that has none.
+        InputError: names an option without effect.
     """
     rules: list[tuple[Collection[str], str]] = []
     if hasattr(command, "model"):
         rules += _of_the_network(command.model, getattr(command, "init", None), given)
     if hasattr(command, "training"):
-        losses = (command.loss,) if hasattr(command, "loss") else command.losses
-        rules += [*_of_training(command, losses), *_of_data(command.data), *_of_augmentation(command.augment)]
+        rules += _of_a_training(command)
     elif hasattr(command, "class_names"):
         rules += _of_an_import(command.data.data)
     for names, reason in rules:
@@ -65,13 +64,15 @@ def _of_the_network(
             )
 
 
-def _of_training(command: Any, losses: Sequence[str]) -> Iterator[tuple[Collection[str], str]]:
-    training = command.training
-    if not any(TERMS[term] == "ace" for loss in losses for term, _ in parse_loss(loss).weights):
+def _of_a_training(command: Any) -> Iterator[tuple[Collection[str], str]]:
+    training, data = command.training, command.data
+    losses = (command.loss,) if hasattr(command, "loss") else command.losses
+    if not any(term.term.is_calibration for loss in losses for term in parse_loss(loss).terms):
+        names = " and ".join(name for name, term in TERMS.items() if term.is_calibration)
         yield (
             ("ace_delay", "ace_ramp", "ignore_empty_classes"),
-            f"OPTION is an option of the loss terms ace and softace, and {' '.join(losses)} has neither: leave "
-            "it out or add a term.",
+            f"OPTION is an option of the loss terms {names}, and {' '.join(losses)} has none of them: leave it out "
+            "or add a term.",
         )
     if not training.warmup_steps:
         yield ("warmup_from",), "OPTION does nothing where warmup_steps is 0: leave it out."
@@ -83,20 +84,17 @@ def _of_training(command: Any, losses: Sequence[str]) -> Iterator[tuple[Collecti
     if getattr(command, "seeds", ()):
         yield ("seed",), "OPTION does nothing beside --seeds: leave one of them out."
     if command.out is None:
-        yield ("resume",), "--resume goes on with the run in --out: give that too."
-
-
-def _of_data(data: DataConfig) -> Iterator[tuple[Collection[str], str]]:
+        yield ("resume",), "--resume goes on with the run in --out: give --out too."
     if data.splits:
         yield (
             ("protocol", "num_test", *(() if data.fold is not None else ("num_val", "split_seed"))),
             "OPTION does nothing beside --splits, which names the cases: leave it out.",
         )
     if not data.spacing:
-        yield ("interpolation",), "OPTION does nothing without --spacing: give that too or leave it out."
-
-
-def _of_augmentation(augment: AugmentConfig) -> Iterator[tuple[Collection[str], str]]:
+        yield (
+            ("interpolation",),
+            "OPTION does nothing without --spacing: give --spacing too, or leave OPTION out.",
+        )
     for chance, names in (
         ("flip_prob", ("flip_axes",)),
         ("zoom_prob", ("zoom",)),
@@ -106,7 +104,7 @@ def _of_augmentation(augment: AugmentConfig) -> Iterator[tuple[Collection[str], 
         ("intensity_prob", ("intensity_scale", "intensity_shift")),
         ("noise_prob", ("noise_std",)),
     ):
-        if not getattr(augment, chance):
+        if not getattr(command.augment, chance):
             yield names, f"OPTION does nothing where {chance} is 0: give a chance too."
 
 
@@ -118,10 +116,10 @@ def _of_an_import(data: str) -> Iterator[tuple[Collection[str], str]]:
     if data:
         yield (
             ("num_channels", "spatial_dims", "window"),
-            "OPTION is for networks without --data, which says it already: leave it out.",
+            "OPTION is for networks without --data; the data set says it already: leave it out.",
         )
     else:
         yield (
             ("num_test", "num_val", "split_seed", "splits", "protocol", "fold", "cache_dir", "annotators"),
-            "OPTION is about the cases of --data: give that too or leave it out.",
+            "OPTION is about the cases of --data: give --data too, or leave OPTION out.",
         )

@@ -10,10 +10,11 @@ import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from train.errors import InputError
 
+_KINDS: Mapping[Any, str] = {bool: "True or False", int: "a whole number", float: "a number", str: "a string"}
 _CALL = re.compile(r"\s*(?P<name>[\w.:-]+)\s*(?:\((?P<arguments>.*)\))?\s*", re.DOTALL)
 
 
@@ -50,14 +51,17 @@ def parse_call(text: str) -> Call:
     match = _CALL.fullmatch(text)
     if match is None:
         raise InputError(f"{text!r} is not NAME or NAME(KEY=VALUE, ...): check its parentheses.")
-    if match["arguments"] is None:
-        return Call(match["name"])
     try:
-        call = ast.parse(f"f({match['arguments']})", mode="eval").body
+        call = ast.parse(f"f({match['arguments'] or ''})", mode="eval").body
         assert isinstance(call, ast.Call)
         if call.args or any(keyword.arg is None for keyword in call.keywords):
             raise InputError(f"{text!r} has an argument without a name: write NAME(KEY=VALUE, ...).")
-        arguments = {str(keyword.arg): _literal(keyword.value) for keyword in call.keywords}
+        arguments = {
+            str(keyword.arg): value.id
+            if isinstance(value := keyword.value, ast.Name)
+            else ast.literal_eval(value)
+            for keyword in call.keywords
+        }
     except (SyntaxError, ValueError, AssertionError) as error:
         raise InputError(
             f"{text!r} has arguments that cannot be read: write NAME(KEY=VALUE, ...) with Python literals."
@@ -65,8 +69,26 @@ def parse_call(text: str) -> Call:
     return Call(match["name"], arguments)
 
 
-def _literal(node: ast.expr) -> Any:
-    return node.id if isinstance(node, ast.Name) else ast.literal_eval(node)
+def split_outside_parentheses(text: str, separator: str) -> list[str]:
+    """Splits at a character wherever it stands outside of parentheses.
+
+    Example:
+        >>> split_outside_parentheses("dice+ace(class_weights=(1, 1e+2))", "+")
+        ['dice', 'ace(class_weights=(1, 1e+2))']
+    """
+    parts, depth, quote = [""], 0, ""
+    for character in text:
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "'\"":
+            quote = character
+        else:
+            depth += (character in "([{") - (character in ")]}")
+        if character == separator and not (depth or quote):
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
 
 
 def import_object(path: str) -> Any:
@@ -89,16 +111,60 @@ def import_object(path: str) -> Any:
         raise InputError(f"{path}: module {module_name!r} has no {attribute!r}.") from error
 
 
-def check_arguments(call: Call, accepted: Iterable[str]) -> None:
-    """Raises `InputError` for an argument that is not among the `accepted` names."""
-    accepted = tuple(accepted)
-    for name in call.arguments:
-        if name not in accepted:
-            known = f"it takes {', '.join(accepted)}" if accepted else "it takes none"
+def check_arguments(call: Call, accepted: Iterable[str] | Mapping[str, inspect.Parameter]) -> None:
+    """Checks the arguments of a call.
+
+    Args:
+        call: as `parse_call` returns it.
+        accepted: names of the arguments that the object takes; or its `keyword_parameters`, whose types are then
+            checked too, and whose required ones must be given.
+
+    Raises:
+        InputError: for an argument that is unknown, is missing, or has the wrong type.
+
+    Example:
+        >>> def loss(logits, *, gamma: float = 2.0): ...
+        >>> check_arguments(parse_call("loss(gamma=three)"), keyword_parameters(loss))
+        Traceback (most recent call last):
+        train.errors.InputError: loss takes gamma as a number, but gamma is 'three'.
+    """
+    names = tuple(accepted)
+    parameters = accepted if isinstance(accepted, Mapping) else {}
+    for name, value in call.arguments.items():
+        if name not in names:
+            known = f"it takes {', '.join(names)}" if names else "it takes none"
             raise InputError(f"{call.name} has no argument {name!r}: {known}.")
+        if name in parameters and (expected := _mismatch(value, parameters[name])):
+            raise InputError(f"{call.name} takes {name} as {expected}, but {name} is {value!r}.")
+    for name, parameter in parameters.items():
+        if parameter.default is parameter.empty and name not in call.arguments:
+            raise InputError(f"{call.name} needs the argument {name}: write {call.name}({name}=VALUE).")
+
+
+def _mismatch(value: Any, parameter: inspect.Parameter) -> str:
+    """What a parameter's annotation, or else its default, asks for, if the value is something else."""
+    kind = parameter.annotation
+    if get_origin(kind) is Literal:
+        choices = get_args(kind)
+        return "" if value in choices else f"one of {', '.join(map(repr, choices))}"
+    if kind not in _KINDS:
+        kind = type(parameter.default)
+        kind = float if kind is int else kind  # a default such as alpha=1 may stand for any number
+    fits = type(value) is kind or (kind is float and type(value) is int)
+    return "" if fits else _KINDS.get(kind, "")
+
+
+def keyword_parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The parameters of `function` that are keyword-only or have a default, by name."""
+    parameters = inspect.signature(function).parameters
+    return {
+        name: parameter
+        for name, parameter in parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY
+        or (parameter.kind is parameter.POSITIONAL_OR_KEYWORD and parameter.default is not parameter.empty)
+    }
 
 
 def keyword_names(function: Callable[..., Any]) -> tuple[str, ...]:
-    """Names of the keyword-only arguments of `function`."""
-    parameters = inspect.signature(function).parameters.values()
-    return tuple(p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY)
+    """Names of the `keyword_parameters` of `function`."""
+    return tuple(keyword_parameters(function))

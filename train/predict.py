@@ -1,4 +1,4 @@
-"""A trained network on images without labels: label maps and class probabilities as NIfTI."""
+"""Predicts images without labels: writes label maps and class probabilities as NIfTI."""
 
 import contextlib
 import gzip
@@ -16,8 +16,9 @@ import numpy as np
 
 from train.config import DataInfo
 from train.data.faults import Fault, collected, refuse
-from train.data.io import Grid, check_same_grid, read_channels
+from train.data.io import Grid, check_same_grid, read_scan
 from train.data.names import CHANNEL
+from train.data.preprocess import preprocess
 from train.data.volume_files import ENDINGS, open_volume, parts_of, stem, volumes_in
 from train.errors import CasesFailed, InputError, describe
 from train.files import visible
@@ -31,28 +32,29 @@ _WRITER = "calib_jax predict"  # starts the description of every output file
 
 
 def predict_folder(run: Path, images: Path, out: Path, which: Which = "last") -> list[Path]:
-    """Predicts every case in `images` and writes two files for each into `out`.
+    """Predicts every case in `images` and writes two files per case into `out`.
 
-    A case is one volume, with its channels along the fourth axis if there are several, or as nnU-Net has it one
-    volume for each channel, `NAME_0000.nii.gz` and on, see `find_cases`.
+    A case is one volume (several channels lie along the fourth axis), or as in nnU-Net one volume per channel,
+    `NAME_0000.nii.gz` and on, see `find_cases`.
 
-    `NAME_label.nii.gz` holds the most probable class ids (uint8, or uint16 of more than 256 classes),
-    `NAME_probs.nii.gz` the class probabilities (float32, classes along the fourth axis, background first), both on
-    the grid and with the affine of the image. Their header field `descrip` holds digests of the network and of the
-    image. Under sigmoids the probabilities are those of the regions, without a background, and the label is 1 where
-    a region is more probable than not, else 0: one map, or along the fourth axis one for each of several regions,
-    which may overlap.
+    `NAME_label.nii.gz` holds the most probable class ids: uint8, or uint16 for more than 256 classes.
+    `NAME_probs.nii.gz` holds the class probabilities: float32, classes along the fourth axis, background first.
+    Both have the grid and affine of the image. Their header field `descrip` holds digests of the network and the
+    image.
 
-    A case that cannot be predicted does not stop the others. The same call goes on in the same `out`: it skips the
-    cases that are there already.
+    A network with sigmoids gives the probabilities of its regions, without a background. The label is then 1 where
+    a region is more probable than not, else 0. Several regions, which may overlap, lie along the fourth axis.
+
+    A case that cannot be predicted does not stop the others. The same call with the same `out` skips the cases that
+    `out` holds already.
 
     Returns:
         The files of all cases, `[label, probs, label, probs, ...]`.
 
     Raises:
-        InputError: if there is no image, none fits the network or two have the same name, or if `out` holds
-            anything but predictions of this network and these images. Nothing is written then.
-        CasesFailed: if some cases could not be predicted. All others are written.
+        InputError: no image is there, no image fits the network, two images have one name, or `out` holds anything
+            but predictions of this network and these images. Nothing is written.
+        CasesFailed: some cases could not be predicted. All others are written.
     """
     config, info, predict = load_run(run, which)
     if info.spatial_dims != 3:
@@ -67,12 +69,13 @@ def predict_folder(run: Path, images: Path, out: Path, which: Which = "last") ->
         for done, name in enumerate(progress(left, desc="predicting")):
             try:
                 volumes = _predict(predict, info, cases[name], network)
-            except Exception as error:  # whatever is wrong with this case, the others can go on
+            except Exception as error:  # a fault of this case only
                 failed[name] = describe(error)
                 continue
             try:
                 for file, volume in zip(_outputs(out, name), volumes, strict=True):
-                    _save(file, volume)
+                    with written_whole(file) as partial, gzip.open(partial, "wb", compresslevel=1) as stream:
+                        volume.to_stream(stream)
             except OSError as error:
                 reason = f"{out} could not be written ({error.strerror or error})"
                 failed |= dict.fromkeys(left[done:], f"{reason}: make room, or make the folder writable.")
@@ -86,42 +89,28 @@ def predict_folder(run: Path, images: Path, out: Path, which: Which = "last") ->
     return [file for name in cases for file in _outputs(out, name)]
 
 
-def _labels(probs: np.ndarray, regions: Sequence[str]) -> np.ndarray:
-    """Class ids, or which voxels are of each region; the last axis goes unless there are several regions."""
-    if not regions:
-        return probs.argmax(-1).astype(np.min_scalar_type(probs.shape[-1] - 1))
-    members = (probs > 0.5).astype(np.uint8)
-    return members[..., 0] if len(regions) == 1 else members
-
-
-def list_cases(folder: Path, info: DataInfo) -> dict[str, list[Path]]:
-    """The files of each case in a folder, by its name; none where no file is a case.
-
-    Raises:
-        InputError: there is no volume, or some of them are cases and others are not.
-    """
-    cases, faults = find_cases(folder, info)
-    if cases:
-        refuse(faults)
-    return cases
-
-
 def find_cases(folder: Path, info: DataInfo) -> tuple[dict[str, list[Path]], list[Fault]]:
-    """The files of each case that fits the network, by its name, and what is wrong with the other volumes.
+    """Finds the files of each case that fits the network, and the faults of the other volumes.
 
-    Files are channels of a case where they are called as by nnU-Net, `NAME_0000` and on without a gap, one for each
-    channel of the network. A network of one channel takes them so only if all files of the folder are called
-    `NAME_0000`: else `NAME_0008` is the name of a case.
+    Files are the channels of one case if nnU-Net's names say so: `NAME_0000` and on without a gap, one for each
+    channel of the network. For a network with one channel all files of the folder must be called `NAME_0000`; else
+    `NAME_0008` is the name of a case.
 
     Raises:
-        InputError: there is no volume.
+        InputError: the folder holds no volume.
     """
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder: give one with .nii or .nii.gz volumes.")
     files = volumes_in(folder)
     if not files:
         raise InputError(f"{folder} holds no {', '.join(ENDINGS)} volume.")
-    _tell_ignored(folder, files)
+    used = {part for file in files for part in parts_of(file)}
+    if ignored := [path.name for path in visible(folder) if path not in used]:
+        more = f" and {len(ignored) - 5} others" if len(ignored) > 5 else ""
+        print(
+            f"{folder} holds what is no volume and is ignored: {', '.join(ignored[:5])}{more}",
+            file=sys.stderr,
+        )
     cases: dict[str, list[Path]] = {}
     faults: list[Fault] = []
     for name, parts in group_channels(files, info.num_channels):
@@ -136,7 +125,7 @@ def find_cases(folder: Path, info: DataInfo) -> tuple[dict[str, list[Path]], lis
 
 
 def group_channels(files: Sequence[Path], channels: int) -> list[tuple[str, list[Path]]]:
-    """Names of cases with their files, from the names of the files alone, see `find_cases`.
+    """Groups files into cases by their names alone, see `find_cases`.
 
     >>> files = [Path("a_0000.nii"), Path("a_0001.nii"), Path("b_0007.nii")]
     >>> [(name, len(parts)) for name, parts in group_channels(files, 2)]
@@ -156,10 +145,10 @@ def group_channels(files: Sequence[Path], channels: int) -> list[tuple[str, list
 
 
 def check_fits(files: Sequence[Path], info: DataInfo) -> None:
-    """Reads the headers of one case's files.
+    """Checks the headers of one case's files.
 
     Raises:
-        InputError: they do not share a grid, or have other channels than the network was trained on.
+        InputError: the files do not share a grid, or the network was trained on another number of channels.
     """
     image, *others = volumes = [open_volume(file) for file in files]
     if (channels := sum(volume.channels for volume in volumes)) != info.num_channels:
@@ -172,32 +161,22 @@ def check_fits(files: Sequence[Path], info: DataInfo) -> None:
         check_same_grid(image, other)
 
 
-def _tell_ignored(folder: Path, files: Sequence[Path]) -> None:
-    """Names what else lies in the folder, but for the voxels of detached headers."""
-    used = {part for file in files for part in parts_of(file)}
-    ignored = [path.name for path in visible(folder) if path not in used]
-    if ignored:
-        more = f" and {len(ignored) - 5} others" if len(ignored) > 5 else ""
-        print(
-            f"{folder} holds what is no volume and is ignored: {', '.join(ignored[:5])}{more}",
-            file=sys.stderr,
-        )
-
-
 def _predict(
     predict: VolumePredictor, info: DataInfo, files: Sequence[Path], network: str
 ) -> tuple[nib.Nifti1Image, nib.Nifti1Image]:
-    """Label map and class probabilities of one case, ready to be written."""
+    """Label map and class probabilities of one case as volumes."""
     description = _description(files, network)
-    image, grid = read_channels(files, info.window)
-    placement = info.geometry.place(image, grid.affine, windowed=info.window is not None)
-    probs = predict(placement.image(image, info.geometry.interpolation))
-    probs = placement.back(probs, background=not predict.regions)
+    voxels, grid = read_scan(files)
+    image, placement = preprocess(voxels, grid.affine, intensity_range=info.window, geometry=info.geometry)
+    probs = placement.back(predict(image), background=not predict.regions)
     if not np.isfinite(probs).all():
         raise InputError(f"the network's probabilities of {files[0]} are not finite: check its weights.")
-    return _volume(_labels(probs, predict.regions), grid, description), _volume(
-        probs.astype(np.float32), grid, description
-    )
+    if predict.regions:
+        label = (probs > 0.5).astype(np.uint8)
+        label = label[..., 0] if len(predict.regions) == 1 else label
+    else:
+        label = probs.argmax(-1).astype(np.min_scalar_type(probs.shape[-1] - 1))
+    return _volume(label, grid, description), _volume(probs.astype(np.float32), grid, description)
 
 
 def _volume(voxels: np.ndarray, grid: Grid, description: str) -> nib.Nifti1Image:
@@ -216,10 +195,10 @@ def _volume(voxels: np.ndarray, grid: Grid, description: str) -> nib.Nifti1Image
 
 @contextlib.contextmanager
 def _opened(out: Path) -> Iterator[None]:
-    """While in this context no other prediction writes to `out`, which is made if it is not there.
+    """Makes and locks the output folder, so that no other prediction writes to it.
 
     Raises:
-        InputError: if it cannot be made, or another process has it.
+        InputError: the folder cannot be made, or another process has locked it.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -232,16 +211,16 @@ def _opened(out: Path) -> Iterator[None]:
 
 
 def _not_written(out: Path, cases: Mapping[str, Sequence[Path]], network: str) -> list[str]:
-    """The cases without whole predictions in `out`.
+    """Names of the cases without complete predictions in `out`.
 
     Raises:
-        InputError: if `out` holds anything else than predictions of this network and these images.
+        InputError: `out` holds anything but predictions of this network and these images.
     """
     case_of = {file: name for name in cases for file in _outputs(out, name)}
     whole: set[Path] = set()
     for file in sorted(file for file in out.iterdir() if not file.name.startswith(".")):
         found = _read_description(file)
-        if found is None and file in case_of:  # cut off, or corrupt
+        if found is None and file in case_of:  # truncated or corrupt
             continue
         if found is None or not found.startswith(_WRITER):
             raise InputError(f"Output folder {out} is not empty, it holds {file.name}: choose another --out.")
@@ -259,22 +238,21 @@ def _not_written(out: Path, cases: Mapping[str, Sequence[Path]], network: str) -
 
 
 def _description(files: Sequence[Path], network: str) -> str:
-    """What the outputs of these images say in their `descrip`, of 80 bytes."""
+    """The header field `descrip` of the predictions of these images, at most 80 bytes."""
     try:
-        return (
-            f"{_WRITER} {network} {_digest(part.read_bytes() for file in files for part in parts_of(file))}"
-        )
+        image = _digest(part.read_bytes() for file in files for part in parts_of(file))
     except OSError as error:
         raise InputError(f"{files[0]} cannot be read ({error.strerror}): check the file.") from error
+    return f"{_WRITER} {network} {image}"
 
 
 def _read_description(file: Path) -> str | None:
-    """The `descrip` of a NIfTI file; None if it is none, or cut off."""
+    """The header field `descrip` of a NIfTI file; None if the file is none, or truncated."""
     try:
         volume: Any = nib.load(file)
         length = volume.dataobj.offset + math.prod(volume.shape) * volume.get_data_dtype().itemsize
         with file.open("rb") as stream:
-            stream.seek(-4, 2)  # gzip ends with the length of what it holds
+            stream.seek(-4, 2)  # gzip ends with the length of its content
             whole = int.from_bytes(stream.read(), "little") == length % 2**32
         return volume.header["descrip"].item().decode("latin1") if whole else None
     except Exception:
@@ -296,8 +274,3 @@ def _as_bytes(leaf: jax.Array) -> bytes:
 
 def _outputs(out: Path, name: str) -> tuple[Path, Path]:
     return out / f"{name}_label.nii.gz", out / f"{name}_probs.nii.gz"
-
-
-def _save(file: Path, volume: nib.Nifti1Image) -> None:
-    with written_whole(file) as partial, gzip.open(partial, "wb", compresslevel=1) as stream:
-        volume.to_stream(stream)

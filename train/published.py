@@ -1,4 +1,4 @@
-"""A run's figures beside published ones, as the papers' tables have them: means and spreads over cases."""
+"""Tables of a run's figures beside published ones: means and standard deviations over cases, as in the papers."""
 
 import csv
 import json
@@ -18,10 +18,10 @@ class Row:
     """A line of the table.
 
     Attributes:
-        name: of the model, or of a region of the model above.
-        cases: how many.
-        figures: mean and standard deviation over cases of each of `METRICS`; a case's figure is the mean over its
-            regions.
+        name: name of a model, or of a region of the model above.
+        cases: number of cases.
+        figures: mean and standard deviation over cases of each metric in `METRICS`. A case's figure is the mean
+            over its regions.
     """
 
     name: str
@@ -29,29 +29,24 @@ class Row:
     figures: tuple[tuple[float, float], ...]
 
     def cells(self) -> tuple[str, ...]:
-        """Its text, in the order of `HEADER`."""
+        """The texts of the line, in the order of `HEADER`."""
         return self.name, str(self.cases), *(f"{mean:.4f} ± {std:.4f}" for mean, std in self.figures)
 
 
 def rows_of(result: Result) -> list[Row]:
-    """A result's own row and, where there are several, that of each region."""
-    metrics = [result.metrics()[name] for name in METRICS]
-    regions = result.class_names if len(result.class_names) > 1 else ()
-    own = Row(result.name, len(result.case_names), tuple(_spread(values) for values in metrics))
+    """The row of a result, and the rows of its regions if it has several."""
+    names = result.class_names if len(result.class_names) > 1 else ()
+    columns = {result.name: slice(None)} | {f"  {name}": slice(k, k + 1) for k, name in enumerate(names)}
+    metrics = [result.metrics()[metric] for metric in METRICS]
     return [
-        own,
-        *(
-            Row(f"  {region}", own.cases, tuple(_spread(values[:, [k]]) for values in metrics))
-            for k, region in enumerate(regions)
-        ),
+        Row(name, len(result.case_names), tuple(_spread(values[:, part]) for values in metrics))
+        for name, part in columns.items()
     ]
 
 
 def _spread(values: np.ndarray) -> tuple[float, float]:
-    """Mean and standard deviation over cases of what is defined."""
-    counted = ~np.isnan(values)
-    cases = counted.any(1)
-    means = np.where(counted, values, 0).sum(1)[cases] / counted.sum(1)[cases]
+    """Mean and standard deviation over the cases with a defined value."""
+    means = np.nanmean(values[~np.isnan(values).all(1)], 1)
     return (float(means.mean()), float(means.std())) if means.size else (float("nan"), float("nan"))
 
 

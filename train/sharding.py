@@ -1,8 +1,8 @@
 """Which device holds what: pure functions from shapes to partition specs.
 
-A mesh has three axes. The batch is split over `data` and over `fsdp`, each volume along its first spatial axis
-over `space`, and parameters and the optimiser's state over `fsdp` again. An axis of size 1 splits nothing, so
-that one device, many devices and many processes are one program.
+A mesh has three axes. `data` and `fsdp` split the batch, `space` splits each volume along its first spatial axis,
+and `fsdp` also splits the parameters and the optimiser's state. An axis of size 1 splits nothing, so one device,
+many devices and many processes run the same program.
 """
 
 import math
@@ -17,77 +17,70 @@ from train.errors import InputError
 
 DATA, FSDP, SPACE = "data", "fsdp", "space"
 BATCH = (DATA, FSDP)
-# The last axis is that of neighbouring devices, which speak to one another fastest: halos travel most often.
+# Neighbouring devices lie along the last axis. They communicate fastest, and halos are exchanged most often.
 AXES = (*BATCH, SPACE)
 
 
 def device_mesh(option: str = "", devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh that `option` asks for (see `mesh_shape`), over every device of every process unless given."""
+    """The mesh of an option (see `mesh_shape`), by default over all devices of all processes."""
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(option, len(devices))
     return jax.make_mesh(shape, AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def mesh_shape(option: str, num_devices: int) -> tuple[int, ...]:
-    """Sizes of `AXES`.
+    """Sizes of the mesh's `AXES`.
 
     Args:
-        option: axes with their sizes, as in `data=2,space=4`. An axis without a size takes all devices that are
-            left, which `data` does too if it is not named; other axes that are not named have size 1.
-        num_devices: how many devices there are; all of them must be used.
+        option: axes with their sizes, as in `data=2,space=4`. An axis without a size takes all remaining devices,
+            and so does `data` if it is missing. Other missing axes have size 1.
+        num_devices: number of devices; the mesh must use all of them.
 
     Raises:
-        InputError: if it cannot be read, or its sizes do not multiply to `num_devices`.
+        InputError: if the option cannot be read, or if its sizes do not multiply to `num_devices`.
 
     Example:
         >>> mesh_shape("", 8), mesh_shape("space=2", 8), mesh_shape("data=2,fsdp", 8)
         ((8, 1, 1), (4, 1, 2), (2, 4, 1))
     """
-    sizes = {DATA: 0} | {axis: _size(option, size) for axis, size in _named(option).items()}
-    rest = [axis for axis, size in sizes.items() if size == 0]
-    used = math.prod(size for size in sizes.values() if size)
-    if len(rest) > 1:
-        raise InputError(
-            f"mesh {option!r} leaves {' and '.join(rest)} without a size: give all but one of them."
-        )
-    if num_devices % used or (not rest and used != num_devices):
-        raise InputError(
-            f"mesh {option!r} asks for {used} devices, there are {num_devices}: use all of them."
-        )
-    sizes |= dict.fromkeys(rest, num_devices // used)
-    return tuple(sizes.get(axis, 1) for axis in AXES)
-
-
-def _named(option: str) -> dict[str, str]:
-    named: dict[str, str] = {}
+    sizes: dict[str, int] = {}  # 0 for an axis without a size
     for part in filter(None, option.replace(" ", "").split(",")):
         axis, _, size = part.partition("=")
-        if axis not in AXES or axis in named:
+        if axis not in AXES or axis in sizes:
             raise InputError(
                 f"mesh {option!r} has the axis {axis!r}: give each of {', '.join(AXES)} once at most."
             )
-        named[axis] = size
-    return named
-
-
-def _size(option: str, size: str) -> int:
-    """A size as a number; 0 where it is left out."""
-    if size and not (size.isdecimal() and int(size)):
-        raise InputError(f"mesh {option!r} has the size {size!r}: give whole numbers, as in data=2,space=4.")
-    return int(size or 0)
+        if size and not (size.isdecimal() and int(size)):
+            raise InputError(
+                f"mesh {option!r} has the size {size!r}: give whole numbers, as in data=2,space=4."
+            )
+        sizes[axis] = int(size or 0)
+    sizes = {DATA: 0, **sizes}
+    unsized = [axis for axis, size in sizes.items() if size == 0]
+    used = math.prod(size for size in sizes.values() if size)
+    if len(unsized) > 1:
+        raise InputError(
+            f"mesh {option!r} leaves {' and '.join(unsized)} without a size: give all but one of them."
+        )
+    if num_devices % used or (not unsized and used != num_devices):
+        raise InputError(
+            f"mesh {option!r} asks for {used} devices, there are {num_devices}: use all of them."
+        )
+    sizes |= dict.fromkeys(unsized, num_devices // used)
+    return tuple(sizes.get(axis, 1) for axis in AXES)
 
 
 def batch_spec(ndim: int) -> PartitionSpec:
-    """Of arrays `[batch, *spatial, ...]`: examples over `data` and `fsdp`, the first spatial axis over `space`."""
+    """Splits `[batch, *spatial, ...]`: examples over `data` and `fsdp`, the first spatial axis over `space`."""
     return PartitionSpec(BATCH, SPACE) if ndim > 1 else PartitionSpec(BATCH)
 
 
 def weight_spec(shape: Sequence[int], fsdp: int) -> PartitionSpec:
-    """Of parameters and moments: split over `fsdp` along the largest axis that it divides, if there is one.
+    """Splits parameters and moments: `fsdp` splits the largest axis that it divides, if there is one.
 
     Example:
-        >>> weight_spec((3, 3, 16, 32), 4), weight_spec((3,), 2)
-        (PartitionSpec(None, None, None, 'fsdp'), PartitionSpec())
+        >>> tuple(weight_spec((3, 3, 16, 32), 4)), tuple(weight_spec((3,), 2))
+        ((None, None, None, 'fsdp'), ())
     """
     fitting = [axis for axis, size in enumerate(shape) if size % fsdp == 0] if fsdp > 1 else []
     if not fitting:
@@ -97,12 +90,12 @@ def weight_spec(shape: Sequence[int], fsdp: int) -> PartitionSpec:
 
 
 def weight_shardings(tree: Any, mesh: Mesh) -> Any:
-    """The sharding of each array of a pytree of parameters or of a whole training state."""
+    """The sharding of each array in a pytree of parameters or in a whole training state."""
     return jax.tree.map(lambda leaf: NamedSharding(mesh, weight_spec(leaf.shape, mesh.shape[FSDP])), tree)
 
 
 def place_weights(tree: Any, mesh: Mesh) -> Any:
-    """A pytree of parameters or a training state, which every process has alike, where it is to be on the mesh."""
+    """Places parameters or a training state on the mesh. Every process must hold the same values."""
     return jax.jit(lambda tree: tree, out_shardings=weight_shardings(tree, mesh))(tree)
 
 
@@ -112,19 +105,19 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_parts(mesh: Mesh) -> int:
-    """Into how many parts a batch is split."""
+    """The number of parts that a batch is split into."""
     return math.prod(mesh.shape[axis] for axis in BATCH)
 
 
 def check_split(batch_size: int, patch: Sequence[int], divisor: int, accumulate: int, mesh: Mesh) -> None:
-    """Raises `InputError` unless each device gets as much as any other, on every level of a network too.
+    """Raises `InputError` unless all devices get equal parts, on every level of the network too.
 
     Args:
         batch_size: examples per step.
-        patch: their voxels along each axis.
-        divisor: by how much the network reduces the patch.
-        accumulate: parts in which a batch is taken one after the other.
-        mesh: how the devices share them.
+        patch: voxels of an example along each axis.
+        divisor: factor by which the network reduces the patch.
+        accumulate: number of parts in which a batch is computed one after the other.
+        mesh: the devices.
     """
     if accumulate < 1:
         raise InputError(
@@ -137,7 +130,7 @@ def check_split(batch_size: int, patch: Sequence[int], divisor: int, accumulate:
             f"batch_size is {batch_size}: give a multiple of the {parts} devices that it is split over{times}."
         )
     space = mesh.shape[SPACE]
-    # The compiler pads what does not divide, but gets gradients of strided convolutions wrong that way.
+    # The compiler pads uneven parts, but then computes wrong gradients of strided convolutions.
     if space > 1 and patch[0] % (space * divisor):
         raise InputError(
             f"patch {tuple(patch)} cannot be split over space={space} devices evenly on all levels of the network: "
@@ -146,17 +139,17 @@ def check_split(batch_size: int, patch: Sequence[int], divisor: int, accumulate:
 
 
 def parts_in_turn(accumulate: int, batch_size: int, mesh: Mesh) -> int:
-    """The parts in which a batch is taken: `accumulate`, or for 0 as many as leave each device one example."""
+    """The number of parts in which a batch is computed: `accumulate`, or for 0 one example per device and part."""
     return accumulate or max(batch_size // batch_parts(mesh), 1)
 
 
 def process_share(mesh: Mesh, process: int) -> tuple[int, int]:
-    """(i, n) for a process that needs the i-th of n equal parts of every batch.
+    """(i, n) if the process needs the i-th of n equal parts of every batch.
 
     Processes that hold pieces of the same volumes need the same part.
 
     Raises:
-        InputError: if the processes' parts would be of different sizes or overlap.
+        InputError: if the parts of the processes have different sizes or overlap.
     """
     owners = np.vectorize(lambda device: device.process_index)(mesh.devices).reshape(batch_parts(mesh), -1)
     rows = {p: tuple(np.flatnonzero((owners == p).any(1))) for p in np.unique(owners)}
@@ -173,7 +166,7 @@ def process_share(mesh: Mesh, process: int) -> tuple[int, int]:
 
 
 def on_first_device(tree: Any) -> Any:
-    """Arrays of a mesh, whole, on the first device of this process."""
+    """Copies the arrays of a mesh, whole, to the first device of this process."""
 
     def whole(leaf: jax.Array) -> jax.Array:
         if isinstance(leaf.sharding, NamedSharding):
@@ -184,7 +177,7 @@ def on_first_device(tree: Any) -> Any:
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's share of a batch (see `process_share`), as arrays over the whole mesh."""
+    """Makes arrays over the whole mesh from each process's share of a batch, see `process_share`."""
     _, count = process_share(mesh, jax.process_index())
 
     def put(part: np.ndarray) -> jax.Array:

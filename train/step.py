@@ -15,20 +15,21 @@ from jaxtyping import Array, Int
 from train import cpu
 from train.config import RunConfig, TrainingConfig
 from train.data import augment, mask_ignored
+from train.errors import InputError
 from train.losses import Loss, Regions, parse_loss
 from train.models.remat import rematerialised
 from train.sharding import BATCH, SPACE, batch_parts, batch_spec, replicated, weight_shardings
 
 
 class TrainState(NamedTuple):
-    """Everything a run needs to go on, but for its position in the data.
+    """Everything a run needs to go on, except its position in the data.
 
-    Random numbers are a function of the run's seed and `step`, so they need no state of their own.
+    Random numbers are a function of the run's seed and `step`, so they have no state.
 
     Attributes:
         step: optimiser steps done.
         params: trainable arrays.
-        rest: the model's other state (dropout's counters).
+        rest: the model's other state, such as the counters of dropout.
         opt_state: the optimiser's moments.
     """
 
@@ -46,23 +47,23 @@ TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
 
 
 def make_optimizer(config: TrainingConfig) -> optax.GradientTransformation:
-    """AdamW under a linear warm-up and a cosine (or no) decay."""
+    """AdamW with a linear warm-up, a cosine decay or none, and optional gradient clipping."""
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     return optax.chain(clip, optax.adamw(learning_rate(config), weight_decay=config.weight_decay))
 
 
 def learning_rate(config: TrainingConfig) -> optax.Schedule:
-    """Learning rate by step."""
+    """The learning rate as a function of the step."""
     warmup, peak = min(config.warmup_steps, config.steps // 2), config.learning_rate
     start = config.warmup_from * peak
     if config.schedule == "cosine":
         return optax.warmup_cosine_decay_schedule(start, peak, warmup, config.steps)
-    # Optax takes a rise over no steps for one that never sets out.
+    # Optax stays at the first value for ever if the warm-up has no steps.
     return optax.warmup_constant_schedule(start if warmup else peak, peak, warmup)
 
 
 def init_state(model: nnx.Module, optimizer: optax.GradientTransformation) -> tuple[nnx.GraphDef, TrainState]:
-    """The model's static part, and the state of a run that has not taken a step."""
+    """The model's static part, and the state of a run before its first step."""
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     return graphdef, TrainState(jnp.zeros((), jnp.int32), params, rest, optimizer.init(params))
 
@@ -78,20 +79,27 @@ def make_train_step(
     remat: bool = False,
     has_ignore: bool = False,
 ) -> TrainStep:
-    """The compiled step over `mesh`: (state, batch) -> (state, metrics).
+    """Makes the compiled step over `mesh`: (state, batch) -> (state, metrics).
 
-    State and batch are to be placed as `train.sharding` says, and so is the new state. The state is donated: its
-    memory is used again for the new one. Metrics are scalars: `loss`, each of its parts, `grad_norm` and
-    `learning_rate`; means over the whole batch, whatever the mesh. With `accumulate` above 1 the batch is taken
-    in so many parts, one after the other, which need so much less memory; with `remat` the model's units are
-    computed again in the backward pass, and only what goes in and out of them is kept. `regions` are the class ids
-    of each output channel of a network with sigmoids. With `has_ignore` the loss leaves out voxels without a label,
-    see `train.data.mask_ignored`.
+    The state and the batch must be placed as `train.sharding` says; the new state is placed alike. The step donates
+    the state: the new state reuses its memory. The metrics are scalars: `loss`, each of its terms, `grad_norm` and
+    `learning_rate`. They are means over the whole batch on every mesh.
+
+    Args:
+        graphdef: the model's static part.
+        optimizer: see `make_optimizer`.
+        config: names the loss and how to train.
+        mesh: the devices.
+        regions: class ids of each output channel of a network with sigmoids.
+        accumulate: number of parts in which a batch is computed one after the other, to save memory.
+        remat: whether the backward pass computes the model's units again instead of keeping their activations.
+        has_ignore: whether the loss leaves out voxels without a label, see `train.data.mask_ignored`.
     """
     schedule = learning_rate(config.training)
-    named = parse_loss(config.loss, config.training.ignore_empty_classes)
-    loss = _make_loss(dataclasses.replace(named, regions=regions), mesh, has_ignore)
-    gradients = _in_turn(_make_gradients(graphdef, config, loss, mesh, remat), accumulate, mesh)
+    loss = parse_loss(config.loss, config.training.ignore_empty_classes)
+    loss_and_gradient = _make_loss(dataclasses.replace(loss, regions=regions), mesh, has_ignore)
+    gradients = _make_gradients(graphdef, config, loss_and_gradient, mesh, remat)
+    gradients = _accumulated(gradients, accumulate, mesh)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.key(config.training.seed), state.step)
@@ -115,13 +123,58 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0, compiler_options=options)
 
 
+def check_loss(
+    loss: Loss,
+    mesh: Mesh,
+    images: tuple[int, ...],
+    *,
+    channels: int,
+    soft_classes: int = 0,
+    has_ignore: bool = False,
+) -> None:
+    """Checks that every term of a loss can be computed in the step of a run, before the run starts.
+
+    Args:
+        loss: with its regions, if the network has sigmoids.
+        mesh: the devices.
+        images: shape `[batch, *patch]`.
+        channels: output channels of the network.
+        soft_classes: classes of soft labels; 0 for class ids.
+        has_ignore: whether voxels may have no label.
+
+    Raises:
+        InputError: names the first term that cannot be computed, and says why.
+    """
+    space = mesh.shape[SPACE]
+    needs = (
+        (
+            "axis_name",
+            space > 1,
+            f"volumes split over space={space} devices: split the batch instead (data, fsdp)",
+        ),
+        ("where", has_ignore, "data in which voxels have no label: choose another term"),
+    )
+    for term in loss.terms:
+        for argument, is_needed, reason in needs:
+            if is_needed and argument not in term.term.accepted:
+                raise InputError(
+                    f"Loss term {term.name} has no argument {argument}, so it cannot be computed on {reason}, or "
+                    f"add {argument}=None to a function of your own."
+                )
+    if any(term.call.arguments or term.call.is_external for term in loss.terms):
+        logits = jax.ShapeDtypeStruct((*images, channels), jnp.float32)
+        soft = jax.ShapeDtypeStruct((*images, soft_classes), jnp.float32)
+        labels = soft if soft_classes else jax.ShapeDtypeStruct(images, jnp.int32)
+        jax.eval_shape(_make_loss(loss, mesh, has_ignore), logits, labels, jnp.float32(1))
+
+
 def _make_gradients(
     graphdef: nnx.GraphDef, config: RunConfig, loss: LossAndGradient, mesh: Mesh, remat: bool
 ) -> Gradients:
-    """(params, rest, examples, ace_scale) -> gradients, loss with its parts, and the rest afterwards.
+    """Makes (params, rest, examples, ace_scale) -> (gradients, loss with its terms, new rest).
 
-    The compiler splits the model as its inputs are split: it moves the rims of split volumes and, since the
-    parameters are asked for whole, gathers these. The loss is no such plain arithmetic; it is split by hand.
+    The compiler splits the model as its inputs are split. It exchanges the rims of split volumes, and it gathers
+    the parameters, which the model needs whole. `_make_loss` splits the loss by hand.
     """
     dtype = jnp.dtype(config.training.precision)
 
@@ -130,7 +183,7 @@ def _make_gradients(
         images, labels = jax.vmap(augment, in_axes=(0, 0, 0, None))(keys, images, labels, config.augment)
 
         def scores(weights: Any) -> tuple[Any, Any]:
-            # Flax lets only variables made under this very trace change, as dropout's counters do: a copy is.
+            # Dropout's counters change. Flax changes only variables made under this very trace, so copy them.
             model = nnx.merge(graphdef, weights, jax.tree.map(lambda leaf: leaf, rest))
             with rematerialised(remat):
                 logits = model(images.astype(dtype))
@@ -148,12 +201,11 @@ def _make_gradients(
 
 
 def _make_loss(loss: Loss, mesh: Mesh, has_ignore: bool) -> LossAndGradient:
-    """(logits, labels, ace_scale) -> loss with its parts, and its gradient with respect to the logits.
+    """Makes (logits, labels, ace_scale) -> (loss with its terms, its gradient with respect to the logits).
 
-    Every part of the loss is a mean over images of what sums over an image's voxels say. So each device
-    computes that of its own examples, sharing sums with those that hold other voxels of the same ones; then
-    only means travel. Said in a `shard_map`, this does not hang on the compiler seeing that loops over images
-    and scatters into bins need no other's voxels.
+    Each loss term is a function of per-image sums. Devices `psum` these over SPACE and average the terms over
+    BATCH. A `shard_map` says so explicitly: the compiler need not find out that loops over images and scatters into
+    bins need no voxels of other devices.
     """
 
     def local(logits: Any, labels: Array, ace_scale: Array) -> tuple[dict[str, Array], Any]:
@@ -173,13 +225,13 @@ def _make_loss(loss: Loss, mesh: Mesh, has_ignore: bool) -> LossAndGradient:
     )
 
 
-def _in_turn(gradients: Gradients, parts: int, mesh: Mesh) -> Gradients:
-    """The same gradients, of the examples in so many parts one after the other: means of the parts' means."""
+def _accumulated(gradients: Gradients, parts: int, mesh: Mesh) -> Gradients:
+    """Averages `gradients` over the parts of a batch, computed one after the other."""
     if parts == 1:
         return gradients
 
     def split(examples: Array) -> Array:
-        """[batch, ...] -> [parts, batch / parts, ...], each device's own examples in every part."""
+        """[batch, ...] -> [parts, batch / parts, ...]; every part holds examples of each device."""
         split = examples.reshape(-1, parts, *examples.shape[1:]).swapaxes(0, 1)
         spec = PartitionSpec(None, *batch_spec(examples.ndim))
         return lax.with_sharding_constraint(split, NamedSharding(mesh, spec))
@@ -201,6 +253,6 @@ def _in_turn(gradients: Gradients, parts: int, mesh: Mesh) -> Gradients:
 
 
 def _ace_scale(config: TrainingConfig, step: Array) -> Array:
-    """0 until mL1-ACE sets in, then rising to 1."""
+    """The scale of calibration terms: 0 until they set in, then a rise to 1."""
     start, rise = config.ace_delay * config.steps, config.ace_ramp * config.steps
     return jnp.clip((step - start) / rise, 0.0, 1.0) if rise else jnp.where(step < start, 0.0, 1.0)

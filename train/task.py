@@ -19,13 +19,23 @@ from train.config import (
     resolve_patch,
     resolve_regions,
 )
-from train.data import PROTOCOLS, Dataset, Splits, chosen_splits, open_dataset, split_cases, write_splits
+from train.data import (
+    PROTOCOLS,
+    Dataset,
+    Splits,
+    chosen_splits,
+    open_dataset,
+    region_ids,
+    split_cases,
+    write_splits,
+)
 from train.errors import InputError
-from train.losses import check_splittable, parse_loss
+from train.losses import Loss, parse_loss
 from train.models import make_network
 from train.processes import is_first
 from train.run.cases import cases_for, check_initial, note_duplicates, read_cases
 from train.sharding import check_split, device_mesh, parts_in_turn
+from train.step import check_loss
 
 
 @dataclass(frozen=True)
@@ -63,11 +73,27 @@ def open_task(config: RunConfig, devices: DeviceConfig = DeviceConfig()) -> Task
     batch_size, mesh = config.training.batch_size, device_mesh(devices.mesh)
     devices = dataclasses.replace(devices, accumulate=parts_in_turn(devices.accumulate, batch_size, mesh))
     check_split(batch_size, patch, model.divisor, devices.accumulate, mesh)
-    check_splittable(parse_loss(config.loss), mesh)
     if config.init:
         check_initial(Path(config.init), read_cases(Path(config.init)), dataset, splits)
     note_duplicates(dataset, splits)
-    return Task(config, dataset, splits, patch, devices, mesh)
+    task = Task(config, dataset, splits, patch, devices, mesh)
+    check_task_loss(task, parse_loss(config.loss))
+    return task
+
+
+def check_task_loss(task: Task, loss: Loss) -> None:
+    """Raises `InputError` if a term of the loss cannot be computed for the task's images."""
+    config, dataset = task.config, task.dataset
+    ids = region_ids(dataset)
+    regions = tuple(ids[name] for name in config.model.regions)
+    check_loss(
+        dataclasses.replace(loss, regions=regions),
+        task.mesh,
+        (config.training.batch_size, *task.patch),
+        channels=len(regions or dataset.class_names),
+        soft_classes=0 if config.data.annotators == "first" else len(dataset.class_names),
+        has_ignore=dataset.has_ignore,
+    )
 
 
 def _check_options(config: RunConfig, info: DataInfo) -> None:

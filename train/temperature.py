@@ -1,4 +1,4 @@
-"""A trained network's logits over one temperature, fitted on cases that it was not trained on."""
+"""Temperature scaling of a trained network: fitted on cases that the network was not trained on."""
 
 import functools
 import warnings
@@ -20,9 +20,9 @@ from train.losses import Regions, as_pairs
 
 @dataclass(frozen=True)
 class Tempered:
-    """The `train.inference.Forward` of a network whose logits are over a temperature.
+    """The `train.inference.Forward` of a network whose logits are divided by a temperature.
 
-    Its weights are (the network's, temperature).
+    Its weights are (weights of the network, temperature).
     """
 
     network: Network
@@ -36,12 +36,12 @@ class Tempered:
 
     @property
     def regions(self) -> tuple[str, ...]:
-        """As of the network."""
+        """The regions of the network."""
         return self.network.regions
 
 
 def temper(predict: VolumePredictor, temperature: Float32[Array, ""]) -> VolumePredictor:
-    """`predict` with its network's logits over `temperature`, window by window."""
+    """`predict` with the logits of its network divided by `temperature` in each sliding window."""
     assert isinstance(predict.forward, Network)
     return replace(predict, forward=Tempered(predict.forward), weights=(predict.weights, temperature))
 
@@ -49,18 +49,18 @@ def temper(predict: VolumePredictor, temperature: Float32[Array, ""]) -> VolumeP
 def fit_temperature(
     predict: VolumePredictor, dataset: Dataset, case_names: Sequence[str]
 ) -> Float32[Array, ""]:
-    """The temperature that minimises the mean negative log-likelihood over the voxels of whole cases.
+    """Fits the temperature that minimises the mean negative log-likelihood over the voxels of whole cases.
 
-    Of volumes larger than the patch these are the windows' voxels, each window by itself, as the network sees them.
-    Voxels without a label are left out. Sigmoids share one temperature: the likelihood is that of all regions.
+    Volumes larger than the patch count through all their sliding windows, each window by itself. Voxels without a
+    label are left out. Sigmoids share one temperature, fitted to the likelihood of all regions.
 
     Args:
         predict: a trained `Network`.
-        dataset: where the cases come from.
-        case_names: cases that the network was not trained on; kept in memory, their logits are not.
+        dataset: the data set of the cases.
+        case_names: cases that the network was not trained on. They are kept in memory; their logits are not.
 
     Raises:
-        InputError: nothing in these cases can be fitted to, as where no voxel has a label.
+        InputError: if no temperature can be fitted, for example because no voxel has a label.
     """
     assert isinstance(predict.forward, Network)
     cases = CachedCases(dataset, case_names)
@@ -96,9 +96,9 @@ def fit_temperature(
 def _window_logits(
     network: Network, patch: tuple[int, ...], has_ignore: bool, regions: Regions = ()
 ) -> Callable[..., tuple[Array, Array, Array]]:
-    """The compiled program that gives logits, labels and which voxels to count of a group of windows.
+    """Makes the compiled program that cuts a group of windows: logits, labels and the mask of voxels to count.
 
-    They are `[windows, *patch, ...]`, and `[windows * regions, *patch, ...]` of a network with sigmoids, see
+    Their shape is `[windows, *patch, ...]`, or `[windows * regions, *patch, ...]` for a network with sigmoids, see
     `as_pairs`.
     """
 

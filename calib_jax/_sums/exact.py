@@ -1,9 +1,9 @@
-"""Float32 sums that keep what they round away."""
+"""Float32 sums that keep what they round away, and means."""
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 Pair = tuple[Float[Array, "*shape"], Float[Array, "*shape"]]
 """A sum, and what float32 rounded away from it."""
@@ -36,3 +36,9 @@ def rounded(pair: Pair) -> Float[Array, "*shape"]:
     """The sum as one float32. Its rounding error is NaN where the sum is infinite, and is then left out."""
     high, low = pair
     return jnp.where(jnp.isfinite(high), high + low, high)
+
+
+def mean_or_nan(total: Float[Array, "*shape"], count: Num[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """`total / count`, NaN where nothing was counted. Gradients are finite."""
+    count = count.astype(total.dtype)
+    return jnp.where(count > 0, total / jnp.where(count > 0, count, 1), jnp.nan)

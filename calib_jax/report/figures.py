@@ -1,4 +1,4 @@
-"""Figures of the report: the list of figures, their layout, and the text that explains them."""
+"""Figures of the report: the list of figures and their layout. The page explains how to read them."""
 
 import base64
 import dataclasses
@@ -41,48 +41,20 @@ _STYLE: dict[Any, Any] = {
     "axes.unicode_minus": True,
 }
 
-_READ_CASES = (
-    "Each dot is a case (mean over its classes), and thin lines follow the same case from model to "
-    "model. Boxes span the middle half of the cases with the median as a line, whiskers reach to the "
-    "last case within 1.5 box heights, and diamonds are means."
-)
-_READ_RELIABILITY = (
-    "Voxels of all cases are sorted into bins by predicted probability; each point compares a bin's "
-    "mean prediction with how often the class was there, and a calibrated model follows the dashed "
-    "diagonal. Orange bars are over-confidence, blue ones under-confidence, the ring marks the widest "
-    "gap, and the grey bars count voxels. ACE, ECE and MCE are means over cases, as in the table: "
-    "pooling lets opposite errors cancel, so a curve can look better than the single cases are."
-)
-_READ_HISTOGRAM = (
-    "Here the cases are not pooled: each has a reliability curve of its own, and colour shows what "
-    "share of cases passes through a cell. Mass along the dashed diagonal means that single cases are "
-    "calibrated, a wide spread that they are not, even where the orange curve, which pools all cases, "
-    "follows the diagonal. All panels share one colour scale."
-)
-_READ_TRAINING = (
-    "Solid curves are validation, dashed ones training. Losses of models trained with different loss "
-    "functions are on different scales: compare their shapes, not their heights. A validation curve "
-    "that turns up while training still falls is over-fitting."
-)
-
 
 @dataclasses.dataclass(frozen=True)
 class ReportFigure:
-    """A figure of the report with the text around it.
+    """A figure of the report.
 
     Attributes:
-        name: file name without its ending.
-        section: heading of the section; figures of one section follow each other.
-        title: heading of the figure within its section, or "".
-        how_to_read: two or three sentences that explain the section's figures.
+        name: file name without its ending; the part before a hyphen is the kind of figure.
+        title: heading of the figure among those of its kind, or "".
         alt: description of the figure for readers who cannot see it.
         draw: draws the figure, without pyplot.
     """
 
     name: str
-    section: str
     title: str
-    how_to_read: str
     alt: str
     draw: Callable[[], Figure]
 
@@ -95,25 +67,24 @@ def report_figures(
 ) -> Iterator[ReportFigure]:
     """The figures of a report in the order of the page."""
     shown = [*results, *([reference] if reference is not None else [])]
-    models, all_models = (", ".join(result.name for result in some) for some in (results, shown))
-    names = shown[0].class_names
+    names, all_names = ([result.name for result in some] for some in (results, shown))
     classes = [(None, "all", "All classes together")]
-    classes += [(i, f"class-{i}", name) for i, name in enumerate(names) if len(names) > 1]
+    if len(shown[0].class_names) > 1:
+        classes += [(i, f"class-{i}", name) for i, name in enumerate(shown[0].class_names)]
 
-    alt = f"Box plots of {', '.join(_BOX_PLOTS)} over the cases for {models}."
-    yield ReportFigure("cases", "Case by case", "", _READ_CASES, alt, lambda: _box_plots(results))
-    for kind, section, how_to_read, draw in (
-        ("reliability", "Reliability diagrams", _READ_RELIABILITY, _reliability_diagrams),
-        ("histogram", "Dataset reliability histograms", _READ_HISTOGRAM, _reliability_histograms),
-    ):
-        for index, suffix, title in classes:
-            alt = f"{section} of {all_models}: {title}."
-            drawing = functools.partial(draw, shown, index)
-            yield ReportFigure(f"{kind}-{suffix}", section, title, how_to_read, alt, drawing)
+    alt = f"Box plots of {', '.join(_BOX_PLOTS)} over the cases for {', '.join(names)}."
+    yield ReportFigure("cases", "", alt, lambda: _box_plots(results))
+    for index, suffix, title in classes:
+        alt = f"Reliability diagrams of {', '.join(all_names)}: {title}."
+        drawing = functools.partial(_reliability_diagrams, shown, index)
+        yield ReportFigure(f"reliability-{suffix}", title, alt, drawing)
+    for index, suffix, title in classes:
+        alt = f"Dataset reliability histograms of {', '.join(all_names)}: {title}."
+        drawing = functools.partial(_reliability_histograms, shown, index)
+        yield ReportFigure(f"histogram-{suffix}", title, alt, drawing)
     if histories and _measured_metrics(histories):
         alt = f"Training and validation curves of {', '.join(histories)}."
-        drawing = functools.partial(_training_curves, [result.name for result in results], histories)
-        yield ReportFigure("training", "Training", "", _READ_TRAINING, alt, drawing)
+        yield ReportFigure("training", "", alt, lambda: _training_curves(names, histories))
 
 
 def draw(figure: ReportFigure, png_folder: Path) -> str:
@@ -142,7 +113,7 @@ def _box_plots(results: Sequence[Result]) -> Figure:
         legend = [f"{tick}  {_in_legend(name)}" for tick, name in zip(ticks, names, strict=True)]
     height = 3.7 + 0.2 * (-(-len(legend) // 3))
     figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-    for ax, metric in zip(_row(figure, len(_BOX_PLOTS)), _BOX_PLOTS, strict=True):
+    for ax, metric in zip(figure.subplots(1, len(_BOX_PLOTS)), _BOX_PLOTS, strict=True):
         plots.paired_cases(_by_case(results, metric), ticks, ax=ax)
         title = f"{metric}, {wording.direction(metric)}"
         ax.set_title(title, loc="left", fontweight="bold", color=plots.INK)
@@ -187,7 +158,7 @@ def _training_curves(names: Sequence[str], histories: Mapping[str, History]) -> 
     figure = Figure(figsize=(min(_WIDTH, 1.2 + 4.9 * len(metrics)), 3.7), layout="constrained")
     legends = {}  # one legend for all axes, below them, where it hides no curve
     in_order = {_in_legend(name): histories.get(name, {}) for name in dict.fromkeys([*names, *histories])}
-    for ax, metric in zip(_row(figure, len(metrics)), metrics, strict=True):
+    for ax, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
         plots.loss_curves(in_order, metric=metric, ax=ax)
         ax.set_ylabel(spelled.get(metric, metric.replace("_", " ")))
         legend = ax.get_legend()
@@ -240,10 +211,6 @@ def _share_y_labels(figure: Figure, panels: Sequence[tuple[Axes, Axes]]) -> None
                 ax.set_ylabel("")
             else:
                 ax.yaxis.set_label_coords(-0.42 / (ax.get_position().width * figure.get_figwidth()), 0.5)
-
-
-def _row(figure: Figure, number: int) -> list[Axes]:
-    return list(figure.subplots(1, number, squeeze=False)[0])
 
 
 def _by_case(results: Sequence[Result], metric: str) -> Float[np.ndarray, "models cases"]:

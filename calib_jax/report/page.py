@@ -1,6 +1,5 @@
 """The report as one self-contained HTML page, with its figures, tables and inputs beside it."""
 
-import itertools
 import json
 import math
 import os
@@ -110,7 +109,7 @@ def render(inputs: ReportInputs, rows: Sequence[ModelRow], *, png_folder: Path) 
         rows=rows,
         leaders=_leaders(rows),
         footnote=wording.footnote(rows),
-        sections=_sections(inputs, png_folder),
+        figures=_drawn(inputs, png_folder),
         worst=_worst_cases(beside, best.name),
         worst_of=best.name,
         worst_models=[result.name for result in beside],
@@ -131,26 +130,24 @@ def _write_tables(folder: Path, rows: Sequence[ModelRow], results: Sequence[Resu
         result.write_case_csv(folder / "cases" / f"{archive.file_stem(i, result.name)}.csv")
 
 
-def _sections(inputs: ReportInputs, png_folder: Path) -> list[dict[str, Any]]:
-    """Headings with their figures, each figure with its picture as a data URI."""
-    drawn = []
+def _drawn(inputs: ReportInputs, png_folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """The figures by kind, each with its picture as a data URI."""
+    drawn: dict[str, list[dict[str, Any]]] = {}
     try:
         from calib_jax.report import figures
 
         for figure in figures.report_figures(
             inputs.results, reference=inputs.reference, histories=inputs.histories
         ):
-            drawn.append({"figure": figure, "uri": figures.draw(figure, png_folder)})
+            entry = {"title": figure.title, "alt": figure.alt, "uri": figures.draw(figure, png_folder)}
+            drawn.setdefault(figure.name.partition("-")[0], []).append(entry)
     except OSError:  # such as a full disk
         raise
     except Exception as error:  # a failure to draw must not cost the numbers, which took hours
         warnings.warn(
             f"the page lacks figures: matplotlib failed with {error!r}.", RuntimeWarning, stacklevel=4
         )
-    return [
-        {"title": title, "figures": list(members)}
-        for title, members in itertools.groupby(drawn, key=lambda entry: entry["figure"].section)
-    ]
+    return drawn
 
 
 def _tile(metric: str, base: ModelRow, best: ModelRow) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -79,6 +79,14 @@ class ModelRow:
     name: str
     role: Role
     metrics: Mapping[str, Summary]
+
+
+_NESTED = ("per_class", "per_repeat", "change")
+_CSV_COLUMNS = (
+    *("model", "role", "metric", "class", "repeat"),
+    *(field.name for field in dataclasses.fields(Summary) if field.name not in _NESTED),
+    *(field.name for field in dataclasses.fields(Change)),
+)
 
 
 def compare_models(
@@ -165,12 +173,17 @@ def write_csv(rows: Sequence[ModelRow], path: str | os.PathLike[str]) -> None:
 
     For a model that was trained several times, a row with the mean of each repeat follows.
     """
-    lines = (
-        line
-        for row in rows
-        for metric, summary in row.metrics.items()
-        for line in _csv_lines(row, metric, summary)
-    )
+    lines: list[dict[str, Any]] = []
+    for row in rows:
+        for metric, summary in row.metrics.items():
+            start = {"model": row.name, "role": row.role, "metric": metric}
+            numbers = dataclasses.asdict(summary)
+            per_class, per_repeat, change = (numbers.pop(name) for name in _NESTED)
+            lines.append({**start, "class": "mean", **numbers, **(change or {})})
+            for repeat, mean in per_repeat.items():
+                lines.append({**start, "class": "mean", "repeat": repeat, "mean": mean})
+            for class_name, mean in per_class.items():
+                lines.append({**start, "class": class_name, "mean": mean})
     write_rows(path, _CSV_COLUMNS, lines)
 
 
@@ -265,25 +278,6 @@ def _wilcoxon(differences: Float[np.ndarray, " cases"]) -> float:
         return 1.0 if differences.size else math.nan
     result: Any = wilcoxon(differences)
     return float(result.pvalue)
-
-
-_NESTED = ("per_class", "per_repeat", "change")
-_CSV_COLUMNS = (
-    *("model", "role", "metric", "class", "repeat"),
-    *(field.name for field in dataclasses.fields(Summary) if field.name not in _NESTED),
-    *(field.name for field in dataclasses.fields(Change)),
-)
-
-
-def _csv_lines(row: ModelRow, metric: str, summary: Summary) -> Iterator[dict[str, Any]]:
-    start = {"model": row.name, "role": row.role, "metric": metric}
-    numbers = dataclasses.asdict(summary)
-    per_class, per_repeat, change = (numbers.pop(name) for name in _NESTED)
-    yield {**start, "class": "mean", **numbers, **(change or {})}
-    for repeat, mean in per_repeat.items():
-        yield {**start, "class": "mean", "repeat": repeat, "mean": mean}
-    for class_name, mean in per_class.items():
-        yield {**start, "class": class_name, "mean": mean}
 
 
 def _without_nan(value: Any) -> Any:

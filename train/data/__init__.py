@@ -2,107 +2,54 @@
 
 Data flows down this list: `open_dataset` -> a `Dataset` of `Case`s (`phantom`, or `volumes` by their `layouts`) ->
 `split_cases` -> `train_batches` (host: cache, shuffle, crop) -> `augment` (device, inside the step).
+
+A name is imported when it is first used, so that `--help` needs none of the packages behind it.
 """
+# ruff: noqa: F401
 
-from collections.abc import Sequence
-from pathlib import Path
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from train.data.augment import NO_AUGMENTATION, AugmentConfig, augment
-from train.data.cache import CaseStore
-from train.data.case import Case, Dataset, region_ids
-from train.data.geometry import Geometry
-from train.data.ignore import IGNORE, mask_ignored
-from train.data.layouts import LAYOUTS
-from train.data.phantom import PhantomDataset
-from train.data.pipeline import CachedCases, train_batches
-from train.data.protocols import PROTOCOLS
-from train.data.splits import Splits, chosen_splits, read_splits, split_cases, write_splits
-from train.data.transforms import crop_back, cut_patch, draw_crop, pad_to_hold, z_score_nonzero
-from train.data.volumes import Layout, VolumeDataset, in_order, with_intensities
-from train.errors import InputError
+if TYPE_CHECKING:
+    from train.data.arrays import ArrayDataset
+    from train.data.augment_config import NO_AUGMENTATION, AugmentConfig
+    from train.data.augmentation import augment
+    from train.data.cache import CaseStore
+    from train.data.case import Case, Dataset, region_ids
+    from train.data.geometry import Geometry
+    from train.data.ignore import IGNORE, mask_ignored
+    from train.data.layouts import LAYOUTS
+    from train.data.open import open_dataset, open_layout
+    from train.data.phantom import PhantomDataset
+    from train.data.pipeline import CachedCases, train_batches
+    from train.data.preprocess import z_score_nonzero
+    from train.data.protocols import PROTOCOLS
+    from train.data.splits import Splits, chosen_splits, read_splits, split_cases, write_splits
+    from train.data.transforms import crop_back, cut_patch, draw_crop, pad_to_hold
+    from train.data.volumes import VolumeDataset
 
-__all__ = [
-    "IGNORE",
-    "LAYOUTS",
-    "NO_AUGMENTATION",
-    "PROTOCOLS",
-    "AugmentConfig",
-    "CachedCases",
-    "Case",
-    "CaseStore",
-    "Dataset",
-    "Geometry",
-    "PhantomDataset",
-    "Splits",
-    "VolumeDataset",
-    "augment",
-    "chosen_splits",
-    "crop_back",
-    "cut_patch",
-    "draw_crop",
-    "mask_ignored",
-    "open_dataset",
-    "open_layout",
-    "pad_to_hold",
-    "read_splits",
-    "region_ids",
-    "split_cases",
-    "train_batches",
-    "write_splits",
-    "z_score_nonzero",
-]
+_NAMES = {
+    "arrays": ("ArrayDataset",),
+    "augment_config": ("NO_AUGMENTATION", "AugmentConfig"),
+    "augmentation": ("augment",),
+    "cache": ("CaseStore",),
+    "case": ("Case", "Dataset", "region_ids"),
+    "geometry": ("Geometry",),
+    "ignore": ("IGNORE", "mask_ignored"),
+    "layouts": ("LAYOUTS",),
+    "open": ("open_dataset", "open_layout"),
+    "phantom": ("PhantomDataset",),
+    "pipeline": ("CachedCases", "train_batches"),
+    "preprocess": ("z_score_nonzero",),
+    "protocols": ("PROTOCOLS",),
+    "splits": ("Splits", "chosen_splits", "read_splits", "split_cases", "write_splits"),
+    "transforms": ("crop_back", "cut_patch", "draw_crop", "pad_to_hold"),
+    "volumes": ("VolumeDataset",),
+}
 
 
-def open_dataset(
-    spec: str,
-    *,
-    seed: int = 0,
-    geometry: Geometry | None = None,
-    all_annotators: bool = False,
-    cache_dir: str = "",
-    channel_order: Sequence[int] = (),
-    intensities: tuple[float, float] | None = None,
-) -> Dataset:
-    """Opens a data set by its name on the command line.
-
-    Args:
-        spec: "phantom" (3-D), "phantom2d", or "LAYOUT:PATH", a folder in one of the `LAYOUTS`: msd (Medical
-            Segmentation Decathlon), nnunet, brats, acdc, amos, amos-ct, kits.
-        seed: which phantoms; data on disk does not depend on it.
-        geometry: what is done to the grids of volumes on disk.
-        all_annotators: keep what each annotator says, see `VolumeDataset`.
-        cache_dir: folder in which decoded and preprocessed volumes are kept; empty for none.
-        channel_order: which of the channels, in this order, of volumes on disk; empty for all.
-        intensities: range that those of volumes on disk are cut off to, instead of their layout's.
-
-    Raises:
-        InputError: another name, or anything wrong with the files.
-    """
-    if spec.startswith("phantom") and (
-        geometry or all_annotators or cache_dir or channel_order or intensities
-    ):
-        raise InputError(
-            f"data is {spec}: spacing, crop_margin, annotators, cache_dir, channel_order and intensities are for "
-            "volumes on disk."
-        )
-    if spec == "phantom":
-        return PhantomDataset(seed=seed)
-    if spec == "phantom2d":
-        return PhantomDataset(spatial_shape=(64, 64), num_cases=200, seed=seed)
-    layout = with_intensities(in_order(open_layout(spec), channel_order), intensities)
-    store = CaseStore(Path(cache_dir).expanduser()) if cache_dir else None
-    return VolumeDataset(layout, geometry=geometry, all_annotators=all_annotators, store=store)
-
-
-def open_layout(spec: str) -> Layout:
-    """The files of "LAYOUT:PATH", none of which is opened.
-
-    Raises:
-        InputError: no such layout, or a folder that does not lie in it.
-    """
-    kind, _, path = spec.partition(":")
-    if kind in LAYOUTS and path:
-        return LAYOUTS[kind](path)
-    raise InputError(
-        f'data is "{spec}": give "phantom", "phantom2d", or LAYOUT:PATH with one of {", ".join(LAYOUTS)}.'
-    )
+def __getattr__(name: str) -> Any:
+    for module, names in _NAMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

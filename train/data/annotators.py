@@ -1,4 +1,4 @@
-"""Several annotators of one case: one label of them all."""
+"""One label from several annotators of a case."""
 
 import numpy as np
 from jaxtyping import Float, Float32, UInt8
@@ -11,12 +11,12 @@ def soft_label(
     num_classes: int,
     weights: Float[np.ndarray, " annotators"] | None = None,
 ) -> Float32[np.ndarray, "*spatial classes"]:
-    """The share of each class among the annotators who labelled a voxel; zeros where none did.
+    """The share of each class among the annotators who labelled a voxel; zeros if nobody did.
 
     Args:
-        annotations: each annotator's class ids, `IGNORE` where an annotator gave none.
-        num_classes: with background.
-        weights: of the annotators, which sum to 1; None counts all alike.
+        annotations: class ids of each annotator, `IGNORE` for voxels that the annotator did not label.
+        num_classes: number of classes, background included.
+        weights: of the annotators, with sum 1; None for equal weights.
 
     >>> soft_label(np.array([[0, 1], [1, 1]], np.uint8), 2).tolist()
     [[0.5, 0.5], [0.0, 1.0]]
@@ -36,7 +36,7 @@ def soft_label(
 def majority(
     annotations: UInt8[np.ndarray, "*spatial annotators"], num_classes: int
 ) -> UInt8[np.ndarray, "*spatial"]:
-    """The class that most annotators give to each voxel, the lower id of equals; `IGNORE` where none gives one.
+    """The most frequent class of each voxel, or the lower id of a tie; `IGNORE` where nobody labelled it.
 
     >>> majority(np.array([[0, 1], [2, 1], [2, 2]], np.uint8), 3).tolist()
     [0, 1, 2]

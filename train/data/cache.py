@@ -1,4 +1,4 @@
-"""Cases decoded and preprocessed once, kept on disk as arrays that are mapped into memory."""
+"""A store of decoded and preprocessed cases: arrays on disk that are mapped into memory."""
 
 import hashlib
 import json
@@ -14,16 +14,16 @@ from train.data.case import Case, Source
 from train.data.geometry import Placement
 from train.errors import InputError
 
-# Part of every key: to be raised when what is kept of the same files changes.
+# Part of every key. Raise it when the same files give other stored arrays.
 _VERSION = 1
 _NAMES = "arrays.json"
 
 
 class CaseStore:
-    """A folder of cases by key, each an uncompressed `.npy` for each of its arrays.
+    """A folder of cases by key. A case is a folder with an uncompressed `.npy` per array.
 
-    A case is written beside its place and then renamed, so that several processes may share the folder and none
-    sees half a case; one that cannot be read is as if it were not there.
+    `write` renames a complete folder into place, so several processes may share the store and none sees half a
+    case. A case that cannot be read counts as missing.
 
     Raises:
         InputError: the folder cannot be made.
@@ -39,7 +39,7 @@ class CaseStore:
             ) from error
 
     def read(self, key: str, name: str) -> Case | None:
-        """The case kept under `key`, its arrays mapped into memory; None if there is none that can be read."""
+        """The case of `key`, its arrays mapped into memory; None if it is missing or cannot be read."""
         entry = self._entry(key)
         try:
             names = json.loads((entry / _NAMES).read_text(encoding="utf-8"))
@@ -48,7 +48,7 @@ class CaseStore:
             return None
 
     def write(self, key: str, case: Case) -> None:
-        """Keeps a case; if it cannot, as on a full disk, it says so in a warning and keeps nothing."""
+        """Stores a case. If that fails, as on a full disk, it warns and stores nothing."""
         entry, arrays = self._entry(key), _arrays(case)
         partial = None
         try:

@@ -1,4 +1,4 @@
-"""What every data set hands out: cases, by index."""
+"""A data set is a sequence of cases: the types of both."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ from train.data.geometry import Geometry, Placement
 
 @dataclass(frozen=True)
 class Source:
-    """The truth of a case on its file's own grid, where the network sees another one.
+    """The truth of a case on its file's own grid, where that is not the grid of the network.
 
     Attributes:
-        placement: the way from that grid to the network's and back.
+        placement: the way from the file's grid to the network's and back.
         label: as in `Case`.
         annotations: as in `Case`.
     """
@@ -32,12 +32,12 @@ class Case:
 
     Attributes:
         name: unique within its data set.
-        image: intensities, z-scored per channel over the non-zero voxels (see `z_score_nonzero`).
-        label: class ids, 0 is background and `IGNORE` a voxel without a label; of several annotators the majority.
+        image: normalised intensities (see `train.data.preprocess.normalise`).
+        label: class ids; 0 is background, `IGNORE` is a voxel without a label. Of several annotators the majority.
         affine: voxel index to millimetres, as in NIfTI.
-        posterior: the probabilities the label was drawn from, where they are known (phantoms only).
-        annotations: each annotator's class ids, where they are kept apart.
-        source: the truth on the file's grid, where the arrays above lie on another one.
+        posterior: the probabilities that the label was drawn from, where they are known (phantoms only).
+        annotations: class ids of each annotator, where the data set keeps them apart.
+        source: the truth on the file's grid, where the arrays above are on another grid.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Case:
 
     @property
     def num_bytes(self) -> int:
-        """Memory that the arrays take, in bytes; those mapped from files take none."""
+        """Bytes of memory that the arrays take. Arrays mapped from files take none."""
         arrays = [self.image, self.label, self.posterior, self.annotations]
         if self.source is not None:
             arrays += [self.source.label, self.source.annotations]
@@ -59,9 +59,9 @@ class Case:
     def truth(
         self, num_classes: int
     ) -> UInt8[np.ndarray, "*spatial"] | Float32[np.ndarray, "*spatial classes"]:
-        """What a prediction is measured by, on the file's own grid: class ids or, of several annotators, shares.
+        """The reference of evaluation on the file's own grid: class ids, or shares of the classes among annotators.
 
-        `mask_ignored` tells which voxels have a label.
+        `mask_ignored` says which voxels have a label.
         """
         own = self.source or self
         return own.label if own.annotations is None else soft_label(own.annotations, num_classes)
@@ -69,7 +69,10 @@ class Case:
 
 @runtime_checkable
 class Dataset(Protocol):
-    """Cases by index; `load` is pure, so cases may be cached and loaded from any thread."""
+    """Cases by index. A subclass inherits what is optional; `ArrayDataset` needs no class.
+
+    `load` is pure: cases may be cached, and loaded from any thread. A data set is hashable.
+    """
 
     @property
     def name(self) -> str: ...
@@ -93,48 +96,49 @@ class Dataset(Protocol):
         ...
 
     @property
-    def regions(self) -> Mapping[str, tuple[int, ...]]:
-        """Evaluation regions by name, each with the class ids that make it up; empty for the classes themselves."""
-        ...
-
-    @property
-    def has_ignore(self) -> bool:
-        """Whether labels may hold `IGNORE`, whose voxels are then masked everywhere."""
-        ...
-
-    @property
-    def window(self) -> tuple[float, float] | None:
-        """Range that intensities are cut off to, see `train.data.io.read_channels`."""
-        ...
-
-    @property
-    def geometry(self) -> Geometry:
-        """What is done to the grids of the files."""
-        ...
-
-    @property
     def case_names(self) -> tuple[str, ...]:
         """Unique names, in the order of `load`'s index."""
         ...
-
-    @property
-    def subjects(self) -> tuple[str, ...]:
-        """Whose each case is; cases of one subject belong in one split."""
-        ...
-
-    @property
-    def held_out(self) -> tuple[str, ...]:
-        """Cases that the data set itself sets apart for testing."""
-        ...
-
-    def __len__(self) -> int: ...
 
     def load(self, index: int) -> Case:
         """Reads or generates case `index`, `0 <= index < len(self)`."""
         ...
 
+    def __len__(self) -> int:
+        return len(self.case_names)
+
+    @property
+    def regions(self) -> Mapping[str, tuple[int, ...]]:
+        """Class ids of each evaluation region by its name; empty to evaluate the foreground classes."""
+        return {}
+
+    @property
+    def has_ignore(self) -> bool:
+        """Whether labels may hold `IGNORE`. Losses and metrics then skip those voxels."""
+        return False
+
+    @property
+    def intensity_range(self) -> tuple[float, float] | None:
+        """Range that intensities are clipped to, see `train.data.preprocess.normalise`."""
+        return None
+
+    @property
+    def geometry(self) -> Geometry:
+        """How scans are cropped and resampled."""
+        return Geometry()
+
+    @property
+    def subjects(self) -> tuple[str, ...]:
+        """Subject of each case. Cases of one subject belong to one split."""
+        return self.case_names
+
+    @property
+    def held_out(self) -> tuple[str, ...]:
+        """Names of the cases that the data set reserves for testing."""
+        return ()
+
 
 def region_ids(dataset: Dataset) -> dict[str, tuple[int, ...]]:
-    """Class ids of each region by its name; of a data set without regions, of each foreground class."""
+    """Class ids of each region by its name. Without regions, each foreground class is one."""
     classes = {name: (index,) for index, name in enumerate(dataset.class_names)}
     return dict(dataset.regions) or dict(list(classes.items())[1:])

@@ -1,4 +1,4 @@
-"""What is wrong with the files of a data set, collected before anything is read from them."""
+"""Faults of the files of a data set, collected before a run depends on them."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,9 +15,9 @@ class Fault:
     """One file that cannot be used.
 
     Attributes:
-        case: its name.
+        case: name of the case.
         file: path of the file.
-        problem: what was found and what to do, as a sentence whose subject is the file.
+        problem: what was found and what to do, a sentence whose subject is the file.
     """
 
     case: str
@@ -26,7 +26,7 @@ class Fault:
 
     @classmethod
     def of(cls, case: str, file: Path, error: Exception) -> "Fault":
-        """The fault that an exception shows: the rest of its sentence where that begins with the file."""
+        """The fault of a file that raised `error`."""
         sentence = describe(error)
         if sentence.startswith(f"{file} "):
             return cls(case, str(file), sentence.removeprefix(f"{file} "))
@@ -35,7 +35,7 @@ class Fault:
 
 @contextmanager
 def collected(faults: list[Fault], case: str, file: Path) -> Iterator[None]:
-    """Turns any exception about a file into a fault, so that the next file is looked at."""
+    """Turns an exception about a file into a fault, so that the next file is checked too."""
     try:
         yield
     except Exception as error:
@@ -43,10 +43,10 @@ def collected(faults: list[Fault], case: str, file: Path) -> Iterator[None]:
 
 
 def refuse(faults: Sequence[Fault]) -> None:
-    """Does nothing without faults.
+    """Raises if there are faults.
 
     Raises:
-        InputError: the first fault in full, then the others, up to 20 of them.
+        InputError: names up to 20 faults, the first one in full.
     """
     if not faults:
         return

@@ -1,4 +1,7 @@
-"""From the grid of a file to the one that the network sees, and back."""
+"""From the grid of a file to the grid of the network, and back.
+
+scipy and nibabel are imported where they are called, since the command line reads `Geometry` for its options.
+"""
 
 import math
 from collections.abc import Sequence
@@ -7,8 +10,6 @@ from typing import Literal
 
 import numpy as np
 from jaxtyping import Float, Float32, UInt8
-from nibabel.affines import voxel_sizes
-from scipy.ndimage import find_objects, zoom
 
 from train.data.ignore import IGNORE
 from train.errors import InputError
@@ -16,15 +17,15 @@ from train.errors import InputError
 
 @dataclass(frozen=True)
 class Geometry:
-    """What is done to every scan's grid, in training, evaluation and prediction alike: cropped, then resampled.
+    """How every scan is cropped, then resampled, in training, evaluation and prediction alike.
 
     Attributes:
-        spacing: millimetres between voxels along each axis, right, anterior, superior; "median" for that of the
-            data set; empty leaves each scan its own.
-        interpolation: of intensities. Labels are resampled linearly class by class, and the class with the
-            largest share is taken.
-        crop_margin: voxels around the box of what is not background that are kept; None crops nothing.
-            Background is zero or, where intensities are cut off to a window, the lowest one.
+        spacing: millimetres between voxels along the axes right, anterior, superior. "median" is the median of the
+            data set. Empty keeps each scan's own spacing.
+        interpolation: of intensities. Labels are resampled linearly, class by class; each voxel takes the class
+            with the largest share.
+        crop_margin: voxels to keep around the bounding box of the foreground. None crops nothing. Foreground is
+            what is not zero or, where intensities are clipped to a range, what is above the lowest one.
     """
 
     spacing: tuple[float, ...] | Literal["median"] = ()
@@ -43,20 +44,24 @@ class Geometry:
             raise InputError(f"crop_margin is {self.crop_margin}: give 0 or more voxels.")
 
     def __bool__(self) -> bool:
-        """Whether anything is done."""
+        """Whether any scan changes its grid."""
         return bool(self.spacing) or self.crop_margin is not None
 
     def resolved(self, affines: Sequence[Float[np.ndarray, "4 4"]]) -> "Geometry":
-        """With the median spacing of these scans, where that is asked for."""
+        """The same geometry with "median" replaced by the median spacing of these scans."""
         if self.spacing != "median":
             return self
+        from nibabel.affines import voxel_sizes
+
         median = np.median([voxel_sizes(affine) for affine in affines], axis=0)
         return replace(self, spacing=tuple(median.tolist()))
 
     def shape_of(self, shape: Sequence[int], affine: Float[np.ndarray, "4 4"]) -> tuple[int, ...]:
-        """Voxels along each axis after resampling, of a grid that is not cropped."""
+        """Voxels along each axis after resampling, without a crop."""
         if not self.spacing:
             return tuple(shape)
+        from nibabel.affines import voxel_sizes
+
         lengths = np.multiply(shape, voxel_sizes(affine)) / np.array(self.spacing, float)
         return tuple(max(round(length), 1) for length in lengths.tolist())
 
@@ -65,33 +70,39 @@ class Geometry:
         image: Float32[np.ndarray, "*spatial channels"],
         affine: Float[np.ndarray, "4 4"],
         *,
-        windowed: bool = False,
+        clipped: bool = False,
     ) -> "Placement":
-        """Where on the network's grid a scan comes to lie.
+        """Where a scan lies on the network's grid.
 
         Args:
-            image: normalised intensities, on which the box of the crop depends.
+            image: normalised intensities. The crop depends on them.
             affine: of the scan, in RAS order.
-            windowed: whether its intensities were cut off to a window.
+            clipped: whether the intensities were clipped to a range.
         """
         shape = image.shape[:-1]
         box = tuple(slice(0, size) for size in shape)
         if self.crop_margin is not None:
-            inside = (image > image.min() if windowed else image != 0).any(-1)
-            box = _widened((find_objects(inside.astype(np.uint8)) or [box])[0], self.crop_margin, shape)
+            from scipy.ndimage import find_objects
+
+            inside = (image > image.min() if clipped else image != 0).any(-1)
+            found = (find_objects(inside.astype(np.uint8)) or [box])[0]
+            box = tuple(
+                slice(max(side.start - self.crop_margin, 0), min(side.stop + self.crop_margin, size))
+                for side, size in zip(found, shape, strict=True)
+            )
         corner, held = np.array([side.start for side in box]), tuple(side.stop - side.start for side in box)
         return Placement(shape, box, self.shape_of(held, affine), _moved(affine, corner))
 
 
 @dataclass(frozen=True)
 class Placement:
-    """One scan's way to the network's grid and back. The grids cover the same box, edge to edge.
+    """The way of one scan to the network's grid and back. Both grids cover the same box, edge to edge.
 
     Attributes:
-        source_shape: voxels of the scan, in RAS order.
-        box: what of them is kept.
-        shape: voxels on the network's grid.
-        box_affine: of the box on the scan's own grid, from voxel index to millimetres.
+        source_shape: spatial shape of the scan, in RAS order.
+        box: the crop, a slice per axis of the scan.
+        shape: spatial shape of the network's input.
+        box_affine: affine of the crop on the scan's own grid, from voxel index to millimetres.
     """
 
     source_shape: tuple[int, ...]
@@ -101,7 +112,7 @@ class Placement:
 
     @property
     def affine(self) -> Float[np.ndarray, "4 4"]:
-        """Of the network's grid, from voxel index to millimetres."""
+        """The affine of the network's grid, from voxel index to millimetres."""
         steps = np.array([side.stop - side.start for side in self.box]) / self.shape
         scaled = self.box_affine.copy()
         scaled[:3, :3] *= steps
@@ -114,9 +125,9 @@ class Placement:
         return _resample(image[self.box], self.shape, order={"linear": 1, "cubic": 3}[interpolation])
 
     def label(self, label: UInt8[np.ndarray, "*spatial"]) -> UInt8[np.ndarray, "*resampled"]:
-        """Class ids on the network's grid: the class with the largest share, the lower id of equals.
+        """Class ids on the network's grid: the class with the largest share, or the lower id of a tie.
 
-        A voxel is `IGNORE` where more than half of it is, as in `mask_ignored`.
+        A voxel becomes `IGNORE` where more than half of it is `IGNORE`, as in `mask_ignored`.
         """
         cut = label[self.box]
         if cut.shape == self.shape:
@@ -131,9 +142,12 @@ class Placement:
     def back(
         self, probs: Float32[np.ndarray, "*resampled classes"], *, background: bool = True
     ) -> Float32[np.ndarray, "*spatial classes"]:
-        """Class probabilities on the scan's own grid, interpolated linearly; what was cropped is background.
+        """Class probabilities on the scan's own grid, interpolated linearly.
 
-        Without a `background` among the classes all are zero there.
+        Args:
+            probs: on the network's grid.
+            background: whether the first class is background. Voxels outside of the crop then have probability 1 of
+                background, else 0 of every class.
         """
         held = tuple(side.stop - side.start for side in self.box)
         whole = np.zeros((*self.source_shape, probs.shape[-1]), np.float32)
@@ -145,9 +159,11 @@ class Placement:
 def _resample(
     array: Float32[np.ndarray, "*spatial channels"], shape: Sequence[int], *, order: int
 ) -> Float32[np.ndarray, "*resampled channels"]:
-    """Splines between the centres of voxels; the first and last go on to the edge of the grid."""
+    """Spline interpolation between voxel centres; the outermost values extend to the edge of the grid."""
     if array.shape[:-1] == tuple(shape):
         return array
+    from scipy.ndimage import zoom
+
     factors = np.divide(shape, array.shape[:-1])
     resampled = np.empty((*shape, array.shape[-1]), np.float32)
     for channel in range(array.shape[-1]):
@@ -157,15 +173,8 @@ def _resample(
     return resampled
 
 
-def _widened(box: Sequence[slice], margin: int, shape: Sequence[int]) -> tuple[slice, ...]:
-    return tuple(
-        slice(max(side.start - margin, 0), min(side.stop + margin, size))
-        for side, size in zip(box, shape, strict=True)
-    )
-
-
 def _moved(affine: Float[np.ndarray, "4 4"], corner: np.ndarray) -> Float[np.ndarray, "4 4"]:
-    """The affine of a grid whose first voxel is the other's at `corner`."""
+    """The affine of the grid whose first voxel is voxel `corner` of the given grid."""
     moved = affine.copy()
     moved[:3, 3] += affine[:3, :3] @ corner
     return moved

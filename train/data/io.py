@@ -1,4 +1,4 @@
-"""Scans and label maps as arrays in RAS order, with the grid that takes them back to their files."""
+"""Reads scans and label maps as arrays, with the grid that takes them to RAS order and back to their files."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,24 +11,23 @@ from jaxtyping import Float, Float32, Int32
 from nibabel.affines import apply_affine
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation, ornt_transform
 
-from train.data.transforms import z_score_nonzero, z_score_window
 from train.data.volume_files import VolumeFile, open_volume
 from train.errors import InputError
 
 LABEL_TOLERANCE = 1e-3
-"""By how much a label may differ from a whole number, as after a float32 copy or a scaled header."""
+"""Largest distance of a label from a whole number. Float32 copies and scaled headers round labels."""
 
-# By how much of a voxel two grids may differ at their farthest corner and still be the same. A spacing rounded to
-# 0.0001 mm adds up to 0.04 voxels of 0.7 mm over 512 of them; a shift of this size moves no voxel to its neighbour.
+# Largest distance in voxels between the corners of two grids that count as the same. A spacing rounded to 0.0001 mm
+# adds up to 0.04 voxels over 512 voxels of 0.7 mm; a shift of this size moves no voxel to its neighbour.
 GRID_TOLERANCE = 0.05
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Where a file's voxels lie, and how its axes are turned to RAS order (right, anterior, superior) and back.
+    """The grid of a file; it turns arrays to RAS order (right, anterior, superior) and back.
 
     Attributes:
-        header: the file's.
+        header: of the file.
         file_shape: spatial lengths in the file's order of axes.
     """
 
@@ -42,7 +41,7 @@ class Grid:
 
     @cached_property
     def orientation(self) -> Float[np.ndarray, "3 2"]:
-        """For each of the file's axes its axis in RAS order, and 1 or -1 for its direction."""
+        """For each axis of the file, the axis in RAS order and the direction, 1 or -1."""
         return io_orientation(affine_of(self.header))
 
     @property
@@ -64,9 +63,9 @@ class Grid:
         return apply_orientation(voxels, self._turn(other))
 
     def distance(self, other: "Grid") -> tuple[float, float]:
-        """How far apart the corners of two grids lie at most, in millimetres and in this one's voxels.
+        """Largest distance between the corners of two grids, in millimetres and in voxels of this grid.
 
-        Both are infinite for grids of different shapes. The axes may be flipped and in another order.
+        The axes may be flipped and permuted. Grids of different shapes have infinite distance.
         """
         affine = affine_of(self.header)
         if other.file_shape == self.file_shape and np.array_equal(affine_of(other.header), affine):
@@ -81,7 +80,7 @@ class Grid:
         return float(np.linalg.norm(apart, axis=1).max()), float(np.abs(in_voxels).max())
 
     def _turn(self, other: "Grid") -> Float[np.ndarray, "3 2"]:
-        """For each axis of `other` this file's axis, and 1 or -1 for its direction."""
+        """For each axis of `other`, the axis of this file and the direction, 1 or -1."""
         return io_orientation(np.linalg.inv(affine_of(self.header)) @ affine_of(other.header))
 
     def to_file(self, voxels: np.ndarray) -> np.ndarray:
@@ -90,38 +89,34 @@ class Grid:
         return np.ascontiguousarray(apply_orientation(voxels, ornt_transform(ras, self.orientation)))
 
 
-def read_channels(
-    paths: Sequence[Path], window: tuple[float, float] | None = None
-) -> tuple[Float32[np.ndarray, "*spatial channels"], Grid]:
-    """Reads a scan of one file for all channels (3-D, or 4-D with the channels last), or one for each.
+def read_scan(paths: Sequence[Path]) -> tuple[Float32[np.ndarray, "*spatial channels"], Grid]:
+    """Reads a scan: one file with all channels (3-D, or 4-D with the channels last), or one file per channel.
 
     Args:
-        paths: files on one grid, whose axes may be turned against each other.
-        window: smallest and largest intensity, which others are set to.
+        paths: files on one grid. Their axes may be flipped or permuted against each other.
 
     Returns:
-        Intensities in RAS order, z-scored per channel, over the non-zero voxels or, with a window, over all; and
-        the grid of the first file.
+        Intensities as stored, in RAS order; and the grid of the first file.
 
     Raises:
-        InputError: missing, corrupt, of another rank, or with voxels that are not finite.
+        InputError: a file is missing, corrupt, of another rank, or holds voxels that are not finite.
     """
     volumes = [open_volume(path) for path in paths]
     grid = Grid.of(volumes[0])
     channels = [grid.from_turned(volume.read(), Grid.of(volume)) for volume in volumes]
-    voxels = grid.to_ras(np.concatenate(channels, axis=-1) if len(channels) > 1 else channels[0])
-    return z_score_nonzero(voxels) if window is None else z_score_window(voxels, window), grid
+    return grid.to_ras(np.concatenate(channels, axis=-1) if len(channels) > 1 else channels[0]), grid
 
 
 def read_label(path: Path, values: Sequence[int]) -> Int32[np.ndarray, "*spatial"]:
-    """Reads a label map, in the file's own order of axes, and rounds what is nearly a whole number.
+    """Reads a label map, in the file's own order of axes, and rounds it to whole numbers.
 
     Args:
         path: of the file.
-        values: what it may hold, whole numbers below 2^23, which float32 tells apart.
+        values: allowed values, whole numbers below 2^23, which float32 represents exactly.
 
     Raises:
-        InputError: missing, corrupt, with others than these values, or further than `LABEL_TOLERANCE` from them.
+        InputError: the file is missing or corrupt, or holds a value further than `LABEL_TOLERANCE` from all of
+            these.
     """
     voxels = open_volume(path).read()[..., 0]
     found = np.unique(voxels)
@@ -139,10 +134,10 @@ def read_label(path: Path, values: Sequence[int]) -> Int32[np.ndarray, "*spatial
 
 
 def check_same_grid(image: VolumeFile, other: VolumeFile) -> None:
-    """Checks that another file of a case has one channel on the grid of its image, within `GRID_TOLERANCE`.
+    """Checks that another file of a case has one channel on the grid of the image, within `GRID_TOLERANCE`.
 
     Raises:
-        InputError: it does not.
+        InputError: it has more channels, or another grid.
     """
     apart, in_voxels = Grid.of(image).distance(Grid.of(other))
     if other.channels != 1 or apart == np.inf:

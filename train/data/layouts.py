@@ -1,7 +1,7 @@
-"""How public data sets lie in their folders: each function looks at one and says what is there.
+"""Layouts of public data sets: each function lists the files in a folder as a `Layout`.
 
-`LAYOUTS` names them as the command line does, `--data brats:PATH`. Files are found and lists are read here;
-`VolumeDataset` then checks and reads the volumes.
+`LAYOUTS` holds the functions by their names on the command line, `--data brats:PATH`. To add a layout, write a
+function and decorate it with `_register`. `VolumeDataset` then checks and reads the volumes.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from train.errors import InputError
 from train.files import read_json, visible
 
 # Soft tissue, in Hounsfield units.
-CT_WINDOW = (-200.0, 300.0)
+CT_RANGE = (-200.0, 300.0)
 _NUMBER = re.compile(r"\s*[+-]?[0-9]+\s*")
 _ANNOTATOR = re.compile(r"_annotator\d+$")
 # The modalities of BraTS in the papers' order, in the file names of 2021 and of 2023 and later.
@@ -29,66 +29,53 @@ _BRATS_LABEL = re.compile(r"[-_](seg|Segm)$")
 _BRATS_TREATED = re.compile(r"^BraTS-GLI-\d+-[1-9]\d\d$")
 
 
+LAYOUTS: dict[str, Callable[[str | Path], Layout]] = {}
+"""Functions from a folder to its `Layout`, by their names on the command line."""
+
+
+def _register(name: str) -> Callable[[Callable[[str | Path], Layout]], Callable[[str | Path], Layout]]:
+    """Adds the decorated function to `LAYOUTS`."""
+    return lambda layout: LAYOUTS.setdefault(name, layout)
+
+
+@_register("msd")
 def msd(path: str | Path) -> Layout:
     """Medical Segmentation Decathlon: `dataset.json` lists an image (channels last) and a label for each case.
 
-    Of several annotators it lists their labels, `"label": [...]`, and of channels in several files their images,
-    `"image": [...]`. Cases with labels under "validation", "test" or "testing", as in MONAI's datalists, are held
-    out. `name_cases` names the cases.
+    `"label": [...]` lists the labels of several annotators, `"image": [...]` a file per channel. Cases with labels
+    under "validation", "test" or "testing", as in MONAI's datalists, are held out. `name_cases` names the cases.
     """
     root, description = _read_description(path)
     return _listed(root, description)
 
 
-def amos(path: str | Path) -> Layout:
-    """AMOS 2022: the Decathlon's layout, and held out `imagesVa/` with `labelsVa/`, where they are there.
-
-    Case numbers up to 500 are CT, those above MRI.
-    """
-    layout = _amos(path)
-    return dataclasses.replace(layout, window=CT_WINDOW if all(map(_is_ct, layout.entries)) else None)
-
-
-def amos_ct(path: str | Path) -> Layout:
-    """The CT scans of AMOS 2022."""
-    layout = _amos(path)
-    entries = tuple(filter(_is_ct, layout.entries))
-    return dataclasses.replace(layout, entries=entries, window=CT_WINDOW)
-
-
+@_register("nnunet")
 def nnunet(path: str | Path) -> Layout:
-    """nnU-Net: `imagesTr/CASE_0000.nii.gz`, one file for each channel, and `labelsTr/CASE.nii.gz`.
+    """nnU-Net: `imagesTr/CASE_0000.nii.gz`, one file per channel, and `labelsTr/CASE.nii.gz`.
 
-    Of several annotators `labelsTr/CASE_annotator1.nii.gz` and on.
+    Several annotators write `labelsTr/CASE_annotator1.nii.gz` and on. A "dataset" in dataset.json lists the files
+    of each case: `{CASE: {"images": [...], "label": ...}}`.
 
-    Where dataset.json has a "dataset", it lists the files of each case: `{CASE: {"images": [...], "label": ...}}`.
-
-    Region-based labels (`"whole tumour": [1, 2, 3]`) become evaluation regions of the classes they are made of;
-    beside them a single class (`"enhancing tumour": 3`) is a region too. `"ignore"` marks voxels without a label.
+    Region-based labels (`"whole tumour": [1, 2, 3]`) become evaluation regions; a single class beside them
+    (`"enhancing tumour": 3`) becomes a region too. `"ignore"` marks voxels without a label.
     """
     root, description = _read_description(path)
     channels = _channels(root / "dataset.json", description)
-    if "dataset" in description:
-        names, files, labels = _listed_cases(root, description)
-    else:
-        names, files, labels = _found_cases(root, description, len(channels))
-    return Layout(
-        name=str(description.get("name", root.name)),
-        source=root / "dataset.json",
-        num_channels=len(channels),
-        entries=tuple(Entry(*parts) for parts in zip(names, files, labels, strict=True)),
-        window=_window(channels),
-        **_declared_labels(root / "dataset.json", description),
+    is_listed = "dataset" in description
+    entries = (
+        _listed_cases(root, description) if is_listed else _found_cases(root, description, len(channels))
     )
+    return _described(root, description, entries)
 
 
+@_register("brats")
 def brats(path: str | Path) -> Layout:
     """BraTS glioma, evaluated as enhancing tumour, tumour core and whole tumour.
 
-    2021 (`BraTS2021_00000/BraTS2021_00000_flair.nii.gz`, labels 0 1 2 4) or later
-    (`BraTS-GLI-00000-000/BraTS-GLI-00000-000-t2f.nii.gz`, labels 0 1 2 3). Scans after treatment, as in 2024, are
-    numbered from 100 (`BraTS-GLI-00000-100`): where there are some, 4 is the resection cavity, a class and region
-    of its own (arXiv 2405.18368).
+    2021 has `BraTS2021_00000/BraTS2021_00000_flair.nii.gz` and labels 0 1 2 4; later years have
+    `BraTS-GLI-00000-000/BraTS-GLI-00000-000-t2f.nii.gz` and labels 0 1 2 3. Scans after treatment, as in 2024, have
+    visits from 100 (`BraTS-GLI-00000-100`). With such scans, 4 is the resection cavity, a class and region of its
+    own (arXiv 2405.18368).
     """
     root = _folder(path)
     files = volumes_in(root, "*/*")
@@ -117,10 +104,11 @@ def brats(path: str | Path) -> Layout:
     )
 
 
+@_register("acdc")
 def acdc(path: str | Path) -> Layout:
     """ACDC: `patient001/patient001_frame01.nii.gz` and `..._frame01_gt.nii.gz`; each frame is a case.
 
-    Held out are those in `testing/`, where it lies beside `training/`.
+    The cases in `testing/` beside `training/` are held out.
     """
     whole = _folder(path)
     root = _subfolder(whole, "training")
@@ -134,6 +122,25 @@ def acdc(path: str | Path) -> Layout:
     return Layout("ACDC", root, ("background", "right ventricle", "myocardium", "left ventricle"), 1, entries)
 
 
+@_register("amos")
+def amos(path: str | Path) -> Layout:
+    """AMOS 2022: the Decathlon's layout. Cases in `imagesVa/` with a label in `labelsVa/` are held out.
+
+    Case numbers up to 500 are CT, larger ones MRI.
+    """
+    layout = _amos(path)
+    return dataclasses.replace(layout, intensity_range=CT_RANGE if all(map(_is_ct, layout.entries)) else None)
+
+
+@_register("amos-ct")
+def amos_ct(path: str | Path) -> Layout:
+    """The CT scans of AMOS 2022."""
+    layout = _amos(path)
+    entries = tuple(filter(_is_ct, layout.entries))
+    return dataclasses.replace(layout, entries=entries, intensity_range=CT_RANGE)
+
+
+@_register("kits")
 def kits(path: str | Path) -> Layout:
     """KiTS 2023: `case_00000/imaging.nii.gz`, `segmentation.nii.gz`; three nested regions are evaluated."""
     root = _subfolder(_folder(path), "dataset")
@@ -151,19 +158,8 @@ def kits(path: str | Path) -> Layout:
             Entry(label.parent.name, (_beside(by_stem, label, "imaging"),), (label,)) for label in labels
         ),
         regions={"kidney and masses": (1, 2, 3), "masses": (2, 3), "tumour": (2,)},
-        window=CT_WINDOW,
+        intensity_range=CT_RANGE,
     )
-
-
-LAYOUTS: Mapping[str, Callable[[str | Path], Layout]] = {
-    "msd": msd,
-    "nnunet": nnunet,
-    "brats": brats,
-    "acdc": acdc,
-    "amos": amos,
-    "amos-ct": amos_ct,
-    "kits": kits,
-}
 
 
 # Folders.
@@ -181,7 +177,7 @@ def _subfolder(root: Path, name: str) -> Path:
 
 
 def _amos(path: str | Path) -> Layout:
-    """What the list names, then what is held out."""
+    """The listed cases, then the held-out cases."""
     root, description = _read_description(path)
     layout = _listed(root, description)
     listed = {entry.name for entry in layout.entries}
@@ -216,7 +212,7 @@ def _brats_entry(label: Path, files: Mapping[Path, Path]) -> Entry:
 
 
 def _missing_label(scan: Path) -> Path:
-    """What the label in the folder of a scan would be called; opening the data says that it is not there."""
+    """The name that the label of a scan would have. Opening the data set reports that the file is missing."""
     separator = "-" if stem(scan).endswith(tuple(f"-{name}" for name in _BRATS_MODALITIES[1])) else "_"
     return scan.with_name(f"{scan.parent.name}{separator}seg{ending_of(scan)}")
 
@@ -237,7 +233,7 @@ def _by_stem(files: Iterable[Path]) -> dict[Path, Path]:
 
 
 def _beside(files: Mapping[Path, Path], file: Path, name: str) -> Path:
-    """The volume of this name in the folder of `file`: of the same ending or, if there is none, of another."""
+    """The volume of this name in the folder of `file`, preferably with the same ending."""
     same = file.with_name(f"{name}{ending_of(file)}")
     return same if same.is_file() else files.get(file.with_name(name), same)
 
@@ -264,7 +260,6 @@ def _read_description(path: str | Path) -> tuple[Path, dict[str, Any]]:
 def _listed(root: Path, description: dict[str, Any]) -> Layout:
     file = root / "dataset.json"
     training = _required(file, description, "training", list)
-    channels = _channels(file, description)
     incomplete = [str(index) for index, entry in enumerate(training, 1) if _files(root, entry) is None]
     if incomplete:
         raise InputError(
@@ -273,42 +268,47 @@ def _listed(root: Path, description: dict[str, Any]) -> Layout:
         )
     listed = [(_files(root, entry), False) for entry in training]
     for section in ("validation", "test", "testing"):
-        others = [_files(root, entry) for entry in _list(description.get(section))]
-        # Images without labels are listed too, and labels that were never published.
+        listed_too = description.get(section)
+        others = [_files(root, entry) for entry in (listed_too if isinstance(listed_too, list) else [])]
+        # Lists also name images without labels, and labels that were never published.
         if any(files and files[1][0].is_file() for files in others):
             listed += [(files, True) for files in others if files]
     pairs = [(*files, held_out) for files, held_out in listed if files]
     names = name_cases([images for images, _, _ in pairs])
-    entries = tuple(
-        Entry(name, images, labels, held_out=held_out)
-        for name, (images, labels, held_out) in zip(names, pairs, strict=True)
+    return _described(
+        root,
+        description,
+        (
+            Entry(name, images, labels, held_out=held_out)
+            for name, (images, labels, held_out) in zip(names, pairs, strict=True)
+        ),
     )
+
+
+def _described(root: Path, description: dict[str, Any], entries: Iterable[Entry]) -> Layout:
+    """The layout of these cases, with what dataset.json declares."""
+    file = root / "dataset.json"
+    channels = _channels(file, description)
     return Layout(
         name=str(description.get("name", root.name)),
         source=file,
         num_channels=len(channels),
-        entries=entries,
-        window=_window(channels),
+        entries=tuple(entries),
+        intensity_range=_ct_range(channels),
         **_declared_labels(file, description),
     )
 
 
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
-
-
 def _files(root: Path, entry: Any) -> tuple[tuple[Path, ...], tuple[Path, ...]] | None:
-    """The images and labels of an entry in a list; None if it is not complete."""
+    """The images and labels of an entry in a list; None if the entry is incomplete."""
     try:
         return _paths(root, entry["image"]), _paths(root, entry["label"])
     except (TypeError, KeyError):
         return None
 
 
-def _found_cases(
-    root: Path, description: dict[str, Any], channels: int
-) -> tuple[list[str], list[tuple[Path, ...]], list[tuple[Path, ...]]]:
-    """Names, images and labels of the cases in nnU-Net's folders."""
+def _found_cases(root: Path, description: dict[str, Any], channels: int) -> list[Entry]:
+    """The cases in nnU-Net's folders."""
     ending = str(description.get("file_ending", ".nii.gz"))
     if not ending.lower().endswith(ENDINGS):
         raise InputError(
@@ -322,43 +322,43 @@ def _found_cases(
         name = _ANNOTATOR.sub("", file.name[: -len(ending)])
         labels[name] = (*labels.get(name, ()), file)
     found = _by_stem(volumes_in(root / "imagesTr"))
-    images = [
-        tuple(
-            _beside(found, root / "imagesTr" / f"any{ending}", f"{name}_{channel:04d}")
-            for channel in range(channels)
+    return [
+        Entry(
+            name,
+            tuple(
+                _beside(found, root / "imagesTr" / f"any{ending}", f"{name}_{channel:04d}")
+                for channel in range(channels)
+            ),
+            files,
         )
-        for name in labels
+        for name, files in labels.items()
     ]
-    return list(labels), images, list(labels.values())
 
 
-def _listed_cases(
-    root: Path, description: dict[str, Any]
-) -> tuple[list[str], list[tuple[Path, ...]], list[tuple[Path, ...]]]:
-    """Names, images and labels of the cases that nnU-Net's dataset.json lists under "dataset"."""
+def _listed_cases(root: Path, description: dict[str, Any]) -> list[Entry]:
+    """The cases that nnU-Net's dataset.json lists under "dataset"."""
     file = root / "dataset.json"
     listed = _required(file, description, "dataset", dict)
     try:
-        images = [_paths(root, entry["images"]) for entry in listed.values()]
-        labels = [_paths(root, entry["label"]) for entry in listed.values()]
+        return [
+            Entry(name, _paths(root, entry["images"]), _paths(root, entry["label"]))
+            for name, entry in listed.items()
+        ]
     except (TypeError, KeyError) as error:
         raise InputError(
             f'{file} has an entry under "dataset" without images or label ({error}): '
             'give {"images": [path, ...], "label": path} for every case.'
         ) from error
-    return list(listed), images, labels
 
 
 def _paths(root: Path, listed: Any) -> tuple[Path, ...]:
-    """One file, or one of each annotator or channel."""
+    """One file, or one per annotator or channel. Paths may have backslashes or environment variables."""
     files: list[Any] = listed if isinstance(listed, list) and listed else [listed]
-    return tuple(_path(root, file) for file in files)
-
-
-def _path(root: Path, text: str) -> Path:
-    """A path as JSON has it, also with backslashes, as Windows writes it, or with environment variables."""
-    path = root / text
-    return path if path.exists() else root / os.path.expandvars(text).replace("\\", "/")
+    paths = [root / file for file in files]
+    return tuple(
+        path if path.exists() else root / os.path.expandvars(file).replace("\\", "/")
+        for path, file in zip(paths, files, strict=True)
+    )
 
 
 def _channels(file: Path, description: dict[str, Any]) -> list[str]:
@@ -370,9 +370,9 @@ def _channels(file: Path, description: dict[str, Any]) -> list[str]:
     return list(map(str, _required(file, description, key, dict).values()))
 
 
-def _window(channels: Sequence[str]) -> tuple[float, float] | None:
-    """Intensities of CT are cut off, if there is nothing else."""
-    return CT_WINDOW if [name.upper() for name in channels] == ["CT"] else None
+def _ct_range(channels: Sequence[str]) -> tuple[float, float] | None:
+    """The range to clip to, if CT is the only channel."""
+    return CT_RANGE if [name.upper() for name in channels] == ["CT"] else None
 
 
 def _required(file: Path, description: dict[str, Any], key: str, kind: type) -> Any:
@@ -387,9 +387,9 @@ class _Label(NamedTuple):
     """An entry of "labels".
 
     Attributes:
-        name: of a class, of a region, or ignore.
-        numbers: that stand for it in the files, all different.
-        is_region: whether it is a list, and not that of the background.
+        name: of a class or a region, or "ignore".
+        numbers: its different values in the files.
+        is_region: whether the entry is a list, and not the background's.
     """
 
     name: str
@@ -400,8 +400,8 @@ class _Label(NamedTuple):
 def _declared_labels(file: Path, description: dict[str, Any]) -> dict[str, Any]:
     """The fields of a `Layout` that "labels" declares: {"0": "background"} (MSD) or {"background": 0} (nnU-Net).
 
-    One list makes the data set region-based, as in nnU-Net: every label but the background is then a region. The
-    label "ignore" is no class, but the number of voxels without a label.
+    A list among the labels makes the data set region-based, as in nnU-Net: every label but the background is a
+    region. The label "ignore" is no class; its number marks voxels without a label.
     """
     declared = _required(file, description, "labels", dict)
     by_number = all(isinstance(name, str) and _NUMBER.fullmatch(number) for number, name in declared.items())
@@ -441,7 +441,7 @@ def _label(file: Path, name: str, value: Any) -> _Label:
 
 
 def _numbers(value: Any) -> tuple[int, ...]:
-    """One number, or the different ones of a list, which may hold lists."""
+    """One number, or the different numbers of a list, which may hold lists."""
     if isinstance(value, list) and value:
         return tuple(dict.fromkeys(number for part in value for number in _numbers(part)))
     if isinstance(value, str) and _NUMBER.fullmatch(value):
@@ -452,7 +452,7 @@ def _numbers(value: Any) -> tuple[int, ...]:
 
 
 def _names_by_number(labels: Sequence[_Label]) -> dict[int, str]:
-    """The name of each class: that of its label or, where it is only part of regions, its number."""
+    """The name of each class: its label, or `label NUMBER` for a class that only regions name."""
     names: dict[int, str] = {}
     for label in labels:
         if not label.is_region:

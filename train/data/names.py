@@ -1,4 +1,4 @@
-"""Names of cases from the paths of their images, where a list of files gives none."""
+"""Names of cases from the paths of their images, for lists without names."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -7,15 +7,16 @@ from pathlib import Path, PurePath
 from train.data.volume_files import stem
 
 _SEPARATOR = re.compile(r"([-_. ]+)")
-CHANNEL = re.compile(r"_\d{4}$")  # how nnU-Net ends the names of a case's files
+CHANNEL = re.compile(r"_\d{4}$")  # the end of a file's stem in nnU-Net
 
 
 def name_cases(cases: Sequence[Sequence[PurePath]]) -> list[str]:
-    """A name for each case: the part of its path that tells it from the others, nearest to the end.
+    """Names each case by the last part of its path that differs between all cases.
 
-    Of a case with several images it is what their names have in common, `CASE` of `CASE_t1.nii.gz` and
-    `CASE_t2.nii.gz`. Where no part alone tells all cases apart, several are joined. The names do not depend on the
-    order of the cases, and only cases with the same paths have the same name (or, if joining makes parts equal).
+    Several images of a case are named by the beginning that they share: `CASE` for `CASE_t1.nii.gz` and
+    `CASE_t2.nii.gz`. If no single part differs between all cases, several parts are joined. The names do not
+    depend on the order of the cases. Two cases share a name only if their paths are equal, or equal after
+    joining.
 
     >>> name_cases([[Path("a/t1.nii.gz")], [Path("b/t1.nii.gz")]])
     ['a', 'b']
@@ -27,7 +28,7 @@ def name_cases(cases: Sequence[Sequence[PurePath]]) -> list[str]:
 
 
 def known_name(images: Sequence[PurePath], name: str, known: frozenset[str]) -> str:
-    """`name` if it is known, else the known name nearest to the end of the case's paths, else `name`."""
+    """`name` if it is known, else the last known name in the paths of the case, else `name`."""
     *folders, last = _parts(images)
     first = stem(Path(images[0]))
     guesses = (name, last, first, CHANNEL.sub("", first), *reversed(folders))
@@ -35,7 +36,7 @@ def known_name(images: Sequence[PurePath], name: str, known: frozenset[str]) -> 
 
 
 def _parts(images: Sequence[PurePath]) -> tuple[str, ...]:
-    """The folders of the first image, then what the names of all images begin with."""
+    """The folders of the first image, then the beginning that the names of all images share."""
     first = images[0]
     tokens = [_SEPARATOR.split(stem(Path(image))) for image in images]
     number = next(

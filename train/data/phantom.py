@@ -8,12 +8,12 @@ them. With z_k = d_k / w, decreasing in k, and Φ the normal distribution functi
     label(x) = number of k with u(x) < z_k(x)      one annotator, u a smooth Gaussian field of variance 1
     image(x) = bias(x) · (E[intensity of the class] + texture(x)) + noise
 
-At every voxel u is N(0, 1) whatever the rest of the case, so the marginal of the label is the posterior;
-along a boundary u is smooth, so the label is one connected contour, displaced by u·w voxels, and not salt
-and pepper. The image sees the posterior (a boundary is blurred where annotators disagree), never u.
+At every voxel u is N(0, 1), so the marginal of the label is the posterior. Along a boundary u is smooth, so the
+label is one connected contour, displaced by u·w voxels, without speckle. The image depends on the posterior (a
+boundary is blurred where annotators disagree), never on u.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 
@@ -21,9 +21,8 @@ import numpy as np
 from jaxtyping import Float, Float32, UInt8
 from scipy.special import ndtr
 
-from train.data.case import Case
-from train.data.geometry import Geometry
-from train.data.transforms import z_score_nonzero
+from train.data.case import Case, Dataset
+from train.data.preprocess import z_score_nonzero
 
 CLASS_NAMES = ("background", "organ", "ring", "core")
 # Rows: classes; columns: channels. The first shows a bright ring around a dark core, the other a bright core.
@@ -33,14 +32,14 @@ RELATIVE_RADII = ((0.70, 0.82), (0.45, 0.60))
 
 
 @dataclass(frozen=True)
-class PhantomDataset:
+class PhantomDataset(Dataset):
     """Cases generated on demand from (seed, index); nothing is stored or downloaded.
 
     Attributes:
         spatial_shape: 2 or 3 lengths, in voxels of 1 mm.
-        num_cases: how many.
-        seed: another seed is another data set.
-        noise: its standard deviation; the intensities of neighbouring classes differ by 0.15 to 0.45.
+        num_cases: number of cases.
+        seed: of the data set.
+        noise: standard deviation of the noise. Intensities of neighbouring classes differ by 0.15 to 0.45.
         ambiguity: median half-width of the boundaries, as a fraction of the shortest side.
     """
 
@@ -59,22 +58,6 @@ class PhantomDataset:
         return CLASS_NAMES
 
     @property
-    def regions(self) -> Mapping[str, tuple[int, ...]]:
-        return {}
-
-    @property
-    def has_ignore(self) -> bool:
-        return False
-
-    @property
-    def window(self) -> None:
-        return None
-
-    @property
-    def geometry(self) -> Geometry:
-        return Geometry()
-
-    @property
     def num_channels(self) -> int:
         return INTENSITIES.shape[1]
 
@@ -89,17 +72,6 @@ class PhantomDataset:
     @property
     def case_names(self) -> tuple[str, ...]:
         return tuple(f"phantom_{index:04d}" for index in range(self.num_cases))
-
-    @property
-    def subjects(self) -> tuple[str, ...]:
-        return self.case_names
-
-    @property
-    def held_out(self) -> tuple[str, ...]:
-        return ()
-
-    def __len__(self) -> int:
-        return self.num_cases
 
     def load(self, index: int) -> Case:
         rng = np.random.default_rng((self.seed, index))
@@ -116,12 +88,12 @@ def smooth_field(
 ) -> Float[np.ndarray, "*spatial"]:
     """A Gaussian random field, N(0, 1) at every voxel, correlated over about `length` voxels.
 
-    White noise on a coarse grid of knots is spread by a Gaussian bump around each; per axis the weights of
-    a voxel are scaled to unit Euclidean norm, which makes the variance exactly 1, at the border too.
+    A Gaussian bump around each knot of a coarse grid spreads white noise. Per axis the weights of a voxel have unit
+    Euclidean norm, so the variance is exactly 1, also at the border.
     """
     bases = [_bump_basis(size, length) for size in shape]
     coarse = rng.standard_normal([basis.shape[1] for basis in bases])
-    # Contracting the first axis and appending the new one brings the axes back in order after the last.
+    # Each step contracts the first axis and appends the new one, so the axes end in order.
     return reduce(lambda field, basis: np.tensordot(field, basis, axes=(0, 1)), bases, coarse)
 
 

@@ -1,8 +1,8 @@
-"""The input pipeline: cached cases -> shuffle -> repeat -> patch -> batch, on Grain.
+"""The input pipeline on Grain: cached cases -> shuffle -> repeat -> patch -> batch.
 
-Element i of the stream is a function of (seed, i) alone, so the iterator's whole state is how many batches
-it has handed out: saving and restoring it in the middle of an epoch goes on with the same batches, bit by
-bit, and prefetching does not disturb it.
+Element i of the stream is a function of (seed, i) alone. The state of the iterator is therefore its number of
+batches: a restored iterator continues with the same batches, bit by bit, also in the middle of an epoch and with
+prefetching.
 """
 
 from collections.abc import Sequence
@@ -18,11 +18,11 @@ from train.errors import InputError
 
 
 class CachedCases:
-    """A random-access source of (index in the data set, case) that keeps cases in memory once loaded.
+    """A random-access source of (index in the data set, case) that keeps loaded cases in memory.
 
-    Once `max_bytes` are in use no more cases are kept and none is dropped: where each epoch visits every
-    case once, that hits as often as any policy can. Threads may share it; `load` being pure, a case that
-    two of them load at once is loaded twice and kept once.
+    When `max_bytes` are in use, no further case is kept and none is dropped. No policy hits more often if each
+    epoch visits every case once. Threads may share the source; two threads may load the same case, which is kept
+    once.
     """
 
     def __init__(self, dataset: Dataset, names: Sequence[str], *, max_bytes: int = 8 * 2**30):
@@ -60,32 +60,31 @@ def train_batches(
 ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
     """An endless iterator over shuffled batches of patches.
 
-    Every epoch visits each case once, in an order of its own; batches run across the ends of epochs.
+    Every epoch visits each case once, in its own order. A batch may span two epochs.
 
     Args:
         dataset: where the cases come from.
         names: the cases to train on.
         patch: voxels along each spatial axis.
-        batch_size: examples per batch, of this process.
+        batch_size: examples per batch in this process.
         seed: of order and crops.
         foreground_crops: share of the patches that are centred on foreground, see `draw_crop`.
-        random_annotators: weigh several annotators at random in each example, uniformly among all weights that
-            sum to 1, instead of all alike.
-        shard: (i, n) for the i-th of n equal parts of every batch: one after the other they are the batch, n
-            times as large, of (0, 1).
-        num_threads: threads that load and cut batches ahead; the batches do not depend on it.
-        prefetch: batches that each thread has ready or in work, at most.
+        random_annotators: draw random weights of the annotators for each example, uniform among all weights that
+            sum to 1, instead of equal weights.
+        shard: (i, n) for the i-th of n equal parts of every batch. The parts in order are the batch of (0, 1)
+            with n times the size.
+        num_threads: number of threads that prepare batches. The batches do not depend on it.
+        prefetch: largest number of batches that each thread prepares ahead.
 
     Returns:
         Yields `{"image": float32 [batch, *patch, channels], "label": int32 [batch, *patch], "index": int32
-        [batch]}`, the index being the case's in the data set; where annotators are kept apart the label is
-        float32 [batch, *patch, classes]. Labels are background beyond a volume's rim, and `IGNORE` (or zeros, of
-        annotators) where the data set has voxels without a label. `get_state()` is a small dictionary that
-        JSON can hold; `set_state()` resumes exactly there.
+        [batch]}`. The index is that of the case in the data set. If the data set keeps all annotators, the label is
+        float32 [batch, *patch, classes]. Padding beyond a volume is background; in a data set with `IGNORE` it is
+        `IGNORE` (zeros for annotators). `get_state()` is a small dictionary for JSON; `set_state()` resumes exactly
+        there.
 
     Raises:
-        InputError: a name that is not in the data set, a patch of another rank, an empty batch, a share that is
-            none, no thread.
+        InputError: a name is not in the data set, the patch has another rank, or a number is out of range.
     """
     if len(patch) != dataset.spatial_dims or min(patch) < 1:
         raise InputError(
@@ -122,7 +121,7 @@ def train_batches(
         }
 
     stream = grain.MapDataset.source(CachedCases(dataset, names)).seed(seed).shuffle().repeat()
-    # Example r of this part of batch i is example shard[0] * batch_size + r of the whole batch i.
+    # Example r of this part of batch i is example shard[0] * batch_size + r of the full batch i.
     examples = stream.random_map(to_example)
     first, size = shard[0] * batch_size, shard[1] * batch_size
     rows = [examples[first + row :: size] for row in range(batch_size)]

@@ -1,4 +1,4 @@
-"""Who trained, validated and tested in published experiments, case by case."""
+"""Training, validation and test cases of published experiments."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,18 +8,18 @@ import numpy as np
 
 from train.data.splits import Splits
 
-SEED = 12345  # of the follow-up
+SEED = 12345  # of the follow-up paper
 
 
 def partition(names: Sequence[str], ratios: Sequence[float], seed: int) -> list[list[str]]:
-    """Names in random parts of these relative sizes, the same as MONAI's `partition_dataset(shuffle=True)`.
+    """Random parts of these relative sizes, equal to those of MONAI's `partition_dataset(shuffle=True)`.
 
     Example:
         >>> partition(["a", "b", "c", "d"], (3, 1), seed=0)
         [['c', 'd', 'b'], ['a']]
     """
     order = list(range(len(names)))
-    # The frozen generator of old, since it is its very order that is wanted.
+    # MONAI draws with this legacy generator.
     np.random.RandomState(seed).shuffle(order)
     parts, start = [], 0
     for ratio in ratios:
@@ -34,9 +34,10 @@ class Protocol:
     """A published split.
 
     Attributes:
-        test: (names, names that the data set itself sets apart) -> the test cases; none where these are others.
-        ratios: relative numbers of cases to train on and to validate with, among the others.
-        seed: which of them.
+        test: (names, names that the data set holds out) -> names of the test cases, also if the data set lacks
+            them; empty if there are none.
+        ratios: relative numbers of training and validation cases among the others.
+        seed: of the draw.
     """
 
     test: Callable[[Sequence[str], Sequence[str]], Sequence[str]]
@@ -44,7 +45,7 @@ class Protocol:
     seed: int
 
     def splits(self, case_names: Sequence[str], held_out: Sequence[str]) -> Splits | None:
-        """The split of a data set, or None of one that lacks the test cases."""
+        """The split of a data set; None if the data set lacks the test cases."""
         names = sorted(case_names)
         test = set(self.test(names, held_out))
         train, val = partition([name for name in names if name not in test], self.ratios, self.seed)
@@ -58,18 +59,10 @@ def _brats_test(names: Sequence[str], held_out: Sequence[str]) -> Sequence[str]:
     return resources.files("train.data").joinpath("brats2021_test.txt").read_text(encoding="utf-8").split()
 
 
-def _own_test(names: Sequence[str], held_out: Sequence[str]) -> Sequence[str]:
-    return held_out
-
-
-def _fifth(names: Sequence[str], held_out: Sequence[str]) -> Sequence[str]:
-    return partition(names, (0.8, 0.2), seed=42)[1]
-
-
 PROTOCOLS = {
     "paper-brats": Protocol(_brats_test, (19, 1), 0),
     "followup-brats": Protocol(_brats_test, (19, 1), SEED),
-    "followup-acdc": Protocol(_own_test, (9, 1), SEED),
-    "followup-amos": Protocol(_own_test, (9, 1), SEED),
-    "followup-kits": Protocol(_fifth, (9, 1), SEED),
+    "followup-acdc": Protocol(lambda _, held_out: held_out, (9, 1), SEED),
+    "followup-amos": Protocol(lambda _, held_out: held_out, (9, 1), SEED),
+    "followup-kits": Protocol(lambda names, _: partition(names, (0.8, 0.2), seed=42)[1], (9, 1), SEED),
 }

@@ -1,9 +1,10 @@
-"""Who trains, who validates, who is kept for the test: drawn or read once, kept with the run."""
+"""Training, validation and test cases: drawn or read from a file once, then kept with the run."""
 
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -31,21 +32,21 @@ def split_cases(
     seed: int,
     subjects: Sequence[str] | None = None,
 ) -> Splits:
-    """Draws test cases, then validation cases; the rest is for training.
+    """Draws test cases, then validation cases. The remaining cases are for training.
 
-    The draw depends on the set of names and the seed, not on the order in which the names are listed; the
-    test cases do not depend on `num_val`.
+    The draw depends on the set of names and the seed, not on the order of the names. The test cases do not depend
+    on `num_val`.
 
     Args:
         case_names: unique.
-        num_test: cases, or below 1 their share, as in 0.2.
-        num_val: likewise.
-        seed: which cases.
-        subjects: whose each case is, where somebody has several: these stay together, so that a split may hold a
-            few cases more than asked for.
+        num_test: number of cases, or below 1 a share, as in 0.2.
+        num_val: number or share, likewise.
+        seed: of the draw.
+        subjects: subject of each case. Cases of one subject stay together, so a split may hold a few cases more
+            than its number.
 
     Raises:
-        InputError: a count is negative or broken, or nothing would be left to train on.
+        InputError: a number is negative or not whole, or no case is left to train on.
 
     >>> split_cases(["a", "b", "c"], num_test=1, num_val=1, seed=0)
     Splits(train=('b',), val=('a',), test=('c',))
@@ -55,7 +56,7 @@ def split_cases(
         for option, number in (("num_test", num_test), ("num_val", num_val))
     }
     pairs = sorted(zip(subjects or case_names, case_names, strict=True))
-    cases_of = {who: [name for _, name in cases] for who, cases in groupby(pairs, lambda pair: pair[0])}
+    cases_of = {subject: [name for _, name in cases] for subject, cases in groupby(pairs, itemgetter(0))}
     left = np.random.default_rng(seed).permutation(sorted(cases_of)).tolist()
     parts: dict[str, list[str]] = {}
     for option, number in wanted.items():
@@ -67,7 +68,7 @@ def split_cases(
             f"num_test + num_val is {num_test} + {num_val}, but there are {len(case_names)} cases: "
             "leave at least one to train on."
         )
-    train = [name for who in left for name in cases_of[who]]
+    train = [name for subject in left for name in cases_of[subject]]
     return Splits(*(tuple(sorted(part)) for part in (train, parts["num_val"], parts["num_test"])))
 
 
@@ -80,29 +81,29 @@ def chosen_splits(
     seed: int,
     subjects: Sequence[str] | None = None,
 ) -> Splits:
-    """The splits that a file names, checked against the data set.
+    """Reads splits from a file and checks them against the data set.
 
-    Three kinds of file are read:
+    Three kinds of file are known:
 
-    - what `write_splits` writes;
+    - `splits.json`, written by `write_splits`;
     - nnU-Net's `splits_final.json`, a list of folds, each with "train" and "val";
-    - a datalist of MONAI, in which each entry under "training" has its "fold", or which has cases under
-      "validation" or "test" instead. A case is found by the names in the paths of its images.
+    - a datalist of MONAI whose entries under "training" have a "fold", or which has cases under "validation" or
+      "test". The names in the paths of its images identify a case.
 
-    In the two with folds the cases that `fold` holds back are the test cases, since it is by them that a fold is
-    judged; validation cases are drawn from the others, as in `split_cases`.
+    With folds, the held-out cases of `fold` are the test cases, since a fold is judged by them. Validation cases
+    are drawn from the others, as in `split_cases`.
 
     Args:
         path: the file.
         case_names: of the data set.
-        fold: which one, counted from 0, where the file has several.
-        num_val: validation cases, or their share, of those that the fold trains on.
-        seed: which of them.
+        fold: index from 0, for a file with folds.
+        num_val: number or share of validation cases among the training cases of the fold.
+        seed: of the draw.
         subjects: as in `split_cases`.
 
     Raises:
-        InputError: the file cannot be read, has no such fold, names a case twice or one that there is not, or
-            leaves nothing to train on.
+        InputError: the file cannot be read, has no such fold, names a case twice or an unknown case, or leaves no
+            case to train on.
     """
     found = _by_section(path, _read_json(path), case_names)
     folds = _folds(path, found)
@@ -116,11 +117,11 @@ def chosen_splits(
             raise InputError(
                 f"{path} holds {len(folds)} folds, fold is {fold}: give --fold 0 to {len(folds) - 1}."
             )
-        rest, test = folds[fold]
-        _check_known(path, _disjoint(path, Splits(rest, (), test)), case_names)
-        owner = dict(zip(case_names, subjects or case_names, strict=True))
+        others, test = folds[fold]
+        _check_known(path, _disjoint(path, Splits(others, (), test)), case_names)
+        subject_of = dict(zip(case_names, subjects or case_names, strict=True))
         drawn = split_cases(
-            rest, num_test=0, num_val=num_val, seed=seed, subjects=[owner[name] for name in rest]
+            others, num_test=0, num_val=num_val, seed=seed, subjects=[subject_of[name] for name in others]
         )
         splits = Splits(drawn.train, drawn.val, tuple(sorted(test)))
     if not splits.train:
@@ -137,7 +138,7 @@ def read_splits(path: Path) -> Splits:
     """Reads what `write_splits` wrote.
 
     Raises:
-        InputError: no such file, or it does not hold disjoint lists of names under these three keys.
+        InputError: there is no such file, or it lacks disjoint lists of names under these three keys.
     """
     return _as_splits(path, _read_json(path))
 
@@ -163,12 +164,19 @@ def _as_splits(path: Path, found: Any) -> Splits:
 
 
 def _by_section(path: Path, found: Any, case_names: Sequence[str]) -> Any:
-    """A datalist of MONAI as folds or, where its entries have none, as splits; anything else as it is."""
+    """A datalist of MONAI as folds or, without folds, as splits. Other content is returned as it is."""
     if not (isinstance(found, dict) and "training" in found):
         return found
     try:
-        others = {key: _labelled(found.get(key)) for key in ("validation", "test", "testing")}
-        sections = {"training": found["training"], **others}
+        sections = {"training": found["training"]}
+        for key in ("validation", "test", "testing"):
+            listed = found.get(key)
+            # A list may name images without labels.
+            sections[key] = [
+                entry
+                for entry in (listed if isinstance(listed, list) else [])
+                if not isinstance(entry, str) and "label" in entry
+            ]
         entries = [entry for section in sections.values() for entry in section]
         images = [_image_paths(entry["image"]) for entry in entries]
         known = frozenset(case_names)
@@ -193,20 +201,14 @@ def _by_section(path: Path, found: Any, case_names: Sequence[str]) -> Any:
     ]
 
 
-def _labelled(section: Any) -> list[dict[str, Any]]:
-    """The entries of a section but for images without labels, of which there are lists as well."""
-    listed = section if isinstance(section, list) else []
-    return [entry for entry in listed if not isinstance(entry, str) and "label" in entry]
-
-
 def _image_paths(image: Any) -> tuple[PurePath, ...]:
-    """Paths of a case's images, those of Windows as well."""
+    """Paths of a case's images, also as Windows writes them."""
     listed: list[Any] = image if isinstance(image, list) and image else [image]
     return tuple(PurePath(path.replace("\\", "/") if isinstance(path, str) else path) for path in listed)
 
 
 def _folds(path: Path, found: Any) -> list[tuple[tuple[str, ...], tuple[str, ...]]] | None:
-    """What each fold trains on and what it holds back; None if the file is of the kind without folds."""
+    """Training and held-out cases of each fold; None for a file without folds."""
     if not isinstance(found, list):
         return None
     try:

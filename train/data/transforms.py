@@ -1,58 +1,11 @@
-"""Host-side array transforms: normalise, cut patches, pad for whole-volume inference and back."""
+"""Host-side array transforms: cut patches, pad for whole-volume inference and back."""
 
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float, Float32, Int, Shaped, UInt8
+from jaxtyping import Int, Shaped, UInt8
 
 from train.data.ignore import IGNORE
-
-
-def z_score_nonzero(
-    image: Float[np.ndarray, "*spatial channels"],
-) -> Float32[np.ndarray, "*spatial channels"]:
-    """Scales each channel to mean 0 and standard deviation 1 over its non-zero voxels.
-
-    Voxels that are exactly zero (the background of skull-stripped scans) stay zero; a channel that is
-    constant over its non-zero voxels becomes zero.
-
-    Args:
-        image: intensities, any unit.
-
-    Returns:
-        The image without unit, float32; the sums are taken in float64.
-
-    >>> z_score_nonzero(np.array([[0.0], [1.0], [3.0]])).ravel().tolist()
-    [0.0, -1.0, 1.0]
-    """
-    nonzero = image != 0
-    axes = tuple(range(image.ndim - 1))
-    count = np.maximum(nonzero.sum(axes), 1)
-    mean = image.sum(axes, dtype=np.float64) / count
-    centred = np.where(nonzero, image - mean, 0.0)
-    std = np.sqrt(np.square(centred).sum(axes) / count)
-    return (centred / np.where(std > 0, std, 1.0)).astype(np.float32)
-
-
-def z_score_window(
-    image: Float[np.ndarray, "*spatial channels"], window: tuple[float, float]
-) -> Float32[np.ndarray, "*spatial channels"]:
-    """Cuts intensities off to a window and scales each channel to mean 0 and standard deviation 1 over all voxels.
-
-    Args:
-        image: intensities in the window's unit, Hounsfield units in CT.
-        window: smallest and largest intensity.
-
-    Returns:
-        The image without unit, float32; a channel that is constant within the window becomes zero.
-
-    >>> z_score_window(np.array([[-1000.0], [0.0], [100.0], [2000.0]]), (0.0, 100.0)).ravel().tolist()
-    [-1.0, -1.0, 1.0, 1.0]
-    """
-    cut = np.clip(image, *window)
-    axes = tuple(range(image.ndim - 1))
-    mean, std = cut.mean(axes, dtype=np.float64), cut.std(axes, dtype=np.float64)
-    return ((cut - mean) / np.where(std > 0, std, 1.0)).astype(np.float32)
 
 
 def draw_crop(
@@ -63,22 +16,22 @@ def draw_crop(
     foreground_share: float = 0.0,
     has_ignore: bool = False,
 ) -> tuple[slice, ...]:
-    """Where to cut a patch, or as much of one as there is, out of a volume.
+    """Draws where to cut a patch out of a volume.
 
     Args:
         label: class ids of the volume.
         patch: voxels along each spatial axis.
-        rng: draws the corner, uniformly among those that there are.
-        foreground_share: share of the crops that are instead centred, as far as the volume reaches, on a random
-            voxel of a random class among those present but background.
-        has_ignore: whether voxels may be `IGNORE`. If some are, the other crops are centred likewise, on a random
-            voxel that has a label, since a crop without one would teach nothing.
+        rng: draws the corner uniformly.
+        foreground_share: share of the crops that are centred on foreground instead: on a random voxel of a random
+            foreground class that is present, shifted to stay inside of the volume.
+        has_ignore: whether voxels may be `IGNORE`. If some are, the other crops are centred likewise on a random
+            labelled voxel, since a crop without labels teaches nothing.
 
     Returns:
-        A slice for each spatial axis, for `cut_patch`.
+        A slice for each spatial axis, for `cut_patch`. It may reach beyond a volume that is smaller than the patch.
     """
     room = np.maximum(np.subtract(label.shape, patch), 0)
-    # A share of 0 draws nothing, so that it does not change which corners are drawn.
+    # A share of 0 must not draw, so that the corners stay the same.
     foreground = foreground_share > 0 and rng.random() < foreground_share
     centre = _random_foreground_voxel(label, rng) if foreground else None
     if centre is None and has_ignore:
@@ -91,7 +44,7 @@ def draw_crop(
 def _random_foreground_voxel(
     label: UInt8[np.ndarray, "*spatial"], rng: np.random.Generator
 ) -> Int[np.ndarray, " axes"] | None:
-    """Each class present is as likely as the others, however small; None where there is only background."""
+    """A random voxel of a random foreground class; None if there is only background."""
     places = np.flatnonzero(label)
     ids = label.reshape(-1)[places]
     classes = np.setdiff1d(ids, IGNORE)
@@ -104,12 +57,12 @@ def _random_foreground_voxel(
 def _random_labelled_voxel(
     label: UInt8[np.ndarray, "*spatial"], rng: np.random.Generator
 ) -> Int[np.ndarray, " axes"] | None:
-    """Each voxel with a label is as likely as the others; None where all voxels have one, or none has."""
+    """A random labelled voxel; None if all voxels or no voxels have a label."""
     labelled = label != IGNORE
     counts = labelled.reshape(len(labelled), -1).sum(1)
     if counts.sum() in (0, labelled.size):
         return None
-    # A slice first: places of all voxels would take eight times the memory of the label.
+    # Draw a slice first: indices of all voxels would take eight times the memory of the label.
     first = rng.choice(len(counts), p=counts / counts.sum())
     place = rng.choice(np.flatnonzero(labelled[first]))
     return np.array((first, *np.unravel_index(place, label.shape[1:])))
@@ -118,7 +71,7 @@ def _random_labelled_voxel(
 def cut_patch(
     array: Shaped[np.ndarray, "..."], crop: Sequence[slice], patch: Sequence[int], *, fill: int = 0
 ) -> Shaped[np.ndarray, "..."]:
-    """Cuts a crop out of an array and pads it to a patch, the array in the centre.
+    """Cuts a crop out of an array and pads it to a patch on all sides.
 
     Zero is the mean of a z-scored image, and background in a label.
 
@@ -137,11 +90,11 @@ def cut_patch(
 def pad_to_hold(
     array: Shaped[np.ndarray, "*spatial channels"], patch: Sequence[int]
 ) -> Shaped[np.ndarray, "*padded channels"]:
-    """Pads with centred zeros until a patch fits in along every axis; `crop_back` is the inverse.
+    """Pads with zeros on all sides until a patch fits; `crop_back` is the inverse.
 
     Args:
         array: a whole volume, channel last.
-        patch: voxels along each spatial axis, at least.
+        patch: smallest size along each spatial axis.
 
     >>> pad_to_hold(np.ones((35, 70, 1)), (48, 64)).shape
     (48, 70, 1)
@@ -150,11 +103,11 @@ def pad_to_hold(
 
 
 def crop_back(array: Shaped[np.ndarray, "..."], spatial_shape: Sequence[int]) -> Shaped[np.ndarray, "..."]:
-    """Cuts the centred padding away again.
+    """Removes the padding of `pad_to_hold`.
 
     Args:
         array: leading axes are the padded spatial ones, any axes may follow (channels, classes).
-        spatial_shape: lengths before `pad_to_hold`.
+        spatial_shape: shape before `pad_to_hold`.
 
     >>> padded = pad_to_hold(np.arange(3.0)[:, None], (4,))
     >>> crop_back(padded, (3,)).ravel().tolist()
@@ -165,7 +118,7 @@ def crop_back(array: Shaped[np.ndarray, "..."], spatial_shape: Sequence[int]) ->
 
 
 def _pad_centred(array: np.ndarray, spatial_shape: Sequence[int] | np.ndarray, fill: int = 0) -> np.ndarray:
-    """Pads the leading axes to `spatial_shape`, the odd voxel at the end."""
+    """Pads the leading axes to `spatial_shape`, an odd voxel at the end."""
     missing = np.subtract(spatial_shape, array.shape[: len(spatial_shape)])
     widths = [(int(n) // 2, int(n) - int(n) // 2) for n in missing]
     return np.pad(array, widths + [(0, 0)] * (array.ndim - len(widths)), constant_values=fill)

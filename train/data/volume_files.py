@@ -1,14 +1,13 @@
-"""Opens volumes of any kind of file: what is wrong with a file is said in one sentence.
+"""Reads volume files of every format. One sentence says what is wrong with a file.
 
-NIfTI is known by its content, whatever the file is called. SimpleITK reads `.mha`, `.mhd`, `.nrrd`, `.nhdr` and
-`.gipl`, nibabel everything else.
+NIfTI is recognised by its content, not by its name. SimpleITK reads `.mha`, `.mhd`, `.nrrd`, `.nhdr` and `.gipl`;
+nibabel reads everything else.
 """
 
 import gzip
 import io
 import logging
 import math
-import struct
 import warnings
 import zlib
 from collections.abc import Callable, Sequence
@@ -21,7 +20,6 @@ import numpy as np
 from jaxtyping import Float, Float32
 from nibabel.affines import voxel_sizes
 from nibabel.arrayproxy import ArrayProxy
-from nibabel.filebasedimages import ImageFileError
 from nibabel.nifti1 import Nifti1Header, Nifti1PairHeader
 from nibabel.nifti2 import Nifti2Header, Nifti2PairHeader
 from nibabel.spatialimages import HeaderDataError, SpatialImage
@@ -32,44 +30,27 @@ from train.files import visible
 
 ITK_ENDINGS = (".mha", ".mhd", ".nrrd", ".nhdr", ".gipl")
 ENDINGS = (".nii.gz", ".nii", ".nii.bz2", ".hdr", ".mgz", ".mgh", ".mnc", *ITK_ENDINGS)
-# Headers whose voxels lie in a file beside them, and the endings of such files.
+# Headers with a separate voxel file beside them, and the endings of voxel files.
 _DETACHED = (".hdr", ".mhd", ".nhdr")
 _VOXEL_ENDINGS = (".img", ".img.gz", ".raw", ".raw.gz", ".zraw")
-
-# What the readers of all formats raise at broken content; SimpleITK a RuntimeError, nibabel without h5py the last.
-_UNREADABLE = (
-    ImageFileError,
-    HeaderDataError,
-    EOFError,
-    OSError,
-    ValueError,
-    TypeError,
-    LookupError,
-    ArithmeticError,
-    RuntimeError,
-    ImportError,
-    struct.error,
-    zlib.error,
-    TripWireError,
-)
 
 _GZIP = b"\x1f\x8b"
 _APPLE_DOUBLE = b"\x00\x05\x16\x07"
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
-# nibabel logs what it mends in a header; here that is done on purpose.
+# nibabel logs each repair of a header; repairs are intended here.
 _QUIET = logging.Logger("quiet", logging.CRITICAL + 1)
 
 
 @dataclass(frozen=True)
 class VolumeFile:
-    """A file whose header has been read, and whose voxels have not.
+    """An opened volume: its header has been read, its voxels have not.
 
     Attributes:
         path: of the file.
-        stored_shape: as the header has it.
+        stored_shape: shape in the header.
         shape: three spatial lengths, in the file's order of axes.
-        channels: values of each voxel.
-        header: NIfTI header with the file's affine, made anew where the file has none.
+        channels: number of values per voxel.
+        header: NIfTI header with the file's affine, also where the file has another format.
         decode: reads the array of `stored_shape`.
     """
 
@@ -81,16 +62,16 @@ class VolumeFile:
     decode: Callable[[], np.ndarray]
 
     def read(self) -> Float32[np.ndarray, "x y z channels"]:
-        """All voxels, finite.
+        """Reads all voxels.
 
         Raises:
-            InputError: truncated, corrupt, or with voxels that are not finite.
+            InputError: the file is truncated or corrupt, or holds voxels that are not finite.
         """
         try:
-            with np.errstate(over="ignore"):  # beyond float32 is infinite, which is told
+            with np.errstate(over="ignore"):  # values beyond float32 become infinite, a fault below
                 voxels = self.decode().astype(np.float32, copy=False)
             voxels = voxels.reshape(*self.shape, self.channels)
-        except _UNREADABLE as error:
+        except Exception as error:
             raise _corrupt(self.path, error) from error
         bad = voxels.size - np.count_nonzero(np.isfinite(voxels))
         if bad:
@@ -104,7 +85,7 @@ def open_volume(path: Path) -> VolumeFile:
     """Opens a file and reads its header, not its voxels.
 
     Raises:
-        InputError: no such file, not a readable volume, without a usable affine, or of another rank or type.
+        InputError: the file does not exist, is no volume, has no usable affine, or has another rank or type.
     """
     try:
         if not path.is_file():
@@ -113,12 +94,12 @@ def open_volume(path: Path) -> VolumeFile:
             return _open_itk(path)
         header = _nifti_header(path)
         return _open_nibabel(path) if header is None else _open_nifti(path, header)
-    except _UNREADABLE as error:
+    except Exception as error:
         raise _corrupt(path, error) from error
 
 
 def stem(path: Path) -> str:
-    """The file's name without the ending of a volume, in either case.
+    """The file's name without its volume ending, in upper or lower case.
 
     >>> stem(Path("scan.v2.NII.GZ"))
     'scan.v2'
@@ -127,18 +108,18 @@ def stem(path: Path) -> str:
 
 
 def ending_of(path: Path) -> str:
-    """The ending of a volume as it is written in the name; empty if it has none."""
+    """The volume ending as the name spells it; empty if the name has none."""
     found = next((ending for ending in ENDINGS if path.name.lower().endswith(ending)), "")
     return path.name[len(path.name) - len(found) :]
 
 
 def volumes_in(folder: Path, pattern: str = "*") -> list[Path]:
-    """The visible volumes in a folder, sorted, by their endings in either case."""
+    """The visible volume files in a folder, sorted."""
     return [path for path in visible(folder, pattern) if ending_of(path) and path.is_file()]
 
 
 def parts_of(path: Path) -> tuple[Path, ...]:
-    """The files that hold a volume: a header that is detached from its voxels has others beside it."""
+    """All files of a volume: the file itself and, for a detached header, its voxel files."""
     if not path.name.lower().endswith(_DETACHED):
         return (path,)
     beside = [
@@ -153,8 +134,9 @@ def parts_of(path: Path) -> tuple[Path, ...]:
 
 
 def _nifti_header(path: Path) -> Any:
-    """The header as it is in the file; None if the content is no NIfTI."""
-    with path.open("rb") as file, _content(file) as stream:
+    """The header as stored; None if the content is no NIfTI."""
+    with path.open("rb") as file:
+        stream: Any = gzip.GzipFile(fileobj=file) if _is_gzip(file) else file
         start = stream.read(348)
         kind = {
             b"n+1\0": Nifti1Header,
@@ -173,8 +155,19 @@ def _open_nifti(path: Path, header: Any) -> VolumeFile:
     shape = tuple(map(int, header.get_data_shape()))
     spatial, channels = _spatial_and_channels(path, shape)
     _check_type(path, header.get_data_dtype())
-    source = path if header.is_single else _voxels_beside(path)
-    _check_length(source, header)
+    source = path if header.is_single else next(iter(parts_of(path)[1:]), None)
+    if source is None:
+        raise InputError(
+            f"{path} is a header whose voxels, {stem(path)}.img, are not beside it: fetch them too."
+        )
+    needed = header.get_data_offset() + math.prod(shape) * header.get_data_dtype().itemsize
+    with source.open("rb") as file:
+        is_gzip = _is_gzip(file)
+    found = source.stat().st_size
+    if not is_gzip and found < needed:
+        raise InputError(
+            f"{source} is truncated or corrupt, it has {found} bytes of {needed}: fetch or export it again."
+        )
     _mend_affine(path, header, spatial, spacing)
 
     def decode() -> np.ndarray:
@@ -188,20 +181,20 @@ def _open_nifti(path: Path, header: Any) -> VolumeFile:
 
 
 def _mend_affine(path: Path, header: Any, shape: tuple[int, ...], spacing: Float[np.ndarray, "3"]) -> None:
-    """Overwrites an sform or qform that is declared and cannot be by the best that the header has.
+    """Replaces a declared sform or qform that is no affine by the best affine in the header.
 
-    That is the other one, even if it is filled in without being declared, or else the spacing alone.
+    The best is the other form, even if it is filled in but not declared; without one, the spacing alone.
 
     Args:
         path: of the file.
         header: changed in place.
-        shape: spatial lengths. On an axis of one voxel nothing depends on the spacing.
-        spacing: along each axis as the file has it.
+        shape: spatial lengths. The spacing of an axis with one voxel does not matter.
+        spacing: along each axis, as stored.
     """
     is_spacing = np.isfinite(spacing) & (spacing != 0)
     has_spacing = bool(np.all(is_spacing | (np.array(shape) == 1)))
     header["pixdim"][1:4] = np.where(is_spacing, np.abs(spacing), 1)
-    forms = {"sform": _sform(header), "qform": _qform(header) if has_spacing else None}
+    forms = {"sform": _form(header.get_sform), "qform": _form(header.get_qform) if has_spacing else None}
     declared = [name for name in forms if header[f"{name}_code"] > 0]
     broken = [name for name in declared if forms[name] is None]
     candidates = [*map(forms.get, declared), *(forms.values() if broken else ())]
@@ -221,47 +214,23 @@ def _mend_affine(path: Path, header: Any, shape: tuple[int, ...], spacing: Float
         header.set_qform(best, int(header["qform_code"]))
 
 
-def _sform(header: Any) -> Float[np.ndarray, "4 4"] | None:
-    return form if _is_affine(form := header.get_sform()) else None
-
-
-def _qform(header: Any) -> Float[np.ndarray, "4 4"] | None:
+def _form(read: Callable[[], Float[np.ndarray, "4 4"]]) -> Float[np.ndarray, "4 4"] | None:
+    """An affine of a header; None if it cannot be inverted, or if its quaternion is no rotation."""
     try:
-        return form if _is_affine(form := header.get_qform()) else None
-    except ValueError:  # no rotation has this quaternion
+        return form if _is_affine(form := read()) else None
+    except ValueError:
         return None
 
 
 def _is_affine(affine: Float[np.ndarray, "4 4"]) -> bool:
-    """Whether the matrix maps voxels to millimetres and back."""
+    """Whether the matrix is finite and can be inverted."""
     lengths = np.linalg.norm(affine[:3, :3], axis=0)
     return bool(
         np.isfinite(affine).all() and lengths.all() and abs(np.linalg.det(affine[:3, :3] / lengths)) > 1e-3
     )
 
 
-def _voxels_beside(path: Path) -> Path:
-    beside = parts_of(path)[1:]
-    if not beside:
-        raise InputError(
-            f"{path} is a header whose voxels, {stem(path)}.img, are not beside it: fetch them too."
-        )
-    return beside[0]
-
-
-def _check_length(path: Path, header: Any) -> None:
-    """Whether a file that is not compressed is as long as its header says."""
-    needed = header.get_data_offset() + math.prod(header.get_data_shape()) * header.get_data_dtype().itemsize
-    with path.open("rb") as file:
-        is_gzip = _is_gzip(file)
-    found = path.stat().st_size
-    if not is_gzip and found < needed:
-        raise InputError(
-            f"{path} is truncated or corrupt, it has {found} bytes of {needed}: fetch or export it again."
-        )
-
-
-# Other kinds.
+# Other formats.
 
 
 def _open_nibabel(path: Path) -> VolumeFile:
@@ -275,7 +244,15 @@ def _open_nibabel(path: Path) -> VolumeFile:
 
 
 def _open_itk(path: Path) -> VolumeFile:
-    sitk = _simple_itk(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            import SimpleITK as sitk
+    except ImportError as error:
+        raise InputError(
+            f"{path} is read by SimpleITK, which is not installed: pip install 'calib_jax[itk]'."
+        ) from error
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     reader.ReadImageInformation()
@@ -291,23 +268,10 @@ def _open_itk(path: Path) -> VolumeFile:
     shape = (*reader.GetSize(), *([1] * (3 - dims)), *([components] if components > 1 else []))
 
     def decode() -> np.ndarray:
-        voxels = sitk.GetArrayFromImage(reader.Execute())  # last axis first, but for the components
+        voxels = sitk.GetArrayFromImage(reader.Execute())  # axes reversed, components last
         return voxels.transpose(*reversed(range(dims)), *range(dims, voxels.ndim))
 
     return _volume(path, shape, _LPS_TO_RAS @ affine, decode)
-
-
-def _simple_itk(path: Path) -> Any:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            import SimpleITK
-    except ImportError as error:
-        raise InputError(
-            f"{path} is read by SimpleITK, which is not installed: pip install 'calib_jax[itk]'."
-        ) from error
-    SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
-    return SimpleITK
 
 
 def _volume(
@@ -331,11 +295,11 @@ def _new_header(shape: Sequence[int], affine: Float[np.ndarray, "4 4"]) -> Nifti
     return header
 
 
-# What all kinds share.
+# Checks that all formats share.
 
 
 def _spatial_and_channels(path: Path, shape: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
-    """Three spatial lengths and the number of channels: the one axis behind them that is longer than 1."""
+    """Three spatial lengths, and the number of channels: the length of the only longer axis behind them."""
     channels = [size for size in shape[3:] if size > 1]
     if len(shape) < 2 or len(channels) > 1 or min(shape) < 1:
         raise InputError(f"{path} has shape {shape}: give a 3-D volume, or a 4-D one with the channels last.")
@@ -352,19 +316,14 @@ def _strange_type(path: Path, kind: str) -> InputError:
 
 
 def _is_gzip(file: IO[bytes]) -> bool:
-    """Whether the content from the file's start on is compressed, whatever the file is called."""
+    """Whether the content is compressed, whatever the name of the file."""
     start = file.read(2)
     file.seek(0)
     return start == _GZIP
 
 
-def _content(file: IO[bytes]) -> Any:
-    """The file's content, decompressed as it is read."""
-    return gzip.GzipFile(fileobj=file) if _is_gzip(file) else file
-
-
 def _gunzip(content: bytes) -> bytes:
-    """The members of a gzip file, each with its checksum; what follows the last one is ignored, as by nibabel.
+    """Decompresses all members of a gzip file and checks their checksums. Bytes behind the last member are ignored.
 
     Raises:
         EOFError: a member is cut off.
@@ -380,7 +339,10 @@ def _gunzip(content: bytes) -> bytes:
     return members[0] if len(members) == 1 else b"".join(members)
 
 
-def _corrupt(path: Path, error: Exception) -> InputError:
+def _corrupt(path: Path, error: Exception) -> Exception:
+    """The fault of a file whose reader raised `error`."""
+    if isinstance(error, InputError | MemoryError):
+        return error
     if isinstance(error, OSError) and error.errno:
         return InputError(f"{path} cannot be read ({error.strerror}): check the file and its permissions.")
     if isinstance(error, TripWireError):

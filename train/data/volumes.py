@@ -1,4 +1,4 @@
-"""Cases in volume files, whatever the layout of their folder: existence, shapes, grids, labels are checked here."""
+"""Cases in volume files, in any layout: existence, shapes, grids and labels are checked here."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,11 +14,12 @@ from train.data.case import Case, Source
 from train.data.faults import Fault, collected, refuse
 from train.data.geometry import Geometry
 from train.data.ignore import IGNORE
-from train.data.io import Grid, check_same_grid, read_channels, read_label
+from train.data.io import Grid, check_same_grid, read_label, read_scan
+from train.data.preprocess import preprocess
 from train.data.volume_files import VolumeFile, open_volume, parts_of
 from train.errors import InputError
 
-# What label files hold in int16 or uint16, and float32 exactly.
+# Values of int16 and uint16 label files. float32 represents them exactly.
 _LABEL_RANGE = range(-(2**15), 2**16)
 
 
@@ -28,10 +29,10 @@ class Entry:
 
     Attributes:
         name: unique.
-        images: one that holds all channels, or one for each channel in turn.
-        labels: one, or one of each annotator.
-        subject: whose scan it is, where a subject has several; empty for the case's name.
-        held_out: whether the data set itself sets it apart for testing.
+        images: one file with all channels, or one file per channel.
+        labels: one file, or one file per annotator.
+        subject: of the scan, where a subject has several scans; empty for the name of the case.
+        held_out: whether the data set reserves the case for testing.
     """
 
     name: str
@@ -43,20 +44,20 @@ class Entry:
 
 @dataclass(frozen=True)
 class Layout:
-    """What a folder holds, as its layout says; no voxel has been read.
+    """The files of a data set and what their values mean. No voxel has been read.
 
     Attributes:
         name: of the data set.
-        source: file or folder that says so, for error messages.
+        source: file or folder that declares the data set, for error messages.
         class_names: by class id, background first.
         num_channels: of each image.
         entries: the cases.
-        label_values: the number that stands for each class in the files, -32768 to 65535; BraTS 2021 has no 3,
-            but a 4. Empty where the numbers are the class ids.
-        ignore_values: numbers in the files of voxels that nobody labelled.
-        regions: names of evaluation regions, each with the class ids that make it up; empty for the classes.
-        window: intensities are cut off to this range before they are normalised, as is usual in CT; None
+        label_values: value of each class in the files, -32768 to 65535; BraTS 2021 has 4 in place of 3. Empty where
+            the values are the class ids.
+        regions: class ids of each evaluation region by its name; empty to evaluate the foreground classes.
+        intensity_range: range that intensities are clipped to before they are normalised, as is usual for CT; None
             normalises over the non-zero voxels.
+        ignore_values: values of unlabelled voxels in the files.
     """
 
     name: str
@@ -66,20 +67,20 @@ class Layout:
     entries: tuple[Entry, ...]
     label_values: tuple[int, ...] = ()
     regions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    window: tuple[float, float] | None = None
+    intensity_range: tuple[float, float] | None = None
     ignore_values: tuple[int, ...] = ()
 
     @property
     def class_values(self) -> tuple[int, ...]:
-        """The number that stands for each class in the files."""
+        """Value of each class in the files."""
         return self.label_values or tuple(range(len(self.class_names)))
 
 
-def in_order(layout: Layout, channels: Sequence[int]) -> Layout:
-    """The same data with these channels only, in this order; all for none.
+def reorder_channels(layout: Layout, channels: Sequence[int]) -> Layout:
+    """The layout with these channels only, in this order. An empty order keeps all.
 
     Raises:
-        InputError: a channel that there is not, or one twice, or all in one file.
+        InputError: a channel does not exist or is listed twice, or a case has all channels in one file.
     """
     if not channels:
         return layout
@@ -99,32 +100,32 @@ def in_order(layout: Layout, channels: Sequence[int]) -> Layout:
     return replace(layout, entries=entries, num_channels=len(channels))
 
 
-def with_intensities(layout: Layout, window: tuple[float, float] | None) -> Layout:
-    """The same data with its intensities cut off to `window`; as it is for None.
+def replace_range(layout: Layout, intensity_range: tuple[float, float] | None) -> Layout:
+    """The layout with another intensity range. None keeps the layout's own.
 
     Raises:
-        InputError: a window without width.
+        InputError: the range is empty.
     """
-    if window is None:
+    if intensity_range is None:
         return layout
-    if not window[0] < window[1]:
-        raise InputError(f"intensities is {window}: give the lowest, then the highest.")
-    return replace(layout, window=window)
+    if not intensity_range[0] < intensity_range[1]:
+        raise InputError(f"intensities is {intensity_range}: give the lowest, then the highest.")
+    return replace(layout, intensity_range=intensity_range)
 
 
 class VolumeDataset:
-    """The cases of a `Layout`, turned to RAS order and brought to the network's grid.
+    """The cases of a `Layout` in RAS order, preprocessed by `train.data.preprocess.preprocess`.
 
-    Opening reads every header (existence, shapes, channels, affines); voxels are checked as cases load.
+    Opening checks every header: existence, shapes, channels and affines. Loading checks the voxels.
 
     Args:
         layout: the files.
-        geometry: what is done to their grids.
-        all_annotators: keep what each annotator says; else the first one's label is the truth.
-        store: where cases are kept once they are loaded.
+        geometry: how scans are cropped and resampled.
+        all_annotators: keep the labels of all annotators; else the first annotator's label is the truth.
+        store: where loaded cases are kept.
 
     Raises:
-        InputError: whatever is wrong, with the file it is wrong in.
+        InputError: names each faulty file and its fault.
     """
 
     spatial_dims = 3
@@ -143,12 +144,10 @@ class VolumeDataset:
         self.num_channels = layout.num_channels
         self.regions = layout.regions
         self.has_ignore = bool(layout.ignore_values)
-        self.window = layout.window
+        self.intensity_range = layout.intensity_range
         self.case_names = tuple(entry.name for entry in layout.entries)
         self.held_out = tuple(entry.name for entry in layout.entries if entry.held_out)
         self.subjects = tuple(entry.subject or entry.name for entry in layout.entries)
-        if not layout.entries:
-            raise InputError(f"{layout.source} holds no case.")
         grids, faults = _inspect(layout)
         refuse(faults)
         affines = [grid.affine for grid in grids]
@@ -166,7 +165,7 @@ class VolumeDataset:
         return len(self.layout.entries)
 
     def load(self, index: int) -> Case:
-        """Reads case `index`, from the store if it is there."""
+        """Reads case `index`, from the store if the store has it."""
         entry = self.layout.entries[index]
         if self._store is None:
             return self._read(entry)
@@ -178,43 +177,40 @@ class VolumeDataset:
         return case
 
     def label_files(self, entry: Entry) -> tuple[Path, ...]:
-        """The label files of a case that are read."""
+        """The label files of a case that `load` reads."""
         return entry.labels if self.all_annotators else entry.labels[:1]
 
     def _key(self, entry: Entry) -> str:
-        """Changes with the case's files and with whatever is done to them."""
+        """The key of a case in the store: its files, their sizes and times, and the preprocessing."""
         listed = (*entry.images, *self.label_files(entry))
         files = [part.resolve() for file in listed for part in parts_of(file)]
         stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         layout = self.layout
-        done = (layout.label_values, layout.class_names, layout.window, self.geometry, self.all_annotators)
-        return repr((stats, (*done, *layout.ignore_values)))
+        labels = layout.label_values, layout.class_names
+        chain = layout.intensity_range, self.geometry, self.all_annotators
+        return repr((stats, (*labels, *chain, *layout.ignore_values)))
 
     def _read(self, entry: Entry) -> Case:
         layout = self.layout
-        image, grid = read_channels(entry.images, layout.window)
+        voxels, grid = read_scan(entry.images)
         labels = [
             grid.to_ras(grid.from_turned(read_class_ids(file, layout), Grid.of(open_volume(file))))
             for file in self.label_files(entry)
         ]
         own = self._combined(labels)
+        image, placement = preprocess(
+            voxels, grid.affine, intensity_range=layout.intensity_range, geometry=self.geometry
+        )
         if not self.geometry:
             return Case(entry.name, image, own[0], grid.affine, annotations=own[1])
-        placement = self.geometry.place(image, grid.affine, windowed=layout.window is not None)
         label, annotations = self._combined([placement.label(label) for label in labels])
-        return Case(
-            entry.name,
-            placement.image(image, self.geometry.interpolation),
-            label,
-            placement.affine,
-            annotations=annotations,
-            source=Source(placement, *own),
-        )
+        source = Source(placement, *own)
+        return Case(entry.name, image, label, placement.affine, annotations=annotations, source=source)
 
     def _combined(
         self, labels: Sequence[UInt8[np.ndarray, "*spatial"]]
     ) -> tuple[UInt8[np.ndarray, "*spatial"], UInt8[np.ndarray, "*spatial annotators"] | None]:
-        """The label that counts, and what each annotator says, if that is to be kept."""
+        """The label to train on; and the labels of all annotators, if the data set keeps them."""
         if not self.all_annotators:
             return labels[0], None
         annotations = np.stack(labels, axis=-1)
@@ -225,7 +221,7 @@ def read_class_ids(file: Path, layout: Layout) -> UInt8[np.ndarray, "*spatial"]:
     """Reads a label map as class ids, in the file's own order of axes.
 
     Raises:
-        InputError: missing, corrupt, or with a value that the layout declares for no class.
+        InputError: the file is missing or corrupt, or holds a value that the layout does not declare.
     """
     classes, ignored = layout.class_values, layout.ignore_values
     values = np.array((*classes, *ignored))
@@ -235,12 +231,12 @@ def read_class_ids(file: Path, layout: Layout) -> UInt8[np.ndarray, "*spatial"]:
 
 
 def header_faults(layout: Layout) -> list[Fault]:
-    """Every fault that names, existence and headers show; reads no voxels."""
+    """All faults of names, files and headers. Reads no voxels."""
     return _inspect(layout)[1]
 
 
-def _inspect(layout: Layout) -> tuple[list[Grid], list[Fault]]:
-    """The grids of the cases, but for those without an image that can be opened, and all faults."""
+def layout_faults(layout: Layout) -> list[Fault]:
+    """Faults of the data set as a whole, such as a case or a class that is named twice. Opens no file."""
     counts = Counter(entry.name for entry in layout.entries)
     faults = [
         Fault(name, str(layout.source), f"lists {name} more than once: list each case once.")
@@ -248,13 +244,21 @@ def _inspect(layout: Layout) -> tuple[list[Grid], list[Fault]]:
         if count > 1
     ]
     with collected(faults, "", layout.source):
+        if not layout.entries:
+            raise InputError(f"{layout.source} holds no case: check the path.")
         _check_labels(layout)
+    return faults
+
+
+def _inspect(layout: Layout) -> tuple[list[Grid], list[Fault]]:
+    """The grids of all cases whose image can be opened; and all faults."""
+    faults = layout_faults(layout)
     grids = [_checked_grid(entry, layout, faults) for entry in layout.entries]
     return [grid for grid in grids if grid is not None], faults
 
 
 def _check_labels(layout: Layout) -> None:
-    """Every class has a name and a number of its own, an id below `IGNORE`, and regions are made of such ids."""
+    """Checks that classes have unique names and values and ids below `IGNORE`, and that regions use those ids."""
     names, values = layout.class_names, (*layout.class_values, *layout.ignore_values)
     if len(names) > IGNORE:
         raise InputError(
@@ -284,7 +288,7 @@ def _check_labels(layout: Layout) -> None:
 
 
 def _checked_grid(entry: Entry, layout: Layout, faults: list[Fault]) -> Grid | None:
-    """The grid of a case's image; adds whatever is wrong with its files to the faults."""
+    """The grid of a case's image; None if the image is faulty. Adds the faults of all files to `faults`."""
     volumes: dict[Path, VolumeFile] = {}
     for file in (*entry.images, *entry.labels):
         with collected(faults, entry.name, file):

@@ -15,9 +15,9 @@ from jaxtyping import UInt8
 
 from calib_jax.results import ModelResult
 from train.errors import NotFinite
-from train.losses import TERMS
 from train.processes import is_first
 from train.run.folder import writing, written_whole
+from train.terms import is_term
 
 _MEDIAN_OF = 20  # steps
 
@@ -278,7 +278,7 @@ def divergence(rows: Sequence[Mapping[str, float]]) -> str:
     """
     size = min(_MEDIAN_OF, len(rows) // 2)
     grown = []
-    for term in sorted(TERMS.keys() & rows[-1].keys()) if size else ():
+    for term in sorted(filter(is_term, rows[-1])) if size else ():
         first, last = (
             [row[term] for row in part if np.isfinite(row.get(term, np.nan))]
             for part in (rows[:size], rows[-size:])

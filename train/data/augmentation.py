@@ -1,9 +1,8 @@
-"""Augmentation on the device: keyed pure functions of one example, run under `vmap` inside the step."""
+"""Augmentation on the device: pure functions of a key and one example, under `vmap` inside the step."""
 
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -11,86 +10,17 @@ import jax.numpy as jnp
 from jax.scipy.ndimage import map_coordinates
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from train.data.augment_config import AugmentConfig
 from train.errors import InputError
 
-# Class ids, or the probability of each class, where annotators disagree.
+# Class ids, or the probability of each class if annotators disagree.
 Label = Int[Array, "*spatial"] | Float[Array, "*spatial classes"]
-
-
-@dataclass(frozen=True)
-class AugmentConfig:
-    """Strengths and chances; a chance or strength of zero turns an augmentation off, at no cost in the step.
-
-    The paper's are zoom_prob 0.3, rotation_prob 0.3, smooth_prob 0.2, gamma_prob 0.3 with gamma 0.7 to 1.5,
-    noise_prob 0.2, intensity_prob 0.
-
-    Attributes:
-        flip_prob: chance of a flip, for each of the axes on its own.
-        flip_axes: spatial axes that may be flipped. Axis 0 is left-right in volumes stored in RAS or LAS
-            order; anatomy is not symmetric along the other two.
-        zoom_prob: chance of a zoom.
-        zoom: smallest and largest factor, the same along all axes; above 1 things grow.
-        rotation_prob: chance of a rotation.
-        rotation: largest angle about each axis, in degrees.
-        smooth_prob: chance of Gaussian smoothing.
-        smooth_std: smallest and largest standard deviation of its kernel along each axis, in voxels.
-        gamma_prob: chance of a change of gamma.
-        gamma: smallest and largest exponent applied to intensities scaled to 0 to 1; 1 to 1 is off.
-        intensity_prob: chance of a change of contrast and offset.
-        intensity_scale: largest relative change of a channel's contrast, 0.1 for factors 0.9 to 1.1.
-        intensity_shift: largest offset of a channel, in standard deviations of the image.
-        noise_prob: chance of added noise.
-        noise_std: largest standard deviation of the noise; an image's own is uniform from 0 to it.
-    """
-
-    flip_prob: float = 0.5
-    flip_axes: tuple[int, ...] = (0,)
-    zoom_prob: float = 0.0
-    zoom: tuple[float, float] = (0.7, 1.5)
-    rotation_prob: float = 0.0
-    rotation: float = 15.0
-    smooth_prob: float = 0.0
-    smooth_std: tuple[float, float] = (0.5, 1.15)
-    gamma_prob: float = 1.0
-    gamma: tuple[float, float] = (0.8, 1.25)
-    intensity_prob: float = 1.0
-    intensity_scale: float = 0.1
-    intensity_shift: float = 0.1
-    noise_prob: float = 1.0
-    noise_std: float = 0.1
-
-    def __post_init__(self) -> None:
-        for what in ("flip", "zoom", "rotation", "smooth", "gamma", "intensity", "noise"):
-            prob = getattr(self, f"{what}_prob")
-            if not 0 <= prob <= 1:
-                raise InputError(f"{what}_prob is {prob}: give a probability from 0 to 1.")
-        for option, largest in (
-            ("noise_std", math.inf),
-            ("intensity_scale", math.inf),
-            ("intensity_shift", math.inf),
-            ("rotation", 180.0),
-        ):
-            value = getattr(self, option)
-            if not 0 <= value <= largest or math.isinf(value):
-                most = "or more" if math.isinf(largest) else f"to {largest:g} degrees"
-                raise InputError(f"{option} is {value}: give 0 {most}.")
-        if len(set(self.flip_axes)) < len(self.flip_axes) or min(self.flip_axes, default=0) < 0:
-            raise InputError(f"flip_axes is {self.flip_axes}: give different axes, counted from 0.")
-        for option, what in (("zoom", "factor"), ("gamma", "exponent"), ("smooth_std", "standard deviation")):
-            low, high = getattr(self, option)
-            if not 0 < low <= high < math.inf:
-                raise InputError(
-                    f"{option} is {(low, high)}: give a smallest and a largest {what}, both positive."
-                )
-
-
-NO_AUGMENTATION = AugmentConfig(flip_prob=0.0, gamma_prob=0.0, intensity_prob=0.0, noise_prob=0.0)
 
 
 def augment(
     key: PRNGKeyArray, image: Float[Array, "*spatial channels"], label: Label, config: AugmentConfig
 ) -> tuple[Float[Array, "*spatial channels"], Label]:
-    """Applies, in this order: zoom and rotation, flip, smoothing, gamma, scale and shift, noise.
+    """Applies zoom and rotation, flip, smoothing, gamma, scale and shift, noise, in this order.
 
     Image and label move together. Under `vmap` a chance between 0 and 1 costs as much as 1.
 
@@ -138,7 +68,7 @@ def augment(
 
 
 def _sometimes(key: PRNGKeyArray, prob: float, change: Callable[[Array], Array], image: Array) -> Array:
-    """`change(image)` with probability `prob`; never and always are known at trace time."""
+    """`change(image)` with probability `prob`. Probabilities 0 and 1 are resolved at trace time."""
     if prob == 0:
         return image
     changed = change(image)
@@ -155,13 +85,13 @@ def random_affine(
     rotation_prob: float,
     rotation: float,
 ) -> tuple[Float[Array, "*spatial channels"], Label]:
-    """Zooms and rotates about the centre in one resampling; beyond its rim the volume goes on as at its rim.
+    """Zooms and rotates about the centre in one resampling. Voxels beyond the rim repeat the rim.
 
-    Images and soft labels are interpolated linearly, class ids taken from the nearest voxel.
+    Images and soft labels are interpolated linearly; class ids come from the nearest voxel.
 
     Args:
-        key: draws whether to zoom, one factor, whether to rotate, and an angle about each axis, all uniform.
-        image: voxels count as cubes, whatever their spacing.
+        key: draws whether to zoom, one factor, whether to rotate, and an angle per plane, all uniform.
+        image: the rotation ignores the spacing of the voxels.
         label: of the same voxels.
         zoom_prob: chance of a zoom.
         zoom: smallest and largest factor.
@@ -197,10 +127,10 @@ def _rotation(
 def _affine_coordinates(
     matrix: Float[Array, "dims dims"], shape: Sequence[int]
 ) -> Float[Array, "dims *spatial"]:
-    """Where each voxel of the result comes from."""
+    """The source coordinates of each voxel of the result."""
     lines = [jnp.arange(size, dtype=matrix.dtype) - (size - 1) / 2 for size in shape]
     offsets = jnp.stack(jnp.meshgrid(*lines, indexing="ij"))
-    # Accelerators would round the coordinates at their usual precision.
+    # The default precision of accelerators would round the coordinates.
     turned = jnp.tensordot(matrix, offsets, 1, precision="highest")
     return jnp.stack([offset + (size - 1) / 2 for offset, size in zip(turned, shape, strict=True)])
 
@@ -208,10 +138,10 @@ def _affine_coordinates(
 def _interpolate(
     array: Float[Array, "*spatial channels"], coordinates: Float[Array, "dims *spatial"]
 ) -> Float[Array, "*spatial channels"]:
-    """Linear between voxels, constant beyond the rim.
+    """Linear interpolation, constant beyond the rim.
 
-    `map_coordinates` of order 1, corner by corner: being a loop, its result is computed once, where XLA for CPU
-    would fuse gathers into each of the many places that smoothing reads from, and repeat them there.
+    Equals `map_coordinates` of order 1. The loop over corners computes the result once; XLA for CPU would otherwise
+    fuse the gathers into every read of the smoothing, and repeat them there.
     """
     shape = array.shape[:-1]
     lower = jnp.floor(coordinates)
@@ -254,9 +184,9 @@ def random_flip(
 def random_smooth(
     key: PRNGKeyArray, image: Float[Array, "*spatial channels"], *, std: tuple[float, float]
 ) -> Float[Array, "*spatial channels"]:
-    """Averages with Gaussian weights; their standard deviation along each axis is uniform in `std`, in voxels.
+    """Averages with Gaussian weights. Their standard deviation along each axis is uniform in `std`, in voxels.
 
-    The weights of the voxels that there are sum to 1, so that the rim is not darkened.
+    The weights inside of the volume sum to 1, so that the rim does not darken.
     """
     stds = jax.random.uniform(key, (image.ndim - 1,), image.dtype, *std)
     for axis, size in enumerate(image.shape[:-1]):
@@ -269,7 +199,7 @@ def random_smooth(
 def random_gamma(
     key: PRNGKeyArray, image: Float[Array, "*spatial channels"], *, gamma: tuple[float, float]
 ) -> Float[Array, "*spatial channels"]:
-    """y = x^g on intensities scaled to 0 to 1 per channel, then scaled back; log g is uniform."""
+    """y = x^g on intensities scaled to [0, 1] per channel, then scaled back; log g is uniform."""
     axes = tuple(range(image.ndim - 1))
     low, high = image.min(axes), image.max(axes)
     span = jnp.where(high > low, high - low, 1.0)
@@ -289,7 +219,7 @@ def random_intensity(
 def random_noise(
     key: PRNGKeyArray, image: Float[Array, "*spatial channels"], *, max_std: float
 ) -> Float[Array, "*spatial channels"]:
-    """Adds white Gaussian noise; its standard deviation is drawn for the image, uniform in 0 to `max_std`."""
+    """Adds white Gaussian noise. Its standard deviation is uniform in 0 to `max_std`, one draw per image."""
     std_key, noise_key = jax.random.split(key)
     std = jax.random.uniform(std_key, (), image.dtype, 0.0, max_std)
     return image + std * jax.random.normal(noise_key, image.shape, image.dtype)

@@ -1,0 +1,92 @@
+"""Sums over the voxels of each image, within 1e-6 relative of float64 at any size.
+
+A plain float32 sum of 3e7 equal numbers is off by percents. These functions sum blocks of voxels, then the blocks,
+and keep what float32 rounds away. Soft Dice does not need this and sums in plain float32, which is faster.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Num
+
+from calib_jax._sums.exact import add_pairs, as_pair, rounded
+
+_BLOCK = 2**15  # voxels: the square root of 2^30, so that neither level of a sum has more terms than that
+_CHUNK = 2**17  # voxels of which intermediate values exist at a time
+
+
+@jax.custom_jvp
+def sum_voxels(x: Float[Array, "batch voxels columns"]) -> Float[Array, "batch columns"]:
+    """Sum over voxels, within 1e-6 relative of float64 for numbers of one sign."""
+    high, low = _reduce_in_blocks(as_pair(x), add_pairs)
+    return rounded((high, low))
+
+
+# JAX cannot transpose a reduction by a user's function. The derivative of a sum is a sum.
+sum_voxels.defjvps(lambda tangent, total, x: tangent.sum(1))
+
+
+def count_voxels(*columns: Bool[Array, "batch voxels columns"]) -> tuple[Int[Array, "batch columns"], ...]:
+    """How often each column is true. One pass over all columns, exact to 2^31."""
+    ones = tuple(column.astype(jnp.int32) for column in columns)
+    return _reduce_in_blocks(ones, lambda a, b: tuple(map(jnp.add, a, b)))
+
+
+def sum_in_chunks(
+    sums: Callable[[Array, Array, Array | None], tuple[Array, ...]],
+    probs: Float[Array, "batch voxels classes"],
+    labels: Num[Array, "batch voxels *classes"],
+    where: Bool[Array, "batch voxels #classes"] | None,
+) -> tuple[Any, ...]:
+    """Adds up `sums` of chunks of voxels, so that intermediate values stay small. Not differentiable.
+
+    Args:
+        sums: function from a chunk's probabilities, labels and mask to sums over its voxels.
+        probs, labels, where: all voxels.
+
+    Returns:
+        The sums over all voxels: integers as they are, floats as pairs.
+    """
+    size = probs.shape[1]
+    taken = min(size, _CHUNK)
+
+    def part(i: int | Array) -> tuple[Any, ...]:
+        start = jnp.minimum(i * taken, size - taken)  # the last chunk overlaps the one before
+        keep = None if where is None else cut(where, start)
+        if size % taken:
+            fresh = (start + jnp.arange(taken, dtype=jnp.int32) >= i * taken)[None, :, None]
+            keep = jnp.broadcast_to(fresh, (probs.shape[0], taken, 1)) if keep is None else fresh & keep
+        found = sums(cut(probs, start), cut(labels, start), keep)
+        return tuple(as_pair(x) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in found)
+
+    def cut(x: Array, start: Array) -> Array:
+        return lax.dynamic_slice_in_dim(x, start, taken, axis=1)
+
+    def add(i: Array, total: tuple[Any, ...]) -> tuple[Any, ...]:
+        pairs = zip(total, part(i), strict=True)
+        return tuple(add_pairs(a, b) if isinstance(a, tuple) else a + b for a, b in pairs)
+
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(part, 0))
+    return lax.fori_loop(0, -(-size // taken), add, zeros)
+
+
+def _reduce_in_blocks(columns: tuple[Array, ...], add: Callable[..., Any]) -> tuple[Array, ...]:
+    """Reduces axis 1 of all columns together, blocks first: threads stay busy and rounding errors small.
+
+    Not `sum`: XLA:CPU hands a sum to a library and writes out its argument in full.
+    """
+    size = columns[0].shape[1]
+    blocks = -(-size // _BLOCK)
+    block = -(-size // blocks)
+
+    def split(x: Array) -> Array:
+        padded = jnp.pad(x, ((0, 0), (0, blocks * block - size), (0, 0)))
+        return padded.reshape(x.shape[0], blocks, block, x.shape[2])
+
+    zeros = tuple(np.zeros((), column.dtype) for column in columns)
+    partial = lax.reduce(tuple(map(split, columns)), zeros, add, (2,))
+    return tuple(lax.reduce(partial, zeros, add, (1,)))
