@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from calib_jax._compat import as_varying
+
 AxisName = str | tuple[str, ...]
 
 
@@ -47,7 +49,7 @@ def _psum_forward(part: Array, axis_name: AxisName) -> tuple[Any, None]:
 
 
 def _psum_backward(axis_name: AxisName, _: None, gradient: Any) -> tuple[Any]:
-    return (lax.pcast(gradient, axis_name, to="varying"),)
+    return (as_varying(gradient, axis_name),)
 
 
 _psum.defvjp(_psum_forward, _psum_backward)

@@ -4,12 +4,12 @@ The directions are those of `optax.scale_by_lbfgs`. The line search is here: `op
 `jax.scipy.optimize.minimize` search inside a compiled program, which cannot read files.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from calib_jax._checks import check_number, check_size
 
@@ -17,8 +17,6 @@ _LONGEST_STEP = 2.0  # in any parameter: a curvature near 0 asks for more than i
 _SUFFICIENT = 1e-4  # share of the decrease that the slope promises, below which a step is halved (Armijo)
 _ROUNDING = 2.0**-21  # of the objective, relative: differences below it say nothing
 _HALVINGS = 20
-_LBFGS = optax.scale_by_lbfgs()
-_update = jax.jit(_LBFGS.update)
 
 
 class Evaluation(NamedTuple):
@@ -76,6 +74,8 @@ def _line_search(
     Near the minimum, rounding hides the decrease. There the slope must not have turned (Hager and Zhang, "A New
     Conjugate Gradient Method with Guaranteed Descent and an Efficient Line Search", 2005).
     """
+    import optax
+
     length, slope = min(1.0, _LONGEST_STEP / _largest(direction)), _dot(direction, here.gradient)
     for _ in range(_HALVINGS):
         there = optax.tree.add_scale(params, -length, direction)
@@ -89,14 +89,23 @@ def _line_search(
     return None
 
 
+@functools.cache
+def _lbfgs() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The functions `init` and `update` of L-BFGS. optax is imported here, since its import takes long."""
+    import optax
+
+    lbfgs = optax.scale_by_lbfgs()
+    return lbfgs.init, jax.jit(lbfgs.update)
+
+
 def _fresh_state(params: Any) -> Any:
-    state: Any = _LBFGS.init(params)
+    state = _lbfgs()[0](params)
     return state._replace(weights_memory=state.weights_memory.astype(jnp.float32))  # float64 under x64
 
 
 def _next_direction(gradient: Any, state: Any, params: Any) -> tuple[Any, Any]:
     with jax.numpy_dtype_promotion("standard"):  # under x64, optax adds an int64 to an int32
-        return _update(gradient, state, params)
+        return _lbfgs()[1](gradient, state, params)
 
 
 def _downhill(gradient: Any, params: Any) -> tuple[Any, Any]:

@@ -4,7 +4,6 @@ import math
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Bool, Float
 
 from calib_jax._checks import as_inputs, check_voxel_mask
@@ -59,6 +58,8 @@ def voxel_mean(losses: Float[Array, "batch *spatial"], inputs: Inputs) -> Float[
 
 def voxel_cross_entropy(inputs: Inputs) -> Float[Array, "batch *spatial"]:
     """Cross-entropy of each voxel."""
+    import optax  # here, since its import takes longer than that of the library
+
     if are_dense(inputs.labels, inputs.logits):
         return optax.losses.softmax_cross_entropy(inputs.logits, inputs.labels)
     return optax.losses.softmax_cross_entropy_with_integer_labels(inputs.logits, inputs.labels)

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Bool, Float
 
 from calib_jax._checks import AnyArray, Labels, check_choice, check_flag, check_number, check_size
@@ -108,10 +107,12 @@ def label_smoothing_loss(
         Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", CVPR 2016; for calibration,
         Mueller et al., "When Does Label Smoothing Help?", NeurIPS 2019.
     """
+    import optax
+
     check_number("alpha", alpha, 0.0, 1.0)
     inputs = voxel_inputs(logits, labels, where, axis_name)
     targets = optax.losses.smooth_labels(one_hot(inputs.labels, inputs.logits), alpha)
-    return voxel_mean(optax.losses.softmax_cross_entropy(inputs.logits, targets), inputs)
+    return voxel_mean(voxel_cross_entropy(inputs._replace(labels=targets)), inputs)
 
 
 @compiled(keeps_shape=True)
@@ -158,7 +159,7 @@ def spatially_varying_label_smoothing_loss(
     check_number("sigma", sigma, 0.1)
     inputs = _spatial_inputs(logits, labels, where, kernel_size)
     targets = _spatially_smoothed(one_hot(inputs.labels, inputs.logits), inputs.has_class, sigma, kernel_size)
-    return voxel_mean(optax.losses.softmax_cross_entropy(inputs.logits, targets), inputs)
+    return voxel_mean(voxel_cross_entropy(inputs._replace(labels=targets)), inputs)
 
 
 @compiled()

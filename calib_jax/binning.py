@@ -267,11 +267,12 @@ def _bin_sums(
     bins: Bins,
 ) -> tuple[Array, Array, Array]:
     """Counts or weights, sums of probabilities and sums of labels, `[batch, classes, bins]` each."""
-    platforms = {
-        name: functools.partial(platform.bin_sums, bins=bins)
-        for name, platform in (("cpu", cpu), ("tpu", tpu), ("default", gpu))
-    }
-    return _rounded(lax.platform_dependent(probs, labels, where, edges, **platforms), bins)
+    on_cpu, on_tpu, on_gpu = (
+        functools.partial(sums, bins=bins) for sums in (cpu.bin_sums, tpu.sum_image, gpu.sum_image)
+    )
+    arguments = probs, labels, where, edges
+    pairs = lax.platform_dependent(*arguments, cpu=on_cpu, tpu=jax.vmap(on_tpu), default=jax.vmap(on_gpu))
+    return _rounded(pairs, bins)
 
 
 def _rounded(pairs: Any, bins: Bins) -> tuple[Array, Array, Array]:

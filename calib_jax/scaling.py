@@ -20,7 +20,7 @@ from calib_jax import metrics
 from calib_jax._batches import Batches, Source
 from calib_jax._checks import AnyArray, Labels
 from calib_jax._eager import compiled
-from calib_jax._labels import blank, have_class, one_hot
+from calib_jax._labels import have_class, one_hot
 from calib_jax._lbfgs import Evaluation, minimise
 from calib_jax._sums.voxels import count_voxels, sum_in_chunks, sum_voxels
 
@@ -349,10 +349,10 @@ def _batch_facts_program(
     scale, bias = (x[None, None] for x in scaling)
 
     def scaled_and_dense(logits: Array, labels: Array, where: Array | None) -> tuple[Array, Array]:
-        labels = labels if where is None else blank(labels, where, logits)
-        counted = have_class(labels, logits)[..., None]
-        scaled = jnp.where(counted, scale * logits.astype(jnp.float32) + bias, 0)
-        return scaled, one_hot(labels, logits)
+        dense = one_hot(labels, logits)
+        dense = dense if where is None else jnp.where(where, dense, 0)
+        counted = have_class(dense, logits)[..., None]
+        return jnp.where(counted, scale * logits.astype(jnp.float32) + bias, 0), dense
 
     def sums(*chunk: Any) -> tuple[Array, ...]:
         scaled, dense = scaled_and_dense(*chunk)

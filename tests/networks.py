@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from train.models import SegResNet
+from train.models.segresnet import SegResNet
 from train.models.unetr import UNETR
 from train.monai.mapping import load_monai_weights, monai_names
 

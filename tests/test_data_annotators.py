@@ -142,8 +142,8 @@ def test_regions_of_certain_annotators_are_those_of_the_ids():
 
 
 def test_every_term_of_a_loss_takes_shares():
-    logits = jax.random.normal(jax.random.key(0), (2, 4, 4, 4, 3))
-    labels = jax.random.randint(jax.random.key(1), (2, 4, 4, 4), 0, 3)
+    logits = jax.random.normal(jax.random.key(0), (2, 4, 4, 3))
+    labels = jax.random.randint(jax.random.key(1), (2, 4, 4), 0, 3)
     for name in ("+".join(term for term in TERMS if term != "softace"), "softace"):
         loss = parse_loss(name)
         hard = loss.parts(logits, labels)

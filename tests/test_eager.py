@@ -29,6 +29,7 @@ from calib_jax import (
     segmentation_loss,
     top_label_statistics,
 )
+from calib_jax._compat import enable_x64
 from calib_jax._eager import filled_size
 
 CLASSES = 3
@@ -151,7 +152,7 @@ def test_arrays_on_a_device_stay_there():
 def test_split_arrays_are_taken_as_they_are():
     mesh = jax.make_mesh((8,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
     probs, labels = twin.sample_probs(0, (8, 5, 6, 3)), twin.sample_labels("ids", (8, 5, 6, 3))
-    split = jax.NamedSharding(mesh, jax.P("batch"))
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("batch"))
     np.testing.assert_allclose(
         mL1_ace(jax.device_put(probs, split), jax.device_put(labels, split)),
         mL1_ace(probs, labels),
@@ -228,7 +229,7 @@ def test_float64_probabilities_are_binned_as_they_are():
     """Above an edge by less than float32 can tell, a probability belongs to the bin above."""
     edge = np.float64(calib_jax.bin_edges(2)[1])
     probs, labels = np.array([[[edge], [edge + 1e-12]]]), np.zeros((1, 2), np.int32)
-    with jax.enable_x64(True):
+    with enable_x64(True):
         stats = bin_statistics(probs, labels, num_bins=2)
         gradient = jax.grad(lambda p: mL1_ace(p, labels, num_bins=2))(jnp.asarray(probs))
     assert np.asarray(stats.count).tolist() == [[[1, 1]]]
@@ -237,6 +238,6 @@ def test_float64_probabilities_are_binned_as_they_are():
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_programs_for_accelerators_are_lowered_under_x64(platform):
-    with jax.enable_x64(True):
+    with enable_x64(True):
         traced = jax.jit(jax.value_and_grad(mL1_ace)).trace(jnp.asarray(PROBS), jnp.asarray(LABELS))
         assert traced.lower(lowering_platforms=(platform,)).as_text()

@@ -7,11 +7,10 @@ import shlex
 import nibabel as nib
 import numpy as np
 import pytest
-import tyro
 from flax import nnx
 
 from calib_jax.report import METRICS
-from train.cli import _command_line, main
+from train.cli import main, parse
 from train.config import DataInfo
 from train.data.protocols import PROTOCOLS, partition
 from train.errors import InputError
@@ -94,14 +93,6 @@ def folders(tmp_path_factory):
     return root
 
 
-def parsed(command):
-    return tyro.cli(
-        _command_line(command),
-        args=command,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
-    )
-
-
 def test_all_that_was_published_is_there():
     data_sets = {"acdc": 100, "amos": 100, "kits": 98, "brats": 200}
     paper = [
@@ -130,10 +121,10 @@ def test_each_builds_its_network_and_its_command_parses(name):
     info = DataInfo(name, classes, channels, 3)
     nnx.eval_shape(lambda: make_model(recipe.config, info))
     assert parse_loss(recipe.config.loss).terms
-    assert all(side % recipe.config.model.divisor == 0 for side in recipe.config.data.sliding_window)
+    assert all(side % recipe.config.model.network.divisor == 0 for side in recipe.config.data.sliding_window)
     program, *command = shlex.split(recipe.command)
     assert (program, command[:2]) == ("python", ["-m", "train"])
-    fit = parsed(command[2:])
+    fit = parse(command[2:])
     config = dataclasses.replace(
         recipe.config, data=dataclasses.replace(recipe.config.data, data=f"{recipe.layout}:PATH")
     )
@@ -142,14 +133,14 @@ def test_each_builds_its_network_and_its_command_parses(name):
 
 
 def test_what_is_given_stands_before_the_recipe():
-    fit = parsed(["fit", "--recipe", "followup_acdc_dice_ce", "--steps", "3", "--loss", "ce"])
+    fit = parse(["fit", "--recipe", "followup_acdc_dice_ce", "--steps", "3", "--loss", "ce"])
     assert (fit.training.steps, fit.training.batch_size, fit.loss) == (3, 2, "ce")
-    assert parsed(["fit"]).recipe == ""
+    assert parse(["fit"]).recipe == ""
     pair = ["paper_brats_dice", "paper_brats_dice_ace"]
-    compare = parsed(["compare", "--recipe", *pair])
+    compare = parse(["compare", "--recipe", *pair])
     assert (compare.losses, compare.recipe) == (("dice", "0.5*dice+0.5*ace"), tuple(pair))
     with pytest.raises(InputError, match="differ in more than their losses"):
-        parsed(["compare", "--recipe", "paper_brats_dice", "followup_brats_dice_ce"])
+        parse(["compare", "--recipe", "paper_brats_dice", "followup_brats_dice_ce"])
 
 
 @pytest.mark.parametrize("name", ["followup_acdc_dice_ce", "paper_brats_dice"])

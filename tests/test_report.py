@@ -259,12 +259,14 @@ class TestRepeatedResult:
         assert "±0.035, 2 repeats" in capsys.readouterr().out
 
 
-class TestText:
-    @pytest.fixture(scope="class")
-    def rows(self):
-        models = [random_result(f"a model with quite a long name, {i}", 0.9 - 0.3 * i) for i in range(3)]
-        return compare_models(models, reference=random_result("true posterior", 0))
+@pytest.fixture(scope="module")
+def rows():
+    """A table of three models and a reference."""
+    models = [random_result(f"a model with quite a long name, {i}", 0.9 - 0.3 * i) for i in range(3)]
+    return compare_models(models, reference=random_result("true posterior", 0))
 
+
+class TestText:
     @pytest.mark.parametrize("per_class", [False, True])
     def test_table_is_aligned_and_fits(self, per_class, rows):
         lines = format_table(rows, per_class=per_class).splitlines()
@@ -433,6 +435,7 @@ class TestPage:
         assert ">nan" not in text
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_rows_are_computed_once_and_must_be_of_the_same_models(tmp_path, monkeypatch):
     models = [result("a", [0.1, 0.2]), result("b", [0.2, 0.3])]
     rows = compare_models(models)

@@ -7,7 +7,7 @@ import pytest
 from networks import assert_equals_monai, assert_equals_stored, num_parameters
 
 from train.losses import nearest, parse_loss
-from train.models import SegResNet
+from train.models.segresnet import SegResNet
 
 SMALL = {"spatial_dims": 2, "blocks_down": (1, 1, 1)}
 CASES = {

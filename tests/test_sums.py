@@ -19,12 +19,17 @@ from calib_jax._sums import cpu, gpu, tpu
 from calib_jax._sums.bins import Bins
 from calib_jax.binning import bin_index
 
+
+def _by_image(sum_image):
+    return lambda *images: jax.vmap(functools.partial(sum_image, bins=images[-1]))(*images[:-1])
+
+
 METHODS = {
     "auto": binning._bin_sums,
-    "scatter": lambda *images: jax.vmap(functools.partial(cpu._sum_image, bins=images[-1]))(*images[:-1]),
+    "scatter": _by_image(cpu._sum_image),
     "flat_scatter": cpu.sum_images,
-    "masked": gpu.bin_sums,
-    "one_hot": tpu.bin_sums,
+    "masked": _by_image(gpu.sum_image),
+    "one_hot": _by_image(tpu.sum_image),
 }
 PLATFORMS = list(METHODS)[1:]
 

@@ -15,7 +15,7 @@ import calib_jax
 from train.data import Geometry, PhantomDataset, crop_back, pad_to_hold
 from train.evaluate import CaseStatistics, SumsOfClasses, case_statistics, evaluate
 from train.inference import VolumePredictor, plan_windows, volume_predictor, volume_summary
-from train.models import UNet
+from train.models.unet import UNet
 from train.step import TrainState, init_state
 
 SHAPES = [(5, 6, 7), (8, 8, 8), (8, 20, 13), (31, 9, 8), (3, 19, 30)]

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from calib_jax import bin_statistics
 from train.config import DataInfo, ModelConfig, RunConfig, TrainingConfig
 from train.data import IGNORE, NO_AUGMENTATION
+from train.models.unet_config import UNetConfig
 from train.sharding import batch_spec, device_mesh, put_batch, weight_shardings
 from train.step import TrainState, TrainStep, init_state, make_optimizer, make_train_step
 from train.task import make_model
@@ -25,7 +26,7 @@ from train.task import make_model
 INFO = DataInfo("toy", ("background", "organ", "core"), num_channels=1, spatial_dims=3)
 CONFIG = RunConfig(
     "dice+ce+ace",
-    model=ModelConfig(channels=(4, 8), strides=(2,)),
+    model=ModelConfig(network=UNetConfig((4, 8), (2,))),
     training=TrainingConfig(steps=10, batch_size=8, warmup_steps=1),
 )
 
@@ -156,7 +157,9 @@ def test_recomputed_activations_take_the_same_step() -> None:
 def test_accumulation_and_recomputation_take_less_memory() -> None:
     """Three levels at full size, where activations are most of it."""
     config = dataclasses.replace(
-        CONFIG, model=ModelConfig(channels=(2, 2, 2), strides=(1, 1)), augment=NO_AUGMENTATION
+        CONFIG,
+        model=ModelConfig(network=UNetConfig(channels=(2, 2, 2)), strides=(1, 1)),
+        augment=NO_AUGMENTATION,
     )
 
     def temporary_bytes(**memory: Any) -> int:

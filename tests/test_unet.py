@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from train.config import ModelConfig, RunConfig, from_json, to_json
-from train.models import UNet
+from train.models.unet import UNet
 from train.monai.mapping import load_monai_weights
 
 PAPER = {"channels": (8, 16, 32, 64), "strides": (2, 2, 2), "num_res_units": 2}
@@ -192,14 +191,6 @@ def test_image_of_another_kind(shape):
 def test_options_that_make_no_network(options, message):
     with pytest.raises(ValueError, match=message):
         UNet(**SMALL | {"spatial_dims": 2} | options)
-
-
-def test_run_older_than_the_other_networks_is_a_unet():
-    kept = to_json(RunConfig("dice", model=ModelConfig(channels=(4, 8), strides=(2,))))
-    del kept["init"]
-    for option in kept["model"].keys() - {"channels", "strides", "num_res_units", "dropout"}:
-        del kept["model"][option]
-    assert from_json(RunConfig, kept).model == ModelConfig("unet", channels=(4, 8), strides=(2,))
 
 
 def test_weights_of_another_network():

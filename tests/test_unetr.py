@@ -7,8 +7,7 @@ import pytest
 from flax import nnx
 from networks import TINY_UNETR, assert_equals_monai, assert_equals_stored, channel_last, num_parameters
 
-from train.models import UNETR
-from train.models.unetr import TransformerBlock
+from train.models.unetr import UNETR, TransformerBlock
 from train.monai.mapping import load_monai_weights
 
 

@@ -6,24 +6,35 @@ explains the options of a command.
 
 import argparse
 import dataclasses
+import inspect
 import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 import tyro
 
-from train.config import DataConfig, DataInfo, DeviceConfig, ModelConfig, RunConfig, TrainingConfig
+from train.config import (
+    DataConfig,
+    DataInfo,
+    DeviceConfig,
+    ModelConfig,
+    RunConfig,
+    TrainingConfig,
+    read_config,
+)
 from train.console import console
 from train.data import AugmentConfig
 from train.errors import CasesFailed, InputError, Stopped, check_numbers
-from train.numerics import numerics
-from train.options import check_given, given_options
-from train.published import Row
-from train.recipes import RECIPES, describe, find_recipe
-from train.terms import describe as describe_terms
+from train.models.registry import NETWORKS, config_class, is_external
+
+if TYPE_CHECKING:
+    from train.published import Row
+
+# Each command imports what it runs, so that `--help` and errors about options come at once.
+RunFolder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="run", metavar="RUN")]
 
 
 @dataclass(frozen=True)
@@ -63,10 +74,8 @@ class Compare(_Options):
         python -m train compare --data msd:Task04_Hippocampus --losses dice 'dice+2*ace' dice+ce 'dice+ce+2*ace'
     """
 
-    losses: Annotated[
-        tuple[str, ...],
-        tyro.conf.arg(help=f"Losses to compare, the baseline first. Each is {describe_terms()}"),
-    ] = ("dice", "dice+2*ace")
+    losses: tuple[str, ...] = ("dice", "dice+2*ace")
+    """Losses to compare, the baseline first: weighted terms joined by +, as in dice+0.5*ace."""
     seeds: tuple[int, ...] = ()
     """Seeds to train every loss with, for means and spreads over them; left out, the one of --seed."""
     temperature: bool = False
@@ -110,7 +119,8 @@ class Fit(_Options):
         python -m train fit --recipe paper_brats_dice_ace --data brats:PATH
     """
 
-    loss: Annotated[str, tyro.conf.arg(help=f"The loss: {describe_terms()}")] = "dice+2*ace"
+    loss: str = "dice+2*ace"
+    """Weighted terms joined by +, as in dice+0.5*ace."""
     recipe: str = ""
     """Published experiment to follow."""
     temperature: bool = False
@@ -162,7 +172,7 @@ class Evaluate:
     python -m train evaluate runs/ace --data msd:Task04_Hippocampus
     """
 
-    run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="run", metavar="RUN")]
+    run_folder: RunFolder
     """Folder of the run."""
     data: str | None = None
     """Data set; default: the run's own. Of another data set all cases are evaluated that the run was not trained or
@@ -204,7 +214,7 @@ class Predict:
     fourth axis.
     """
 
-    run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="run", metavar="RUN")]
+    run_folder: RunFolder
     """Folder of the run."""
     images: Path
     """Folder of volumes: .nii, .nii.gz, .mgz, .mha, .nrrd and others."""
@@ -249,42 +259,40 @@ class Check:
 class ImportMonai:
     """Make a run of a network that was trained with MONAI: UNet, SegResNet, SegResNetDS or UNETR.
 
-    The run can be evaluated, can predict, and can be trained on under another loss (fit --init):
+    The run can be evaluated, can predict, and can be trained further under another loss (fit --init):
 
         python -m train import-monai model.pt --architecture segresnet --init-filters 16 --data msd:PATH --out RUN
 
-    Without --data, say what the network was trained on with --class-names, --num-channels and --patch. Volumes
-    are turned to RAS order and normalised as the trainer does it, channels come in the data set's order, and
-    class probabilities are a softmax over all classes, background first.
+    Without --data, --class-names, --num-channels and --patch say what the network was trained on. Volumes are
+    turned to RAS order and normalised as in training here. Channels are in the data set's order. Class
+    probabilities are a softmax over all classes, background first.
 
-    With --activation sigmoid each output channel is the probability of a region: of those of the data set, in the
-    order of --regions, or without --data of those that --class-names names, in order (background is none of them).
+    With --activation sigmoid each output channel is the probability of a region: of the data set's regions in the
+    order of --regions, or without --data of those in --class-names, in order and without a background.
     """
 
     weights: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="WEIGHTS")]
-    """A .safetensors file, or, with PyTorch installed, a .pt, .pth or .ckpt one that holds a state_dict."""
+    """A .safetensors file or, with PyTorch installed, a .pt, .pth or .ckpt file that holds a state_dict."""
     out: Path
     """Folder of the run, new or empty."""
     data: DataConfig = field(default_factory=lambda: DataConfig(data=""))
     model: ModelConfig = field(default_factory=ModelConfig)
     class_names: tuple[str, ...] = ()
-    """Without --data: its classes, background first, as a data set names them; with --activation sigmoid what each
-    output channel stands for, without a background."""
+    """Without --data: the classes, background first, as a data set names them; with --activation sigmoid the
+    name of each output channel, without a background."""
     num_channels: int = 1
-    """Without --data: channels of its images."""
+    """Without --data: channels of the images."""
     spatial_dims: int = 3
     """Without --data: 2 or 3."""
-    window: tuple[float, float] | None = None
-    """Without --data: intensities are cut off to this range, as -200 300 for CT."""
 
     def run(self) -> None:
         from train.monai.import_run import import_monai
 
-        if bool(self.data.data) == bool(self.class_names):
-            raise InputError(
-                "Give either --data or --class-names: one of them says what the network tells apart."
-            )
         names = self.class_names
+        if bool(self.data.data) == bool(names):
+            raise InputError(
+                "Give either --data or --class-names: the network's classes come from one of them."
+            )
         if len(set(names)) < len(names):
             raise InputError(f"--class-names {' '.join(names)} names a class twice: give each of them once.")
         model, info = self.model, None
@@ -297,7 +305,7 @@ class ImportMonai:
         print(f"\nRun: {self.out}\nNext: python -m train evaluate {self.out}")
 
     def _sigmoids(self) -> ModelConfig:
-        """The network, each of its channels named after a region."""
+        """The network, with a region's name for each output channel."""
         names = self.class_names[self.class_names[0].lower() == "background" :]
         if self.model.regions or not names:
             raise InputError(
@@ -307,13 +315,14 @@ class ImportMonai:
         return dataclasses.replace(self.model, regions=names)
 
     def _info(self, class_names: tuple[str, ...]) -> DataInfo:
-        if self.data.spacing == "median":
+        data = self.data
+        if data.spacing == "median":
             raise InputError("Without --data there is no median spacing: give --spacing in millimetres.")
         check_numbers(self, num_channels=(1, math.inf), spatial_dims=(2, 3))
-        if self.window and not self.window[0] < self.window[1]:
-            raise InputError(f"window is {self.window}: give the lowest intensity, then the highest.")
+        if data.intensities and not data.intensities[0] < data.intensities[1]:
+            raise InputError(f"intensities is {data.intensities}: give the lowest, then the highest.")
         sizes = class_names, self.num_channels, self.spatial_dims
-        return DataInfo(self.weights.stem, *sizes, self.window, self.data.geometry)
+        return DataInfo(self.weights.stem, *sizes, data.intensities, data.geometry)
 
 
 @dataclass(frozen=True)
@@ -324,7 +333,7 @@ class Status:
     python -m train status runs/ace
     """
 
-    run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="run", metavar="RUN")]
+    run_folder: RunFolder
     """Folder of the run or of the comparison."""
 
     def run(self) -> None:
@@ -345,11 +354,15 @@ class Recipes:
     """Those to list; all by default."""
 
     def run(self) -> None:
+        from train.recipes import RECIPES, describe, find_recipe
+
         print(describe([find_recipe(name) for name in self.names or RECIPES]))
 
 
-def published(recipes: Sequence[str]) -> list[Row]:
-    """What was published of these experiments."""
+def published(recipes: Sequence[str]) -> "list[Row]":
+    """The published figures of these recipes."""
+    from train.recipes import find_recipe
+
     return [row for name in recipes for row in find_recipe(name).published]
 
 
@@ -365,80 +378,141 @@ COMMANDS = {
 }
 
 
-def _defaults(arguments: Sequence[str]) -> dict[str, _Options]:
-    """The commands that get other defaults by a `--recipe` among the arguments.
+def parse(arguments: Sequence[str]) -> Any:
+    """The command that the arguments name, with its options.
 
     Raises:
-        InputError: if there is no such recipe, or several differ in more than their losses.
+        InputError: if an option has an impossible value, or no effect.
+        SystemExit: after `--help`, or if the arguments cannot be parsed.
+    """
+    name, *options = arguments or ["compare"]
+    if name.startswith("-") and name not in ("-h", "--help"):  # options without a command
+        name, options = "compare", list(arguments)
+    settings: Any = {"config": (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)}
+    if name not in COMMANDS:
+        kinds = [Annotated[kind, tyro.conf.subcommand(name)] for name, kind in COMMANDS.items()]
+        union: Any = Union[tuple(kinds)]  # noqa: UP007, of types that are only known now
+        return tyro.cli(union, args=arguments, prog="python -m train", description=__doc__, **settings)
+    kind, given = COMMANDS[name], given_options(options)
+    if not issubclass(kind, _Options | ImportMonai):
+        return tyro.cli(kind, args=options, prog=f"python -m train {name}", **settings)
+    if {"-h", "--help"} & set(options) and issubclass(kind, _Options):
+        from train.terms import describe
+
+        settings["description"] = f"{inspect.getdoc(kind)}\n\nA loss is made of {describe()}"
+    default, init = _default(kind, options)
+    _check_network_options(default.model, init, given)
+    command = tyro.cli(kind, args=options, prog=f"python -m train {name}", default=default, **settings)
+    if init:
+        _check_as_initial(command.model, default.model, init, given)
+    from train.options import check_given
+
+    check_given(command, given)
+    return command
+
+
+def given_options(arguments: Sequence[str]) -> set[str]:
+    """Names of the options among the arguments, as Python spells them.
+
+    Example:
+        >>> sorted(given_options(["fit", "--ace-delay", "0.2", "--loss=dice"]))
+        ['ace_delay', 'loss']
+    """
+    names = (text.partition("=")[0] for text in arguments if text.startswith("--"))
+    return {name.removeprefix("--").replace("-", "_") for name in names}
+
+
+def _default(kind: type[Any], arguments: Sequence[str]) -> tuple[Any, str]:
+    """The command with the defaults that `--recipe`, `--init` and `--architecture` ask for; the value of `--init`.
+
+    The parser offers the options of the network that these defaults hold.
+
+    Raises:
+        InputError: if there is no such recipe, run or network, or these contradict one another.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--recipe", nargs="*", default=[])
-    recipes = [find_recipe(name) for name in parser.parse_known_args(arguments)[0].recipe]
-    if not recipes:
-        return {}
-    names, configs = [recipe.name for recipe in recipes], [recipe.config for recipe in recipes]
-    first = configs[0]
-    for name, config in zip(names, configs, strict=True):
+    parser.add_argument("--architecture", nargs="?")
+    parser.add_argument("--init", nargs="?")
+    given = parser.parse_known_args(arguments)[0]
+    trains = issubclass(kind, _Options)
+    settings: dict[str, Any] = _recipe_settings(kind, given.recipe) if trains and given.recipe else {}
+    model, init = settings.get("model", ModelConfig()), given.init if trains and given.init else ""
+    if init:
+        initial = read_config(Path(init))[0].model
+        if given.recipe and model != initial:
+            raise InputError(
+                f"The networks of --init {init} and --recipe {' '.join(given.recipe)} differ: leave one out."
+            )
+        model = initial
+    if given.architecture and given.architecture != model.architecture:
+        if init:
+            raise InputError(f"architecture {_COMES_FROM.format(init)}")
+        own = {"norm": "", "dropout": 0.0} if is_external(given.architecture) else {}
+        model = dataclasses.replace(model, architecture=given.architecture, network=None, **own)
+    if not trains:
+        settings = {"weights": tyro.MISSING, "out": tyro.MISSING}
+    return kind(**settings | {"model": model}), init
+
+
+def _recipe_settings(kind: type[Any], names: Sequence[str]) -> dict[str, Any]:
+    from train.recipes import find_recipe
+
+    recipes = [find_recipe(name) for name in names]
+    first, *others = (recipe.config for recipe in recipes)
+    for name, config in zip(names[1:], others, strict=True):
         if dataclasses.replace(config, loss=first.loss) != first:
             raise InputError(f"{name} and {names[0]} differ in more than their losses: compare them apart.")
-    settings: dict[str, Any] = {
-        "data": first.data,
-        "training": first.training,
-        "model": first.model,
-        "augment": first.augment,
-        "devices": recipes[0].devices,
-    }
-    return {
-        "fit": Fit(loss=first.loss, recipe=names[0], **settings),
-        "compare": Compare(
-            losses=tuple(config.loss for config in configs),
-            recipe=tuple(names),
-            checkpoint="best",
-            **settings,
-        ),
-    }
+    settings = {part: getattr(first, part) for part in ("data", "training", "model", "augment")}
+    settings["devices"] = recipes[0].devices
+    if kind is Fit:
+        return settings | {"loss": first.loss, "recipe": names[0]}
+    losses = tuple(recipe.config.loss for recipe in recipes)
+    return settings | {"losses": losses, "recipe": tuple(names), "checkpoint": "best"}
 
 
-def _command_line(arguments: Sequence[str]) -> Any:
-    """All commands as one type for tyro, with the defaults that these arguments ask for."""
-    defaults = _defaults(arguments)
-    named = [
-        Annotated[
-            kind,
-            tyro.conf.subcommand(name, default=defaults[name])
-            if name in defaults
-            else tyro.conf.subcommand(name),
-        ]
-        for name, kind in COMMANDS.items()
-    ]
-    return Union[tuple(named)]  # noqa: UP007, of types that are only known now
+_COMES_FROM = "and the network's other options come from --init {}: leave it out."
+
+
+def _check_network_options(model: ModelConfig, init: str, given: set[str]) -> None:
+    """Raises `InputError` for an option of another network than `model`."""
+    known = {field.name for field in dataclasses.fields(model.network)}
+    for owner in NETWORKS if given - known else ():
+        options = {field.name for field in dataclasses.fields(config_class(owner))} - known
+        for name in sorted(options & given):
+            if init:
+                raise InputError(f"{name} {_COMES_FROM.format(init)}")
+            raise InputError(
+                f"{name} is an option of {owner}, but the architecture is {model.architecture}: leave it out or "
+                f"choose --architecture {owner}."
+            )
+
+
+def _check_as_initial(model: ModelConfig, initial: ModelConfig, init: str, given: set[str]) -> None:
+    """Raises `InputError` for an option that differs from that of the run in `init`."""
+    before = {**vars(initial), **vars(initial.network)}
+    for name, value in {**vars(model), **vars(model.network)}.items():
+        if name in given and value != before[name]:
+            raise InputError(f"{name} {_COMES_FROM.format(init)}")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command; 0 if it succeeded, 2 after bad input, which ends in one sentence on stderr.
+    """Runs a command. Returns its exit status.
 
-    1 if a check found faults, or some cases failed.
+    0 after success; 1 if a check found faults or some cases failed; 2 after bad input, with one sentence on stderr.
     """
-    with console(), numerics():
+    with console():
         return _run(sys.argv[1:] if arguments is None else arguments)
 
 
 def _run(arguments: list[str]) -> int:
     command: Any = None
-    first = arguments[0] if arguments else ""
-    # Options without a command are those of the main job.
-    if not first or (first.startswith("-") and first not in ("-h", "--help")):
-        arguments = ["compare", *arguments]
     try:
-        command = tyro.cli(
-            _command_line(arguments),
-            args=arguments,
-            prog="python -m train",
-            description=__doc__,
-            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
-        )
-        check_given(command, given_options(arguments))
-        return command.run() or 0
+        command = parse(arguments)
+        from train.numerics import numerics
+
+        with numerics():
+            return command.run() or 0
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -449,9 +523,10 @@ def _run(arguments: list[str]) -> int:
         print(f"\n{stopped}", file=sys.stderr)
         return stopped.exit_status
     except KeyboardInterrupt:
-        hint = (
-            "; add --resume to the same command with --out to go on" if isinstance(command, _Options) else ""
-        )
-        hint = "; start the same command again to go on" if isinstance(command, Predict) else hint
+        hint = ""
+        if isinstance(command, _Options):
+            hint = "; add --resume to the same command with --out to go on"
+        elif isinstance(command, Predict):
+            hint = "; start the same command again to go on"
         print(f"\ninterrupted{hint}", file=sys.stderr)
         return 130

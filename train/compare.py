@@ -1,6 +1,7 @@
 """The main job: train one network under several losses, and compare the results on held-out cases."""
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -227,13 +228,13 @@ def evaluate_run(
 
 
 def slug(loss: str) -> str:
-    """The name of a loss as the name of a folder, without characters that file systems or shells refuse.
+    """The folder name of a loss.
 
     Example:
-        >>> slug("dice+0.5*my_losses:tversky(alpha=0.3)")
-        'dice+0.5xmy_losses.tversky(alpha=0.3)'
+        >>> slug("dice+0.5*ace"), slug("dice+package.module:term(scale=2)")
+        ('dice+0.5xace', 'dice+package.module-term(scale=2)')
     """
-    return loss.translate(str.maketrans("*:/\\[]\"'", "x.__()__"))
+    return re.sub(r"[^\w.+=,()-]+", "-", loss.replace("*", "x"))
 
 
 def _evaluated(task: Task, plan: Plan, run: PlannedRun, resume: bool) -> list[ModelResult]:

@@ -1,192 +1,139 @@
-"""What a run is made of. Typed, frozen, kept with the run as JSON."""
+"""Configurations of runs: frozen dataclasses, whose fields are command-line options and are kept as JSON."""
 
 import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from train.data import AugmentConfig, Dataset, Geometry, region_ids
+from train.data import AugmentConfig, Geometry
 from train.errors import InputError, check_numbers
+from train.models.registry import NetworkConfig, config_class, is_external
+
+if TYPE_CHECKING:
+    from train.data import Dataset
 
 IMPORTED = "imported"
-"""What stands in place of a loss in the configuration of an imported run, and as its name in tables."""
+"""Stands in place of the loss of an imported run, in its configuration and in tables."""
+_DEFAULT: Any = None  # of `ModelConfig.network`: the default options of its architecture
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where cases come from and who trains, validates and tests."""
+    """The data set, its split into training, validation and test cases, and its preprocessing."""
 
     data: str = "phantom"
     """phantom (embedded, 3-D), phantom2d, or LAYOUT:PATH, a folder of volumes: msd (Medical Segmentation
     Decathlon), nnunet, brats, acdc, amos, amos-ct (its CT scans) or kits."""
     num_test: int | float = 40
-    """Cases held back as test, or their share if below 1. A subject's cases stay together."""
+    """Number of test cases, or their share if below 1. A subject's cases stay together."""
     num_val: int | float = 20
-    """Cases held back for validation, or their share."""
+    """Number of validation cases, or their share if below 1."""
     split_seed: int = 0
-    """Which cases; the same seed gives the same split."""
+    """Seed of the split."""
     splits: str = ""
-    """File that names the cases instead: splits.json of another run, or nnU-Net's splits_final.json or a MONAI
-    datalist with --fold, whose held-out cases are then the test cases."""
+    """File that names the cases of the split: splits.json of another run, or nnU-Net's splits_final.json or a MONAI
+    datalist. Of these two --fold chooses a fold, whose held-out cases are the test cases."""
     protocol: str = ""
-    """Published split, which stands before the counts above wherever the data has its test cases: paper-brats,
-    followup-brats, followup-acdc, followup-amos or followup-kits."""
+    """Published split: paper-brats, followup-brats, followup-acdc, followup-amos or followup-kits. If the data set
+    lacks its test cases, num_test and num_val apply."""
     fold: int | None = None
-    """Which fold of --splits, counted from 0."""
+    """Fold of --splits, counted from 0."""
     patch: tuple[int, ...] = ()
-    """Voxels along each axis that the network sees at once; left out, the largest case rounded up to the
-    network's strides, 128 at most."""
+    """Voxels along each axis of a training patch; left out, the largest case rounded up to the network's strides,
+    at most 128."""
     eval_patch: tuple[int, ...] = ()
-    """The same for validation, evaluation and prediction, which see larger volumes through such windows; left out,
-    the training patch."""
+    """Voxels along each axis of the sliding window of validation, evaluation and prediction; left out, the training
+    patch."""
     channel_order: tuple[int, ...] = ()
-    """Channels that the network gets, by their place in the data set, where each has its own file; left out, all
-    as they come. In brats: 0 FLAIR, 1 T1, 2 T1 with contrast, 3 T2."""
+    """Channels that the network gets, by their index in the data set, if each channel has its own file; left out,
+    all in the data set's order. In brats: 0 FLAIR, 1 T1, 2 T1 with contrast, 3 T2."""
     intensities: tuple[float, float] | None = None
-    """Range that intensities are cut off to, as -100 200 for CT; left out, what the layout is known by."""
+    """Lowest and highest intensity, such as -100 200 for CT. Values outside are clipped. Left out, the layout's."""
     spacing: tuple[float, ...] | Literal["median"] = ()
-    """Millimetres between voxels (right, anterior, superior) that scans are resampled to, or median for that of
-    the data set; left out, each keeps its own. Evaluated and predicted are the scans' own grids all the same."""
+    """Millimetres between voxels (right, anterior, superior) after resampling, or median for the data set's median;
+    left out, each scan keeps its own. Evaluation and prediction use each scan's original grid."""
     interpolation: Literal["linear", "cubic"] = "linear"
-    """Of intensities, when resampling."""
+    """Interpolation of intensities in resampling."""
     crop_margin: int | None = None
-    """Crops scans to the box of their foreground (non-zero voxels; in CT those above the lowest intensity) and
-    this many voxels around it; left out, nothing is cropped."""
+    """Voxels kept around the bounding box of a scan's foreground (non-zero voxels; in CT voxels above the lowest
+    intensity). The rest is cropped. Left out, nothing is cropped."""
     annotators: Literal["first", "average", "random"] = "first"
-    """Where a case has several labels: train on the first, on the share of each class among them, or on their
-    average with random weights drawn anew for each patch. But for first, evaluation is by the plain shares."""
+    """Training label of a case with several annotators: the first, the average (each class's share), or an average
+    with random weights for each patch. Evaluation uses the first with first, else the average."""
     foreground_crops: float = 0.0
-    """Share of the training patches that are centred on a random voxel of a random foreground class (0.33 in
-    nnU-Net); the others lie anywhere, or in a scan with ignored voxels around one that has a label."""
+    """Share of training patches that are centred on a random voxel of a random foreground class (0.33 in nnU-Net).
+    Other patches lie anywhere; in a scan with ignored voxels, around a voxel with a label."""
     cache_dir: str = ""
-    """Folder in which decoded and preprocessed volumes are kept, for this and other runs. It takes as much as they
-    do uncompressed, and may be deleted at any time; left out, nothing is kept beyond the run."""
+    """Folder that keeps decoded and preprocessed volumes, uncompressed, for this and other runs. It may be deleted
+    at any time. Left out, nothing is kept after the run."""
     loader_threads: int = 1
-    """Threads that read and cut batches ahead of the training."""
+    """Threads that prepare batches ahead of training."""
     prefetch: int = 2
-    """Batches that each of them has ready or in work, at most."""
+    """Largest number of batches that each thread holds."""
 
     def __post_init__(self) -> None:
-        check_numbers(
-            self,
-            num_test=(0, math.inf),
-            num_val=(0, math.inf),
-            split_seed=(0, math.inf),
-            fold=(0, math.inf),
-            patch=(1, math.inf),
-            eval_patch=(1, math.inf),
-            channel_order=(0, math.inf),
-            foreground_crops=(0, 1),
-            loader_threads=(1, math.inf),
-            prefetch=(1, math.inf),
-        )
+        counts = ("num_test", "num_val", "split_seed", "fold", "channel_order")
+        sizes = ("patch", "eval_patch", "loader_threads", "prefetch")
+        limits = dict.fromkeys(counts, (0, math.inf)) | dict.fromkeys(sizes, (1, math.inf))
+        check_numbers(self, foreground_crops=(0, 1), **limits)
 
     @property
     def sliding_window(self) -> tuple[int, ...]:
-        """What the network sees at once in evaluation."""
+        """The patch that the network sees in evaluation and prediction."""
         return self.eval_patch or self.patch
 
     @property
     def geometry(self) -> Geometry:
-        """What is done to the grids of the scans."""
+        """Cropping and resampling of the scans."""
         return Geometry(self.spacing, self.interpolation, self.crop_margin)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The network. Defaults of the U-Net are the paper's, those of the others MONAI's."""
+    """The network: what all architectures share, and the options of the chosen one."""
 
-    architecture: Literal["unet", "segresnet", "unetr"] = "unet"
-    """unet, segresnet (with --deep-supervision MONAI's SegResNetDS), or unetr, a transformer, which sees
-    patches of one size only: it is evaluated through windows of the --patch that it was trained on."""
+    architecture: str = "unet"
+    """unet, segresnet (with --deep-supervision MONAI's SegResNetDS), unetr (a transformer, evaluated with the
+    --patch that it was trained on), or a network of your own, package.module:factory(KEY=VALUE). The options below
+    are those of the chosen network: --architecture NAME --help shows them."""
     activation: Literal["softmax", "sigmoid"] = "softmax"
-    """What makes probabilities of the outputs: softmax over all classes, background first; or a sigmoid for each
-    region (of a data set without regions, each foreground class), which may overlap and has no background."""
+    """softmax over all classes, background first; or a sigmoid for each region (for each foreground class of a data
+    set without regions). Regions may overlap and have no background."""
     regions: tuple[str, ...] = ()
-    """sigmoid: the regions by name, in the order of the network's output channels; left out, those of the data set
-    in its order."""
+    """sigmoid: names of the regions, in the order of the network's output channels; left out, the data set's
+    regions in its order."""
     dropout: float = 0.0
     """Dropout rate."""
     norm: Literal["", "instance", "affine-instance", "group", "batch"] = ""
-    """Normalisation; left out, instance, and for segresnet groups of channels (8 of them). batch is for imported
-    weights: their means and variances, which training leaves as they are."""
-    channels: tuple[int, ...] = (8, 16, 32, 64)
-    """unet: channels of each level."""
-    strides: tuple[int, ...] = (2, 2, 2)
-    """unet: stride between levels."""
-    num_res_units: int = 2
-    """unet: convolutions in a residual unit; 0 for plain ones."""
-    init_filters: int = 8
-    """segresnet: channels of the finest level, doubled at each further one."""
-    blocks_down: tuple[int, ...] = (1, 2, 2, 4)
-    """segresnet: residual blocks of each level on the way down."""
-    blocks_up: tuple[int, ...] = ()
-    """segresnet: the same on the way up, the coarsest first; left out, one at each level."""
-    deep_supervision: int = 0
-    """segresnet: levels whose logits are trained, weighted 1, 1/2, 1/4, ...; 1 or more make it MONAI's
-    SegResNetDS."""
-    feature_size: int = 16
-    """unetr: channels of the finest level."""
-    hidden_size: int = 768
-    """unetr: channels of a token."""
-    mlp_dim: int = 3072
-    """unetr: channels inside a transformer block's perceptron."""
-    num_heads: int = 12
-    """unetr: heads of attention."""
+    """Normalisation; left out, instance, for segresnet group (8 groups). batch is for imported weights: training
+    leaves its means and variances as they are."""
+    network: NetworkConfig = _DEFAULT
 
     def __post_init__(self) -> None:
-        sizes = (
-            "channels",
-            "init_filters",
-            "blocks_down",
-            "blocks_up",
-            "feature_size",
-            "hidden_size",
-            "mlp_dim",
-        )
-        limits = dict.fromkeys((*sizes, "num_heads"), (1, math.inf))
-        check_numbers(self, num_res_units=(0, math.inf), deep_supervision=(0, math.inf), **limits)
+        kind = config_class(self.architecture)
+        if self.network is None:
+            object.__setattr__(self, "network", kind())
+        if type(self.network) is not kind:
+            raise InputError(
+                f"network is a {type(self.network).__name__}, but the architecture is {self.architecture}: give "
+                f"a {kind.__name__}."
+            )
         if not 0 <= self.dropout < 1:
             raise InputError(f"dropout is {self.dropout}: give a rate from 0 to below 1.")
-
-    @property
-    def divisor(self) -> int:
-        """What every side of a patch must be a multiple of."""
-        if self.architecture == "segresnet":
-            return 2 ** (len(self.blocks_down) - 1)
-        return 16 if self.architecture == "unetr" else prod(self.strides)
-
-    def check(self) -> None:
-        """Raises `InputError` on options that exclude one another, and on strides that are none."""
-        for owner, options in ARCHITECTURE_OPTIONS.items():
-            for option in options if owner != self.architecture else ():
-                if getattr(self, option) != getattr(ModelConfig, option):
-                    raise InputError(
-                        f"{option} is an option of {owner}, but the architecture is {self.architecture}: leave it "
-                        f"out or choose --architecture {owner}."
-                    )
+        for name in ("norm", "dropout") if is_external(self.architecture) else ():
+            if value := getattr(self, name):
+                raise InputError(
+                    f"{name} is {value}, but a network from outside takes no --{name}: make it an argument of the "
+                    f"factory {self.architecture.partition('(')[0]}."
+                )
         if self.regions and self.activation != "sigmoid":
             raise InputError(
                 f"regions is {self.regions}, but the activation is {self.activation}: leave it out or choose "
                 "--activation sigmoid."
             )
-        if len(self.strides) != len(self.channels) - 1 or min(self.strides) < 1:
-            raise InputError(
-                f"strides {self.strides} do not fit channels {self.channels}: "
-                "give one stride, 1 or more, between each two levels."
-            )
-
-
-# Options that only one architecture has.
-ARCHITECTURE_OPTIONS = {
-    "unet": ("channels", "strides", "num_res_units"),
-    "segresnet": ("init_filters", "blocks_down", "blocks_up", "deep_supervision"),
-    "unetr": ("feature_size", "hidden_size", "mlp_dim", "num_heads"),
-}
 
 
 @dataclass(frozen=True)
@@ -200,23 +147,23 @@ class TrainingConfig:
     learning_rate: float = 5e-3
     """Peak of the learning rate (Adam)."""
     schedule: Literal["cosine", "constant"] = "cosine"
-    """How the learning rate falls after the warm-up."""
+    """Learning rate after the warm-up."""
     warmup_steps: int = 50
     """Steps over which the learning rate rises."""
     warmup_from: float = 0.0
-    """Share of the peak that it rises from."""
+    """Learning rate before the warm-up, as a share of the peak."""
     weight_decay: float = 0.0
     """Decoupled weight decay (AdamW)."""
     clip_norm: float = 0.0
     """Largest global norm of the gradient; 0 does not clip."""
     ace_delay: float = 0.3
-    """Share of the steps before mL1-ACE sets in."""
+    """Share of the steps in which mL1-ACE has no weight."""
     ace_ramp: float = 0.1
-    """Share of the steps over which its weight then rises to its full value."""
+    """Share of the steps over which mL1-ACE then rises to its full weight."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of convolutions and activations; parameters, optimiser, statistics of norms and the loss stay float32."""
+    """Precision of convolutions and activations. Parameters, optimiser, norms' statistics and loss stay float32."""
     ignore_empty_classes: bool = False
-    """mL1-ACE: classes that an image has no voxel of count as calibrated."""
+    """mL1-ACE: a class without a voxel in an image counts as calibrated there."""
     seed: int = 0
     """Seed of weights, order of cases, crops and augmentation."""
     validate_every: int = 0
@@ -224,24 +171,14 @@ class TrainingConfig:
     checkpoint_every: int = 0
     """Steps between checkpoints; 0 for one with each validation."""
     keep_best: Literal["none", "dice", "ace", "ece", "mce", "dice-ace"] = "none"
-    """Besides the newest checkpoints keep the best by this metric of the validation cases (dice-ace: Dice minus
-    ACE); every validation then makes a checkpoint."""
+    """Keep the best checkpoint by this metric of the validation cases (dice-ace: Dice minus ACE) besides the newest
+    ones. Every validation then makes a checkpoint."""
 
     def __post_init__(self) -> None:
-        check_numbers(
-            self,
-            steps=(1, math.inf),
-            batch_size=(1, math.inf),
-            warmup_steps=(0, math.inf),
-            warmup_from=(0, 1),
-            weight_decay=(0, math.inf),
-            clip_norm=(0, math.inf),
-            ace_delay=(0, 1),
-            ace_ramp=(0, 1),
-            seed=(0, 2**32 - 1),
-            validate_every=(0, math.inf),
-            checkpoint_every=(0, math.inf),
-        )
+        numbers = ("warmup_steps", "weight_decay", "clip_norm", "validate_every", "checkpoint_every")
+        limits = dict.fromkeys(numbers, (0, math.inf)) | dict.fromkeys(("steps", "batch_size"), (1, math.inf))
+        limits |= dict.fromkeys(("warmup_from", "ace_delay", "ace_ramp"), (0, 1))
+        check_numbers(self, seed=(0, 2**32 - 1), **limits)
         if not self.learning_rate > 0:
             raise InputError(f"learning_rate is {self.learning_rate}: give a positive number.")
         if self.ace_delay + self.ace_ramp > 1 + 1e-9 or self.ace_delay == 1:
@@ -251,7 +188,7 @@ class TrainingConfig:
             )
 
     def score(self, metrics: Mapping[str, float]) -> float:
-        """How good a network is by `keep_best`, more being better; -inf where that was not measured.
+        """The value of `keep_best`, with the sign that makes larger values better; -inf if it was not measured.
 
         Example:
             >>> round(TrainingConfig(keep_best="dice-ace").score({"Dice": 0.8, "ACE": 0.1}), 3)
@@ -265,25 +202,25 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class DeviceConfig:
-    """What a run is computed on, and how it fits there. None of this changes its numbers beyond their rounding, so
-    it is not kept with the run: one that is resumed may choose anew."""
+    """Devices, and how a step fits into their memory. Results depend on these options only in rounding, so they are
+    not kept with the run, and a resumed run may choose others."""
 
     mesh: str = ""
-    """How all devices share the work, as in data=2,space=2,fsdp=2: data splits the batch, space each volume along
-    its first axis, fsdp the batch and also parameters and optimiser. An axis without a size takes the devices that
-    are left; default: data does."""
+    """Axes of the device mesh, as in data=2,space=2,fsdp=2: data splits the batch; space splits each volume along
+    its first axis; fsdp splits the batch, parameters and optimiser. An axis without a size takes all remaining
+    devices, by default data."""
     accumulate: int = 1
-    """Parts in which a batch is taken one after the other, to save memory; 0 for as many as leave each device one
-    patch at a time."""
+    """Parts of a batch that are processed one after the other to save memory; 0 for one patch of each device at a
+    time."""
     remat: bool = False
-    """Compute activations again in the backward pass instead of keeping them, to save memory."""
+    """Compute activations again in the backward pass instead of storing them, to save memory."""
     coordinator: str = ""
-    """HOST:PORT of process 0 where several processes train as one, each started with this same command but for its
-    --process-id; or auto, where SLURM, Open MPI or a TPU pod tells JAX all three."""
+    """HOST:PORT of process 0, if several processes train together: start each with the same command and its own
+    --process-id. auto, if SLURM, Open MPI or a TPU pod tells JAX all three values."""
     num_processes: int | None = None
-    """How many processes train as one."""
+    """Number of processes that train together."""
     process_id: int | None = None
-    """Which of them this one is, from 0 on; only 0 writes logs and pages."""
+    """Number of this process, from 0. Process 0 writes logs and pages."""
 
     def __post_init__(self) -> None:
         last = math.inf if self.num_processes is None else self.num_processes - 1
@@ -293,7 +230,7 @@ class DeviceConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that decides what a run computes."""
+    """All options that decide the results of a run."""
 
     loss: str
     data: DataConfig = field(default_factory=DataConfig)
@@ -302,27 +239,24 @@ class RunConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     init: str = ""  # folder of the run whose weights it starts from
 
-    def __post_init__(self) -> None:
-        self.model.check()
-
 
 @dataclass(frozen=True)
 class DataInfo:
-    """What a trained network has to know of its data, kept with the run so that predicting needs no data set.
+    """Properties of the data that a trained network needs. Prediction reads them from the run.
 
-    A network with sigmoids that was imported without its data set has no `class_names`: only its regions are known.
+    A network with sigmoids that was imported without its data set has no `class_names`, only regions.
     """
 
     name: str
     class_names: tuple[str, ...]
     num_channels: int
     spatial_dims: int
-    window: tuple[float, float] | None = None
+    intensity_range: tuple[float, float] | None = None
     geometry: Geometry = field(default_factory=Geometry)
 
     @classmethod
-    def of(cls, dataset: Dataset) -> "DataInfo":
-        """What is to be kept of `dataset`."""
+    def of(cls, dataset: "Dataset") -> "DataInfo":
+        """The properties of `dataset`."""
         return cls(
             dataset.name,
             dataset.class_names,
@@ -334,7 +268,7 @@ class DataInfo:
 
 
 def check_same_data(data: str, found: DataInfo, run: Path, trained: DataInfo) -> None:
-    """Raises `InputError` unless `data` has what the network of `run` was trained on, whatever its name."""
+    """Raises `InputError` if `data` differs from what `run` was trained on in more than its name."""
     if not trained.class_names:
         found = dataclasses.replace(found, class_names=())
     for name, before in dataclasses.asdict(dataclasses.replace(trained, name=found.name)).items():
@@ -344,14 +278,16 @@ def check_same_data(data: str, found: DataInfo, run: Path, trained: DataInfo) ->
             )
 
 
-def resolve_regions(model: ModelConfig, dataset: Dataset) -> ModelConfig:
-    """`model` with the regions of its output channels named, if it has sigmoids.
+def resolve_regions(model: ModelConfig, dataset: "Dataset") -> ModelConfig:
+    """Names the region of each output channel of a network with sigmoids.
 
     Raises:
-        InputError: a region twice, or one that the data set does not have.
+        InputError: if a region is named twice, or unknown in the data set.
     """
     if model.activation == "softmax":
         return model
+    from train.data import region_ids
+
     known = tuple(region_ids(dataset))
     regions = model.regions or known
     if len(set(regions)) < len(regions) or not set(regions) <= set(known):
@@ -365,10 +301,10 @@ def resolve_regions(model: ModelConfig, dataset: Dataset) -> ModelConfig:
 def resolve_patch(
     patch: Sequence[int], largest_shape: Sequence[int], divisor: int, *, option: str = "patch"
 ) -> tuple[int, ...]:
-    """The patch asked for, checked, or the smallest that holds every case, 128 at most along each axis.
+    """Checks a patch. An empty one becomes the smallest that holds every case, at most 128 along each axis.
 
     Raises:
-        InputError: if it has another rank than the data or the network's strides do not divide it.
+        InputError: if the patch has another rank than the data, or the network's strides do not divide it.
 
     Example:
         >>> resolve_patch((), (41, 59, 46), 8)
@@ -379,7 +315,7 @@ def resolve_patch(
         return tuple(min(-(-size // divisor) * divisor, most) for size in largest_shape)
     if len(patch) != len(largest_shape):
         raise InputError(
-            f"{option} {tuple(patch)} has {len(patch)} sides, the data {len(largest_shape)} axes."
+            f"{option} {tuple(patch)} has {len(patch)} sides, the data {len(largest_shape)} axes: give as many."
         )
     if any(size < 1 or size % divisor for size in patch):
         fitting = tuple(max(1, round(size / divisor)) * divisor for size in patch)
@@ -396,21 +332,34 @@ def to_json(config: Any) -> dict[str, Any]:
 
 
 def from_json(kind: Any, values: dict[str, Any]) -> Any:
-    """The configuration that `to_json` wrote, an instance of `kind`; newer options keep their defaults."""
+    """The instance of `kind` that `to_json` wrote. Options that did not exist then have their defaults."""
     if not isinstance(values, dict):
         raise TypeError(f"a {type(values).__name__} in place of options")
+    values = _of_today(kind, values)
     known = [f for f in dataclasses.fields(kind) if f.name in values]
     return kind(**{f.name: _restore(f.type, values[f.name]) for f in known})
 
 
+def _of_today(kind: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """The values of a configuration under the names that they have today."""
+    if kind is ModelConfig:
+        architecture = values.get("architecture", ModelConfig.architecture)
+        # Version 0.1 kept the options of all networks beside one another.
+        network = from_json(config_class(architecture), values.get("network", values))
+        return {**values, "network": network}
+    if kind is DataInfo and "window" in values:  # version 0.1
+        return {**values, "intensity_range": values["window"]}
+    return values
+
+
 def _restore(kind: Any, value: Any) -> Any:
-    if dataclasses.is_dataclass(kind):
+    if dataclasses.is_dataclass(kind) and not dataclasses.is_dataclass(value):
         return from_json(kind, value)
     return tuple(value) if isinstance(value, list) else value
 
 
 def read_config(folder: Path) -> tuple[RunConfig, DataInfo]:
-    """The configuration of the run in `folder`, and what it knows of its data.
+    """The configuration of the run in `folder`, and the properties of its data.
 
     Raises:
         InputError: if there is none, or it cannot be read.
@@ -422,6 +371,6 @@ def read_config(folder: Path) -> tuple[RunConfig, DataInfo]:
     except FileNotFoundError as error:
         raise InputError(f"{folder} holds no run: {file} does not exist.") from error
     except InputError as error:
-        raise InputError(f"{file} holds an option that cannot be: {error}") from error
+        raise InputError(f"{file} holds an impossible option: {error}") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{file} is not a run's configuration ({type(error).__name__}: {error}).") from error

@@ -1,24 +1,11 @@
 """Refuses options that are given on the command line but have no effect."""
 
-import dataclasses
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from typing import Any
 
-from train.config import ARCHITECTURE_OPTIONS, ModelConfig, read_config
 from train.errors import InputError
 from train.losses import parse_loss
 from train.terms import TERMS
-
-
-def given_options(arguments: Sequence[str]) -> set[str]:
-    """Names of the options among the arguments, with underscores.
-
-    Example:
-        >>> sorted(given_options(["fit", "--ace-delay", "0.2", "--loss=dice"]))
-        ['ace_delay', 'loss']
-    """
-    names = (text.partition("=")[0] for text in arguments if text.startswith("--"))
-    return {name.removeprefix("--").replace("-", "_") for name in names}
 
 
 def check_given(command: Any, given: Collection[str]) -> None:
@@ -26,14 +13,12 @@ def check_given(command: Any, given: Collection[str]) -> None:
 
     Args:
         command: a command of `train.cli`.
-        given: names of the options on the command line, see `given_options`.
+        given: names of the options on the command line, see `train.cli.given_options`.
 
     Raises:
         InputError: names an option without effect.
     """
     rules: list[tuple[Collection[str], str]] = []
-    if hasattr(command, "model"):
-        rules += _of_the_network(command.model, getattr(command, "init", None), given)
     if hasattr(command, "training"):
         rules += _of_a_training(command)
     elif hasattr(command, "class_names"):
@@ -41,27 +26,6 @@ def check_given(command: Any, given: Collection[str]) -> None:
     for names, reason in rules:
         if unused := sorted(set(names) & set(given)):
             raise InputError(reason.replace("OPTION", unused[0]))
-
-
-def _of_the_network(
-    model: ModelConfig, init: Any, given: Collection[str]
-) -> Iterator[tuple[Collection[str], str]]:
-    if init:
-        kept = read_config(init)[0].model
-        others = [
-            field.name
-            for field in dataclasses.fields(ModelConfig)
-            if getattr(kept, field.name) != getattr(model, field.name)
-        ]
-        yield others, f"OPTION and the network's other options come from --init {init}: leave it out."
-        return
-    for owner, names in ARCHITECTURE_OPTIONS.items():
-        if owner != model.architecture:
-            yield (
-                names,
-                f"OPTION is an option of {owner}, but the architecture is {model.architecture}: leave it out or "
-                f"choose --architecture {owner}.",
-            )
 
 
 def _of_a_training(command: Any) -> Iterator[tuple[Collection[str], str]]:
@@ -115,7 +79,7 @@ def _of_an_import(data: str) -> Iterator[tuple[Collection[str], str]]:
     )
     if data:
         yield (
-            ("num_channels", "spatial_dims", "window"),
+            ("num_channels", "spatial_dims"),
             "OPTION is for networks without --data; the data set says it already: leave it out.",
         )
     else:

@@ -167,7 +167,9 @@ def _predict(
     """Label map and class probabilities of one case as volumes."""
     description = _description(files, network)
     voxels, grid = read_scan(files)
-    image, placement = preprocess(voxels, grid.affine, intensity_range=info.window, geometry=info.geometry)
+    image, placement = preprocess(
+        voxels, grid.affine, intensity_range=info.intensity_range, geometry=info.geometry
+    )
     probs = placement.back(predict(image), background=not predict.regions)
     if not np.isfinite(probs).all():
         raise InputError(f"the network's probabilities of {files[0]} are not finite: check its weights.")

@@ -11,6 +11,7 @@ from pathlib import Path
 from train.config import DataConfig, DeviceConfig, ModelConfig, RunConfig, TrainingConfig
 from train.data import AugmentConfig
 from train.errors import InputError
+from train.models.segresnet_config import SegResNetConfig
 from train.published import Row, to_markdown
 
 
@@ -124,9 +125,7 @@ _CT_DIFFERS = (
 _SEGRESNET = ModelConfig(
     "segresnet",
     norm="affine-instance",
-    init_filters=32,
-    blocks_down=(1, 2, 2, 4, 4),
-    deep_supervision=4,
+    network=SegResNetConfig(init_filters=32, blocks_down=(1, 2, 2, 4, 4), deep_supervision=4),
 )
 
 

@@ -31,7 +31,7 @@ from train.data import (
 )
 from train.errors import InputError
 from train.losses import Loss, parse_loss
-from train.models import make_network
+from train.models.registry import check_logits, is_external, make_network
 from train.processes import is_first
 from train.run.cases import cases_for, check_initial, note_duplicates, read_cases
 from train.sharding import check_split, device_mesh, parts_in_turn
@@ -64,15 +64,16 @@ def open_task(config: RunConfig, devices: DeviceConfig = DeviceConfig()) -> Task
     dataset, splits = open_data(config.data)
     info = DataInfo.of(dataset)
     config = _with_initial_network(config, info) if config.init else config
-    model, data = resolve_regions(config.model, dataset), config.data
-    patch = resolve_patch(data.patch, dataset.largest_shape, model.divisor)
+    config = dataclasses.replace(config, model=resolve_regions(config.model, dataset))
+    divisor = find_divisor(config, info)
+    patch = resolve_patch(config.data.patch, dataset.largest_shape, divisor)
     # The run keeps its patches, so that prediction needs no data set to find them.
-    data = dataclasses.replace(data, patch=patch, eval_patch=_eval_patch(config, patch))
-    config = dataclasses.replace(config, model=model, data=data)
+    data = dataclasses.replace(config.data, patch=patch, eval_patch=_eval_patch(config, patch, divisor))
+    config = dataclasses.replace(config, data=data)
     _check_options(config, info)
     batch_size, mesh = config.training.batch_size, device_mesh(devices.mesh)
     devices = dataclasses.replace(devices, accumulate=parts_in_turn(devices.accumulate, batch_size, mesh))
-    check_split(batch_size, patch, model.divisor, devices.accumulate, mesh)
+    check_split(batch_size, patch, divisor, devices.accumulate, mesh)
     if config.init:
         check_initial(Path(config.init), read_cases(Path(config.init)), dataset, splits)
     note_duplicates(dataset, splits)
@@ -105,7 +106,7 @@ def _check_options(config: RunConfig, info: DataInfo) -> None:
         raise InputError(
             f"flip_axes is {config.augment.flip_axes}, but the images have the axes 0 to {info.spatial_dims - 1}."
         )
-    nnx.eval_shape(lambda: make_model(config, info))
+    check_model(config, info)
 
 
 def check_best_is_known(task: Task) -> None:
@@ -121,16 +122,17 @@ def check_best_is_known(task: Task) -> None:
         )
 
 
-def _eval_patch(config: RunConfig, patch: tuple[int, ...]) -> tuple[int, ...]:
+def _eval_patch(config: RunConfig, patch: tuple[int, ...], divisor: int) -> tuple[int, ...]:
     """The patch of evaluation; empty if it is the training patch."""
     eval_patch = config.data.eval_patch
     if not eval_patch or eval_patch == patch:
         return ()
-    if config.model.architecture == "unetr":
+    if config.model.network.fixed_patch:
         raise InputError(
-            f"eval_patch is {eval_patch}, but unetr sees patches of one size only: leave it out."
+            f"eval_patch is {eval_patch}, but {config.model.architecture} sees patches of one size only: leave it "
+            "out."
         )
-    return resolve_patch(eval_patch, patch, config.model.divisor, option="eval_patch")
+    return resolve_patch(eval_patch, patch, divisor, option="eval_patch")
 
 
 def open_data(data: DataConfig) -> tuple[Dataset, Splits]:
@@ -231,9 +233,27 @@ def make_model(config: RunConfig, data: DataInfo) -> nnx.Module:
         raise InputError("A network with one output channel has no softmax: give --activation sigmoid.")
     return make_network(
         config.model,
-        config.data.patch,
+        patch=config.data.patch,
         spatial_dims=data.spatial_dims,
         in_channels=data.num_channels,
         out_channels=len(outputs),
         rngs=nnx.Rngs(config.training.seed),
     )
+
+
+def find_divisor(config: RunConfig, data: DataInfo) -> int:
+    """What every side of a patch must be a multiple of. A network from outside the project says so itself."""
+    if not is_external(config.model.architecture):
+        return config.model.network.divisor
+    any_patch = config.data.patch or (128,) * data.spatial_dims
+    tried = dataclasses.replace(config, data=dataclasses.replace(config.data, patch=any_patch))
+    return int(getattr(nnx.eval_shape(lambda: make_model(tried, data)), "divisor", 1))
+
+
+def check_model(config: RunConfig, data: DataInfo) -> None:
+    """Raises `InputError` if the options make no network, or one from outside the project does not fit the data."""
+    network = nnx.eval_shape(lambda: make_model(config, data))
+    if is_external(config.model.architecture):
+        patches = dict.fromkeys((config.data.patch, config.data.sliding_window))
+        classes = len(config.model.regions or data.class_names)
+        check_logits(config.model.architecture, network, list(patches), data.num_channels, classes)

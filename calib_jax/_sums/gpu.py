@@ -4,9 +4,6 @@ XLA fuses a comparison per element and bin into the sum: the comparisons take no
 one address. A Pallas kernel would have to be shown to be faster on a GPU.
 """
 
-import functools
-
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
@@ -15,21 +12,14 @@ from calib_jax._sums.blocks import TALLY_BITS, add_blocks, cut_into_blocks, one_
 from calib_jax._sums.exact import Pair, as_pair, sum_pairs
 
 
-def bin_sums(
-    probs: Float[Array, "batch voxels classes"],
-    labels: Num[Array, "batch voxels *classes"],
+def sum_image(
+    probs: Float[Array, "voxels classes"],
+    labels: Num[Array, "voxels *classes"],
     where: Array | None,
-    edges: Float[Array, "batch classes inner_edges"] | None,
+    edges: Float[Array, "classes inner_edges"] | None,
     bins: Bins,
 ) -> tuple[Pair, ...]:
-    """Counts or weights, sums of probabilities and sums of labels, `[batch, classes, bins]` each."""
-    return jax.vmap(functools.partial(_sum_image, bins=bins))(probs, labels, where, edges)
-
-
-def _sum_image(
-    probs: Float[Array, "voxels classes"], labels: Array, where: Array | None, edges: Array | None, bins: Bins
-) -> tuple[Pair, ...]:
-    """All blocks side by side."""
+    """Counts or weights, sums of probabilities and sums of labels, `[classes, bins]` each."""
     sums = []
     for index, columns in columns_in_bins(cut_into_blocks(probs, labels, where), edges, bins, TALLY_BITS):
         chosen = one_hot_bins(index, bins.num_bins)

@@ -21,17 +21,6 @@ from calib_jax._sums.exact import Pair
 _PRODUCTS = 32  # blocks that the matrix unit takes at a time
 
 
-def bin_sums(
-    probs: Float[Array, "batch voxels classes"],
-    labels: Num[Array, "batch voxels *classes"],
-    where: Array | None,
-    edges: Float[Array, "batch classes inner_edges"] | None,
-    bins: Bins,
-) -> tuple[Pair, ...]:
-    """Counts or weights, sums of probabilities and sums of labels, `[batch, classes, bins]` each."""
-    return jax.vmap(functools.partial(_sum_image, bins=bins))(probs, labels, where, edges)
-
-
 def look_up(
     table: Float[Array, "batch classes bins"], index: Int[Array, "batch voxels classes"]
 ) -> Float[Array, "batch voxels classes"]:
@@ -39,10 +28,17 @@ def look_up(
     return jnp.where(one_hot_bins(index, table.shape[-1]), table[:, None], 0).sum(-1)
 
 
-def _sum_image(
-    probs: Float[Array, "voxels classes"], labels: Array, where: Array | None, edges: Array | None, bins: Bins
+def sum_image(
+    probs: Float[Array, "voxels classes"],
+    labels: Num[Array, "voxels *classes"],
+    where: Array | None,
+    edges: Float[Array, "classes inner_edges"] | None,
+    bins: Bins,
 ) -> tuple[Pair, ...]:
-    """A loop over groups of blocks, because one-hot bins take memory."""
+    """Counts or weights, sums of probabilities and sums of labels, `[classes, bins]` each.
+
+    One-hot bins take memory, so groups of blocks are summed one after the other.
+    """
     count = -(-probs.shape[0] // BLOCK)
     steps = -(-count // _PRODUCTS)
     together = -(-count // steps)

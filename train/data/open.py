@@ -50,7 +50,10 @@ def open_dataset(
         store = CaseStore(Path(cache_dir).expanduser()) if cache_dir else None
         return VolumeDataset(layout, geometry=geometry, all_annotators=all_annotators, store=store)
     if spec not in ("phantom", "phantom2d") and not _EXTERNAL.fullmatch(spec):
-        raise _unknown(spec)
+        raise InputError(
+            f'data is "{spec}": give "phantom", "phantom2d", or LAYOUT:PATH with one of {", ".join(LAYOUTS)}, or '
+            "package.module:function."
+        )
     if geometry or all_annotators or cache_dir or channel_order or intensities:
         raise InputError(
             f"data is {spec}: spacing, crop_margin, annotators, cache_dir, channel_order and intensities are for "
@@ -72,7 +75,9 @@ def open_layout(spec: str) -> Layout:
     kind, _, path = spec.partition(":")
     if kind in LAYOUTS and path:
         return LAYOUTS[kind](path)
-    raise _unknown(spec)
+    raise InputError(
+        f'data is "{spec}", which names no folder of volumes: give LAYOUT:PATH with one of {", ".join(LAYOUTS)}.'
+    )
 
 
 def _open_external(spec: str) -> Dataset:
@@ -86,10 +91,3 @@ def _open_external(spec: str) -> Dataset:
     except TypeError as error:
         raise InputError(f"data is {spec}, which cannot be called: {error}.") from error
     return check_dataset(function(**call.arguments), call.name)
-
-
-def _unknown(spec: str) -> InputError:
-    return InputError(
-        f'data is "{spec}": give "phantom", "phantom2d", or LAYOUT:PATH with one of {", ".join(LAYOUTS)}, or '
-        "package.module:function."
-    )

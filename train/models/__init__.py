@@ -1,8 +1,4 @@
-"""Networks: `unet`, `segresnet` and `unetr`, made of `blocks` and `layers`; `registry` finds them by name."""
+"""Networks: `registry` finds them by name, `unet`, `segresnet` and `unetr` are built from `blocks` and `layers`.
 
-from train.models.registry import make_network
-from train.models.segresnet import SegResNet
-from train.models.unet import UNet
-from train.models.unetr import UNETR
-
-__all__ = ["UNETR", "SegResNet", "UNet", "make_network"]
+Each network has a config class of its own, such as `unet_config.UNetConfig`. Config classes import no Flax.
+"""

@@ -1,4 +1,4 @@
-"""The layers that networks are made of: convolutions, norms and activations, with PyTorch's initial values."""
+"""Layers of networks: convolutions, norms and activations, with PyTorch's initial values."""
 
 from collections.abc import Callable, Mapping
 from math import prod
@@ -13,7 +13,7 @@ from train.models.layers import convolve, convolve_transpose, normalise
 from train.models.patches import from_patches, to_patches
 
 Option = str | tuple[str, Mapping[str, Any]] | None
-"""A layer by name, alone or with its arguments: `"relu"`, `("group", {"num_groups": 4})`; None for no layer."""
+"""A layer by name, alone or with arguments: `"relu"`, `("group", {"num_groups": 4})`. None is no layer."""
 
 
 class Convolution(nnx.Module):
@@ -23,18 +23,18 @@ class Convolution(nnx.Module):
         self,
         inputs: int,
         outputs: int,
-        window: tuple[int, ...],
+        kernel_size: tuple[int, ...],
         stride: int,
         *,
         bias: bool,
         rngs: nnx.Rngs,
         transposed: bool = False,
     ):
-        self.strides = (stride,) * len(window)
+        self.strides = (stride,) * len(kernel_size)
         self.transposed = transposed
-        # PyTorch takes a transposed kernel's fan-in from its second axis, which holds the outputs.
-        bound = (prod(window) * (outputs if transposed else inputs)) ** -0.5
-        self.kernel = nnx.Param(uniform(rngs, (*window, inputs, outputs), bound))
+        # PyTorch computes the fan-in of a transposed kernel from its second axis, which holds the outputs.
+        bound = (prod(kernel_size) * (outputs if transposed else inputs)) ** -0.5
+        self.kernel = nnx.Param(uniform(rngs, (*kernel_size, inputs, outputs), bound))
         self.bias = nnx.Param(uniform(rngs, (outputs,), bound)) if bias else None
 
     def __call__(self, x: Float[Array, "batch *spatial in"]) -> Float[Array, "batch *resampled out"]:
@@ -46,25 +46,25 @@ class Convolution(nnx.Module):
         return apply(x, self.kernel[...], self.strides)
 
     def add_bias(self, y: Float[Array, "batch *spatial out"]) -> Float[Array, "batch *spatial out"]:
-        """The convolution's result with its bias."""
+        """The result of `without_bias`, with the bias added."""
         return y if self.bias is None else y + as_channels(self.bias[...], y.ndim)
 
 
 class PatchConvolution(Convolution):
-    """A convolution, or its transpose, whose window is its stride: one matrix product over patches."""
+    """A convolution, or its transpose, whose stride is its kernel size: one matrix product over patches."""
 
     def __init__(
         self,
         inputs: int,
         outputs: int,
-        window: tuple[int, ...],
+        kernel_size: tuple[int, ...],
         *,
         bias: bool,
         rngs: nnx.Rngs,
         transposed: bool = False,
     ):
-        super().__init__(inputs, outputs, window, 1, bias=bias, rngs=rngs, transposed=transposed)
-        self.strides = window
+        super().__init__(inputs, outputs, kernel_size, 1, bias=bias, rngs=rngs, transposed=transposed)
+        self.strides = kernel_size
 
     def __call__(self, x: Float[Array, "batch *spatial in"]) -> Float[Array, "batch *resampled out"]:
         kernel = self.kernel[...]
@@ -77,7 +77,7 @@ class PatchConvolution(Convolution):
 
 
 class PReLU(nnx.Module):
-    """x where positive, else x times a learnt slope (one for all channels, or one for each)."""
+    """x if positive, else x times a learnt slope (one for all channels, or one for each)."""
 
     def __init__(self, num_parameters: int = 1, init: float = 0.25):
         self.slope = nnx.Param(jnp.full((num_parameters,), init, jnp.float32))
@@ -95,7 +95,7 @@ class Norm(nnx.Module):
                 f"{channels} channels do not fall into {groups} groups: give a divisor of {channels}."
             )
         self.groups, self.eps = groups, eps
-        self.removes_bias = groups == channels  # with the mean of each channel goes whatever was added to it
+        self.removes_bias = groups == channels  # subtracting a channel's mean removes its bias
         self.scale = nnx.Param(jnp.ones(channels, jnp.float32)) if affine else None
         self.offset = nnx.Param(jnp.zeros(channels, jnp.float32)) if affine else None
 
@@ -106,8 +106,8 @@ class Norm(nnx.Module):
 class BatchNorm(nnx.Module):
     """Normalisation by stored means and variances per channel, in training as well.
 
-    It stands for the batch norm of an imported network. A batch of a few volumes has no statistics to go by,
-    so these stay as they were learnt, and what is trained is what is evaluated.
+    Imported networks with batch norm have it. A batch of a few volumes gives no useful statistics, so the stored
+    ones stay, and training sees the network that evaluation sees.
     """
 
     def __init__(self, channels: int, *, affine: bool = True, eps: float = 1e-5):
@@ -167,7 +167,7 @@ def make_norm(option: Option, channels: int) -> Norm | BatchNorm | None:
 
 
 def check_image(shape: tuple[int, ...], spatial_dims: int, channels: int, divisor: int) -> None:
-    """Whether a network takes images of that shape, `[batch, *spatial, channels]`.
+    """Checks that a network takes images of this shape, `[batch, *spatial, channels]`.
 
     Raises:
         ValueError: if rank or channels are not the network's, or `divisor` does not divide a size.
@@ -179,13 +179,13 @@ def check_image(shape: tuple[int, ...], spatial_dims: int, channels: int, diviso
     for axis, size in enumerate(shape[1:-1], 1):
         if size % divisor:
             raise ValueError(
-                f"Size {size} of axis {axis} of the image {shape} is not divisible by {divisor}, by which the "
-                f"network reduces it: pad or crop it to a multiple of {divisor}."
+                f"Size {size} of axis {axis} of the image {shape} is not divisible by {divisor}, the "
+                f"product of the network's strides: pad or crop it to a multiple of {divisor}."
             )
 
 
 def as_channels(values: Float[Array, " channels"], ndim: int) -> Float[Array, "*ones channels"]:
-    """One value per channel, shaped to go with an array of `ndim` axes."""
+    """One value per channel, shaped to broadcast against an array of `ndim` axes."""
     return values.reshape((1,) * (ndim - 1) + values.shape)
 
 

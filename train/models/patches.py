@@ -1,4 +1,4 @@
-"""An image as patches that do not overlap, the voxels of each side by side as channels, and back."""
+"""An image as patches that do not overlap, with the voxels of a patch as channels, and back."""
 
 from math import prod
 
@@ -12,7 +12,7 @@ def to_patches(
 
     Args:
         x: the image.
-        sides: of a patch, along each axis; they divide the image's.
+        sides: of a patch, along each axis; divisors of the image's sides.
 
     Example:
         >>> import jax.numpy as jnp

@@ -1,6 +1,7 @@
-"""Memory for time: a network's units computed again in the backward pass, instead of keeping what they computed.
+"""Rematerialisation: the backward pass computes a network's units again instead of storing their results.
 
-A unit is a module whose `__call__` is decorated by `recomputable`. Outside `rematerialised()` that changes nothing.
+A unit is a module whose `__call__` has the decorator `recomputable`. Outside `rematerialised()` the decorator
+changes nothing.
 """
 
 import functools
@@ -16,7 +17,7 @@ _wanted = ContextVar("rematerialised", default=False)
 
 @contextmanager
 def rematerialised(wanted: bool = True) -> Iterator[None]:
-    """Of units traced in this context only the inputs are kept for the backward pass."""
+    """A context in which traced units store only their inputs for the backward pass."""
     token = _wanted.set(wanted)
     try:
         yield
@@ -25,7 +26,7 @@ def rematerialised(wanted: bool = True) -> Iterator[None]:
 
 
 def recomputable(call: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes a module's `__call__` one that `rematerialised` applies to; units inside it are part of it."""
+    """Decorates the `__call__` of a module that `rematerialised` applies to. Units inside it belong to it."""
 
     @functools.wraps(call)
     def maybe_again(module: nnx.Module, *args: Any) -> Any:

@@ -15,17 +15,17 @@ Logits = Float[Array, "batch *spatial classes"]
 class SegResNet(nnx.Module):
     """Residual encoder and decoder, equal to `monai.networks.nets.SegResNet` or `SegResNetDS`.
 
-    Myronenko, "3D MRI brain tumor segmentation using autoencoder regularization", arXiv 1810.11654, without
-    the autoencoder. With `deep_supervision` it is `SegResNetDS`: transposed convolutions instead of linear
-    interpolation, and logits at that many of the finest levels, each from a convolution alone.
+    Myronenko, "3D MRI brain tumor segmentation using autoencoder regularization", arXiv 1810.11654, without the
+    autoencoder. With `deep_supervision` it equals `SegResNetDS`: transposed convolutions replace linear
+    interpolation, and each of that many finest levels gives logits from one convolution.
 
     Args:
         in_channels: channels of the image.
         out_channels: classes.
         spatial_dims: 2 or 3.
-        init_filters: channels of the finest level; each further one has twice as many and half the size.
+        init_filters: channels of the finest level; each further level has twice as many and half the size.
         blocks_down: residual blocks of each level on the way down, the finest first.
-        blocks_up: the same on the way up, the coarsest first; left out, one at each level.
+        blocks_up: residual blocks of each level on the way up, the coarsest first; left out, one at each level.
         act: activation, as in `UNet`.
         norm: normalisation, as in `UNet`.
         dropout: dropout rate, after the first convolution.
@@ -64,7 +64,7 @@ class SegResNet(nnx.Module):
         if ups < 1 or len(blocks_up) != ups:
             raise ValueError(
                 f"blocks_down are {tuple(blocks_down)} and blocks_up {tuple(blocks_up)}; expected two or more, and "
-                "one less on the way up."
+                "one fewer on the way up."
             )
         if not 0 <= deep_supervision <= ups:
             raise ValueError(
@@ -74,19 +74,19 @@ class SegResNet(nnx.Module):
         self.spatial_dims = spatial_dims
         self.deep_supervision = deep_supervision
         self.divisor = 2**ups
-        # `eval()` sets it, as it does dropout's.
+        # `eval()` sets this to True.
         self.deterministic = False
         rngs = nnx.Rngs(0) if rngs is None else rngs
-        window, one = (3,) * spatial_dims, (1,) * spatial_dims
+        three, one = (3,) * spatial_dims, (1,) * spatial_dims
         filters = [init_filters * 2**i for i in range(ups + 1)]
 
         def blocks(channels: int, count: int) -> nnx.Sequential:
             layers = {"act": act, "norm": norm, "rngs": rngs}
-            return nnx.Sequential(*(PreActivationBlock(channels, window, **layers) for _ in range(count)))
+            return nnx.Sequential(*(PreActivationBlock(channels, three, **layers) for _ in range(count)))
 
         def upsample(inputs: int, outputs: int) -> nnx.Module:
             if deep_supervision:
-                return Convolution(inputs, outputs, window, 2, transposed=True, bias=False, rngs=rngs)
+                return Convolution(inputs, outputs, three, 2, transposed=True, bias=False, rngs=rngs)
             return nnx.Sequential(Convolution(inputs, outputs, one, 1, bias=False, rngs=rngs), double)
 
         def head(inputs: int) -> nnx.Module:
@@ -97,7 +97,7 @@ class SegResNet(nnx.Module):
 
         self.convs = nnx.List(
             [
-                Convolution(*channels, window, stride, bias=False, rngs=rngs)
+                Convolution(*channels, three, stride, bias=False, rngs=rngs)
                 for channels, stride in zip(
                     zip((in_channels, *filters[:-1]), filters, strict=True), (1, *(2,) * ups), strict=True
                 )
@@ -105,17 +105,17 @@ class SegResNet(nnx.Module):
         )
         self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout else None
         self.down = nnx.List([blocks(*sizes) for sizes in zip(filters, blocks_down, strict=True)])
-        # From here on the coarsest level comes first.
+        # The lists below have the coarsest level first.
         coarse_first = filters[-2::-1]
         self.upsample = nnx.List([upsample(2 * channels, channels) for channels in coarse_first])
         self.up = nnx.List([blocks(*sizes) for sizes in zip(coarse_first, blocks_up, strict=True)])
         self.heads = nnx.List([head(channels) for channels in coarse_first[-max(deep_supervision, 1) :]])
 
     def __call__(self, x: Float[Array, "batch *spatial in"]) -> Logits | tuple[Logits, ...]:
-        """Logits of each class at each voxel; under deep supervision, while training, one per level, finest first.
+        """Logits of each class at each voxel. In training with deep supervision: of each level, the finest first.
 
         Raises:
-            ValueError: if rank or channels of `x` are not the model's, or it cannot be halved often enough.
+            ValueError: if rank or channels of `x` are not the model's, or `divisor` does not divide a size.
         """
         check_image(x.shape, self.spatial_dims, self.in_channels, self.divisor)
         skips = []
@@ -135,12 +135,14 @@ class SegResNet(nnx.Module):
 
 
 class PreActivationBlock(nnx.Module):
-    """Twice norm, activation and convolution, added to the input."""
+    """Norm, activation and convolution, twice, added to the input."""
 
-    def __init__(self, channels: int, window: tuple[int, ...], *, act: Option, norm: Option, rngs: nnx.Rngs):
+    def __init__(
+        self, channels: int, kernel_size: tuple[int, ...], *, act: Option, norm: Option, rngs: nnx.Rngs
+    ):
         self.norms = nnx.List([make_norm(norm, channels) for _ in range(2)])
         self.convs = nnx.List(
-            [Convolution(channels, channels, window, 1, bias=False, rngs=rngs) for _ in range(2)]
+            [Convolution(channels, channels, kernel_size, 1, bias=False, rngs=rngs) for _ in range(2)]
         )
         self.act = make_activation(act) or _same
 

@@ -22,8 +22,8 @@ class UNet(nnx.Module):
         spatial_dims: 2 or 3.
         channels: channels of each level, the finest first.
         strides: stride from each level to the next.
-        kernel_size: side (or sides) of the convolutions' window, odd.
-        up_kernel_size: the same for transposed convolutions.
+        kernel_size: side (or sides) of the convolutions' kernels, odd.
+        up_kernel_size: side (or sides) of transposed convolutions' kernels, odd.
         num_res_units: convolutions in a residual unit; 0 for plain convolutions instead of residual units.
         act: activation; `prelu`, `relu`, `leakyrelu`, `elu`, `selu`, `celu`, `gelu`, `relu6`, `sigmoid`,
             `tanh`, `swish`, `mish` or None, with PyTorch's arguments.
@@ -69,23 +69,21 @@ class UNet(nnx.Module):
         self.spatial_dims = spatial_dims
         self.divisor = prod(strides)
         rngs = nnx.Rngs(0) if rngs is None else rngs
-        window = _window(kernel_size, spatial_dims, "kernel_size")
-        up_window = _window(up_kernel_size, spatial_dims, "up_kernel_size")
+        size = _sides(kernel_size, spatial_dims, "kernel_size")
+        up_size = _sides(up_kernel_size, spatial_dims, "up_kernel_size")
         layers = {"act": act, "norm": norm, "dropout": dropout, "bias": bias, "rngs": rngs}
 
         def block(inputs: int, outputs: int, stride: int) -> nnx.Module:
             if num_res_units:
-                return ResidualUnit(inputs, outputs, window, stride, subunits=num_res_units, **layers)
-            return ConvolutionUnit(inputs, outputs, window, stride, **layers)
+                return ResidualUnit(inputs, outputs, size, stride, subunits=num_res_units, **layers)
+            return ConvolutionUnit(inputs, outputs, size, stride, **layers)
 
         def up_block(inputs: int, outputs: int, stride: int, top: bool) -> nnx.Module:
             plain = top and not num_res_units
-            up = ConvolutionUnit(
-                inputs, outputs, up_window, stride, transposed=True, conv_only=plain, **layers
-            )
+            up = ConvolutionUnit(inputs, outputs, up_size, stride, transposed=True, conv_only=plain, **layers)
             if not num_res_units:
                 return nnx.Sequential(up)
-            unit = ResidualUnit(outputs, outputs, window, 1, subunits=1, last_conv_only=top, **layers)
+            unit = ResidualUnit(outputs, outputs, size, 1, subunits=1, last_conv_only=top, **layers)
             return nnx.Sequential(up, unit)
 
         inputs = (in_channels, *channels[:-2])
@@ -118,13 +116,13 @@ class UNet(nnx.Module):
 
 
 class ConvolutionUnit(nnx.Module):
-    """Convolution, then norm, dropout and activation (nothing of these three if `conv_only`)."""
+    """Convolution, then norm, dropout and activation. With `conv_only` the convolution alone."""
 
     def __init__(
         self,
         inputs: int,
         outputs: int,
-        window: tuple[int, ...],
+        kernel_size: tuple[int, ...],
         stride: int,
         *,
         act: Option,
@@ -135,7 +133,9 @@ class ConvolutionUnit(nnx.Module):
         transposed: bool = False,
         conv_only: bool = False,
     ):
-        self.conv = Convolution(inputs, outputs, window, stride, transposed=transposed, bias=bias, rngs=rngs)
+        self.conv = Convolution(
+            inputs, outputs, kernel_size, stride, transposed=transposed, bias=bias, rngs=rngs
+        )
         self.norm = None if conv_only else make_norm(norm, outputs)
         self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout and not conv_only else None
         self.act = None if conv_only else make_activation(act)
@@ -145,7 +145,7 @@ class ConvolutionUnit(nnx.Module):
         return self.finish(self.conv.without_bias(x))
 
     def finish(self, x: Float[Array, "batch *spatial out"]) -> Float[Array, "batch *spatial out"]:
-        """What follows the convolution: its bias, unless the norm takes it away again, and the other layers."""
+        """The convolution's bias, unless the norm would remove it, then norm, dropout and activation."""
         if not (isinstance(self.norm, Norm) and self.norm.removes_bias):
             x = self.conv.add_bias(x)
         for layer in (self.norm, self.dropout, self.act):
@@ -154,13 +154,13 @@ class ConvolutionUnit(nnx.Module):
 
 
 class ResidualUnit(nnx.Module):
-    """A chain of convolution units beside a shortcut, which is a convolution where shapes change."""
+    """A chain of convolution units, plus a shortcut, which is a convolution if the shape changes."""
 
     def __init__(
         self,
         inputs: int,
         outputs: int,
-        window: tuple[int, ...],
+        kernel_size: tuple[int, ...],
         stride: int,
         *,
         subunits: int,
@@ -174,7 +174,7 @@ class ResidualUnit(nnx.Module):
                 ConvolutionUnit(
                     outputs if i else inputs,
                     outputs,
-                    window,
+                    kernel_size,
                     1 if i else stride,
                     bias=bias,
                     rngs=rngs,
@@ -184,7 +184,7 @@ class ResidualUnit(nnx.Module):
                 for i in range(subunits)
             ]
         )
-        shortcut = window if stride > 1 else (1,) * len(window)
+        shortcut = kernel_size if stride > 1 else (1,) * len(kernel_size)
         changes = stride > 1 or inputs != outputs
         self.residual = (
             Convolution(inputs, outputs, shortcut, stride, bias=bias, rngs=rngs) if changes else None
@@ -200,7 +200,10 @@ class ResidualUnit(nnx.Module):
         return y + shortcut
 
     def _first_convolutions(self, x: Array) -> tuple[Array, Array]:
-        """The first unit's convolution without its bias, and the shortcut: one pass over x where windows agree."""
+        """The first unit's convolution without its bias, and the shortcut.
+
+        Kernels of the same size are applied in one pass over x.
+        """
         conv, shortcut = self.units[0].conv, self.residual
         if shortcut is None:
             return conv.without_bias(x), x
@@ -211,8 +214,8 @@ class ResidualUnit(nnx.Module):
         return y, shortcut.add_bias(z)
 
 
-def _window(size: int | Sequence[int], spatial_dims: int, name: str) -> tuple[int, ...]:
-    window = (size,) * spatial_dims if isinstance(size, int) else tuple(size)
-    if len(window) != spatial_dims or any(k % 2 == 0 for k in window):
+def _sides(size: int | Sequence[int], spatial_dims: int, name: str) -> tuple[int, ...]:
+    sides = (size,) * spatial_dims if isinstance(size, int) else tuple(size)
+    if len(sides) != spatial_dims or any(side % 2 == 0 for side in sides):
         raise ValueError(f"{name} is {size}; expected an odd number, or {spatial_dims} of them.")
-    return window
+    return sides

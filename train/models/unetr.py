@@ -1,4 +1,4 @@
-"""UNETR: a vision transformer as encoder of a U-Net; MONAI's `UNETR`, channel last, in Flax NNX."""
+"""UNETR, a U-Net whose encoder is a vision transformer: MONAI's `UNETR`, channel last, in Flax NNX."""
 
 from collections.abc import Sequence
 from math import prod
@@ -17,19 +17,18 @@ from train.models.blocks import (
     make_norm,
 )
 from train.models.remat import recomputable
+from train.models.unetr_config import PATCH_SIZE
 
-PATCH_SIZE = 16
-"""Side of the patches that become tokens."""
 NUM_LAYERS = 12
 SKIPS = (3, 6, 9)
-"""Transformer blocks whose tokens join the decoder, counted from 0 as in MONAI; the paper counts from 1."""
+"""Transformer blocks whose tokens go to the decoder, counted from 0 as in MONAI; the paper counts from 1."""
 
 
 class UNETR(nnx.Module):
     """Transformer encoder with a convolutional decoder, equal to `monai.networks.nets.UNETR`.
 
     Hatamizadeh et al., "UNETR: Transformers for 3D Medical Image Segmentation", arXiv 2103.10504.
-    Every patch of 16 voxels a side has a learnt place, so images of one size only fit: that of `image_size`.
+    Every patch of 16 voxels a side has a learnt position, so the network takes images of `image_size` only.
 
     Args:
         in_channels: channels of the image.
@@ -109,7 +108,7 @@ class UNETR(nnx.Module):
         if x.shape[1:-1] != self.image_size:
             raise ValueError(
                 f"The image has shape {x.shape}; this network was made for {self.image_size} voxels and takes no "
-                "others: crop or pad it, or see it through windows of this size."
+                "others: crop or pad the image, or use a sliding window of this size."
             )
         *hidden, y = self.vit(x)
         skips = [self.image_encoder(x), *(encode(h) for encode, h in zip(self.encoders, hidden, strict=True))]
@@ -119,7 +118,7 @@ class UNETR(nnx.Module):
 
 
 class VisionTransformer(nnx.Module):
-    """Tokens of an image under attention: those after each of `SKIPS` and the last, as images of tokens."""
+    """The encoder: tokens after each of the blocks `SKIPS` and after the last block, as images of tokens."""
 
     def __init__(
         self,
@@ -154,7 +153,7 @@ class VisionTransformer(nnx.Module):
 
 
 class TransformerBlock(nnx.Module):
-    """Attention, then a perceptron, each of normalised tokens and added to them."""
+    """Attention and a perceptron. Each takes normalised tokens and adds to the tokens."""
 
     def __init__(
         self,
@@ -188,7 +187,7 @@ class TransformerBlock(nnx.Module):
 
 
 class TokenEncoder(nnx.Module):
-    """Tokens as features of a finer level: doubled, then doubled and convolved as often as is left to do."""
+    """Tokens as features of a finer level: upsampled by 2, then `more` times upsampled by 2 and convolved."""
 
     def __init__(
         self, inputs: int, outputs: int, more: int, spatial_dims: int, *, norm: Option, rngs: nnx.Rngs
@@ -207,7 +206,7 @@ class TokenEncoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Features of a coarser level doubled, joined with the skip and convolved."""
+    """Features of a coarser level upsampled by 2, joined with the skip and convolved."""
 
     def __init__(self, inputs: int, outputs: int, spatial_dims: int, *, norm: Option, rngs: nnx.Rngs):
         self.up = _doubling(inputs, outputs, spatial_dims, rngs)
@@ -220,7 +219,7 @@ class Decoder(nnx.Module):
 
 
 class ResidualBlock(nnx.Module):
-    """Two normalised convolutions beside a shortcut, which is one too where channels change."""
+    """Two normalised convolutions plus a shortcut, which is one too if the number of channels changes."""
 
     def __init__(self, inputs: int, outputs: int, spatial_dims: int, *, norm: Option, rngs: nnx.Rngs):
         sizes = [(inputs, 3), (outputs, 3), *([(inputs, 1)] if inputs != outputs else [])]

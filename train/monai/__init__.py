@@ -1,1 +1,1 @@
-"""Networks that were trained with MONAI: their weights, and runs made of them."""
+"""Import of networks that were trained with MONAI: their weights, and runs made from them."""

@@ -1,4 +1,4 @@
-"""Which of MONAI's networks weights are of, and which of our options make it, as far as names and shapes tell."""
+"""Recognises MONAI's networks, and the options that make them here, by the names and shapes of their weights."""
 
 import re
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from train.config import ModelConfig
 
 State = Mapping[str, np.ndarray]
 
-# A parameter that each network has, and no other.
+# A parameter that each network has, and no other network.
 _MARKS = {
     "convInit.conv.weight": "segresnet",
     "encoder.conv_init.weight": "segresnet",
@@ -19,17 +19,14 @@ _MARKS = {
     "model.0.conv.unit0.conv.weight": "unet",
     "model.0.conv.weight": "unet",
 }
-
-
-# A prefix of weights that were averaged over training, as `ema_model.module.`.
+# A prefix of weights that were averaged over training, such as `ema_model.module.`.
 _AVERAGED = re.compile(r"(?:^|[._])(?:ema|swa|avg|averaged?)(?:[._]|$)", re.IGNORECASE)
-# The weights of the norms of each network that have any.
-_NORM = {
-    "unet": re.compile(r"adn\.N\.weight$"),
-    "segresnet": re.compile(r"\.norm\d\.weight$"),
-    "unetr": re.compile(r"^(?:en|de)coder.*\.norm\d\.weight$"),
+# The weights of each network's norms.
+_NORM_WEIGHTS = {
+    "unet": r"adn\.N\.weight$",
+    "segresnet": r"\.norm\d\.weight$",
+    "unetr": r"^(?:en|de)coder.*\.norm\d\.weight$",
 }
-
 _NORM_ADVICE = {
     "batch": "its norms have means and variances: give --norm batch",
     "instance": "its norms have no weights: give --norm instance",
@@ -39,9 +36,9 @@ _NORM_ADVICE = {
 
 
 def find_network(state: State) -> tuple[str, str] | None:
-    """Architecture and the prefix of its names, as `module.` in `module.model.0.conv.weight`; None if none is.
+    """Architecture and prefix of the network in a file, such as `module.` of `module.model.0.conv.weight`.
 
-    Of a network and copies of it that were averaged over training it is the network.
+    A network is preferred to copies of it that were averaged over training. None if no network is found.
 
     Raises:
         ValueError: if there are several networks, such as a student and a teacher.
@@ -55,7 +52,7 @@ def find_network(state: State) -> tuple[str, str] | None:
 
 
 def averaged_copies(state: State) -> list[str]:
-    """Prefixes of the averaged copies beside the network that `find_network` finds."""
+    """Prefixes of the averaged copies of the network that `find_network` finds."""
     found = _networks(state)
     return [prefix for _, prefix in found if _AVERAGED.search(prefix)] if len(found) > 1 else []
 
@@ -70,40 +67,35 @@ def _networks(state: State) -> list[tuple[str, str]]:
 
 
 def fitting_options(architecture: str, state: State) -> str:
-    """What the weights tell of the options, as a user would type them; strides and heads do not show in them."""
-    described = _described(architecture, state)
-    if (norms := _norms(architecture, state)) == ["batch"]:
-        described = {"norm": norms[0], **described}
-    return _typed({"architecture": architecture, **described})
+    """The options that the weights imply, as a user types them. Weights do not show strides and attention heads."""
+    norm = {"norm": "batch"} if _norms(architecture, state) == ["batch"] else {}
+    return _typed({"architecture": architecture, **norm, **_implied(architecture, state)})
 
 
 def advice(model: ModelConfig, patch: tuple[int, ...], state: State) -> str:
-    """What to do about weights of the architecture of `model` that do not fit its other options.
+    """What to change if weights of the architecture of `model` do not fit its other options.
 
-    Options which the weights show to be others than given, and what they show that no option makes.
+    Names the options that the weights contradict, and what no option of this program can make.
     """
-    architecture = model.architecture
-    described = _described(architecture, state)
-    default: dict[str, Any] = {
-        "norm": "group" if architecture == "segresnet" else "instance",
-        "blocks_up": (1,) * (len(model.blocks_down) - 1),
-    }
-    given = {name: getattr(model, name) or default.get(name) for name in (*described, "norm")}
-    others = {name: value for name, value in described.items() if given[name] != value}
-    if "deep_supervision" in others and not (model.deep_supervision and others["deep_supervision"]):
-        others = described  # SegResNet and SegResNetDS are two networks
+    architecture, network = model.architecture, model.network
+    implied = _implied(architecture, state)
+    given = {name: getattr(network, name) for name in implied}
+    if given.get("blocks_up") == ():
+        given["blocks_up"] = (1,) * (len(given["blocks_down"]) - 1)
+    others = {name: value for name, value in implied.items() if given[name] != value}
+    if "deep_supervision" in others and not (given["deep_supervision"] and others["deep_supervision"]):
+        others = implied  # SegResNet and SegResNetDS are two networks
     norms = _norms(architecture, state)
     found = [f"its weights say {_typed(others)}"] if others else []
-    if given["norm"] not in norms:
+    if (model.norm or network.default_norm) not in norms:
         found.append(_NORM_ADVICE[norms[0]])
     found += _other_sizes(model, patch, state) + _unsupported(architecture, len(patch), state)
-    if not found:
-        return "no option of this program makes such a network"
-    return "; ".join(found)
+    return "; ".join(found) or "no option of this program makes such a network"
 
 
 def assumptions(model: ModelConfig) -> list[str]:
-    """What weights that fit do not tell, and how it is taken."""
+    """What fitting weights do not tell, and the import takes for granted."""
+    network: Any = model.network
     regions = ", ".join(model.regions)
     outputs = (
         f"a sigmoid for each of {regions}, in this order (--regions)"
@@ -111,41 +103,33 @@ def assumptions(model: ModelConfig) -> list[str]:
         else "a softmax (--activation)"
     )
     norm = {
-        "": "group norm of 8 groups" if model.architecture == "segresnet" else "instance norm, not none",
         "instance": "instance norm, not none",
         "affine-instance": "instance norm, not group norm",
-        "group": "group norm of 8 groups, not instance norm",
+        "group": "group norm of 8 groups" + (", not instance norm" if model.norm else ""),
         "batch": "batch norm",
-    }[model.norm]
-    layers = {
-        "unet": [
-            f"strides {' '.join(map(str, model.strides))} (--strides)",
-            f"layers in the order norm, dropout, activation (adn_ordering='NDA'), with {norm}",
-        ],
-        "segresnet": [f"ReLU as activation function and {norm}"],
-        "unetr": [f"{model.num_heads} heads of attention (--num-heads)", norm],
-    }[model.architecture]
+    }[model.norm or network.default_norm]
+    if model.architecture == "unet":
+        strides = " ".join(map(str, network.strides))
+        order = "layers in the order norm, dropout, activation (adn_ordering='NDA')"
+        layers = [f"strides {strides} (--strides)", f"{order}, with {norm}"]
+    elif model.architecture == "segresnet":
+        layers = [f"ReLU as activation function and {norm}"]
+    else:
+        layers = [f"{network.num_heads} heads of attention (--num-heads)", norm]
     return [*layers, f"{outputs} for the outputs"]
 
 
-def channels_of(architecture: str, state: State) -> tuple[int | None, int | None]:
-    """Channels that a network takes and gives; None where the weights that tell are missing."""
-    # Names of first and last convolutions, with the axis of their channels.
-    ends = {
-        "unet": (
-            [("model.0.conv.unit0.conv.weight", 1), ("model.0.conv.weight", 1)],
-            [("model.2.1.conv.unit0.conv.weight", 0), ("model.2.conv.weight", 1)],
-        ),
-        "segresnet": (
-            [("convInit.conv.weight", 1), ("encoder.conv_init.weight", 1)],
-            [("conv_final.2.conv.weight", 0), *((f"up_layers.{i}.head.weight", 0) for i in range(9))],
-        ),
-        "unetr": ([("encoder1.layer.conv1.conv.weight", 1)], [("out.conv.conv.weight", 0)]),
+def output_channels(architecture: str, state: State) -> int | None:
+    """Output channels of a network; None if the weights that tell are missing."""
+    last = {  # names of the last convolution, with the axis of its outputs
+        "unet": [("model.2.1.conv.unit0.conv.weight", 0), ("model.2.conv.weight", 1)],
+        "segresnet": [
+            ("conv_final.2.conv.weight", 0),
+            *((f"up_layers.{i}.head.weight", 0) for i in range(9)),
+        ],
+        "unetr": [("out.conv.conv.weight", 0)],
     }[architecture]
-    first, last = (
-        next((state[name].shape[axis] for name, axis in names if name in state), None) for names in ends
-    )
-    return first, last
+    return next((state[name].shape[axis] for name, axis in last if name in state), None)
 
 
 def _typed(options: Mapping[str, Any]) -> str:
@@ -155,86 +139,17 @@ def _typed(options: Mapping[str, Any]) -> str:
     )
 
 
-def _described(architecture: str, state: State) -> dict[str, Any]:
-    return {"unet": _unet, "segresnet": _segresnet, "unetr": _unetr}[architecture](state)
-
-
 def _norms(architecture: str, state: State) -> list[str]:
-    """The values of --norm that have just these weights."""
+    """The values of --norm that have these weights."""
     if any(name.endswith("running_mean") for name in state):
         return ["batch"]
-    affine = any(_NORM[architecture].search(name) for name in state)
+    affine = any(re.search(_NORM_WEIGHTS[architecture], name) for name in state)
     return ["affine-instance", "group"] if affine else ["instance"]
 
 
-def _other_sizes(model: ModelConfig, patch: tuple[int, ...], state: State) -> list[str]:
-    """What the weights tell in part of strides (1 or more than 1), or of the patch (how many tokens)."""
-    places = state.get("vit.patch_embedding.position_embeddings")
-    if model.architecture == "unetr" and places is not None:
-        count = places.shape[1]
-        side = round(count ** (1 / len(patch)))
-        such = f", such as {' '.join([str(16 * side)] * len(patch))}" if side ** len(patch) == count else ""
-        same = count == prod(size // 16 for size in patch)
-        return [] if same else [f"it was trained on a --patch of {count} blocks of 16 voxels a side{such}"]
-    shortcuts = [
-        state.get(f"model{'.1.submodule' * level}.0.residual.weight") for level in range(len(model.strides))
-    ]
-    return [
-        f"its weights say --strides with {'1' if stride > 1 else 'more than 1'} at place {level}"
-        for level, (shortcut, stride) in enumerate(zip(shortcuts, model.strides, strict=True), 1)
-        if shortcut is not None and (set(shortcut.shape[2:]) == {1}) != (stride == 1)
-    ]
-
-
-def _unsupported(architecture: str, spatial_dims: int, state: State) -> list[str]:
-    """What the weights show that this program's networks do not have."""
-    kernels = {name: array.shape[2:] for name, array in state.items() if array.ndim > 3}
-    dims = {len(window) for window in kernels.values()} - {spatial_dims}
-    found = [f"it is for {dims.pop()}-D images, the data are {spatial_dims}-D"] if dims else []
-    if not dims and (windows := sorted({k for k in kernels.values() if max(k) > 3 or len(set(k)) > 1})):
-        window = "x".join(map(str, windows[-1]))
-        if architecture != "unetr" or windows[-1] != (16,) * spatial_dims:
-            found.append(f"its convolutions have windows of {window} voxels, and only 3 a side are supported")
-    return found + {
-        "unet": _unsupported_unet,
-        "segresnet": _unsupported_segresnet,
-        "unetr": _unsupported_unetr,
-    }[architecture](state)
-
-
-def _unsupported_unet(state: State) -> list[str]:
-    slopes = [array.size for name, array in state.items() if name.endswith("adn.A.weight")]
-    found = []
-    if not slopes:
-        found.append(
-            "it has no PReLU but another activation function, which the weights do not name, and only PReLU is "
-            "supported"
-        )
-    elif max(slopes) > 1:
-        found.append("its PReLUs have a slope for each channel, and only one for all is supported")
-    if not any(name.endswith("conv.bias") for name in state):
-        found.append("its convolutions have no bias (bias=False), which is not supported")
-    return found
-
-
-def _unsupported_segresnet(state: State) -> list[str]:
-    found = []
-    if any(re.match(r"up_samples\.\d+\.1\.", name) for name in state):
-        found.append("it upsamples with weights (upsample_mode), and only interpolation is supported")
-    if "convInit.conv.weight" in state and "conv_final.2.conv.weight" not in state:
-        found.append("it has no last convolution (use_conv_final=False), which is not supported")
-    return found
-
-
-def _unsupported_unetr(state: State) -> list[str]:
-    found = []
-    if "vit.blocks.0.attn.qkv.bias" in state:
-        found.append("its attention has biases (qkv_bias=True), which is not supported")
-    if (blocks := _count(r"vit\.blocks\.(\d+)\.", state)) != 12:
-        found.append(f"it has {blocks} transformer blocks, and only 12 are supported")
-    if "decoder5.conv_block.conv3.conv.weight" not in state:
-        found.append("its blocks have no shortcut (res_block=False), which is not supported")
-    return found
+def _implied(architecture: str, state: State) -> dict[str, Any]:
+    """The network's own options, as far as the weights show them."""
+    return {"unet": _unet, "segresnet": _segresnet, "unetr": _unetr}[architecture](state)
 
 
 def _unet(state: State) -> dict[str, Any]:
@@ -244,9 +159,9 @@ def _unet(state: State) -> dict[str, Any]:
     while (weight := state.get(f"{level}.0.{conv}")) is not None:
         channels.append(weight.shape[0])
         level += ".1.submodule"
-    bottom = state.get(f"{level}.{conv}")
-    sizes = [*channels, *([] if bottom is None else [bottom.shape[0]])]
-    return {"channels": tuple(sizes), "num_res_units": units}
+    if (bottom := state.get(f"{level}.{conv}")) is not None:
+        channels.append(bottom.shape[0])
+    return {"channels": tuple(channels), "num_res_units": units}
 
 
 def _segresnet(state: State) -> dict[str, Any]:
@@ -255,12 +170,12 @@ def _segresnet(state: State) -> dict[str, Any]:
     down = r"encoder\.layers\.{}\.blocks\.(\d+)\." if supervised else r"down_layers\.{}\.(\d+)\.norm1"
     up = r"up_layers\.{}\.blocks\.(\d+)\." if supervised else r"up_layers\.{}\.(\d+)\."
     levels = _count(r"encoder\.layers\.(\d+)\." if supervised else r"down_layers\.(\d+)\.", state)
-    described: dict[str, Any] = {
+    return {
         "init_filters": first.shape[0],
         "blocks_down": tuple(_count(down.format(i), state) for i in range(levels)),
         "blocks_up": tuple(_count(up.format(i), state) for i in range(levels - 1)),
+        "deep_supervision": _count(r"up_layers\.(\d+)\.head\.weight", state),
     }
-    return {**described, "deep_supervision": _count(r"up_layers\.(\d+)\.head\.weight", state)}
 
 
 def _unetr(state: State) -> dict[str, Any]:
@@ -273,5 +188,91 @@ def _unetr(state: State) -> dict[str, Any]:
 
 
 def _count(pattern: str, state: State) -> int:
-    """How many different numbers stand where the pattern has its group."""
+    """How many different numbers the pattern's group matches."""
     return len({match[1] for name in state if (match := re.match(pattern, name))})
+
+
+def _other_sizes(model: ModelConfig, patch: tuple[int, ...], state: State) -> list[str]:
+    """Contradictions that the weights show in part: strides of 1 or more than 1, and the number of tokens."""
+    network: Any = model.network
+    if model.architecture == "unetr":
+        positions = state.get("vit.patch_embedding.position_embeddings")
+        if positions is None or positions.shape[1] == prod(size // 16 for size in patch):
+            return []
+        count = positions.shape[1]
+        side = round(count ** (1 / len(patch)))
+        such = f", such as {' '.join([str(16 * side)] * len(patch))}" if side ** len(patch) == count else ""
+        return [f"it was trained on a --patch of {count} blocks of 16 voxels a side{such}"]
+    if model.architecture == "segresnet":
+        return []
+    shortcuts = [
+        state.get(f"model{'.1.submodule' * i}.0.residual.weight") for i in range(len(network.strides))
+    ]
+    return [
+        f"its weights say --strides with {'1' if stride > 1 else 'more than 1'} at place {level}"
+        for level, (shortcut, stride) in enumerate(zip(shortcuts, network.strides, strict=True), 1)
+        if shortcut is not None and (set(shortcut.shape[2:]) == {1}) != (stride == 1)
+    ]
+
+
+def _unsupported(architecture: str, spatial_dims: int, state: State) -> list[str]:
+    """Features of the trained network that this program's networks lack."""
+    sizes = {array.shape[2:] for array in state.values() if array.ndim > 3}
+    dims = {len(size) for size in sizes} - {spatial_dims}
+    if dims:
+        found = [f"it is for {dims.pop()}-D images, the data are {spatial_dims}-D"]
+    else:
+        found = []
+        large = sorted(size for size in sizes if max(size) > 3 or len(set(size)) > 1)
+        if large and (architecture != "unetr" or large[-1] != (16,) * spatial_dims):
+            size = "x".join(map(str, large[-1]))
+            found.append(f"its convolutions have kernels of {size} voxels, and only 3 a side are supported")
+    rules = {"unet": _unsupported_unet, "segresnet": _unsupported_segresnet, "unetr": _unsupported_unetr}
+    return found + [text for applies, text in rules[architecture](state) if applies]
+
+
+def _unsupported_unet(state: State) -> list[tuple[bool, str]]:
+    slopes = [array.size for name, array in state.items() if name.endswith("adn.A.weight")]
+    return [
+        (
+            not slopes,
+            "it has no PReLU but another activation function, which the weights do not name, and only PReLU is "
+            "supported",
+        ),
+        (
+            max(slopes, default=1) > 1,
+            "its PReLUs have a slope for each channel, and only one for all is supported",
+        ),
+        (
+            not any(name.endswith("conv.bias") for name in state),
+            "its convolutions have no bias (bias=False), which is not supported",
+        ),
+    ]
+
+
+def _unsupported_segresnet(state: State) -> list[tuple[bool, str]]:
+    return [
+        (
+            any(re.match(r"up_samples\.\d+\.1\.", name) for name in state),
+            "it upsamples with weights (upsample_mode), and only interpolation is supported",
+        ),
+        (
+            "convInit.conv.weight" in state and "conv_final.2.conv.weight" not in state,
+            "it has no last convolution (use_conv_final=False), which is not supported",
+        ),
+    ]
+
+
+def _unsupported_unetr(state: State) -> list[tuple[bool, str]]:
+    blocks = _count(r"vit\.blocks\.(\d+)\.", state)
+    return [
+        (
+            "vit.blocks.0.attn.qkv.bias" in state,
+            "its attention has biases (qkv_bias=True), which is not supported",
+        ),
+        (blocks != 12, f"it has {blocks} transformer blocks, and only 12 are supported"),
+        (
+            "decoder5.conv_block.conv3.conv.weight" not in state,
+            "its blocks have no shortcut (res_block=False), which is not supported",
+        ),
+    ]

@@ -1,4 +1,4 @@
-"""A run folder from the weights of a network that was trained with MONAI."""
+"""Makes a run folder from the weights of a network that was trained with MONAI."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -19,13 +19,14 @@ from train.config import (
 )
 from train.data import write_splits
 from train.errors import InputError
+from train.models.registry import is_external
 from train.monai.identify import (
     advice,
     assumptions,
     averaged_copies,
-    channels_of,
     find_network,
     fitting_options,
+    output_channels,
 )
 from train.monai.mapping import load_monai_weights, monai_names, unused_names
 from train.monai.weights import read_weights
@@ -39,48 +40,45 @@ from train.task import make_model, open_data
 def import_monai(
     file: Path, model: ModelConfig, data: DataConfig, folder: Path, info: DataInfo | None = None
 ) -> list[str]:
-    """Writes the run that `evaluate`, `predict` and `fit --init` take, with the weights in `file`.
+    """Writes a run with the weights in `file`, for `evaluate`, `predict` and `fit --init`.
 
     Args:
-        file: `.safetensors`, or `.pt`, `.pth`, `.ckpt` where PyTorch is installed; a state_dict() of MONAI's
-            UNet, SegResNet, SegResNetDS or UNETR, alone or in a checkpoint, under any prefix.
+        file: `.safetensors`, or `.pt`, `.pth`, `.ckpt` if PyTorch is installed; a state_dict() of MONAI's UNet,
+            SegResNet, SegResNetDS or UNETR, alone or in a checkpoint, under any prefix.
         model: the options that the network was made with.
-        data: its data set, split as `fit` splits it, and the patch that it sees.
+        data: its data set, split as `fit` splits it, and the patch that the network sees.
         folder: of the run, new or empty.
-        info: what the network has to know of its data where there is no data set, `data.data` being empty.
+        info: what the network must know of its data if there is no data set, `data.data` being empty.
 
     Returns:
-        What a user should know: what the file holds besides, and what the weights do not tell. It is kept with the
-        run.
+        Notes for the user, which are kept with the run: what the file holds besides the network, and what the
+        weights do not tell.
 
     Raises:
-        InputError: if file, options, data or folder do not fit; nothing has been written then.
+        InputError: if file, options, data or folder do not fit. Nothing is written then.
     """
+    if is_external(model.architecture):
+        raise InputError(f"MONAI has no {model.architecture}: give --architecture unet, segresnet or unetr.")
+    dataset = splits = None
     if info is None:
         dataset, splits = open_data(data)
         info = DataInfo.of(dataset)
         model = resolve_regions(model, dataset)
-        patch = resolve_patch(data.patch, dataset.largest_shape, model.divisor)
-    else:
-        dataset = splits = None
-        patch = resolve_patch(_given(data.patch), (1,) * info.spatial_dims, model.divisor)
+    elif not data.patch:
+        raise InputError("Without --data nothing says how much the network sees at once: give its --patch.")
+    largest = (1,) * info.spatial_dims if dataset is None else dataset.largest_shape
+    patch = resolve_patch(data.patch, largest, model.network.divisor)
     config = RunConfig(IMPORTED, dataclasses.replace(data, patch=patch), model)
     network = make_model(config, info)
     notes = load_weights(network, file, config, info)
     open_run(folder, config, resume=False, data=to_json(info), weights=str(file), notes=notes)
-    if dataset is not None and splits is not None:
+    if splits is not None:
         write_splits(folder / "splits.json", splits)
     RunCases(identify(dataset) if dataset else (), complete=False, trained=False).write(folder)
     _, state = init_state(network, make_optimizer(config.training))
     with Checkpoints(folder / "checkpoints", config.training) as checkpoints:
         checkpoints.save(state, {}, {})
     return notes
-
-
-def _given(patch: tuple[int, ...]) -> tuple[int, ...]:
-    if not patch:
-        raise InputError("Without --data nothing says how much the network sees at once: give its --patch.")
-    return patch
 
 
 def load_weights(network: nnx.Module, file: Path, config: RunConfig, info: DataInfo) -> list[str]:
@@ -96,14 +94,14 @@ def load_weights(network: nnx.Module, file: Path, config: RunConfig, info: DataI
             f"{file} holds no UNet, SegResNet, SegResNetDS or UNETR of MONAI: its first name is "
             f"{next(iter(state), 'nothing')}."
         )
-    named, prefix = found
+    architecture, prefix = found
     under = {name.removeprefix(prefix): array for name, array in state.items() if name.startswith(prefix)}
-    if named != model.architecture:
-        looks = fitting_options(named, under)
+    if architecture != model.architecture:
         raise InputError(
-            f"{file} holds a {named}, but the architecture is {model.architecture}: it looks like {looks}."
+            f"{file} holds a {architecture}, but the architecture is {model.architecture}: it looks like "
+            f"{fitting_options(architecture, under)}."
         )
-    _check_channels(file, config, info, channels_of(named, under))
+    _check_outputs(file, model, info, output_channels(architecture, under))
     modules = {name.partition(".")[0] for name, _ in monai_names(network)}
     weights = {name: array for name, array in under.items() if name.partition(".")[0] in modules}
     for name, array in weights.items():
@@ -120,43 +118,33 @@ def load_weights(network: nnx.Module, file: Path, config: RunConfig, info: DataI
             f"{str(error).rstrip('.')}; {advice(model, config.data.patch, under)}."
         ) from error
     copies = averaged_copies(state)
-    beside = [
-        name
-        for name in state
-        if name.removeprefix(prefix) not in weights and not any(map(name.startswith, copies))
-    ]
-    unused = unused_names(network, weights)
     held = [
-        *[
-            f"a copy of the network under {copy}, averaged over training, which is not taken"
-            for copy in copies
-        ],
-        *([f"{_first(beside)} beside the network, not taken"] if beside else []),
-        *([f"{_first(unused)}, which MONAI's {named} does not use, not taken"] if unused else []),
+        f"a copy of the network under {copy}, averaged over training, which is not taken" for copy in copies
     ]
-    taken = "; ".join(assumptions(model))
+    taken = {prefix + name for name in weights}
+    if beside := [name for name in state if name not in taken and not name.startswith(tuple(copies))]:
+        held.append(f"{_first(beside)} beside the network, not taken")
+    if unused := unused_names(network, weights):
+        held.append(f"{_first(unused)}, which MONAI's {architecture} does not use, not taken")
     return [
         *[f"{file} also holds {what}." for what in held],
-        f"the weights do not tell everything; taken are: {taken}. A network that was made otherwise gives other "
-        "probabilities than here: compare those of one image with MONAI's.",
+        f"the weights do not tell everything; taken are: {'; '.join(assumptions(model))}. A network that was made "
+        "otherwise gives other probabilities than here: compare those of one image with MONAI's.",
     ]
 
 
-def _check_channels(
-    file: Path, config: RunConfig, info: DataInfo, channels: tuple[int | None, int | None]
-) -> None:
-    """Raises `InputError` where the outputs of the network in `file` cannot be the classes or regions."""
-    _, outputs = channels
-    regions, classes = config.model.regions, info.class_names
+def _check_outputs(file: Path, model: ModelConfig, info: DataInfo, outputs: int | None) -> None:
+    """Raises `InputError` if the outputs of the network in `file` cannot be the classes or regions."""
+    regions, classes = model.regions, info.class_names
     if outputs == 1 and not regions:
         raise InputError(
             f"{file}: a network with one output channel has no softmax: give --activation sigmoid."
         )
     if regions and outputs not in (None, len(regions)):
-        background = " (a background is none)" if outputs == len(regions) + 1 else ""
+        background = " (the background is not a region)" if outputs == len(regions) + 1 else ""
         raise InputError(
             f"{file} has {outputs} output channels, but there are {len(regions)} regions{background}: "
-            f"{', '.join(regions)}. Name each channel's, or leave out --activation sigmoid."
+            f"{', '.join(regions)}. Name the region of each channel, or leave out --activation sigmoid."
         )
     if not regions and outputs == len(classes) - 1:
         raise InputError(

@@ -1,4 +1,4 @@
-"""MONAI's names of our parameters, and its weights in our networks."""
+"""Copies MONAI's weights into networks of this package, by MONAI's names of their parameters."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -12,12 +12,13 @@ from flax import nnx
 from train.models.blocks import BatchNorm, Convolution, Norm, PReLU
 from train.models.segresnet import PreActivationBlock, SegResNet
 from train.models.unet import ConvolutionUnit, ResidualUnit, UNet
-from train.models.unetr import PATCH_SIZE, UNETR, ResidualBlock, TransformerBlock
+from train.models.unetr import UNETR, ResidualBlock, TransformerBlock
+from train.models.unetr_config import PATCH_SIZE
 
 Named = Iterator[tuple[str, tuple[nnx.Variable, tuple[int, ...]]]]
 
-# What MONAI stores and does not use: a counter; of UNETR, layers of the transformer that it leaves out and, in old
-# versions, a class token and the shortcut's layers in blocks whose shortcut has none.
+# MONAI stores these and does not use them: a counter; in UNETR, unused transformer layers and, in old versions, a
+# class token and the layers of shortcuts that are plain additions.
 _UNUSED = re.compile(
     r"\.num_batches_tracked$|\.(norm_cross_attn|cross_attn)\.|\bcls_token$|^(encoder|decoder)\d\..*\.(conv3|norm3)\."
 )
@@ -28,12 +29,12 @@ def load_monai_weights(model: nnx.Module, state: Mapping[str, np.ndarray]) -> No
     """Copies the parameters of a MONAI network of the same options into `model`.
 
     Args:
-        model: a `UNet`, `SegResNet` or `UNETR`, which receives them.
+        model: a `UNet`, `SegResNet` or `UNETR`, which is changed in place.
         state: the `state_dict()` of MONAI's `UNet`, `SegResNet`, `SegResNetDS` or `UNETR`, its tensors as
             NumPy arrays.
 
     Raises:
-        ValueError: if a parameter is missing, left over or of another shape; it names the first.
+        ValueError: names the first parameter that is missing, left over or of another shape.
     """
     state = _with_convolution(state)
     names = dict(monai_names(model))
@@ -55,21 +56,21 @@ def load_monai_weights(model: nnx.Module, state: Mapping[str, np.ndarray]) -> No
 
 
 def unused_names(model: nnx.Module, state: Mapping[str, np.ndarray]) -> list[str]:
-    """What `load_monai_weights` takes no notice of, but for counters."""
+    """Names that `load_monai_weights` ignores, without counters."""
     names = dict(monai_names(model))
     left = [name for name in _with_convolution(state) if name not in names and _UNUSED.search(name)]
     return [name for name in left if not name.endswith("num_batches_tracked")]
 
 
 def _with_convolution(state: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-    """UNETR's patch embedding as a convolution, where it is a linear layer over a patch's voxels, channels last."""
+    """Turns UNETR's patch embedding into a convolution if it is a linear layer over a patch's voxels."""
     weight, head = state.get(f"{_PERCEPTRON}weight"), state.get("out.conv.conv.weight")
     if weight is None or head is None:
         return state
-    window = (PATCH_SIZE,) * (head.ndim - 2)
-    if weight.ndim != 2 or weight.shape[1] % prod(window):
+    patch = (PATCH_SIZE,) * (head.ndim - 2)
+    if weight.ndim != 2 or weight.shape[1] % prod(patch):
         return state
-    kernel = np.moveaxis(weight.reshape(len(weight), *window, -1), -1, 1)
+    kernel = np.moveaxis(weight.reshape(len(weight), *patch, -1), -1, 1)
     renamed = {name.replace(_PERCEPTRON, _PERCEPTRON[:-2]): array for name, array in state.items()}
     return renamed | {f"{_PERCEPTRON[:-2]}weight": kernel}
 
@@ -79,7 +80,7 @@ def _first(names: list[str]) -> str:
 
 
 def monai_names(model: nnx.Module) -> Named:
-    """MONAI's name of each parameter, with the order of its axes here."""
+    """MONAI's name of each parameter, with the parameter and the order of axes that turns MONAI's array into it."""
     if isinstance(model, UNet):
         yield from _unet(model)
     elif isinstance(model, SegResNet):
@@ -195,11 +196,11 @@ def _residual_block(prefix: str, block: ResidualBlock) -> Named:
 
 
 def _layer(prefix: str, layer: Any) -> Named:
-    """A layer's own parameters; none of what has none."""
+    """The layer's own parameters."""
     if isinstance(layer, Convolution):
-        # PyTorch's kernels are [out, in, *window], transposed ones [in, out, *window].
-        window = tuple(range(2, layer.kernel.ndim))
-        yield f"{prefix}.weight", (layer.kernel, (*window, 0, 1) if layer.transposed else (*window, 1, 0))
+        # PyTorch's kernels are [out, in, *kernel_size], those of transposed convolutions [in, out, *kernel_size].
+        spatial = tuple(range(2, layer.kernel.ndim))
+        yield f"{prefix}.weight", (layer.kernel, (*spatial, *((0, 1) if layer.transposed else (1, 0))))
         yield from _vectors(prefix, bias=layer.bias)
     elif isinstance(layer, nnx.Linear):
         yield f"{prefix}.weight", (layer.kernel, (1, 0))

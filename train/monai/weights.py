@@ -1,4 +1,4 @@
-"""Files of PyTorch weights as NumPy arrays, without running a line of what is in them."""
+"""Reads files of PyTorch weights as NumPy arrays. No code in a file is ever run."""
 
 import pickle
 import re
@@ -9,33 +9,45 @@ from typing import Any
 
 import numpy as np
 
-from train.errors import InputError
-from train.monai.safetensors import read_safetensors
+from train.errors import InputError, describe
 
-# What wrappers put between the names of modules: torch.compile, FSDP and activation checkpointing.
+# torch.compile, FSDP and activation checkpointing insert these into the names of modules.
 _WRAPPED = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
 def read_weights(file: Path) -> dict[str, np.ndarray]:
-    """The floating-point and integer arrays of a `.safetensors`, `.pt`, `.pth` or `.ckpt` file by name.
+    """The arrays of a `.safetensors`, `.pt`, `.pth` or `.ckpt` file by name; floating-point ones as float32.
 
-    safetensors need no other package; the rest is read by PyTorch (`weights_only=True`), which refuses code.
-    Where several mappings of a checkpoint hold arrays, as the network's and the optimiser's do, names begin with
-    the mapping's: `state_dict.model.0.conv.weight`.
+    PyTorch must be installed for all but `.safetensors`. It reads with `weights_only=True`, which refuses code. If
+    several mappings of a checkpoint hold arrays, as those of a network and its optimiser do, names begin with the
+    mapping's name: `state_dict.model.0.conv.weight`.
 
     Raises:
         InputError: if the file cannot be read, or holds code or no weights.
     """
     if not file.is_file():
         raise InputError(f"{file} is not a file: give a .safetensors, .pt, .pth or .ckpt file.")
-    arrays = read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
+    arrays = _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
     return {_WRAPPED.sub("", name): _as_float32(array) for name, array in arrays.items()}
+
+
+def _read_safetensors(file: Path) -> dict[str, np.ndarray]:
+    from safetensors import safe_open
+
+    try:
+        with safe_open(file, framework="np") as tensors:
+            return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118, it is no dictionary
+    except Exception as error:  # a damaged header, or a dtype that NumPy lacks
+        raise InputError(
+            f"{file} cannot be read as safetensors ({describe(error)}): fetch it again, or convert its tensors to "
+            "float32."
+        ) from error
 
 
 def _as_float32(array: np.ndarray) -> np.ndarray:
     if array.dtype.kind in "iub":
         return array
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused as that
+    with np.errstate(over="ignore"):  # an infinite value is refused later
         return array.astype(np.float32)
 
 
@@ -44,7 +56,7 @@ def _read_torch(file: Path) -> dict[str, np.ndarray]:
         import torch
     except ImportError as error:
         raise InputError(
-            f"Reading {file} takes PyTorch: install the extra `reference`, or convert it to .safetensors."
+            f"Reading {file} needs PyTorch: install the extra `reference`, or convert it to .safetensors."
         ) from error
     try:
         with warnings.catch_warnings():
@@ -55,8 +67,8 @@ def _read_torch(file: Path) -> dict[str, np.ndarray]:
         refused = re.search(r"GLOBAL (\S+)", str(error))
         what = f"{refused[1]} for one" if refused else "code perhaps"
         raise InputError(
-            f"{file} holds more than weights, {what}, and was not loaded, since that could run code: where you "
-            "trust it, load it with the program that made it and save the network's state_dict() alone."
+            f"{file} holds more than weights, {what}, and was not loaded, since loading could run code: if you "
+            "trust the file, load it with the program that made it and save the network's state_dict() alone."
         ) from error
     except Exception as error:
         if "TorchScript" in str(error):
@@ -81,7 +93,7 @@ def _read_torch(file: Path) -> dict[str, np.ndarray]:
 
 
 def _named(kept: Any, is_array: Callable[[Any], bool]) -> dict[str, Any]:
-    """The arrays in nested mappings by name; mappings around a single one that holds any have no part in it."""
+    """The arrays in nested mappings by name. A mapping that only wraps another one adds nothing to the names."""
     if not isinstance(kept, Mapping):
         return {}
     inner = {name: _flat(value, is_array) for name, value in kept.items() if isinstance(value, Mapping)}
@@ -92,7 +104,7 @@ def _named(kept: Any, is_array: Callable[[Any], bool]) -> dict[str, Any]:
 
 
 def _flat(kept: Mapping[Any, Any], is_array: Callable[[Any], bool]) -> dict[str, Any]:
-    """The arrays in nested mappings, the names on the way to them joined by dots."""
+    """The arrays in nested mappings. Dots join the keys that lead to an array."""
     found: dict[str, Any] = {}
     for name, value in kept.items():
         if is_array(value):
@@ -103,7 +115,7 @@ def _flat(kept: Mapping[Any, Any], is_array: Callable[[Any], bool]) -> dict[str,
 
 
 def _numpy_globals() -> list[Any]:
-    """What NumPy's numbers, strings and arrays are pickled with, as NumPy 1 and 2 name it; none of it runs code."""
+    """The functions and types that pickles of NumPy 1 and 2 name; none of them runs code from the file."""
     functions: dict[str, Any] = {
         "scalar": np.float64(0).__reduce__()[0],
         "_reconstruct": np.zeros(1).__reduce__()[0],
