@@ -1,7 +1,7 @@
 """Layouts of public data sets: each function lists the files in a folder as a `Layout`.
 
 `LAYOUTS` holds the functions by their names on the command line, `--data brats:PATH`. To add a layout, write a
-function and decorate it with `_register`. `VolumeDataset` then checks and reads the volumes.
+function and decorate it with `register_layout`. `VolumeDataset` then checks and reads the volumes.
 """
 
 import dataclasses
@@ -33,12 +33,12 @@ LAYOUTS: dict[str, Callable[[str | Path], Layout]] = {}
 """Functions from a folder to its `Layout`, by their names on the command line."""
 
 
-def _register(name: str) -> Callable[[Callable[[str | Path], Layout]], Callable[[str | Path], Layout]]:
+def register_layout(name: str) -> Callable[[Callable[[str | Path], Layout]], Callable[[str | Path], Layout]]:
     """Adds the decorated function to `LAYOUTS`."""
     return lambda layout: LAYOUTS.setdefault(name, layout)
 
 
-@_register("msd")
+@register_layout("msd")
 def msd(path: str | Path) -> Layout:
     """Medical Segmentation Decathlon: `dataset.json` lists an image (channels last) and a label for each case.
 
@@ -49,7 +49,7 @@ def msd(path: str | Path) -> Layout:
     return _listed(root, description)
 
 
-@_register("nnunet")
+@register_layout("nnunet")
 def nnunet(path: str | Path) -> Layout:
     """nnU-Net: `imagesTr/CASE_0000.nii.gz`, one file per channel, and `labelsTr/CASE.nii.gz`.
 
@@ -68,7 +68,7 @@ def nnunet(path: str | Path) -> Layout:
     return _described(root, description, entries)
 
 
-@_register("brats")
+@register_layout("brats")
 def brats(path: str | Path) -> Layout:
     """BraTS glioma, evaluated as enhancing tumour, tumour core and whole tumour.
 
@@ -104,7 +104,7 @@ def brats(path: str | Path) -> Layout:
     )
 
 
-@_register("acdc")
+@register_layout("acdc")
 def acdc(path: str | Path) -> Layout:
     """ACDC: `patient001/patient001_frame01.nii.gz` and `..._frame01_gt.nii.gz`; each frame is a case.
 
@@ -122,7 +122,7 @@ def acdc(path: str | Path) -> Layout:
     return Layout("ACDC", root, ("background", "right ventricle", "myocardium", "left ventricle"), 1, entries)
 
 
-@_register("amos")
+@register_layout("amos")
 def amos(path: str | Path) -> Layout:
     """AMOS 2022: the Decathlon's layout. Cases in `imagesVa/` with a label in `labelsVa/` are held out.
 
@@ -132,7 +132,7 @@ def amos(path: str | Path) -> Layout:
     return dataclasses.replace(layout, intensity_range=CT_RANGE if all(map(_is_ct, layout.entries)) else None)
 
 
-@_register("amos-ct")
+@register_layout("amos-ct")
 def amos_ct(path: str | Path) -> Layout:
     """The CT scans of AMOS 2022."""
     layout = _amos(path)
@@ -140,7 +140,7 @@ def amos_ct(path: str | Path) -> Layout:
     return dataclasses.replace(layout, entries=entries, intensity_range=CT_RANGE)
 
 
-@_register("kits")
+@register_layout("kits")
 def kits(path: str | Path) -> Layout:
     """KiTS 2023: `case_00000/imaging.nii.gz`, `segmentation.nii.gz`; three nested regions are evaluated."""
     root = _subfolder(_folder(path), "dataset")
