@@ -245,7 +245,7 @@ def test_lookup_lowers_for_every_platform(platform):
 
 def test_lookup_is_the_transpose_of_the_sum():
     probs, labels, rng = _draw((2, 500, 3))
-    table = rng.random((2, 3, 20), np.float32)
+    table = jnp.asarray(rng.random((2, 3, 20), np.float32))
     index = bin_index(probs, num_bins=20)
     want = table[np.arange(2)[:, None, None], np.arange(3), np.asarray(index)]
     looked_up = np.asarray(cpu.look_up(table, index))
