@@ -127,9 +127,9 @@ def spatially_varying_label_smoothing_loss(
     r"""SVLS: cross-entropy with labels that are soft at the borders between classes and hard inside.
 
     The target of voxel i is :math:`\tfrac{1}{2} y_i + \tfrac{1}{2} \sum_j w_j y_j / \sum_j w_j` over its neighbours
-    j in a cube of `kernel_size` voxels along every spatial axis, w_j = exp(-|i - j|^2 / (2 sigma^2)): a Gaussian
-    kernel whose centre weighs as much as all its neighbours together. Beyond its border, an image repeats its
-    outermost voxels. Neighbours that `where` masks or that have no class are left out, and the remaining weights,
+    j in a cube of `kernel_size` voxels along every spatial axis. The weights are a Gaussian kernel,
+    :math:`w_j = \exp(-|i - j|^2 / (2 \sigma^2))`, whose centre weighs as much as all its neighbours together. Beyond
+    its border, an image repeats its outermost voxels. Neighbours that `where` masks or that have no class are left out, and the remaining weights,
     centre included, are scaled to a sum of 1.
 
     Args:

@@ -35,7 +35,7 @@ _LEAST_WEIGHT = 0.01
 def average_calibration_error(
     stats: BinStatistics, *, average: Average = "none"
 ) -> Float[Array, "*averaged"]:
-    """Mean gap over the M non-empty bins: ACE = 1/M * sum_m |prob_m - label_m|.
+    r"""Mean gap over the M non-empty bins: :math:`\mathrm{ACE} = \frac{1}{M} \sum_m |\bar p_m - \bar y_m|`.
 
     Args:
         stats: bin statistics `[*batch, classes, num_bins]`.
@@ -65,7 +65,7 @@ def average_calibration_error(
 def expected_calibration_error(
     stats: BinStatistics, *, average: Average = "none"
 ) -> Float[Array, "*averaged"]:
-    """Mean gap over voxels: ECE = sum_m count_m / count * |prob_m - label_m|.
+    r"""Mean gap over voxels: :math:`\mathrm{ECE} = \sum_m \frac{n_m}{n} |\bar p_m - \bar y_m|`.
 
     Args:
         stats: bin statistics `[*batch, classes, num_bins]`.
@@ -94,7 +94,7 @@ def expected_calibration_error(
 def maximum_calibration_error(
     stats: BinStatistics, *, average: Average = "none"
 ) -> Float[Array, "*averaged"]:
-    """Largest gap over non-empty bins: MCE = max_m |prob_m - label_m|.
+    r"""Largest gap over the non-empty bins: :math:`\mathrm{MCE} = \max_m |\bar p_m - \bar y_m|`.
 
     Args:
         stats: bin statistics `[*batch, classes, num_bins]`.

@@ -34,7 +34,7 @@ def dice_score(
     num_classes: int,
     where: Bool[AnyArray, "batch *spatial"] | None = None,
 ) -> Float[Array, "batch classes"]:
-    """Dice overlap of two label maps, per image and class: 2 |A and B| / (|A| + |B|).
+    r"""Dice overlap of two label maps, per image and class: :math:`2 |A \cap B| / (|A| + |B|)`.
 
     Args:
         predictions: predicted class ids `[batch, *spatial]`.
@@ -77,7 +77,7 @@ def dice_score(
 @nan_where_undefined
 @compiled()
 def brier_score(probs: Probs, labels: Labels, *, where: Mask | None = None) -> Float[Array, "batch classes"]:
-    """Mean squared error of the probabilities of each class: BS_c = mean over voxels of (p_c - y_c)^2.
+    r"""Mean squared error of the probabilities of each class: :math:`\frac{1}{n} \sum_v (p_{vc} - y_{vc})^2`.
 
     Each class has a score of its own (the marginal score), in [0, 1]. Their sum over the classes,
     `brier_score(probs, labels).sum(-1)`, is the multi-class Brier score of an image, in [0, 2].
@@ -121,7 +121,7 @@ def negative_log_likelihood(
     *,
     where: Bool[AnyArray, "batch *spatial"] | None = None,
 ) -> Float[Array, "batch"]:
-    """Mean negative log-likelihood of the labels: NLL = mean over voxels of -sum_c y_c log softmax(logits)_c.
+    r"""Mean negative log-likelihood of the labels: :math:`-\frac{1}{n} \sum_v \sum_c y_{vc} \log p_{vc}`, p = softmax(logits).
 
     It takes logits because the softmax may underflow where its logarithm does not. Log-probabilities are logits too
     (their softmax returns the probabilities): for a model that returns probabilities, pass `jnp.log(probs)`.

@@ -182,8 +182,8 @@ def segmentation_loss_parts(
         logits: as for `segmentation_loss`.
         labels: as for `segmentation_loss`.
         parts: names of parts, which are the names of the weights of `segmentation_loss`.
-        where, dice_smooth, dice_include_background, num_bins, binning, closed, include_background, class_weights,
-            ignore_empty_classes, pool_images, axis_name: as for `segmentation_loss`.
+        where: as for `segmentation_loss`, and so are the arguments that follow: `dice_smooth`,
+            `dice_include_background`, the options of `mL1_ace`, and `axis_name`.
 
     Returns:
         A scalar for each name.
