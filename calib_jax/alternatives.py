@@ -128,9 +128,9 @@ def spatially_varying_label_smoothing_loss(
 
     The target of voxel i is :math:`\tfrac{1}{2} y_i + \tfrac{1}{2} \sum_j w_j y_j / \sum_j w_j` over its neighbours
     j in a cube of `kernel_size` voxels along every spatial axis. The weights are a Gaussian kernel,
-    :math:`w_j = \exp(-|i - j|^2 / (2 \sigma^2))`, whose centre weighs as much as all its neighbours together. Beyond
-    its border, an image repeats its outermost voxels. Neighbours that `where` masks or that have no class are left out, and the remaining weights,
-    centre included, are scaled to a sum of 1.
+    :math:`w_j = \exp(-|i - j|^2 / (2 \sigma^2))`, whose centre weighs as much as all its neighbours together.
+    Beyond its border, an image repeats its outermost voxels. Neighbours that `where` masks or that have no class
+    are left out, and the remaining weights, centre included, are scaled to a sum of 1.
 
     Args:
         logits: unnormalised scores `[batch, *spatial, classes]`, at least two classes and one spatial axis.

@@ -121,7 +121,7 @@ def negative_log_likelihood(
     *,
     where: Bool[AnyArray, "batch *spatial"] | None = None,
 ) -> Float[Array, "batch"]:
-    r"""Mean negative log-likelihood of the labels: :math:`-\frac{1}{n} \sum_v \sum_c y_{vc} \log p_{vc}`, p = softmax(logits).
+    r"""Mean negative log-likelihood of the labels: :math:`-\frac{1}{n} \sum_v \sum_c y_{vc} \log p_{vc}`.
 
     It takes logits because the softmax may underflow where its logarithm does not. Log-probabilities are logits too
     (their softmax returns the probabilities): for a model that returns probabilities, pass `jnp.log(probs)`.
