@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 import tyro
 
@@ -29,6 +29,9 @@ from train.console import console
 from train.data import AugmentConfig
 from train.errors import CasesFailed, InputError, Stopped, check_numbers
 from train.models.registry import NETWORKS, config_class, is_external
+
+if TYPE_CHECKING:
+    from train.published import Row
 
 # Each command imports what it runs, so that `--help` and errors about options come at once.
 RunFolder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="run", metavar="RUN")]
@@ -130,7 +133,9 @@ class Fit(_Options):
         from train.task import check_best_is_known, open_task
 
         if self.temperature and not self.recipe:
-            raise InputError("--temperature is for --recipe; else evaluate the run with --temperature.")
+            raise InputError(
+                "--temperature is for --recipe; without one, evaluate the run with --temperature."
+            )
         folder = self.folder("fit")
         join_processes(self.devices)
         task = open_task(self.config(self.loss), self.devices)
@@ -184,8 +189,14 @@ class Evaluate:
     def run(self) -> None:
         from train.compare import evaluate_run
 
-        chosen = self.run_folder, self.data, self.split, self.out, self.checkpoint
-        page = evaluate_run(*chosen, temperature=self.temperature)
+        page = evaluate_run(
+            self.run_folder,
+            self.data,
+            self.split,
+            self.out,
+            self.checkpoint,
+            temperature=self.temperature,
+        )
         print(f"\nPage with figures: {page}")
 
 
@@ -348,7 +359,7 @@ class Recipes:
         print(describe([find_recipe(name) for name in self.names or RECIPES]))
 
 
-def published(recipes: Sequence[str]) -> list[Any]:
+def published(recipes: Sequence[str]) -> "list[Row]":
     """The published figures of these recipes."""
     from train.recipes import find_recipe
 
@@ -512,9 +523,10 @@ def _run(arguments: list[str]) -> int:
         print(f"\n{stopped}", file=sys.stderr)
         return stopped.exit_status
     except KeyboardInterrupt:
-        hint = (
-            "; add --resume to the same command with --out to go on" if isinstance(command, _Options) else ""
-        )
-        hint = "; start the same command again to go on" if isinstance(command, Predict) else hint
+        hint = ""
+        if isinstance(command, _Options):
+            hint = "; add --resume to the same command with --out to go on"
+        elif isinstance(command, Predict):
+            hint = "; start the same command again to go on"
         print(f"\ninterrupted{hint}", file=sys.stderr)
         return 130

@@ -50,12 +50,18 @@ class NetworkConfig:
         """Every side of a patch must be a multiple of this."""
         return 1
 
-    def make(self, **sizes: Any) -> "nnx.Module":
-        """The network, freshly initialised.
-
-        Args:
-            sizes: `in_channels`, `out_channels`, `spatial_dims`, `patch`, `dropout` and `rngs`; `norm` if it was
-                given.
+    def make(
+        self,
+        *,
+        in_channels: int,
+        out_channels: int,
+        spatial_dims: int,
+        patch: tuple[int, ...],
+        dropout: float,
+        rngs: "nnx.Rngs",
+        **norm: Any,
+    ) -> "nnx.Module":
+        """The network, freshly initialised. `norm` has the one key "norm", or none for the default.
 
         Raises:
             ValueError: if the options contradict one another.
