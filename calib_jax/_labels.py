@@ -80,6 +80,6 @@ def without_background(labels: Array, like: Float[Array, "*voxels classes"]) -> 
 def have_class(labels: Array, like: Float[Array, "*voxels classes"]) -> Bool[Array, "*voxels"]:
     """Whether each voxel belongs to a class: its id is in range, or a label of it is not zero."""
     if are_dense(labels, like):
-        return (labels != 0).any(-1)
+        return labels.astype(bool).any(-1)
     ids = labels.astype(jnp.int32)
     return (ids >= 0) & (ids < like.shape[-1])

@@ -75,6 +75,7 @@ def mL1_ace(
             labels that are counted, concrete (not traced) and outside [0, 1] by more than rounding.
 
     Example:
+        >>> import jax
         >>> labels = jnp.array([[0, 0, 1, 1]])
         >>> logits = jnp.array([[[2.0, 0.0], [0.0, 0.5], [0.0, 2.0], [0.0, 2.0]]])
         >>> loss, grad = jax.value_and_grad(lambda x: mL1_ace(jax.nn.softmax(x), labels))(logits)

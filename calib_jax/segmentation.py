@@ -112,6 +112,7 @@ def segmentation_loss(
 
         Volumes split over all devices along their depth:
 
+        >>> import jax
         >>> mesh = jax.make_mesh((len(jax.devices()),), ("space",), axis_types=(jax.sharding.AxisType.Auto,))
         >>> depth = jax.sharding.PartitionSpec(None, "space")
         >>> def part(logits, labels):

@@ -1,6 +1,7 @@
 """The main job: train one network under several losses, and compare the results on held-out cases."""
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
