@@ -51,6 +51,7 @@ def average_calibration_error(
         ValueError: if `average` is not one of the three.
 
     Example:
+        >>> from calib_jax import bin_statistics
         >>> stats = bin_statistics(jnp.array([[[0.1], [0.8]]]), jnp.array([[[0], [1]]]), num_bins=2)
         >>> round(float(average_calibration_error(stats)[0, 0]), 4)
         0.15
@@ -79,6 +80,7 @@ def expected_calibration_error(
         ValueError: if `average` is not one of the three.
 
     Example:
+        >>> from calib_jax import bin_statistics
         >>> probs = jnp.array([[[0.1], [0.8], [0.8], [0.8]]])
         >>> stats = bin_statistics(probs, jnp.array([[[0], [1], [1], [1]]]), num_bins=2)
         >>> round(float(expected_calibration_error(stats)[0, 0]), 4)
@@ -108,6 +110,7 @@ def maximum_calibration_error(
         ValueError: if `average` is not one of the three.
 
     Example:
+        >>> from calib_jax import bin_statistics
         >>> probs = jnp.array([[[0.1], [0.8], [0.8], [0.8]]])
         >>> stats = bin_statistics(probs, jnp.array([[[0], [1], [1], [1]]]), num_bins=2)
         >>> round(float(maximum_calibration_error(stats)[0, 0]), 4)
@@ -141,6 +144,7 @@ def debiased_calibration_error(
         ValueError: if `average` is not one of the three.
 
     Example:
+        >>> from calib_jax import bin_statistics
         >>> probs = jnp.full((1, 100, 1), 0.8)
         >>> labels = (jnp.arange(100) < 60).astype(jnp.float32)[None, :, None]
         >>> round(float(debiased_calibration_error(bin_statistics(probs, labels))[0, 0]), 4)  # 0.2, less chance

@@ -63,10 +63,10 @@ def segmentation_loss(
     :math:`L = \mathrm{Dice}(p, y) + \mathrm{CE}(p, y) + 0.3\,\mathrm{mL1\text{-}ACE}(p, y)`. Parts of weight 0 are
     not computed. Weights are Python numbers, so that they are known when the program is traced.
 
-    On CPUs under Linux, set the environment variable `GLIBC_TUNABLES=glibc.malloc.hugetlb=1` before Python starts,
-    so that large arrays lie in huge pages. On two cores and `[2, 96, 96, 96, 4]`, loss and gradient then take 140
-    instead of 190 ms of processor time. No compiler option is needed: with the trainer's
-    (`xla_disable_hlo_passes=cse_barrier_expander`) they take 143 and 202 ms.
+    No compiler option is needed: with the trainer's (`xla_disable_hlo_passes=cse_barrier_expander`), loss and
+    gradient of `[2, 96, 96, 96, 4]` take 202 ms of processor time, without it 194. On CPUs under Linux, the
+    environment variable `GLIBC_TUNABLES=glibc.malloc.hugetlb=1`, set before Python starts, puts large arrays into
+    huge pages, and they take 141 ms.
 
     Args:
         logits: unnormalised scores `[batch, *spatial, classes]`, at least two classes.
@@ -112,6 +112,7 @@ def segmentation_loss(
 
         Volumes split over all devices along their depth:
 
+        >>> import jax
         >>> mesh = jax.make_mesh((len(jax.devices()),), ("space",), axis_types=(jax.sharding.AxisType.Auto,))
         >>> depth = jax.sharding.PartitionSpec(None, "space")
         >>> def part(logits, labels):

@@ -158,7 +158,7 @@ def test_accumulation_and_recomputation_take_less_memory() -> None:
     """Three levels at full size, where activations are most of it."""
     config = dataclasses.replace(
         CONFIG,
-        model=ModelConfig(network=UNetConfig(channels=(2, 2, 2)), strides=(1, 1)),
+        model=ModelConfig(network=UNetConfig(channels=(2, 2, 2), strides=(1, 1))),
         augment=NO_AUGMENTATION,
     )
 
