@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -31,6 +32,7 @@ def test_starts_once_more_with_the_same_arguments(asked, tunables, expected, tmp
     file.write_text(PROGRAM.format(asked=asked))
     environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
     environment |= {"GLIBC_TUNABLES": tunables} if tunables else {}
+    environment["PYTHONPATH"] = str(Path(__file__).parent.parent)  # `train` is not installed
     command = [sys.executable, "-X", "utf8", file, "--losses", "dice+2*ace", "two words"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == f"{expected} --losses dice+2*ace two words\n"
