@@ -8,7 +8,7 @@ import ast
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin
 
@@ -111,13 +111,12 @@ def import_object(path: str) -> Any:
         raise InputError(f"{path}: module {module_name!r} has no {attribute!r}.") from error
 
 
-def check_arguments(call: Call, accepted: Iterable[str] | Mapping[str, inspect.Parameter]) -> None:
+def check_arguments(call: Call, parameters: Mapping[str, inspect.Parameter]) -> None:
     """Checks the arguments of a call.
 
     Args:
         call: as `parse_call` returns it.
-        accepted: names of the arguments that the object takes; or its `keyword_parameters`, whose types are then
-            checked too, and whose required ones must be given.
+        parameters: the `keyword_parameters` that a user may set.
 
     Raises:
         InputError: for an argument that is unknown, is missing, or has the wrong type.
@@ -128,13 +127,11 @@ def check_arguments(call: Call, accepted: Iterable[str] | Mapping[str, inspect.P
         Traceback (most recent call last):
         train.errors.InputError: loss takes gamma as a number, but gamma is 'three'.
     """
-    names = tuple(accepted)
-    parameters = accepted if isinstance(accepted, Mapping) else {}
     for name, value in call.arguments.items():
-        if name not in names:
-            known = f"it takes {', '.join(names)}" if names else "it takes none"
+        if name not in parameters:
+            known = f"it takes {', '.join(parameters)}" if parameters else "it takes none"
             raise InputError(f"{call.name} has no argument {name!r}: {known}.")
-        if name in parameters and (expected := _mismatch(value, parameters[name])):
+        if expected := _mismatch(value, parameters[name]):
             raise InputError(f"{call.name} takes {name} as {expected}, but {name} is {value!r}.")
     for name, parameter in parameters.items():
         if parameter.default is parameter.empty and name not in call.arguments:
@@ -163,8 +160,3 @@ def keyword_parameters(function: Callable[..., Any]) -> dict[str, inspect.Parame
         if parameter.kind is parameter.KEYWORD_ONLY
         or (parameter.kind is parameter.POSITIONAL_OR_KEYWORD and parameter.default is not parameter.empty)
     }
-
-
-def keyword_names(function: Callable[..., Any]) -> tuple[str, ...]:
-    """Names of the `keyword_parameters` of `function`."""
-    return tuple(keyword_parameters(function))

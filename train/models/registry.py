@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from train.errors import InputError, describe
-from train.plugins import check_arguments, import_object, keyword_names, parse_call
+from train.plugins import check_arguments, import_object, keyword_parameters, parse_call
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -119,7 +119,8 @@ def _call_factory(architecture: str, sizes: Mapping[str, Any]) -> "nnx.Module":
 
     call = parse_call(architecture)
     factory = import_object(call.name)
-    check_arguments(call, [name for name in keyword_names(factory) if name not in sizes])
+    own = {name: value for name, value in keyword_parameters(factory).items() if name not in sizes}
+    check_arguments(call, own)
     try:
         network = factory(**sizes, **call.arguments)
     except Exception as error:
