@@ -20,9 +20,8 @@ from train.processes import is_first, join_shares, own_share
 from train.progress import progress
 
 NUM_BINS = 20
-_FEWEST_VOXELS = (
-    2**16
-)  # cases are filled up to at least this size, so that small ones share a compiled program
+# Cases are filled up to at least so many voxels: small ones then share a compiled program.
+_FEWEST_VOXELS = 2**16
 
 # Class ids, or the share of each class among several annotators.
 Label = Integer[Array, "*voxels"] | Float[Array, "*voxels classes"]
@@ -36,7 +35,7 @@ def foreground(
     probs: Float[Array, "*voxels classes"], label: Label
 ) -> tuple[Float[Array, "*voxels foreground"], Label]:
     """Every class but background, whose voxels get the id -1 of no class."""
-    return probs[..., 1:], label[..., 1:] if label.ndim == probs.ndim else label.astype(jnp.int32) - 1
+    return probs[..., 1:], label[..., 1:] if are_dense(label, probs) else label.astype(jnp.int32) - 1
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class SumsOfClasses:
     def __call__(
         self, probs: Float[Array, "*voxels classes"], label: Label
     ) -> tuple[Float[Array, "*voxels regions"], Num[Array, "*voxels regions"]]:
-        return self._sums(probs), self._sums(label) if label.ndim == probs.ndim else self.members(label)
+        return self._sums(probs), self._sums(label) if are_dense(label, probs) else self.members(label)
 
     def members(self, label: Int[Array, "*voxels"]) -> UInt8[Array, "*voxels regions"]:
         """1 where the class id belongs to the region, else 0."""
@@ -70,7 +69,7 @@ class OwnRegions(SumsOfClasses):
     def __call__(
         self, probs: Float[Array, "*voxels regions"], label: Label
     ) -> tuple[Float[Array, "*voxels regions"], Num[Array, "*voxels regions"]]:
-        return probs, self.members(label) if label.ndim < probs.ndim else self._sums(label)
+        return probs, self._sums(label) if are_dense(label, probs) else self.members(label)
 
 
 def regions_of(dataset: Dataset, predicted: Sequence[str] = ()) -> tuple[Regions, tuple[str, ...]]:
@@ -112,7 +111,7 @@ class CaseStatistics:
         if self.has_ignore:
             label, labelled = mask_ignored(label)
             where = where & labelled
-        shares = label.reshape(1, -1, label.shape[-1]) if label.ndim == probs.ndim else None
+        shares = label.reshape(1, -1, label.shape[-1]) if are_dense(label, probs) else None
         ids = label if shares is None else label.argmax(-1)
         probs = probs.reshape(1, -1, probs.shape[-1])
         ids, where = ids.reshape(1, -1).astype(jnp.int32), where.reshape(1, -1)
