@@ -30,7 +30,7 @@ STORED = {
             spatial_dims=2,
             init_filters=4,
             blocks_down=(1, 1, 1),
-            norm=("instance", {"affine": True}),
+            norm="affine-instance",
             deep_supervision=2,
         ),
         (12, 8),

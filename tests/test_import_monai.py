@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -224,8 +225,8 @@ def test_options_that_do_not_fit(
 )
 def test_options_told_from_weights(make: object, options: str) -> None:
     state = {f"net.{name}": array for name, array in patterned_state(jax.eval_shape(make)).items()}
-    architecture, prefix = find_network(state)
-    assert prefix == "net."
+    architecture, prefix, copies = find_network(state)
+    assert (prefix, copies) == ("net.", [])
     assert fitting_options(architecture, {k.removeprefix(prefix): v for k, v in state.items()}) == options
 
 
@@ -480,15 +481,8 @@ def test_what_weights_do_not_tell_is_said_and_kept(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"norm": ("instance", {"affine": True})}, "give --norm affine-instance, or --norm group"),
+        ({"norm": "affine-instance"}, "give --norm affine-instance, or --norm group"),
         ({"norm": "batch"}, "give --norm batch"),
-        ({"act": "relu"}, "it has no PReLU but another activation function"),
-        (
-            {"act": ("prelu", {"num_parameters": 1}), "bias": False},
-            "no bias (bias=False), which is not supported",
-        ),
-        ({"kernel_size": 5}, "kernels of 5x5x5 voxels, and only 3 a side"),
-        ({"up_kernel_size": 5}, "kernels of 5x5x5 voxels, and only 3 a side"),
         ({"num_res_units": 1}, "its weights say --num-res-units 1"),
         ({"channels": (4, 6)}, "its weights say --channels 4 6"),
         ({"strides": (1,)}, "--strides with 1 at place 1"),
@@ -499,6 +493,39 @@ def test_hints_say_what_differs_and_nothing_else(
     options: dict[str, object], words: str, tmp_path: Path
 ) -> None:
     state = patterned_state(jax.eval_shape(lambda: small_unet(**options)))
+    with pytest.raises(InputError) as refused:
+        load_weights(small_unet(), write(tmp_path / "w.safetensors", state), CONFIG, INFO)
+    message = str(refused.value)
+    assert words in message
+    given = ("--architecture", "--channels 4 8", "--num-res-units 2", "--norm instance")
+    assert not [option for option in given if option in message]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda name, array: None if name.endswith("adn.A.weight") else array,
+            "it has no PReLU but another activation function",
+        ),
+        (
+            lambda name, array: None if name.endswith("conv.bias") else array,
+            "no bias (bias=False), which is not supported",
+        ),
+        (
+            lambda name, array: np.zeros((*array.shape[:2], 5, 5, 5)) if array.ndim == 5 else array,
+            "kernels of 5x5x5 voxels, and only 3 a side",
+        ),
+    ],
+)
+def test_hints_say_what_no_option_makes(
+    change: Callable[[str, np.ndarray], np.ndarray | None],
+    words: str,
+    unet: dict[str, np.ndarray],
+    tmp_path: Path,
+) -> None:
+    changed = {name: change(name, array) for name, array in unet.items()}
+    state = {name: array for name, array in changed.items() if array is not None}
     with pytest.raises(InputError) as refused:
         load_weights(small_unet(), write(tmp_path / "w.safetensors", state), CONFIG, INFO)
     message = str(refused.value)

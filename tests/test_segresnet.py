@@ -21,13 +21,13 @@ CASES = {
     "supervised, 3-D": (
         "SegResNetDS",
         {"spatial_dims": 3, "init_filters": 4, "blocks_down": (1, 1, 1), "norm": "instance", "dsdepth": 2},
-        {"norm": ("instance", {"affine": True})},
+        {"norm": "affine-instance"},
         (8, 4, 12),
     ),
     "one head, 2-D": (
         "SegResNetDS",
-        {**SMALL, "init_filters": 8, "norm": ("group", {"num_groups": 4}), "dsdepth": 1},
-        {},
+        {**SMALL, "init_filters": 8, "norm": ("group", {"num_groups": 8}), "dsdepth": 1},
+        {"norm": "group"},
         (8, 12),
     ),
 }

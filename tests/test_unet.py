@@ -14,34 +14,27 @@ SMALL = {"in_channels": 2, "out_channels": 3, "channels": (4, 8), "strides": (2,
 CASES = {
     "paper, 3-D": (3, (16, 24, 16), {"in_channels": 1, "out_channels": 3, **PAPER}),
     "paper, 2-D": (2, (32, 24), {"in_channels": 4, "out_channels": 4, **PAPER}),
-    "no residual units": (3, (8, 6, 4), {**SMALL, "num_res_units": 0, "act": "relu"}),
-    "no residual units, 2-D": (2, (8, 6), {**SMALL, "num_res_units": 0, "act": "gelu", "norm": None}),
-    "one subunit, windows of several sizes": (
-        3,
-        (8, 8, 12),
-        {**SMALL, "kernel_size": (3, 1, 5), "up_kernel_size": 5, "num_res_units": 1, "act": "elu"},
-    ),
+    "no residual units": (3, (8, 6, 4), {**SMALL, "num_res_units": 0}),
+    "no residual units, 2-D": (2, (8, 6), {**SMALL, "num_res_units": 0}),
+    "one subunit": (3, (8, 8, 12), {**SMALL, "num_res_units": 1}),
     "three levels of different strides": (
         2,
         (24, 18),
         {**SMALL, "channels": (4, 6, 8, 10), "strides": (3, 1, 2), "num_res_units": 1},
     ),
-    "group norm, no bias": (
+    # The reference's group norm wants its groups to divide the classes as well.
+    "group norm": (
         2,
         (8, 12),
-        {**SMALL, "norm": ("group", {"num_groups": 2}), "bias": False, "num_res_units": 3},
+        {**SMALL, "channels": (8, 16), "out_channels": 8, "norm": "group", "num_res_units": 3},
     ),
-    "affine instance norm, leaky ReLU": (
-        2,
-        (8, 12),
-        {
-            **SMALL,
-            "norm": ("instance", {"affine": True}),
-            "act": ("leakyrelu", {"negative_slope": 0.2}),
-            "num_res_units": 2,
-        },
-    ),
+    "affine instance norm": (2, (8, 12), {**SMALL, "norm": "affine-instance", "num_res_units": 2}),
 }
+NORMS = {
+    "instance": "instance",
+    "affine-instance": ("instance", {"affine": True}),
+    "group": ("group", {"num_groups": 8}),
+}  # as MONAI calls them
 
 
 def gradients(model, x, g):
@@ -56,19 +49,13 @@ def gradients(model, x, g):
     return run(params, x, g)
 
 
-def group_norm_divides(options):
-    """The reference's group norm wants its groups to divide the classes as well."""
-    return {**options, "out_channels": 4} if isinstance(options.get("norm"), tuple) else options
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_equals_monai(name):
     torch = pytest.importorskip("torch")
     nets = pytest.importorskip("monai.networks.nets")
     spatial_dims, sizes, options = CASES[name]
-    options = group_norm_divides(options)
     torch.manual_seed(0)
-    theirs = nets.UNet(spatial_dims, **options)
+    theirs = nets.UNet(spatial_dims, **options | {"norm": NORMS[options.get("norm", "instance")]})
     ours, expected = (UNet(spatial_dims=spatial_dims, **options) for _ in range(2))
     load_monai_weights(ours, {k: v.numpy().copy() for k, v in theirs.state_dict().items()})
 
@@ -117,13 +104,13 @@ def test_initial_values_are_pytorchs():
 
 
 def test_dropout_is_between_norm_and_activation():
-    """Half of the voxels are zero after a ReLU of normalised values; dropout halves the rest and doubles them."""
-    options = {**SMALL, "spatial_dims": 2, "num_res_units": 0, "act": "relu"}
+    """Dropout halves the voxels and doubles the others, which PReLU keeps."""
+    options = {**SMALL, "spatial_dims": 2, "num_res_units": 0}
     model = UNet(**options, dropout=0.5, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (2, 64, 64, 2))
     unit = model.down[0]
     dropped = unit(x)
-    assert 0.7 < float((dropped == 0).mean()) < 0.8
+    assert 0.45 < float((dropped == 0).mean()) < 0.55
     assert bool((model(x) != model(x)).any())
     model.eval()
     kept = unit(x)
@@ -151,12 +138,10 @@ def test_compiles_once():
     assert traces == 1
 
 
-@pytest.mark.parametrize(
-    ("norm", "matters"), [("instance", False), (("group", {"num_groups": 1}), True), (None, True)]
-)
+@pytest.mark.parametrize(("norm", "matters"), [("instance", False), ("group", True)])
 def test_bias_before_a_norm(norm, matters):
-    """Instance norm takes it away again; one group of all channels does not."""
-    model = UNet(**SMALL, spatial_dims=2, norm=norm)
+    """Instance norm takes it away again; a group of two channels does not."""
+    model = UNet(**SMALL | {"channels": (16, 16), "out_channels": 8}, spatial_dims=2, norm=norm)
     x = jax.random.normal(jax.random.key(0), (1, 8, 8, 2))
     before = model(x)
     bias = model.down[0].units[0].conv.bias
@@ -181,11 +166,8 @@ def test_image_of_another_kind(shape):
     [
         ({"spatial_dims": 1}, "spatial_dims is 1"),
         ({"strides": (2, 2)}, "one stride between"),
-        ({"kernel_size": 4}, "kernel_size is 4"),
-        ({"up_kernel_size": (3, 3, 3)}, "up_kernel_size is"),
-        ({"act": "snake"}, "act is 'snake'"),
         ({"norm": "spectral"}, "norm is 'spectral'"),
-        ({"norm": ("group", {"num_groups": 3})}, "divisor of 4"),
+        ({"norm": "group"}, "divisor of 4"),
     ],
 )
 def test_options_that_make_no_network(options, message):

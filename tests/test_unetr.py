@@ -58,7 +58,7 @@ def test_takes_no_image_of_another_size():
 
 
 def test_dropout_in_every_transformer_block():
-    options = {"mlp_dim": 12, "num_heads": 2, "qkv_bias": False, "rngs": nnx.Rngs(0)}
+    options = {"mlp_dim": 12, "num_heads": 2, "rngs": nnx.Rngs(0)}
     block = TransformerBlock(8, dropout=0.3, **options)
     x = jax.random.normal(jax.random.key(0), (1, 4, 8))
     assert bool((block(x) != block(x)).any())

@@ -23,13 +23,6 @@ NETWORKS = {
 }
 """Architecture -> where its config class is."""
 
-_NORMS: Mapping[str, Any] = {
-    "instance": "instance",
-    "affine-instance": ("instance", {"affine": True}),
-    "group": ("group", {"num_groups": 8}),
-    "batch": "batch",
-}
-
 
 @dataclass(frozen=True)
 class NetworkConfig:
@@ -107,7 +100,7 @@ def make_network(model: "ModelConfig", **sizes: Any) -> "nnx.Module":
     """
     if is_external(model.architecture):
         return _call_factory(model.architecture, sizes)
-    norm = {"norm": _NORMS[model.norm]} if model.norm else {}
+    norm = {"norm": model.norm} if model.norm else {}
     try:
         return model.network.make(dropout=model.dropout, **norm, **sizes)
     except ValueError as error:

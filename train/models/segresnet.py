@@ -6,7 +6,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from train.models.blocks import Convolution, Option, check_image, make_activation, make_norm
+from train.models.blocks import Convolution, check_image, make_dropout, make_norm
 from train.models.remat import recomputable
 
 Logits = Float[Array, "batch *spatial classes"]
@@ -26,14 +26,13 @@ class SegResNet(nnx.Module):
         init_filters: channels of the finest level; each further level has twice as many and half the size.
         blocks_down: residual blocks of each level on the way down, the finest first.
         blocks_up: residual blocks of each level on the way up, the coarsest first; left out, one at each level.
-        act: activation, as in `UNet`.
         norm: normalisation, as in `UNet`.
         dropout: dropout rate, after the first convolution.
         deep_supervision: levels that give logits in training; 0 for `SegResNet`, 1 or more for `SegResNetDS`.
         rngs: seeds of the parameters and, where `dropout` is positive, of dropout.
 
     Raises:
-        ValueError: if options contradict one another or name an unknown layer.
+        ValueError: if options contradict one another or name an unknown norm.
 
     Example:
         >>> import jax.numpy as jnp
@@ -50,15 +49,14 @@ class SegResNet(nnx.Module):
         spatial_dims: int = 3,
         init_filters: int = 8,
         blocks_down: Sequence[int] = (1, 2, 2, 4),
-        blocks_up: Sequence[int] | None = None,
-        act: Option = "relu",
-        norm: Option = ("group", {"num_groups": 8}),
+        blocks_up: Sequence[int] = (),
+        norm: str = "group",
         dropout: float = 0.0,
         deep_supervision: int = 0,
         rngs: nnx.Rngs | None = None,
     ):
         ups = len(blocks_down) - 1
-        blocks_up = (1,) * ups if blocks_up is None else blocks_up
+        blocks_up = blocks_up or (1,) * ups
         if spatial_dims not in (2, 3):
             raise ValueError(f"spatial_dims is {spatial_dims}; expected 2 or 3.")
         if ups < 1 or len(blocks_up) != ups:
@@ -81,8 +79,7 @@ class SegResNet(nnx.Module):
         filters = [init_filters * 2**i for i in range(ups + 1)]
 
         def blocks(channels: int, count: int) -> nnx.Sequential:
-            layers = {"act": act, "norm": norm, "rngs": rngs}
-            return nnx.Sequential(*(PreActivationBlock(channels, three, **layers) for _ in range(count)))
+            return nnx.Sequential(*(PreActivationBlock(channels, three, norm, rngs) for _ in range(count)))
 
         def upsample(inputs: int, outputs: int) -> nnx.Module:
             if deep_supervision:
@@ -93,17 +90,16 @@ class SegResNet(nnx.Module):
             conv = Convolution(inputs, out_channels, one, 1, bias=True, rngs=rngs)
             if deep_supervision:
                 return conv
-            return nnx.Sequential(make_norm(norm, inputs) or _same, make_activation(act) or _same, conv)
+            return nnx.Sequential(make_norm(norm, inputs), jax.nn.relu, conv)
 
+        inputs, strides = (in_channels, *filters[:-1]), (1, *(2,) * ups)
         self.convs = nnx.List(
             [
-                Convolution(*channels, three, stride, bias=False, rngs=rngs)
-                for channels, stride in zip(
-                    zip((in_channels, *filters[:-1]), filters, strict=True), (1, *(2,) * ups), strict=True
-                )
+                Convolution(*sizes, three, stride, bias=False, rngs=rngs)
+                for *sizes, stride in zip(inputs, filters, strides, strict=True)
             ]
         )
-        self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout else None
+        self.dropout = make_dropout(dropout, rngs)
         self.down = nnx.List([blocks(*sizes) for sizes in zip(filters, blocks_down, strict=True)])
         # The lists below have the coarsest level first.
         coarse_first = filters[-2::-1]
@@ -121,7 +117,7 @@ class SegResNet(nnx.Module):
         skips = []
         for i, (conv, blocks) in enumerate(zip(self.convs, self.down, strict=True)):
             x = conv(x)
-            x = self.dropout(x) if i == 0 and self.dropout is not None else x
+            x = x if i else self.dropout(x)
             x = blocks(x)
             skips.append(x)
         x = skips.pop()
@@ -135,22 +131,19 @@ class SegResNet(nnx.Module):
 
 
 class PreActivationBlock(nnx.Module):
-    """Norm, activation and convolution, twice, added to the input."""
+    """Norm, ReLU and convolution, twice, added to the input."""
 
-    def __init__(
-        self, channels: int, kernel_size: tuple[int, ...], *, act: Option, norm: Option, rngs: nnx.Rngs
-    ):
+    def __init__(self, channels: int, kernel_size: tuple[int, ...], norm: str, rngs: nnx.Rngs):
         self.norms = nnx.List([make_norm(norm, channels) for _ in range(2)])
         self.convs = nnx.List(
             [Convolution(channels, channels, kernel_size, 1, bias=False, rngs=rngs) for _ in range(2)]
         )
-        self.act = make_activation(act) or _same
 
     @recomputable
     def __call__(self, x: Float[Array, "batch *spatial channels"]) -> Float[Array, "batch *spatial channels"]:
         y = x
         for norm, conv in zip(self.norms, self.convs, strict=True):
-            y = conv(self.act(y if norm is None else norm(y)))
+            y = conv(jax.nn.relu(norm(y)))
         return x + y
 
 
@@ -158,7 +151,3 @@ def double(x: Float[Array, "batch *spatial channels"]) -> Float[Array, "batch *d
     """Twice the size by linear interpolation between voxel centres."""
     batch, *spatial, channels = x.shape
     return jax.image.resize(x, (batch, *(2 * size for size in spatial), channels), "linear")
-
-
-def _same(x: Array) -> Array:
-    return x

@@ -1,5 +1,6 @@
 """Options of SegResNet. Importing them needs no Flax."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -35,10 +36,4 @@ class SegResNetConfig(NetworkConfig):
     def make(self, *, patch: tuple[int, ...], **sizes: Any) -> Any:
         from train.models.segresnet import SegResNet
 
-        return SegResNet(
-            init_filters=self.init_filters,
-            blocks_down=self.blocks_down,
-            blocks_up=self.blocks_up or None,
-            deep_supervision=self.deep_supervision,
-            **sizes,
-        )
+        return SegResNet(**dataclasses.asdict(self), **sizes)

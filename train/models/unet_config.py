@@ -1,5 +1,6 @@
 """Options of the U-Net. Importing them needs no Flax."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -34,4 +35,4 @@ class UNetConfig(NetworkConfig):
     def make(self, *, patch: tuple[int, ...], **sizes: Any) -> Any:
         from train.models.unet import UNet
 
-        return UNet(channels=self.channels, strides=self.strides, num_res_units=self.num_res_units, **sizes)
+        return UNet(**dataclasses.asdict(self), **sizes)

@@ -9,13 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from train.models.blocks import (
-    Convolution,
-    Option,
-    PatchConvolution,
-    check_image,
-    make_norm,
-)
+from train.models.blocks import Convolution, PatchConvolution, check_image, make_dropout, make_norm
 from train.models.remat import recomputable
 from train.models.unetr_config import PATCH_SIZE
 
@@ -40,11 +34,10 @@ class UNETR(nnx.Module):
         num_heads: heads of attention, a divisor of `hidden_size`.
         norm: normalisation between convolutions, as in `UNet`.
         dropout: dropout rate, after the tokens' embedding, attention and perceptrons.
-        qkv_bias: whether queries, keys and values have a bias.
         rngs: seeds of the parameters and, where `dropout` is positive, of dropout.
 
     Raises:
-        ValueError: if options contradict one another or name an unknown layer.
+        ValueError: if options contradict one another or name an unknown norm.
 
     Example:
         >>> sizes = {"feature_size": 2, "hidden_size": 8, "mlp_dim": 8, "num_heads": 2}
@@ -63,9 +56,8 @@ class UNETR(nnx.Module):
         hidden_size: int = 768,
         mlp_dim: int = 3072,
         num_heads: int = 12,
-        norm: Option = "instance",
+        norm: str = "instance",
         dropout: float = 0.0,
-        qkv_bias: bool = False,
         rngs: nnx.Rngs | None = None,
     ):
         spatial_dims = len(image_size)
@@ -78,14 +70,7 @@ class UNETR(nnx.Module):
         rngs = nnx.Rngs(0) if rngs is None else rngs
         options = {"norm": norm, "rngs": rngs}
         self.vit = VisionTransformer(
-            in_channels,
-            self.image_size,
-            hidden_size=hidden_size,
-            mlp_dim=mlp_dim,
-            num_heads=num_heads,
-            dropout=dropout,
-            qkv_bias=qkv_bias,
-            rngs=rngs,
+            in_channels, self.image_size, hidden_size, mlp_dim, num_heads, dropout, rngs
         )
         finer = [feature_size * 2**i for i in range(4)]
         self.image_encoder = ResidualBlock(in_channels, feature_size, spatial_dims, **options)
@@ -124,26 +109,26 @@ class VisionTransformer(nnx.Module):
         self,
         in_channels: int,
         image_size: tuple[int, ...],
-        *,
         hidden_size: int,
+        mlp_dim: int,
+        num_heads: int,
         dropout: float,
         rngs: nnx.Rngs,
-        **options: Any,
     ):
         patch = (PATCH_SIZE,) * len(image_size)
         self.embedding = PatchConvolution(in_channels, hidden_size, patch, bias=True, rngs=rngs)
         places = prod(size // PATCH_SIZE for size in image_size)
         self.positions = nnx.Param(0.02 * jax.random.normal(rngs.params(), (1, places, hidden_size)))
-        self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout else None
+        self.dropout = make_dropout(dropout, rngs)
         self.blocks = nnx.List(
-            [TransformerBlock(hidden_size, dropout=dropout, rngs=rngs, **options) for _ in range(NUM_LAYERS)]
+            [TransformerBlock(hidden_size, mlp_dim, num_heads, dropout, rngs) for _ in range(NUM_LAYERS)]
         )
         self.norm = _layer_norm(hidden_size, rngs)
 
     def __call__(self, x: Float[Array, "batch *spatial in"]) -> list[Float[Array, "batch *grid hidden"]]:
         x = self.embedding(x)
         images = x.shape
-        x = _dropped(self.dropout, x.reshape(images[0], -1, images[-1]) + self.positions[...])
+        x = self.dropout(x.reshape(images[0], -1, images[-1]) + self.positions[...])
         skips = []
         for i, block in enumerate(self.blocks):
             x = block(x)
@@ -155,30 +140,21 @@ class VisionTransformer(nnx.Module):
 class TransformerBlock(nnx.Module):
     """Attention and a perceptron. Each takes normalised tokens and adds to the tokens."""
 
-    def __init__(
-        self,
-        hidden_size: int,
-        *,
-        mlp_dim: int,
-        num_heads: int,
-        dropout: float,
-        qkv_bias: bool,
-        rngs: nnx.Rngs,
-    ):
+    def __init__(self, hidden_size: int, mlp_dim: int, num_heads: int, dropout: float, rngs: nnx.Rngs):
         self.num_heads = num_heads
         self.norm1 = _layer_norm(hidden_size, rngs)
-        self.qkv = _linear(hidden_size, 3 * hidden_size, rngs, bias=qkv_bias)
+        self.qkv = _linear(hidden_size, 3 * hidden_size, rngs, bias=False)
         self.out = _linear(hidden_size, hidden_size, rngs)
         self.norm2 = _layer_norm(hidden_size, rngs)
         self.linear1 = _linear(hidden_size, mlp_dim, rngs)
         self.linear2 = _linear(mlp_dim, hidden_size, rngs)
-        self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout else None
+        self.dropout = make_dropout(dropout, rngs)
 
     @recomputable
     def __call__(self, x: Float[Array, "batch tokens hidden"]) -> Float[Array, "batch tokens hidden"]:
-        x = x + _dropped(self.dropout, self.out(self._attention(self.norm1(x))))
+        x = x + self.dropout(self.out(self._attention(self.norm1(x))))
         inner = jax.nn.gelu(self.linear1(self.norm2(x)), approximate=False)
-        return x + _dropped(self.dropout, self.linear2(_dropped(self.dropout, inner)))
+        return x + self.dropout(self.linear2(self.dropout(inner)))
 
     def _attention(self, x: Array) -> Array:
         batch, tokens, hidden = x.shape
@@ -189,9 +165,7 @@ class TransformerBlock(nnx.Module):
 class TokenEncoder(nnx.Module):
     """Tokens as features of a finer level: upsampled by 2, then `more` times upsampled by 2 and convolved."""
 
-    def __init__(
-        self, inputs: int, outputs: int, more: int, spatial_dims: int, *, norm: Option, rngs: nnx.Rngs
-    ):
+    def __init__(self, inputs: int, outputs: int, more: int, spatial_dims: int, *, norm: str, rngs: nnx.Rngs):
         self.first = _doubling(inputs, outputs, spatial_dims, rngs)
         self.ups = nnx.List([_doubling(outputs, outputs, spatial_dims, rngs) for _ in range(more)])
         self.blocks = nnx.List(
@@ -208,7 +182,7 @@ class TokenEncoder(nnx.Module):
 class Decoder(nnx.Module):
     """Features of a coarser level upsampled by 2, joined with the skip and convolved."""
 
-    def __init__(self, inputs: int, outputs: int, spatial_dims: int, *, norm: Option, rngs: nnx.Rngs):
+    def __init__(self, inputs: int, outputs: int, spatial_dims: int, *, norm: str, rngs: nnx.Rngs):
         self.up = _doubling(inputs, outputs, spatial_dims, rngs)
         self.block = ResidualBlock(2 * outputs, outputs, spatial_dims, norm=norm, rngs=rngs)
 
@@ -221,7 +195,7 @@ class Decoder(nnx.Module):
 class ResidualBlock(nnx.Module):
     """Two normalised convolutions plus a shortcut, which is one too if the number of channels changes."""
 
-    def __init__(self, inputs: int, outputs: int, spatial_dims: int, *, norm: Option, rngs: nnx.Rngs):
+    def __init__(self, inputs: int, outputs: int, spatial_dims: int, *, norm: str, rngs: nnx.Rngs):
         sizes = [(inputs, 3), (outputs, 3), *([(inputs, 1)] if inputs != outputs else [])]
         self.convs = nnx.List(
             [Convolution(n, outputs, (side,) * spatial_dims, 1, bias=False, rngs=rngs) for n, side in sizes]
@@ -230,7 +204,7 @@ class ResidualBlock(nnx.Module):
 
     def __call__(self, x: Float[Array, "batch *spatial in"]) -> Float[Array, "batch *spatial out"]:
         first, second, *shortcut = (
-            lambda x, conv=conv, norm=norm: conv(x) if norm is None else norm(conv(x))
+            lambda x, conv=conv, norm=norm: norm(conv(x))
             for conv, norm in zip(self.convs, self.norms, strict=True)
         )
         y = second(jax.nn.leaky_relu(first(x)))
@@ -252,7 +226,3 @@ def _linear(inputs: int, outputs: int, rngs: nnx.Rngs, *, bias: bool = True) -> 
 
 def _layer_norm(channels: int, rngs: nnx.Rngs) -> nnx.LayerNorm:
     return nnx.LayerNorm(channels, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
-
-
-def _dropped(dropout: nnx.Dropout | None, x: Array) -> Array:
-    return x if dropout is None else dropout(x)

@@ -23,7 +23,6 @@ from train.models.registry import is_external
 from train.monai.identify import (
     advice,
     assumptions,
-    averaged_copies,
     find_network,
     fitting_options,
     output_channels,
@@ -94,7 +93,7 @@ def load_weights(network: nnx.Module, file: Path, config: RunConfig, info: DataI
             f"{file} holds no UNet, SegResNet, SegResNetDS or UNETR of MONAI: its first name is "
             f"{next(iter(state), 'nothing')}."
         )
-    architecture, prefix = found
+    architecture, prefix, copies = found
     under = {name.removeprefix(prefix): array for name, array in state.items() if name.startswith(prefix)}
     if architecture != model.architecture:
         raise InputError(
@@ -117,7 +116,6 @@ def load_weights(network: nnx.Module, file: Path, config: RunConfig, info: DataI
             f"{file} does not fit these options, {info.num_channels} channels and {outputs}. "
             f"{str(error).rstrip('.')}; {advice(model, config.data.patch, under)}."
         ) from error
-    copies = averaged_copies(state)
     held = [
         f"a copy of the network under {copy}, averaged over training, which is not taken" for copy in copies
     ]
