@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -29,9 +29,6 @@ from train.console import console
 from train.data import AugmentConfig
 from train.errors import CasesFailed, InputError, Stopped, check_numbers
 from train.models.registry import NETWORKS, config_class, is_external
-
-if TYPE_CHECKING:
-    from train.published import Row
 
 # Each command imports what it runs, so that `--help` and errors about options come at once.
 RunFolder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="run", metavar="RUN")]
@@ -89,6 +86,7 @@ class Compare(_Options):
     def run(self) -> None:
         from train.compare import compare
         from train.processes import is_first, join_processes
+        from train.recipes import published
 
         folder = self.folder("compare")
         join_processes(self.devices)
@@ -130,6 +128,7 @@ class Fit(_Options):
         from train.compare import evaluate_run
         from train.fit import fit
         from train.processes import is_first, join_processes
+        from train.recipes import published
         from train.task import check_best_is_known, open_task
 
         if self.temperature and not self.recipe:
@@ -359,13 +358,6 @@ class Recipes:
         print(describe([find_recipe(name) for name in self.names or RECIPES]))
 
 
-def published(recipes: Sequence[str]) -> "list[Row]":
-    """The published figures of these recipes."""
-    from train.recipes import find_recipe
-
-    return [row for name in recipes for row in find_recipe(name).published]
-
-
 COMMANDS = {
     "compare": Compare,
     "fit": Fit,
@@ -390,9 +382,9 @@ def parse(arguments: Sequence[str]) -> Any:
         name, options = "compare", list(arguments)
     settings: Any = {"config": (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)}
     if name not in COMMANDS:
-        kinds = [Annotated[kind, tyro.conf.subcommand(name)] for name, kind in COMMANDS.items()]
-        union: Any = Union[tuple(kinds)]  # noqa: UP007, of types that are only known now
-        return tyro.cli(union, args=arguments, prog="python -m train", description=__doc__, **settings)
+        return tyro.extras.subcommand_cli_from_dict(
+            COMMANDS, args=arguments, prog="python -m train", description=__doc__, **settings
+        )
     kind, given = COMMANDS[name], given_options(options)
     if not issubclass(kind, _Options | ImportMonai):
         return tyro.cli(kind, args=options, prog=f"python -m train {name}", **settings)
@@ -456,7 +448,7 @@ def _default(kind: type[Any], arguments: Sequence[str]) -> tuple[Any, str]:
 
 
 def _recipe_settings(kind: type[Any], names: Sequence[str]) -> dict[str, Any]:
-    from train.recipes import find_recipe
+    from train.recipes import DEVICES, find_recipe
 
     recipes = [find_recipe(name) for name in names]
     first, *others = (recipe.config for recipe in recipes)
@@ -464,7 +456,7 @@ def _recipe_settings(kind: type[Any], names: Sequence[str]) -> dict[str, Any]:
         if dataclasses.replace(config, loss=first.loss) != first:
             raise InputError(f"{name} and {names[0]} differ in more than their losses: compare them apart.")
     settings = {part: getattr(first, part) for part in ("data", "training", "model", "augment")}
-    settings["devices"] = recipes[0].devices
+    settings["devices"] = DEVICES
     if kind is Fit:
         return settings | {"loss": first.loss, "recipe": names[0]}
     losses = tuple(recipe.config.loss for recipe in recipes)

@@ -92,12 +92,9 @@ class SegResNet(nnx.Module):
                 return conv
             return nnx.Sequential(make_norm(norm, inputs), jax.nn.relu, conv)
 
-        inputs, strides = (in_channels, *filters[:-1]), (1, *(2,) * ups)
+        levels = zip((in_channels, *filters[:-1]), filters, (1, *(2,) * ups), strict=True)
         self.convs = nnx.List(
-            [
-                Convolution(*sizes, three, stride, bias=False, rngs=rngs)
-                for *sizes, stride in zip(inputs, filters, strides, strict=True)
-            ]
+            [Convolution(n, m, three, stride, bias=False, rngs=rngs) for n, m, stride in levels]
         )
         self.dropout = make_dropout(dropout, rngs)
         self.down = nnx.List([blocks(*sizes) for sizes in zip(filters, blocks_down, strict=True)])
