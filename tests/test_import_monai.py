@@ -10,18 +10,15 @@ import jax.numpy as jnp
 import nibabel as nib
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from networks import TINY_UNETR, patterned_state
+from networks import TINY_UNETR, make_segresnet, make_unet, make_unetr, patterned_state
 
 from train.cli import main
 from train.config import DataConfig, DataInfo, ModelConfig, RunConfig, read_config
 from train.errors import InputError
-from train.models.segresnet import SegResNet
-from train.models.unet import UNet
-from train.models.unet_config import UNetConfig
-from train.models.unetr import UNETR
-from train.models.unetr_config import UNETRConfig
+from train.models.configs import UNetConfig, UNETRConfig
 from train.monai.identify import find_network, fitting_options
 from train.monai.import_run import load_weights
 from train.monai.mapping import load_monai_weights, monai_names
@@ -63,7 +60,7 @@ def write(file: Path, arrays: dict[str, np.ndarray]) -> Path:
 @pytest.fixture(scope="module")
 def segresnet() -> dict[str, np.ndarray]:
     """Weights of a SegResNet of 1 channel and 2 classes."""
-    return patterned_state(SegResNet(**SIZES, blocks_down=(1, 1)))
+    return patterned_state(make_segresnet(**SIZES, blocks_down=(1, 1)))
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +97,7 @@ def imported(msd: Path, segresnet: dict[str, np.ndarray], tmp_path_factory: pyte
 
 
 def test_imported_weights_are_the_runs(imported: Path, segresnet: dict[str, np.ndarray]) -> None:
-    model = SegResNet(**SIZES, blocks_down=(1, 1))
+    model = make_segresnet(**SIZES, blocks_down=(1, 1))
     load_monai_weights(model, segresnet)
     config, info, predict = load_run(imported)
     image = np.random.default_rng(0).normal(size=(*config.data.patch, 1)).astype(np.float32)
@@ -206,19 +203,19 @@ def test_options_that_do_not_fit(
     ("make", "options"),
     [
         (
-            lambda: UNet(**SIZES, channels=(4, 6, 8), strides=(2, 2)),
+            lambda: make_unet(**SIZES, channels=(4, 6, 8), strides=(2, 2)),
             "--architecture unet --channels 4 6 8 --num-res-units 2",
         ),
         (
-            lambda: UNet(**SIZES, channels=(4, 6), strides=(2,), num_res_units=0, norm="batch"),
+            lambda: make_unet(**SIZES, channels=(4, 6), strides=(2,), num_res_units=0, norm="batch"),
             "--architecture unet --norm batch --channels 4 6 --num-res-units 0",
         ),
         (
-            lambda: SegResNet(**SIZES, blocks_down=(1, 2, 1), blocks_up=(1, 2), deep_supervision=2),
+            lambda: make_segresnet(**SIZES, blocks_down=(1, 2, 1), blocks_up=(1, 2), deep_supervision=2),
             "--architecture segresnet --init-filters 8 --blocks-down 1 2 1 --blocks-up 1 2 --deep-supervision 2",
         ),
         (
-            lambda: UNETR(**SIZES, image_size=(16, 16), **TINY_UNETR),
+            lambda: make_unetr(**SIZES, image_size=(16, 16), **TINY_UNETR),
             "--architecture unetr --feature-size 2 --hidden-size 8 --mlp-dim 12",
         ),
     ],
@@ -368,8 +365,8 @@ CONFIG = RunConfig("imported", DataConfig("", patch=(8, 8, 8)), ModelConfig(netw
 INFO = DataInfo("none", ("background", "box"), num_channels=1, spatial_dims=3)
 
 
-def small_unet(**options: object) -> UNet:
-    return UNet(**{**SIZES, "channels": (4, 8), "strides": (2,), **options})
+def small_unet(**options: object) -> nnx.Module:
+    return make_unet(**{**SIZES, "channels": (4, 8), "strides": (2,), **options})
 
 
 @pytest.fixture(scope="module")
@@ -452,7 +449,7 @@ def test_an_averaged_copy_is_left(unet: dict[str, np.ndarray], tmp_path: Path) -
 
 def test_unused_weights_of_old_networks_are_named(tmp_path: Path) -> None:
     options = {"feature_size": 2, "hidden_size": 8, "mlp_dim": 12, "num_heads": 2}
-    state = patterned_state(jax.eval_shape(lambda: UNETR(**SIZES, image_size=(16, 16, 16), **options)))
+    state = patterned_state(jax.eval_shape(lambda: make_unetr(**SIZES, image_size=(16, 16, 16), **options)))
     unused = {
         "vit.patch_embedding.cls_token": np.zeros((1, 1, 8), np.float32),
         "encoder2.blocks.0.1.conv3.conv.weight": np.zeros((4, 4, 1, 1, 1), np.float32),
@@ -460,7 +457,7 @@ def test_unused_weights_of_old_networks_are_named(tmp_path: Path) -> None:
     config = RunConfig(
         "imported", DataConfig("", patch=(16,) * 3), ModelConfig("unetr", network=UNETRConfig(**options))
     )
-    model = UNETR(**SIZES, image_size=(16, 16, 16), **options)
+    model = make_unetr(**SIZES, image_size=(16, 16, 16), **options)
     notes = load_weights(model, write(tmp_path / "w.safetensors", state | unused), config, INFO)
     assert f"{', '.join(sorted(unused))}, which MONAI's unetr does not use" in notes[0]
     assert "2 heads of attention" in notes[1]

@@ -15,9 +15,7 @@ from train.cli import main, parse
 from train.config import ModelConfig, RunConfig, from_json, read_config, to_json
 from train.errors import InputError
 from train.models import registry
-from train.models.segresnet_config import SegResNetConfig
-from train.models.unet_config import UNetConfig
-from train.models.unetr_config import UNETRConfig
+from train.models.configs import SegResNetConfig, UNetConfig, UNETRConfig
 from train.run.load import load_run
 from train.terms import TERMS
 

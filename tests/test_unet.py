@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from networks import make_unet
 
-from train.models.unet import UNet
+from train.errors import InputError
 from train.monai.mapping import load_monai_weights
 
 PAPER = {"channels": (8, 16, 32, 64), "strides": (2, 2, 2), "num_res_units": 2}
@@ -56,7 +57,7 @@ def test_equals_monai(name):
     spatial_dims, sizes, options = CASES[name]
     torch.manual_seed(0)
     theirs = nets.UNet(spatial_dims, **options | {"norm": NORMS[options.get("norm", "instance")]})
-    ours, expected = (UNet(spatial_dims=spatial_dims, **options) for _ in range(2))
+    ours, expected = (make_unet(spatial_dims=spatial_dims, **options) for _ in range(2))
     load_monai_weights(ours, {k: v.numpy().copy() for k, v in theirs.state_dict().items()})
 
     rng = np.random.default_rng(0)
@@ -84,13 +85,13 @@ def assert_relatively_close(ours, expected, noise=0.0):
 
 def test_number_of_parameters():
     """The paper's network for BraTS: 4 modalities, 4 classes."""
-    model = UNet(in_channels=4, out_channels=4)
+    model = make_unet(in_channels=4, out_channels=4)
     assert sum(p.size for p in jax.tree.leaves(nnx.state(model, nnx.Param))) == 300_125
 
 
 def test_initial_values_are_pytorchs():
     """Uniform within 1 / sqrt(fan-in), where a transposed kernel's fan-in counts its outputs."""
-    model = UNet(in_channels=4, out_channels=4, rngs=nnx.Rngs(1))
+    model = make_unet(in_channels=4, out_channels=4, rngs=nnx.Rngs(1))
     for conv, fan_in in [
         (model.bottom.units[1].conv, 27 * 64),
         (model.down[1].units[0].conv, 27 * 8),
@@ -106,7 +107,7 @@ def test_initial_values_are_pytorchs():
 def test_dropout_is_between_norm_and_activation():
     """Dropout halves the voxels and doubles the others, which PReLU keeps."""
     options = {**SMALL, "spatial_dims": 2, "num_res_units": 0}
-    model = UNet(**options, dropout=0.5, rngs=nnx.Rngs(0))
+    model = make_unet(**options, dropout=0.5, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (2, 64, 64, 2))
     unit = model.down[0]
     dropped = unit(x)
@@ -119,13 +120,13 @@ def test_dropout_is_between_norm_and_activation():
 
 
 def test_no_random_state_without_dropout():
-    model = UNet(**SMALL, spatial_dims=2)
+    model = make_unet(**SMALL, spatial_dims=2)
     assert not jax.tree.leaves(nnx.state(model, nnx.Not(nnx.Param)))
 
 
 def test_compiles_once():
     traces = 0
-    graphdef, params, rest = nnx.split(UNet(**SMALL, spatial_dims=2), nnx.Param, ...)
+    graphdef, params, rest = nnx.split(make_unet(**SMALL, spatial_dims=2), nnx.Param, ...)
 
     @jax.jit
     def forward(params, x):
@@ -141,7 +142,7 @@ def test_compiles_once():
 @pytest.mark.parametrize(("norm", "matters"), [("instance", False), ("group", True)])
 def test_bias_before_a_norm(norm, matters):
     """Instance norm takes it away again; a group of two channels does not."""
-    model = UNet(**SMALL | {"channels": (16, 16), "out_channels": 8}, spatial_dims=2, norm=norm)
+    model = make_unet(**SMALL | {"channels": (16, 16), "out_channels": 8}, spatial_dims=2, norm=norm)
     x = jax.random.normal(jax.random.key(0), (1, 8, 8, 2))
     before = model(x)
     bias = model.down[0].units[0].conv.bias
@@ -150,7 +151,7 @@ def test_bias_before_a_norm(norm, matters):
 
 
 def test_size_not_divided_by_strides():
-    model = UNet(**SMALL | {"channels": (4, 8, 8), "strides": (2, 2)}, spatial_dims=2)
+    model = make_unet(**SMALL | {"channels": (4, 8, 8), "strides": (2, 2)}, spatial_dims=2)
     with pytest.raises(ValueError, match=r"Size 10 of axis 2 of the image \(1, 8, 10, 2\) .* by 4"):
         jax.eval_shape(model, jnp.zeros((1, 8, 10, 2)))
 
@@ -158,25 +159,25 @@ def test_size_not_divided_by_strides():
 @pytest.mark.parametrize("shape", [(1, 8, 8, 8, 2), (1, 8, 8, 3), (8, 8, 2)])
 def test_image_of_another_kind(shape):
     with pytest.raises(ValueError, match="expected \\[batch, 2 spatial axes, 2 channels\\]"):
-        UNet(**SMALL, spatial_dims=2)(jnp.zeros(shape))
+        make_unet(**SMALL, spatial_dims=2)(jnp.zeros(shape))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"spatial_dims": 1}, "spatial_dims is 1"),
-        ({"strides": (2, 2)}, "one stride between"),
+        ({"strides": (2, 2)}, "one stride, 1 or more, between"),
+        ({"channels": (4,), "strides": ()}, "two or more channels"),
         ({"norm": "spectral"}, "norm is 'spectral'"),
         ({"norm": "group"}, "divisor of 4"),
     ],
 )
 def test_options_that_make_no_network(options, message):
-    with pytest.raises(ValueError, match=message):
-        UNet(**SMALL | {"spatial_dims": 2} | options)
+    with pytest.raises((InputError, ValueError), match=message):
+        make_unet(**SMALL | {"spatial_dims": 2} | options)
 
 
 def test_weights_of_another_network():
-    model = UNet(**SMALL, spatial_dims=2)
+    model = make_unet(**SMALL, spatial_dims=2)
     with pytest.raises(
         ValueError, match=r"model\.0\.conv\.unit0\.conv\.weight \(and 20 more\) is missing and x is left over"
     ):

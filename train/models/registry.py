@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from train.config import ModelConfig
 
 NETWORKS = {
-    "unet": "train.models.unet_config:UNetConfig",
-    "segresnet": "train.models.segresnet_config:SegResNetConfig",
-    "unetr": "train.models.unetr_config:UNETRConfig",
+    "unet": "train.models.configs:UNetConfig",
+    "segresnet": "train.models.configs:SegResNetConfig",
+    "unetr": "train.models.configs:UNETRConfig",
 }
 """Architecture -> where its config class is."""
 

@@ -1,7 +1,5 @@
 """The paper's network: MONAI's residual `UNet`, channel last, in Flax NNX."""
 
-from collections.abc import Sequence
-from math import prod
 from typing import Any
 
 import jax.numpy as jnp
@@ -9,6 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from train.models.blocks import Convolution, PReLU, check_image, make_dropout, make_norm
+from train.models.configs import UNetConfig
 from train.models.layers import convolve
 from train.models.remat import recomputable
 
@@ -17,49 +16,37 @@ class UNet(nnx.Module):
     """U-Net with residual units, equal to `monai.networks.nets.UNet` layer by layer.
 
     Args:
+        config: its options.
         in_channels: channels of the image.
         out_channels: classes.
         spatial_dims: 2 or 3.
-        channels: channels of each level, the finest first.
-        strides: stride from each level to the next.
-        num_res_units: convolutions in a residual unit; 0 for plain convolutions instead of residual units.
         norm: `instance`, `affine-instance`, `group` (8 groups) or `batch` (stored statistics only).
         dropout: dropout rate, between norm and activation.
         rngs: seeds of the parameters and, where `dropout` is positive, of dropout.
 
     Raises:
-        ValueError: if options contradict one another or name an unknown norm.
+        ValueError: if the norm is unknown, or its groups do not divide the channels.
 
     Example:
-        >>> model = UNet(in_channels=1, out_channels=3, spatial_dims=2, channels=(4, 8), strides=(2,))
+        >>> config = UNetConfig(channels=(4, 8), strides=(2,))
+        >>> model = UNet(config, in_channels=1, out_channels=3, spatial_dims=2, rngs=nnx.Rngs(0))
         >>> model(jnp.zeros((1, 16, 24, 1))).shape
         (1, 16, 24, 3)
     """
 
     def __init__(
         self,
+        config: UNetConfig,
         *,
         in_channels: int,
         out_channels: int,
-        spatial_dims: int = 3,
-        channels: Sequence[int] = (8, 16, 32, 64),
-        strides: Sequence[int] = (2, 2, 2),
-        num_res_units: int = 2,
+        spatial_dims: int,
         norm: str = "instance",
         dropout: float = 0.0,
-        rngs: nnx.Rngs | None = None,
+        rngs: nnx.Rngs,
     ):
-        if spatial_dims not in (2, 3):
-            raise ValueError(f"spatial_dims is {spatial_dims}; expected 2 or 3.")
-        if len(channels) < 2 or len(strides) != len(channels) - 1:
-            raise ValueError(
-                f"channels are {tuple(channels)} and strides {tuple(strides)}; expected two or more channels, and "
-                "one stride between each two of them."
-            )
-        self.in_channels = in_channels
-        self.spatial_dims = spatial_dims
-        self.divisor = prod(strides)
-        rngs = nnx.Rngs(0) if rngs is None else rngs
+        self.config, self.in_channels, self.spatial_dims = config, in_channels, spatial_dims
+        channels, strides, num_res_units = config.channels, config.strides, config.num_res_units
         options = {"norm": norm, "dropout": dropout, "rngs": rngs}
 
         def block(inputs: int, outputs: int, stride: int) -> nnx.Module:
@@ -95,7 +82,7 @@ class UNet(nnx.Module):
         Raises:
             ValueError: if rank or channels of `x` are not the model's, or strides do not divide a size.
         """
-        check_image(x.shape, self.spatial_dims, self.in_channels, self.divisor)
+        check_image(x.shape, self.spatial_dims, self.in_channels, self.config.divisor)
         skips = []
         for down in self.down:
             x = down(x)

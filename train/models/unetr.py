@@ -1,6 +1,5 @@
 """UNETR, a U-Net whose encoder is a vision transformer: MONAI's `UNETR`, channel last, in Flax NNX."""
 
-from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -10,8 +9,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from train.models.blocks import Convolution, PatchConvolution, check_image, make_dropout, make_norm
+from train.models.configs import PATCH_SIZE, UNETRConfig
 from train.models.remat import recomputable
-from train.models.unetr_config import PATCH_SIZE
 
 NUM_LAYERS = 12
 SKIPS = (3, 6, 9)
@@ -25,53 +24,39 @@ class UNETR(nnx.Module):
     Every patch of 16 voxels a side has a learnt position, so the network takes images of `image_size` only.
 
     Args:
+        config: its options.
         in_channels: channels of the image.
         out_channels: classes.
         image_size: voxels along each axis, 2 or 3 multiples of 16.
-        feature_size: channels of the finest level.
-        hidden_size: channels of a token.
-        mlp_dim: channels inside a transformer block's perceptron.
-        num_heads: heads of attention, a divisor of `hidden_size`.
         norm: normalisation between convolutions, as in `UNet`.
         dropout: dropout rate, after the tokens' embedding, attention and perceptrons.
         rngs: seeds of the parameters and, where `dropout` is positive, of dropout.
 
     Raises:
-        ValueError: if options contradict one another or name an unknown norm.
+        ValueError: if the norm is unknown, or its groups do not divide the channels.
 
     Example:
-        >>> sizes = {"feature_size": 2, "hidden_size": 8, "mlp_dim": 8, "num_heads": 2}
-        >>> model = UNETR(in_channels=1, out_channels=3, image_size=(16, 32), **sizes)
+        >>> config = UNETRConfig(feature_size=2, hidden_size=8, mlp_dim=8, num_heads=2)
+        >>> model = UNETR(config, in_channels=1, out_channels=3, image_size=(16, 32), rngs=nnx.Rngs(0))
         >>> model(jnp.zeros((1, 16, 32, 1))).shape
         (1, 16, 32, 3)
     """
 
     def __init__(
         self,
+        config: UNETRConfig,
         *,
         in_channels: int,
         out_channels: int,
-        image_size: Sequence[int],
-        feature_size: int = 16,
-        hidden_size: int = 768,
-        mlp_dim: int = 3072,
-        num_heads: int = 12,
+        image_size: tuple[int, ...],
         norm: str = "instance",
         dropout: float = 0.0,
-        rngs: nnx.Rngs | None = None,
+        rngs: nnx.Rngs,
     ):
-        spatial_dims = len(image_size)
-        if spatial_dims not in (2, 3) or any(size < 1 or size % PATCH_SIZE for size in image_size):
-            raise ValueError(f"image_size is {tuple(image_size)}; expected 2 or 3 multiples of {PATCH_SIZE}.")
-        if hidden_size % num_heads:
-            raise ValueError(f"hidden_size is {hidden_size}; expected a multiple of num_heads, {num_heads}.")
-        self.in_channels = in_channels
-        self.image_size = tuple(image_size)
-        rngs = nnx.Rngs(0) if rngs is None else rngs
+        self.in_channels, self.image_size = in_channels, image_size
+        spatial_dims, hidden_size, feature_size = len(image_size), config.hidden_size, config.feature_size
         options = {"norm": norm, "rngs": rngs}
-        self.vit = VisionTransformer(
-            in_channels, self.image_size, hidden_size, mlp_dim, num_heads, dropout, rngs
-        )
+        self.vit = VisionTransformer(config, in_channels, image_size, dropout, rngs)
         finer = [feature_size * 2**i for i in range(4)]
         self.image_encoder = ResidualBlock(in_channels, feature_size, spatial_dims, **options)
         self.encoders = nnx.List(
@@ -107,22 +92,19 @@ class VisionTransformer(nnx.Module):
 
     def __init__(
         self,
+        config: UNETRConfig,
         in_channels: int,
         image_size: tuple[int, ...],
-        hidden_size: int,
-        mlp_dim: int,
-        num_heads: int,
         dropout: float,
         rngs: nnx.Rngs,
     ):
+        hidden_size = config.hidden_size
         patch = (PATCH_SIZE,) * len(image_size)
         self.embedding = PatchConvolution(in_channels, hidden_size, patch, bias=True, rngs=rngs)
         places = prod(size // PATCH_SIZE for size in image_size)
         self.positions = nnx.Param(0.02 * jax.random.normal(rngs.params(), (1, places, hidden_size)))
         self.dropout = make_dropout(dropout, rngs)
-        self.blocks = nnx.List(
-            [TransformerBlock(hidden_size, mlp_dim, num_heads, dropout, rngs) for _ in range(NUM_LAYERS)]
-        )
+        self.blocks = nnx.List([TransformerBlock(config, dropout, rngs) for _ in range(NUM_LAYERS)])
         self.norm = _layer_norm(hidden_size, rngs)
 
     def __call__(self, x: Float[Array, "batch *spatial in"]) -> list[Float[Array, "batch *grid hidden"]]:
@@ -140,8 +122,8 @@ class VisionTransformer(nnx.Module):
 class TransformerBlock(nnx.Module):
     """Attention and a perceptron. Each takes normalised tokens and adds to the tokens."""
 
-    def __init__(self, hidden_size: int, mlp_dim: int, num_heads: int, dropout: float, rngs: nnx.Rngs):
-        self.num_heads = num_heads
+    def __init__(self, config: UNETRConfig, dropout: float, rngs: nnx.Rngs):
+        hidden_size, mlp_dim, self.num_heads = config.hidden_size, config.mlp_dim, config.num_heads
         self.norm1 = _layer_norm(hidden_size, rngs)
         self.qkv = _linear(hidden_size, 3 * hidden_size, rngs, bias=False)
         self.out = _linear(hidden_size, hidden_size, rngs)

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from train.models.configs import PATCH_SIZE
 from train.models.segresnet import PreActivationBlock, SegResNet
 from train.models.unet import ResidualUnit, UNet
 from train.models.unetr import UNETR, ResidualBlock, TransformerBlock
-from train.models.unetr_config import PATCH_SIZE
 
 Named = Iterator[tuple[str, tuple[nnx.Variable, tuple[int, ...]]]]
 
@@ -92,7 +92,7 @@ def monai_names(model: nnx.Module) -> Named:
     if isinstance(model, UNet):
         yield from _unet(model)
     elif isinstance(model, SegResNet):
-        yield from _segresnet_ds(model) if model.deep_supervision else _segresnet(model)
+        yield from _segresnet_ds(model) if model.config.deep_supervision else _segresnet(model)
     elif isinstance(model, UNETR):
         yield from _unetr(model)
     else:
