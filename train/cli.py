@@ -144,10 +144,8 @@ class Fit(_Options):
             check_best_is_known(task)
         fit(task, folder, resume=self.resume)
         if is_first():
-            print(f"\nRun: {folder}")
+            print(f"\nRun: {folder}" + ("" if self.recipe else f"\nNext: python -m train evaluate {folder}"))
         if not self.recipe:
-            if is_first():
-                print(f"Next: python -m train evaluate {folder}")
             return
         best = task.config.training.keep_best != "none" and task.splits.val
         page = evaluate_run(
@@ -294,34 +292,29 @@ class ImportMonai:
             )
         if len(set(names)) < len(names):
             raise InputError(f"--class-names {' '.join(names)} names a class twice: give each of them once.")
-        model, info = self.model, None
-        if names and model.activation == "sigmoid":
-            model, info = self._sigmoids(), self._info(())
-        elif names:
-            info = self._info(names)
+        model, info = self._without_data() if names else (self.model, None)
         for note in import_monai(self.weights, model, self.data, self.out, info):
             print(f"note: {note}", file=sys.stderr)
         print(f"\nRun: {self.out}\nNext: python -m train evaluate {self.out}")
 
-    def _sigmoids(self) -> ModelConfig:
-        """The network, with a region's name for each output channel."""
-        names = self.class_names[self.class_names[0].lower() == "background" :]
-        if self.model.regions or not names:
-            raise InputError(
-                "Without --data a network with sigmoids needs --class-names, one for each output channel and none "
-                "for the background, in place of --regions."
-            )
-        return dataclasses.replace(self.model, regions=names)
-
-    def _info(self, class_names: tuple[str, ...]) -> DataInfo:
-        data = self.data
+    def _without_data(self) -> tuple[ModelConfig, DataInfo]:
+        """The network and its data, as the options describe them."""
+        data, model, names = self.data, self.model, self.class_names
+        if model.activation == "sigmoid":
+            regions = names[names[0].lower() == "background" :]
+            if model.regions or not regions:
+                raise InputError(
+                    "Without --data a network with sigmoids needs --class-names, one for each output channel and "
+                    "none for the background, in place of --regions."
+                )
+            model, names = dataclasses.replace(model, regions=regions), ()
         if data.spacing == "median":
             raise InputError("Without --data there is no median spacing: give --spacing in millimetres.")
         check_numbers(self, num_channels=(1, math.inf), spatial_dims=(2, 3))
         if data.intensities and not data.intensities[0] < data.intensities[1]:
             raise InputError(f"intensities is {data.intensities}: give the lowest, then the highest.")
-        sizes = class_names, self.num_channels, self.spatial_dims
-        return DataInfo(self.weights.stem, *sizes, data.intensities, data.geometry)
+        sizes = names, self.num_channels, self.spatial_dims
+        return model, DataInfo(self.weights.stem, *sizes, data.intensities, data.geometry)
 
 
 @dataclass(frozen=True)
@@ -505,12 +498,9 @@ def _run(arguments: list[str]) -> int:
 
         with numerics():
             return command.run() or 0
-    except InputError as error:
+    except (InputError, CasesFailed) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    except CasesFailed as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 1 if isinstance(error, CasesFailed) else 2
     except Stopped as stopped:
         print(f"\n{stopped}", file=sys.stderr)
         return stopped.exit_status

@@ -87,7 +87,7 @@ class SegResNet(nnx.Module):
         """Logits of each class at each voxel. In training with deep supervision: of each level, the finest first.
 
         Raises:
-            ValueError: if rank or channels of `x` are not the model's, or a size is not halved evenly at each level.
+            ValueError: if rank or channels of `x` are not the model's, or a size cannot be halved on each level.
         """
         check_image(x.shape, self.spatial_dims, self.in_channels, self.config.divisor)
         skips = []

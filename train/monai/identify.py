@@ -23,6 +23,10 @@ _MARKS = {
 _AVERAGED = re.compile(r"(?:^|[._])(?:ema|swa|avg|averaged?)(?:[._]|$)", re.IGNORECASE)
 # The weights of norms between convolutions.
 _NORM_WEIGHT = re.compile(r"^(?!vit\.).*(?:adn\.N|\.norm\d)\.weight$")
+# The last convolution.
+_LAST = re.compile(
+    r"(?:model\.2\.1\.conv\.unit0\.conv|conv_final\.2\.conv|up_layers\.\d+\.head|out\.conv\.conv)\.weight$"
+)
 _NORM_ADVICE = {
     "batch": "its norms have means and variances: give --norm batch",
     "instance": "its norms have no weights: give --norm instance",
@@ -107,17 +111,11 @@ def assumptions(model: ModelConfig) -> list[str]:
     return [*layers, f"{outputs} for the outputs"]
 
 
-def output_channels(architecture: str, state: State) -> int | None:
+def output_channels(state: State) -> int | None:
     """Output channels of a network; None if the weights that tell are missing."""
-    last = {  # names of the last convolution, with the axis of its outputs
-        "unet": [("model.2.1.conv.unit0.conv.weight", 0), ("model.2.conv.weight", 1)],
-        "segresnet": [
-            ("conv_final.2.conv.weight", 0),
-            *((f"up_layers.{i}.head.weight", 0) for i in range(9)),
-        ],
-        "unetr": [("out.conv.conv.weight", 0)],
-    }[architecture]
-    return next((state[name].shape[axis] for name, axis in last if name in state), None)
+    if (transposed := state.get("model.2.conv.weight")) is not None:  # of a U-Net without residual units
+        return transposed.shape[1]
+    return next((array.shape[0] for name, array in state.items() if _LAST.match(name)), None)
 
 
 def _typed(options: Mapping[str, Any]) -> str:

@@ -100,7 +100,7 @@ def load_weights(network: nnx.Module, file: Path, config: RunConfig, info: DataI
             f"{file} holds a {architecture}, but the architecture is {model.architecture}: it looks like "
             f"{fitting_options(architecture, under)}."
         )
-    _check_outputs(file, model, info, output_channels(architecture, under))
+    _check_outputs(file, model, info, output_channels(under))
     modules = {name.partition(".")[0] for name, _ in monai_names(network)}
     weights = {name: array for name, array in under.items() if name.partition(".")[0] in modules}
     for name, array in weights.items():

@@ -48,12 +48,8 @@ def load_monai_weights(model: nnx.Module, state: Mapping[str, np.ndarray]) -> No
     names = dict(monai_names(model))
     missing = [name for name in names if name not in state]
     left = [name for name in state if name not in names and not _UNUSED.search(name)]
-    if missing or left:
-        found = [
-            f"{first} is {what}"
-            for what, first in (("missing", _first(missing)), ("left over", _first(left)))
-            if first
-        ]
+    found = [f"{_first(x)} is {what}" for x, what in ((missing, "missing"), (left, "left over")) if x]
+    if found:
         raise ValueError(f"The two networks differ: {' and '.join(found)}.")
     for name, (parameter, axes) in names.items():
         value = np.asarray(state[name])
@@ -84,7 +80,7 @@ def _with_convolution(state: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarra
 
 
 def _first(names: list[str]) -> str:
-    return names[0] + (f" (and {len(names) - 1} more)" if len(names) > 1 else "") if names else ""
+    return names[0] + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
 
 
 def monai_names(model: nnx.Module) -> Named:
