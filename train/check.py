@@ -79,8 +79,8 @@ def check_data(spec: str) -> DataReport:
         return DataReport((Fault.of("", description if description.exists() else root, error),))
     inspected = _in_threads(lambda entry: inspect_case(layout, entry), layout.entries, "checking")
     faults = [*layout_faults(layout), *(fault for found, _ in inspected for fault in found)]
-    counts = np.sum([counts for _, counts in inspected], axis=0).tolist() if inspected else ()
-    voxels = dict(zip(layout.class_names, counts, strict=False))
+    counts = np.sum([counts for _, counts in inspected], axis=0).tolist()
+    voxels = dict(zip(layout.class_names, counts, strict=True)) if inspected else {}
     return DataReport(tuple(dict.fromkeys(faults)), len(layout.entries), voxels)
 
 

@@ -49,29 +49,15 @@ class Convolution(nnx.Module):
 
 
 class PatchConvolution(Convolution):
-    """A convolution, or its transpose, whose stride is its kernel size: one matrix product over patches."""
+    """A convolution, or its transpose, whose stride is its kernel's side: one matrix product over patches."""
 
-    def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        kernel_size: tuple[int, ...],
-        *,
-        bias: bool,
-        rngs: nnx.Rngs,
-        transposed: bool = False,
-    ):
-        super().__init__(inputs, outputs, kernel_size, 1, bias=bias, rngs=rngs, transposed=transposed)
-        self.strides = kernel_size
-
-    def __call__(self, x: Float[Array, "batch *spatial in"]) -> Float[Array, "batch *resampled out"]:
+    def without_bias(self, x: Float[Array, "batch *spatial in"]) -> Float[Array, "batch *resampled out"]:
+        """The convolution alone."""
         kernel = self.kernel[...]
         inputs, outputs = kernel.shape[-2:]
         if self.transposed:
-            y = from_patches(x @ jnp.moveaxis(kernel, -2, 0).reshape(inputs, -1), self.strides)
-        else:
-            y = to_patches(x, self.strides) @ kernel.reshape(-1, outputs)
-        return self.add_bias(y)
+            return from_patches(x @ jnp.moveaxis(kernel, -2, 0).reshape(inputs, -1), self.strides)
+        return to_patches(x, self.strides) @ kernel.reshape(-1, outputs)
 
 
 class PReLU(nnx.Module):

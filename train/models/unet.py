@@ -1,5 +1,6 @@
 """The paper's network: MONAI's residual `UNet`, channel last, in Flax NNX."""
 
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -47,21 +48,19 @@ class UNet(nnx.Module):
     ):
         self.config, self.in_channels, self.spatial_dims = config, in_channels, spatial_dims
         channels, strides, num_res_units = config.channels, config.strides, config.num_res_units
-        options = {"norm": norm, "dropout": dropout, "rngs": rngs}
+        options = {"spatial_dims": spatial_dims, "norm": norm, "dropout": dropout, "rngs": rngs}
 
         def block(inputs: int, outputs: int, stride: int) -> nnx.Module:
             if num_res_units:
-                return ResidualUnit(inputs, outputs, spatial_dims, stride, subunits=num_res_units, **options)
-            return ConvolutionUnit(inputs, outputs, spatial_dims, stride, **options)
+                return ResidualUnit(inputs, outputs, stride, subunits=num_res_units, **options)
+            return ConvolutionUnit(inputs, outputs, stride, **options)
 
         def up_block(inputs: int, outputs: int, stride: int, top: bool) -> nnx.Module:
             plain = top and not num_res_units
-            up = ConvolutionUnit(
-                inputs, outputs, spatial_dims, stride, transposed=True, conv_only=plain, **options
-            )
+            up = ConvolutionUnit(inputs, outputs, stride, transposed=True, conv_only=plain, **options)
             if not num_res_units:
                 return nnx.Sequential(up)
-            unit = ResidualUnit(outputs, outputs, spatial_dims, 1, subunits=1, last_conv_only=top, **options)
+            unit = ResidualUnit(outputs, outputs, 1, subunits=1, last_conv_only=top, **options)
             return nnx.Sequential(up, unit)
 
         inputs = (in_channels, *channels[:-2])
@@ -69,12 +68,8 @@ class UNet(nnx.Module):
         self.down = nnx.List([block(*sizes) for sizes in zip(inputs, channels[:-1], strides, strict=True)])
         self.bottom = block(channels[-2], channels[-1], 1)
         joined = [c + (c if i < len(strides) - 1 else channels[-1]) for i, c in enumerate(channels[:-1])]
-        self.up = nnx.List(
-            [
-                up_block(*sizes, top=i == 0)
-                for i, sizes in enumerate(zip(joined, outputs, strides, strict=True))
-            ]
-        )
+        levels = enumerate(zip(joined, outputs, strides, strict=True))
+        self.up = nnx.List([up_block(*sizes, top=i == 0) for i, sizes in levels])
 
     def __call__(self, x: Float[Array, "batch *spatial in"]) -> Float[Array, "batch *spatial out"]:
         """Logits of each class at each voxel.
@@ -100,9 +95,9 @@ class ConvolutionUnit(nnx.Module):
         self,
         inputs: int,
         outputs: int,
-        spatial_dims: int,
         stride: int,
         *,
+        spatial_dims: int,
         norm: str,
         dropout: float,
         rngs: nnx.Rngs,
@@ -135,27 +130,20 @@ class ResidualUnit(nnx.Module):
         self,
         inputs: int,
         outputs: int,
-        spatial_dims: int,
         stride: int,
         *,
         subunits: int,
+        spatial_dims: int,
         rngs: nnx.Rngs,
         last_conv_only: bool = False,
         **options: Any,
     ):
-        sizes = [(inputs, stride), *[(outputs, 1)] * (subunits - 1)]
+        unit = partial(ConvolutionUnit, spatial_dims=spatial_dims, rngs=rngs, **options)
+        last = subunits - 1 if last_conv_only else None
         self.units = nnx.List(
             [
-                ConvolutionUnit(
-                    size,
-                    outputs,
-                    spatial_dims,
-                    step,
-                    rngs=rngs,
-                    conv_only=last_conv_only and i == subunits,
-                    **options,
-                )
-                for i, (size, step) in enumerate(sizes, 1)
+                unit(outputs if i else inputs, outputs, stride=1 if i else stride, conv_only=i == last)
+                for i in range(subunits)
             ]
         )
         shortcut = (3 if stride > 1 else 1,) * spatial_dims

@@ -100,7 +100,7 @@ class VisionTransformer(nnx.Module):
     ):
         hidden_size = config.hidden_size
         patch = (PATCH_SIZE,) * len(image_size)
-        self.embedding = PatchConvolution(in_channels, hidden_size, patch, bias=True, rngs=rngs)
+        self.embedding = PatchConvolution(in_channels, hidden_size, patch, PATCH_SIZE, bias=True, rngs=rngs)
         places = prod(size // PATCH_SIZE for size in image_size)
         self.positions = nnx.Param(0.02 * jax.random.normal(rngs.params(), (1, places, hidden_size)))
         self.dropout = make_dropout(dropout, rngs)
@@ -194,7 +194,7 @@ class ResidualBlock(nnx.Module):
 
 
 def _doubling(inputs: int, outputs: int, spatial_dims: int, rngs: nnx.Rngs) -> PatchConvolution:
-    return PatchConvolution(inputs, outputs, (2,) * spatial_dims, transposed=True, bias=False, rngs=rngs)
+    return PatchConvolution(inputs, outputs, (2,) * spatial_dims, 2, transposed=True, bias=False, rngs=rngs)
 
 
 def _linear(inputs: int, outputs: int, rngs: nnx.Rngs, *, bias: bool = True) -> nnx.Linear:
