@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import nibabel as nib
 import numpy as np
 import pytest
+from commands import refuses, run, write_msd
 from flax import nnx
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from networks import TINY_UNETR, make_segresnet, make_unet, make_unetr, patterned_state
 
-from train.cli import main
 from train.config import DataConfig, DataInfo, ModelConfig, RunConfig, read_config
 from train.errors import InputError
 from train.models.configs import UNetConfig, UNETRConfig
@@ -28,17 +28,6 @@ from train.run.load import load_run
 DTYPES = {"float32": "F32", "float64": "F64", "float16": "F16", "bfloat16": "BF16", "int64": "I64"}
 SEGRESNET = ["--architecture", "segresnet", "--blocks-down", 1, 1]
 SIZES = {"in_channels": 1, "out_channels": 2}
-
-
-def run(*arguments: object) -> int:
-    return main([str(argument) for argument in arguments])
-
-
-def refuses(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """Runs a command that must fail; returns its one line on stderr."""
-    assert run(*arguments) == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    return line
 
 
 def safetensors(arrays: dict[str, np.ndarray], **changes: object) -> bytes:
@@ -66,24 +55,7 @@ def segresnet() -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def msd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four small cases of one channel and two classes in the Decathlon's layout."""
-    folder = tmp_path_factory.mktemp("msd")
-    rng = np.random.default_rng(0)
-    names = [f"case_{i}" for i in range(4)]
-    for name in names:
-        label = np.zeros((8, 9, 7), np.uint8)
-        label[2:6, 3:7, 2:5] = 1
-        image = rng.normal(100 + 50 * label, 10).astype(np.float32)
-        for part, voxels in (("imagesTr", image), ("labelsTr", label)):
-            (folder / part).mkdir(exist_ok=True)
-            nib.save(nib.Nifti1Image(voxels, np.eye(4)), folder / part / f"{name}.nii.gz")
-    description = {
-        "name": "Tiny",
-        "modality": {"0": "MRI"},
-        "labels": {"0": "background", "1": "box"},
-        "training": [{"image": f"imagesTr/{n}.nii.gz", "label": f"labelsTr/{n}.nii.gz"} for n in names],
-    }
-    (folder / "dataset.json").write_text(json.dumps(description))
-    return folder
+    return write_msd(tmp_path_factory.mktemp("msd"), 4, (8, 9, 7), np.s_[2:6, 3:7, 2:5], np.eye(4))
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from commands import refuses, run
 from flax import nnx
 
-from train.cli import main, parse
+from train.cli import parse
 from train.config import ModelConfig, RunConfig, from_json, read_config, to_json
 from train.errors import InputError
 from train.models import registry
@@ -24,17 +25,6 @@ OLD_RUN = Path(__file__).parent / "old_runs" / "unet-0.1"
 TINY = ["--data", "phantom2d", "--steps", 2, "--batch-size", 8, "--warmup-steps", 1, "--patch", 16, 16]
 TINY += ["--num-test", 2, "--num-val", 0, "--loss", "dice"]
 HEAVY = ("flax", "grain", "nibabel", "orbax", "matplotlib", "scipy", "jinja2", "tensorboardX")
-
-
-def run(*arguments: object) -> int:
-    return main([str(argument) for argument in arguments])
-
-
-def refuses(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """Runs a command that must fail; returns its one line on stderr."""
-    assert run(*arguments) == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    return line
 
 
 @pytest.fixture
