@@ -228,8 +228,8 @@ def test_configurations_of_old_runs() -> None:
     assert config.model == ModelConfig("unet", network=UNetConfig((4, 8), (2,)))
     assert info.intensity_range is None
     kept: dict[str, Any] = json.loads((OLD_RUN / "config.json").read_text())["config"]
-    flat = kept["model"] | {"architecture": "segresnet", "init_filters": 16, "blocks_up": [1, 2]}
-    segresnet = SegResNetConfig(init_filters=16, blocks_up=(1, 2))
+    flat = kept["model"] | {"architecture": "segresnet", "init_filters": 16, "blocks_up": [1, 2, 1]}
+    segresnet = SegResNetConfig(init_filters=16, blocks_up=(1, 2, 1))
     assert from_json(ModelConfig, flat) == ModelConfig("segresnet", network=segresnet)
     flat = kept["model"] | {"architecture": "unetr", "hidden_size": 8, "norm": "group"}
     assert from_json(ModelConfig, flat) == ModelConfig(
