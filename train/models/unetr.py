@@ -55,17 +55,13 @@ class UNETR(nnx.Module):
     ):
         self.in_channels, self.image_size = in_channels, image_size
         spatial_dims, hidden_size, feature_size = len(image_size), config.hidden_size, config.feature_size
-        options = {"norm": norm, "rngs": rngs}
+        options = (spatial_dims, norm, rngs)
         self.vit = VisionTransformer(config, in_channels, image_size, dropout, rngs)
         finer = [feature_size * 2**i for i in range(4)]
-        self.image_encoder = ResidualBlock(in_channels, feature_size, spatial_dims, **options)
-        self.encoders = nnx.List(
-            [TokenEncoder(hidden_size, finer[i], 3 - i, spatial_dims, **options) for i in (1, 2, 3)]
-        )
-        inputs = (*finer[1:], hidden_size)
-        self.decoders = nnx.List(
-            [Decoder(*sizes, spatial_dims, **options) for sizes in zip(inputs, finer, strict=True)]
-        )
+        self.image_encoder = ResidualBlock(in_channels, feature_size, *options)
+        self.encoders = nnx.List([TokenEncoder(hidden_size, finer[i], 3 - i, *options) for i in (1, 2, 3)])
+        coarser = (*finer[1:], hidden_size)
+        self.decoders = nnx.List([Decoder(*sizes, *options) for sizes in zip(coarser, finer, strict=True)])
         self.head = Convolution(feature_size, out_channels, (1,) * spatial_dims, 1, bias=True, rngs=rngs)
 
     def __call__(self, x: Float[Array, "batch *spatial in"]) -> Float[Array, "batch *spatial out"]:
@@ -147,11 +143,11 @@ class TransformerBlock(nnx.Module):
 class TokenEncoder(nnx.Module):
     """Tokens as features of a finer level: upsampled by 2, then `more` times upsampled by 2 and convolved."""
 
-    def __init__(self, inputs: int, outputs: int, more: int, spatial_dims: int, *, norm: str, rngs: nnx.Rngs):
+    def __init__(self, inputs: int, outputs: int, more: int, spatial_dims: int, norm: str, rngs: nnx.Rngs):
         self.first = _doubling(inputs, outputs, spatial_dims, rngs)
         self.ups = nnx.List([_doubling(outputs, outputs, spatial_dims, rngs) for _ in range(more)])
         self.blocks = nnx.List(
-            [ResidualBlock(outputs, outputs, spatial_dims, norm=norm, rngs=rngs) for _ in range(more)]
+            [ResidualBlock(outputs, outputs, spatial_dims, norm, rngs) for _ in range(more)]
         )
 
     def __call__(self, x: Float[Array, "batch *grid hidden"]) -> Float[Array, "batch *finer channels"]:
@@ -164,9 +160,9 @@ class TokenEncoder(nnx.Module):
 class Decoder(nnx.Module):
     """Features of a coarser level upsampled by 2, joined with the skip and convolved."""
 
-    def __init__(self, inputs: int, outputs: int, spatial_dims: int, *, norm: str, rngs: nnx.Rngs):
+    def __init__(self, inputs: int, outputs: int, spatial_dims: int, norm: str, rngs: nnx.Rngs):
         self.up = _doubling(inputs, outputs, spatial_dims, rngs)
-        self.block = ResidualBlock(2 * outputs, outputs, spatial_dims, norm=norm, rngs=rngs)
+        self.block = ResidualBlock(2 * outputs, outputs, spatial_dims, norm, rngs)
 
     def __call__(
         self, x: Float[Array, "batch *coarse in"], skip: Float[Array, "batch *fine out"]
@@ -177,7 +173,7 @@ class Decoder(nnx.Module):
 class ResidualBlock(nnx.Module):
     """Two normalised convolutions plus a shortcut, which is one too if the number of channels changes."""
 
-    def __init__(self, inputs: int, outputs: int, spatial_dims: int, *, norm: str, rngs: nnx.Rngs):
+    def __init__(self, inputs: int, outputs: int, spatial_dims: int, norm: str, rngs: nnx.Rngs):
         sizes = [(inputs, 3), (outputs, 3), *([(inputs, 1)] if inputs != outputs else [])]
         self.convs = nnx.List(
             [Convolution(n, outputs, (side,) * spatial_dims, 1, bias=False, rngs=rngs) for n, side in sizes]
