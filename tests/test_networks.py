@@ -231,9 +231,9 @@ def test_configurations_of_old_runs() -> None:
     flat = kept["model"] | {"architecture": "segresnet", "init_filters": 16, "blocks_up": [1, 2, 1]}
     segresnet = SegResNetConfig(init_filters=16, blocks_up=(1, 2, 1))
     assert from_json(ModelConfig, flat) == ModelConfig("segresnet", network=segresnet)
-    flat = kept["model"] | {"architecture": "unetr", "hidden_size": 8, "norm": "group"}
+    flat = kept["model"] | {"architecture": "unetr", "hidden_size": 24, "norm": "group"}
     assert from_json(ModelConfig, flat) == ModelConfig(
-        "unetr", norm="group", network=UNETRConfig(hidden_size=8)
+        "unetr", norm="group", network=UNETRConfig(hidden_size=24)
     )
     oldest = {name: kept["model"][name] for name in ("channels", "strides", "num_res_units", "dropout")}
     assert from_json(ModelConfig, oldest) == config.model
