@@ -15,7 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.data import Dataset, Splits, open_dataset, write_splits
+from train.data import Dataset
+from train.data.open import open_dataset
+from train.data.splits import Splits, write_splits
 from train.errors import InputError
 from train.run.cases import RunCases, check_initial, choose_cases, note_duplicates, resolved
 from train.run.identity import CaseId, fingerprint, identify

@@ -9,7 +9,9 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from train.data import CachedCases, PhantomDataset, open_dataset, train_batches
+from train.data.open import open_dataset
+from train.data.phantom import PhantomDataset
+from train.data.pipeline import CachedCases, train_batches
 from train.errors import InputError
 
 PHANTOM = PhantomDataset(spatial_shape=(16, 12), num_cases=10)
@@ -150,7 +152,8 @@ def test_bad_input_found_while_prefetching_reaches_the_caller_as_it_is():
 
 def test_nothing_is_printed():
     program = (
-        "from train.data import open_dataset, train_batches\n"
+        "from train.data.open import open_dataset\n"
+        "from train.data.pipeline import train_batches\n"
         "data = open_dataset('phantom2d')\n"
         "stream = train_batches(data, data.case_names[:3], patch=(32, 32), batch_size=2, seed=0)\n"
         "[next(stream) for _ in range(5)]\n"

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from train.data import Splits, chosen_splits, read_splits, split_cases, write_splits
+from train.data.splits import Splits, chosen_splits, read_splits, split_cases, write_splits
 from train.errors import InputError
 
 NAMES = [f"case_{i:02d}" for i in range(20)]

@@ -16,7 +16,7 @@ import calib_jax
 from train.cli import main
 from train.compare import slug
 from train.config import read_config
-from train.data import train_batches
+from train.data.pipeline import train_batches
 from train.errors import InputError
 from train.losses import Loss, parse_loss
 from train.sharding import device_mesh

@@ -14,7 +14,9 @@ from calib_jax import BinStatistics, metrics
 from calib_jax._eager import fill_up, filled_size
 from calib_jax._labels import are_dense, memberships
 from calib_jax.results import ModelResult
-from train.data import Case, Dataset, mask_ignored, region_ids
+from train.data import Case, Dataset
+from train.data.case import region_ids
+from train.data.ignore import mask_ignored
 from train.inference import VolumePredictor
 from train.processes import is_first, join_shares, own_share
 from train.progress import progress

@@ -13,7 +13,8 @@ from flax import nnx
 
 from calib_jax.results import ModelResult
 from train.config import DataInfo, TrainingConfig, to_json
-from train.data import region_ids, train_batches
+from train.data.case import region_ids
+from train.data.pipeline import train_batches
 from train.errors import InputError, NotFinite, Stopped
 from train.evaluate import evaluate
 from train.inference import VolumePredictor, volume_predictor

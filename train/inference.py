@@ -21,7 +21,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Shaped, UInt8
 
 from train import cpu
-from train.data import crop_back, pad_to_hold
+from train.data.transforms import crop_back, pad_to_hold
 from train.sharding import on_first_device
 from train.step import TrainState
 

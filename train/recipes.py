@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from train.config import DataConfig, DeviceConfig, ModelConfig, RunConfig, TrainingConfig
-from train.data import AugmentConfig
+from train.data.augment_config import AugmentConfig
 from train.errors import InputError
 from train.models.segresnet_config import SegResNetConfig
 from train.published import Row, to_markdown

@@ -19,16 +19,11 @@ from train.config import (
     resolve_patch,
     resolve_regions,
 )
-from train.data import (
-    PROTOCOLS,
-    Dataset,
-    Splits,
-    chosen_splits,
-    open_dataset,
-    region_ids,
-    split_cases,
-    write_splits,
-)
+from train.data import Dataset
+from train.data.case import region_ids
+from train.data.open import open_dataset
+from train.data.protocols import PROTOCOLS
+from train.data.splits import Splits, chosen_splits, split_cases, write_splits
 from train.errors import InputError
 from train.losses import Loss, parse_loss
 from train.models.registry import check_logits, is_external, make_network

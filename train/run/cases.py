@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from train.config import IMPORTED, RunConfig, from_json, read_config
-from train.data import LAYOUTS, Dataset, Splits, read_splits
+from train.data import Dataset
+from train.data.layouts import LAYOUTS
+from train.data.splits import Splits, read_splits
 from train.errors import InputError
 from train.processes import is_first
 from train.run.folder import write_json

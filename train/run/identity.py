@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from train.data import Dataset, PhantomDataset, VolumeDataset
+from train.data import Dataset
+from train.data.phantom import PhantomDataset
+from train.data.volumes import VolumeDataset
 from train.processes import is_first
 from train.progress import progress
 
