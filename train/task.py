@@ -151,14 +151,8 @@ def open_cases(data: DataConfig) -> Dataset:
 def _splits(data: DataConfig, dataset: Dataset) -> Splits:
     subject_of = dict(zip(dataset.case_names, dataset.subjects, strict=True))
     if data.splits:
-        return chosen_splits(
-            Path(data.splits).expanduser(),
-            list(subject_of),
-            fold=data.fold,
-            num_val=data.num_val,
-            seed=data.split_seed,
-            subjects=list(subject_of.values()),
-        )
+        path = Path(data.splits).expanduser()
+        return chosen_splits(path, subject_of, fold=data.fold, num_val=data.num_val, seed=data.split_seed)
     if data.fold is not None:
         raise InputError(f"fold is {data.fold}: give the file with the folds as --splits.")
     if data.protocol and (splits := _published_splits(data.protocol, dataset)):
@@ -166,13 +160,7 @@ def _splits(data: DataConfig, dataset: Dataset) -> Splits:
     # Cases that the data set holds out are never trained on.
     for name in dataset.held_out:
         subject_of.pop(name, None)
-    return split_cases(
-        list(subject_of),
-        num_test=data.num_test,
-        num_val=data.num_val,
-        seed=data.split_seed,
-        subjects=list(subject_of.values()),
-    )
+    return split_cases(subject_of, num_test=data.num_test, num_val=data.num_val, seed=data.split_seed)
 
 
 def _published_splits(protocol: str, dataset: Dataset) -> Splits | None:
