@@ -123,24 +123,6 @@ def test_a_full_cache_loads_again_instead_of_growing():
     assert dataset.loads == 10 + 7
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"names": ["nobody"]}, "nobody is not a case of phantom2d"),
-        ({"names": []}, "No case of phantom2d"),
-        ({"patch": (8, 8, 8)}, r"patch is \(8, 8, 8\): phantom2d needs 2"),
-        ({"patch": (8, 0)}, r"patch is \(8, 0\)"),
-        ({"batch_size": 0}, "batch_size is 0"),
-        ({"foreground_crops": 1.5}, "foreground_crops is 1.5"),
-        ({"num_threads": 0}, "loader_threads is 0"),
-        ({"prefetch": 0}, "prefetch is 0"),
-    ],
-)
-def test_bad_options_are_told(options, message):
-    with pytest.raises(InputError, match=message):
-        _batches(**options)
-
-
 def test_bad_input_found_while_prefetching_reaches_the_caller_as_it_is():
     class Broken(Counting):
         def load(self, index):
@@ -164,7 +146,7 @@ def test_nothing_is_printed():
 
 def test_data_sets_are_opened_by_name():
     assert open_dataset("phantom").spatial_dims == 3
-    assert open_dataset("phantom2d", seed=1).spatial_dims == 2
+    assert open_dataset("phantom2d").spatial_dims == 2
     for spec in ("brain", "msd", "msd:", "phantom:2"):
         with pytest.raises(
             InputError, match=f'data is "{spec}": give "phantom", "phantom2d", or LAYOUT:PATH with'

@@ -16,7 +16,7 @@ from train.config import DataInfo, DeviceConfig, RunConfig, check_same_data, res
 from train.data import Dataset
 from train.errors import InputError
 from train.evaluate import evaluate, evaluate_posterior
-from train.files import read_json, visible
+from train.files import parsing, read_json, visible
 from train.fit import fit
 from train.inference import VolumePredictor
 from train.losses import parse_loss
@@ -360,8 +360,6 @@ def _temperatures(folder: Path) -> dict[str, str]:
     """A line for the page with the temperatures of a comparison's networks, if there are any."""
     found = []
     for file in visible(folder, "*/temperature.json"):
-        try:
+        with parsing(file, "a temperature: remove it and --resume"):
             found.append(f"{file.parent.name} {float(read_json(file)['temperature']):.3f}")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{file} holds no temperature: remove it and --resume.") from error
     return {_TEMPERATURE: ", ".join(found)} if found else {}

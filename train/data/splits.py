@@ -1,8 +1,7 @@
 """Training, validation and test cases: drawn or read from a file once, then kept with the run."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -11,7 +10,12 @@ import numpy as np
 
 from train.data.names import known_name, name_cases
 from train.errors import InputError
-from train.files import read_json
+from train.files import parsing, read_json
+
+_FORM = (
+    'a list of splits: give JSON with lists of case names under "train", "val" and "test", or with folds as in '
+    "nnU-Net's splits_final.json"
+)
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ def chosen_splits(
         InputError: the file cannot be read, has no such fold, names a case twice or an unknown case, or leaves no
             case to train on.
     """
-    with _readable(path):
+    with parsing(path, _FORM):
         found = _by_section(read_json(path), list(subject_of))
         is_folds = isinstance(found, list)
         folds = [Splits(_names(held["train"]), (), _names(held["val"])) for held in found] if is_folds else []
@@ -132,26 +136,13 @@ def read_splits(path: Path) -> Splits:
     Raises:
         InputError: there is no such file, or it lacks disjoint lists of names under these three keys.
     """
-    with _readable(path):
+    with parsing(path, _FORM):
         found = read_json(path)
     return _as_splits(path, found)
 
 
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Turns what a file of another form raises into one sentence."""
-    try:
-        yield
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(
-            f"{path} could not be read as splits ({type(error).__name__}: {error}): "
-            'it must be JSON with lists of case names under "train", "val" and "test", or with folds as in '
-            "nnU-Net's splits_final.json."
-        ) from error
-
-
 def _as_splits(path: Path, found: Any) -> Splits:
-    with _readable(path):
+    with parsing(path, _FORM):
         return _disjoint(path, Splits(*(_names(found[key]) for key in ("train", "val", "test"))))
 
 

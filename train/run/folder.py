@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 
 from train.config import from_json, to_json
 from train.errors import InputError, Stopped
-from train.files import visible
+from train.files import parsing, read_json, visible
 from train.processes import first_says, is_first, on_all, on_first
 
 _PROCESS = "process.json"
@@ -270,12 +270,9 @@ def written_whole(file: Path) -> Iterator[Path]:
 
 
 def _check_same(file: Path, wanted: Any) -> None:
-    try:
-        kept = json.loads(file.read_text(encoding="utf-8"))["config"]
+    with parsing(file, "a run's configuration"):
         # The run had the defaults of options that are newer.
-        kept = to_json(from_json(type(wanted), kept))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{file} cannot be read ({error}): it is not a run's configuration.") from error
+        kept = to_json(from_json(type(wanted), read_json(file)["config"]))
     for name, (old, new) in _differences(kept, to_json(wanted)).items():
         raise InputError(f"{file} has {name} = {old}, this command has {new}: resume with the same options.")
 

@@ -1,12 +1,11 @@
 """The progress of runs, read from their folders while they run or later."""
 
-import json
 import math
 from pathlib import Path
 
 from train.config import read_config
 from train.errors import InputError
-from train.files import visible
+from train.files import parsing, read_json, visible
 from train.run.folder import process_of
 from train.run.logs import broken_lines, divergence, parse_log
 
@@ -29,10 +28,8 @@ def status(folder: Path) -> str:
 def _is_run(folder: Path) -> bool:
     """Whether the folder is of a run, whose configuration has one loss, rather than of a comparison."""
     file = folder / "config.json"
-    try:
-        return "loss" in dict(json.loads(file.read_text(encoding="utf-8"))["config"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{file} is not a run's configuration ({type(error).__name__}: {error}).") from error
+    with parsing(file, "a run's configuration"):
+        return "loss" in dict(read_json(file)["config"])
 
 
 def _paragraph(run: Path) -> str:
