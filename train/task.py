@@ -38,10 +38,9 @@ class Task:
     """What to train, on which data and devices.
 
     Attributes:
-        config: with every open option resolved.
+        config: with every open option resolved, the patch among them.
         dataset: that the configuration names.
         splits: the training, validation and test cases.
-        patch: voxels of a training patch.
         devices: with the number of parts of a batch resolved.
         mesh: of the devices.
     """
@@ -49,7 +48,6 @@ class Task:
     config: RunConfig
     dataset: Dataset
     splits: Splits
-    patch: tuple[int, ...]
     devices: DeviceConfig
     mesh: Mesh
 
@@ -72,7 +70,7 @@ def open_task(config: RunConfig, devices: DeviceConfig = DeviceConfig()) -> Task
     if config.init:
         check_initial(Path(config.init), read_cases(Path(config.init)), dataset, splits)
     note_duplicates(dataset, splits)
-    task = Task(config, dataset, splits, patch, devices, mesh)
+    task = Task(config, dataset, splits, devices, mesh)
     check_task_loss(task, parse_loss(config.loss))
     return task
 
@@ -85,7 +83,7 @@ def check_task_loss(task: Task, loss: Loss) -> None:
     check_loss(
         dataclasses.replace(loss, regions=regions),
         task.mesh,
-        (config.training.batch_size, *task.patch),
+        (config.training.batch_size, *config.data.patch),
         channels=len(regions or dataset.class_names),
         soft_classes=0 if config.data.annotators == "first" else len(dataset.class_names),
         has_ignore=dataset.has_ignore,

@@ -11,13 +11,12 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from train.data.augment_config import AugmentConfig
 
+Image = Float[Array, "*spatial channels"]
 # Class ids, or the probability of each class if annotators disagree.
 Label = Int[Array, "*spatial"] | Float[Array, "*spatial classes"]
 
 
-def augment(
-    key: PRNGKeyArray, image: Float[Array, "*spatial channels"], label: Label, config: AugmentConfig
-) -> tuple[Float[Array, "*spatial channels"], Label]:
+def augment(key: PRNGKeyArray, image: Image, label: Label, config: AugmentConfig) -> tuple[Image, Label]:
     """Applies zoom and rotation, flip, smoothing, gamma, scale and shift, noise, in this order.
 
     Image and label move together. Under `vmap` a chance between 0 and 1 costs as much as 1.
@@ -54,8 +53,8 @@ def augment(
 
 
 def random_affine(
-    key: PRNGKeyArray, image: Float[Array, "*spatial channels"], label: Label, config: AugmentConfig
-) -> tuple[Float[Array, "*spatial channels"], Label]:
+    key: PRNGKeyArray, image: Image, label: Label, config: AugmentConfig
+) -> tuple[Image, Label]:
     """Zooms and rotates about the centre in one resampling. Voxels beyond the rim repeat the rim.
 
     Images and soft labels are interpolated linearly; class ids come from the nearest voxel.
@@ -104,9 +103,7 @@ def _affine_coordinates(
     return jnp.stack([offset + (size - 1) / 2 for offset, size in zip(turned, shape, strict=True)])
 
 
-def _interpolate(
-    array: Float[Array, "*spatial channels"], coordinates: Float[Array, "dims *spatial"]
-) -> Float[Array, "*spatial channels"]:
+def _interpolate(array: Image, coordinates: Float[Array, "dims *spatial"]) -> Image:
     """Linear interpolation, constant beyond the rim.
 
     Equals `map_coordinates` of order 1. The loop over corners computes the result once; XLA for CPU would otherwise
@@ -128,9 +125,7 @@ def _interpolate(
     return jax.lax.scan(add_corner, jnp.zeros_like(array), corners)[0]
 
 
-def random_flip(
-    key: PRNGKeyArray, image: Float[Array, "*spatial channels"], label: Label, config: AugmentConfig
-) -> tuple[Float[Array, "*spatial channels"], Label]:
+def random_flip(key: PRNGKeyArray, image: Image, label: Label, config: AugmentConfig) -> tuple[Image, Label]:
     """Reverses each of `flip_axes` with probability `flip_prob`, image and label alike."""
     axes = config.flip_axes
     for axis, flip in zip(axes, jax.random.bernoulli(key, config.flip_prob, (len(axes),)), strict=True):
@@ -139,9 +134,7 @@ def random_flip(
     return image, label
 
 
-def random_smooth(
-    key: PRNGKeyArray, image: Float[Array, "*spatial channels"], config: AugmentConfig
-) -> Float[Array, "*spatial channels"]:
+def random_smooth(key: PRNGKeyArray, image: Image, config: AugmentConfig) -> Image:
     """Averages with Gaussian weights. Their standard deviation along each axis is uniform in `smooth_std`.
 
     The weights inside of the volume sum to 1, so that the rim does not darken.
@@ -154,9 +147,7 @@ def random_smooth(
     return image
 
 
-def random_gamma(
-    key: PRNGKeyArray, image: Float[Array, "*spatial channels"], config: AugmentConfig
-) -> Float[Array, "*spatial channels"]:
+def random_gamma(key: PRNGKeyArray, image: Image, config: AugmentConfig) -> Image:
     """y = x^g on intensities scaled to [0, 1] per channel, then scaled back; log g is uniform."""
     axes = tuple(range(image.ndim - 1))
     low, high = image.min(axes), image.max(axes)
@@ -166,17 +157,13 @@ def random_gamma(
     return ((image - low) / span) ** exponent * span + low
 
 
-def random_intensity(
-    key: PRNGKeyArray, image: Float[Array, "*spatial channels"], config: AugmentConfig
-) -> Float[Array, "*spatial channels"]:
+def random_intensity(key: PRNGKeyArray, image: Image, config: AugmentConfig) -> Image:
     """y = a·x + b per channel, a uniform in 1 ± `intensity_scale` and b in ± `intensity_shift`."""
     change = jax.random.uniform(key, (2, image.shape[-1]), image.dtype, -1.0, 1.0)
     return (1 + config.intensity_scale * change[0]) * image + config.intensity_shift * change[1]
 
 
-def random_noise(
-    key: PRNGKeyArray, image: Float[Array, "*spatial channels"], config: AugmentConfig
-) -> Float[Array, "*spatial channels"]:
+def random_noise(key: PRNGKeyArray, image: Image, config: AugmentConfig) -> Image:
     """Adds white Gaussian noise. Its standard deviation is uniform in 0 to `noise_std`, one draw per image."""
     std_key, noise_key = jax.random.split(key)
     std = jax.random.uniform(std_key, (), image.dtype, 0.0, config.noise_std)

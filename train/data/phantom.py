@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from functools import reduce
 
 import numpy as np
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Float
 from scipy.special import ndtr
 
 from train.data.case import Case, Dataset
 from train.data.preprocess import z_score_nonzero
+from train.data.shapes import Ids, Scan, Shares
 
 CLASS_NAMES = ("background", "organ", "ring", "core")
 # Rows: classes; columns: channels. The first shows a bright ring around a dark core, the other a bright core.
@@ -138,24 +139,20 @@ def boundary_width(
     return median * np.exp(0.5 * smooth_field(rng, shape, min(shape) / 5))
 
 
-def ordinal_posterior(z: Float[np.ndarray, "structures *spatial"]) -> Float32[np.ndarray, "*spatial classes"]:
+def ordinal_posterior(z: Float[np.ndarray, "structures *spatial"]) -> Shares:
     """P(label = k) = Φ(z_k) - Φ(z_{k+1}), where z_0 is +infinity and the last z is -infinity."""
     at_least = np.concatenate([np.ones_like(z[:1]), ndtr(z), np.zeros_like(z[:1])])
     return np.ascontiguousarray(np.moveaxis(at_least[:-1] - at_least[1:], 0, -1), dtype=np.float32)
 
 
-def draw_label(
-    rng: np.random.Generator, z: Float[np.ndarray, "structures *spatial"]
-) -> UInt8[np.ndarray, "*spatial"]:
+def draw_label(rng: np.random.Generator, z: Float[np.ndarray, "structures *spatial"]) -> Ids:
     """One annotator's label: at each voxel a draw from `ordinal_posterior(z)`, smooth between voxels."""
     shape = z.shape[1:]
     u = smooth_field(rng, shape, min(shape) / 32)
     return (u < z).sum(axis=0, dtype=np.uint8)
 
 
-def render(
-    rng: np.random.Generator, posterior: Float32[np.ndarray, "*spatial classes"], noise: float
-) -> Float[np.ndarray, "*spatial channels"]:
+def render(rng: np.random.Generator, posterior: Shares, noise: float) -> Scan:
     """The scan: blurred boundaries, texture within the tissues, a bias field of about 10%, white noise."""
     shape = posterior.shape[:-1]
     channels = range(INTENSITIES.shape[1])

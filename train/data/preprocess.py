@@ -4,14 +4,15 @@ Training, evaluation and prediction all call `preprocess`. The `Placement` that 
 """
 
 import numpy as np
-from jaxtyping import Float, Float32
+from jaxtyping import Float32
 
 from train.data.geometry import Geometry, Placement
+from train.data.shapes import Affine, Image, Scan
 
 
 def preprocess(
-    image: Float[np.ndarray, "*spatial channels"],
-    affine: Float[np.ndarray, "4 4"],
+    image: Scan,
+    affine: Affine,
     *,
     intensity_range: tuple[float, float] | None = None,
     geometry: Geometry = Geometry(),  # noqa: B008, it is frozen
@@ -32,16 +33,12 @@ def preprocess(
     return placement.image(normalised, geometry.interpolation), placement
 
 
-def normalise(
-    image: Float[np.ndarray, "*spatial channels"], intensity_range: tuple[float, float] | None = None
-) -> Float32[np.ndarray, "*spatial channels"]:
+def normalise(image: Scan, intensity_range: tuple[float, float] | None = None) -> Image:
     """`z_score_clipped` with an intensity range, `z_score_nonzero` without one."""
     return z_score_nonzero(image) if intensity_range is None else z_score_clipped(image, intensity_range)
 
 
-def z_score_nonzero(
-    image: Float[np.ndarray, "*spatial channels"],
-) -> Float32[np.ndarray, "*spatial channels"]:
+def z_score_nonzero(image: Scan) -> Image:
     """Scales each channel to mean 0 and standard deviation 1 over its non-zero voxels.
 
     Voxels that are exactly zero (the background of skull-stripped scans) stay zero. A channel that is constant over
@@ -65,9 +62,7 @@ def z_score_nonzero(
     return (centred / np.where(std > 0, std, 1.0)).astype(np.float32)
 
 
-def z_score_clipped(
-    image: Float[np.ndarray, "*spatial channels"], intensity_range: tuple[float, float]
-) -> Float32[np.ndarray, "*spatial channels"]:
+def z_score_clipped(image: Scan, intensity_range: tuple[float, float]) -> Image:
     """Clips intensities and scales each channel to mean 0 and standard deviation 1 over all voxels.
 
     Args:
