@@ -84,11 +84,7 @@ def check_values(arguments: Mapping[str, Any]) -> None:
         _check_unit_interval(
             "probs", values, where, "Apply jax.nn.softmax to logits, and divide percent by 100."
         )
-    check_soft_labels(values, arguments["labels"], where)
-
-
-def check_soft_labels(values: Any, labels: Any, where: Any) -> None:
-    """Raises if labels are dense (`values` are logits or probabilities) and lie outside [0, 1]."""
+    labels = arguments["labels"]
     if are_dense(labels, values):
         _check_unit_interval(
             "labels", labels, where, "Divide masks of 0 and 255 by 255, and mask voxels to ignore with where."

@@ -53,6 +53,11 @@ def progress(
     return _Lines(iterable, desc, total, initial, unit, leave, disable or sys.stderr is None)
 
 
+def time_left(seconds: int) -> str:
+    """`2:05 min left`."""
+    return f"{seconds // 60}:{seconds % 60:02d} min left"
+
+
 @dataclass
 class _Lines(Generic[Item]):
     """`progress` as plain lines."""
@@ -93,6 +98,5 @@ class _Lines(Generic[Item]):
         if speed:
             parts.append(f"{speed:.3g} {self.unit}s/s")
             if self.total is not None:
-                minutes, seconds = divmod(round((self.total - done) / speed), 60)
-                parts.append(f"{minutes}:{seconds:02d} min left")
+                parts.append(time_left(round((self.total - done) / speed)))
         print(f"{self.desc}: {', '.join(parts)}", file=sys.stderr, flush=True)

@@ -91,6 +91,7 @@ def check_task_loss(task: Task, loss: Loss) -> None:
 
 
 def _check_options(config: RunConfig, info: DataInfo) -> None:
+    """Raises `InputError` if options contradict the data or make no network that fits them."""
     if config.model.norm == "batch" and not config.init:
         raise InputError(
             "norm is batch, whose statistics come from imported weights: give --init, or another norm."
@@ -99,7 +100,11 @@ def _check_options(config: RunConfig, info: DataInfo) -> None:
         raise InputError(
             f"flip_axes is {config.augment.flip_axes}, but the images have the axes 0 to {info.spatial_dims - 1}."
         )
-    check_model(config, info)
+    network = nnx.eval_shape(lambda: make_model(config, info))
+    if is_external(config.model.architecture):
+        patches = dict.fromkeys((config.data.patch, config.data.sliding_window))
+        classes = len(config.model.regions or info.class_names)
+        check_logits(config.model.architecture, network, list(patches), info.num_channels, classes)
 
 
 def check_best_is_known(task: Task) -> None:
@@ -229,12 +234,3 @@ def find_divisor(config: RunConfig, data: DataInfo) -> int:
     any_patch = config.data.patch or (128,) * data.spatial_dims
     tried = dataclasses.replace(config, data=dataclasses.replace(config.data, patch=any_patch))
     return int(getattr(nnx.eval_shape(lambda: make_model(tried, data)), "divisor", 1))
-
-
-def check_model(config: RunConfig, data: DataInfo) -> None:
-    """Raises `InputError` if the options make no network, or one from outside the project does not fit the data."""
-    network = nnx.eval_shape(lambda: make_model(config, data))
-    if is_external(config.model.architecture):
-        patches = dict.fromkeys((config.data.patch, config.data.sliding_window))
-        classes = len(config.model.regions or data.class_names)
-        check_logits(config.model.architecture, network, list(patches), data.num_channels, classes)

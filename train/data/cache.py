@@ -17,6 +17,12 @@ from train.errors import InputError
 # Part of every key. Raise it when the same files give other stored arrays.
 _VERSION = 1
 _NAMES = "arrays.json"
+_ARRAYS = (
+    "image",
+    "label",
+    "affine",
+    "annotations",
+)  # of `Case`; phantoms, which have posteriors, are not stored
 
 
 class CaseStore:
@@ -76,12 +82,7 @@ class CaseStore:
 
 
 def _arrays(case: Case) -> dict[str, np.ndarray]:
-    arrays = {
-        "image": case.image,
-        "label": case.label,
-        "affine": case.affine,
-        "annotations": case.annotations,
-    }
+    arrays = {name: getattr(case, name) for name in _ARRAYS}
     if case.source is not None:
         placement = case.source.placement
         arrays |= {
@@ -105,11 +106,4 @@ def _case(name: str, arrays: Mapping[str, np.ndarray]) -> Case:
             box_affine=arrays["box_affine"],
         )
         source = Source(placement, arrays["source_label"], arrays.get("source_annotations"))
-    return Case(
-        name,
-        arrays["image"],
-        arrays["label"],
-        arrays["affine"],
-        annotations=arrays.get("annotations"),
-        source=source,
-    )
+    return Case(name, source=source, **{array: arrays[array] for array in _ARRAYS if array in arrays})

@@ -6,6 +6,7 @@ from pathlib import Path
 from train.config import read_config
 from train.errors import InputError
 from train.files import parsing, read_json, visible
+from train.progress import time_left
 from train.run.folder import process_of
 from train.run.logs import broken_lines, divergence, parse_log
 
@@ -77,5 +78,4 @@ def _time_left(rows: list[dict[str, float]], steps: int) -> str:
     speed = rows[-1].get("steps_per_second", 0.0) if rows else 0.0
     if left <= 0 or not speed:
         return ""
-    minutes, seconds = divmod(int(left / speed), 60)
-    return f", {minutes}:{seconds:02d} min left at {speed:.2f} steps/s"
+    return f", {time_left(int(left / speed))} at {speed:.2f} steps/s"
