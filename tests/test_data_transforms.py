@@ -16,7 +16,7 @@ from train.data.augmentation import (
     random_noise,
     random_smooth,
 )
-from train.data.preprocess import z_score_nonzero
+from train.data.preprocess import normalise
 from train.data.transforms import crop_back, cut_patch, draw_crop, pad_to_hold
 from train.errors import InputError
 
@@ -24,7 +24,7 @@ from train.errors import InputError
 def test_z_score_ignores_and_keeps_zeros():
     image = np.random.default_rng(0).gamma(2.0, 100.0, (8, 9, 10, 2)).astype(np.float32)
     image[:4] = 0
-    scaled = z_score_nonzero(image)
+    scaled = normalise(image)
     assert scaled.dtype == np.float32
     assert not scaled[:4].any()
     np.testing.assert_allclose(scaled[4:].mean((0, 1, 2)), 0, atol=1e-5)
@@ -33,7 +33,7 @@ def test_z_score_ignores_and_keeps_zeros():
 
 @pytest.mark.parametrize("value", [0.0, 7.0])
 def test_z_score_of_a_constant_channel_is_zero(value):
-    assert not z_score_nonzero(np.full((3, 3, 1), value, np.float32)).any()
+    assert not normalise(np.full((3, 3, 1), value, np.float32)).any()
 
 
 def _fit(image, label, patch, rng, **options):

@@ -22,7 +22,7 @@ from jaxtyping import Float
 from scipy.special import ndtr
 
 from train.data.case import Case, Dataset
-from train.data.preprocess import z_score_nonzero
+from train.data.preprocess import normalise
 from train.data.shapes import Ids, Scan, Shares
 
 CLASS_NAMES = ("background", "organ", "ring", "core")
@@ -81,7 +81,7 @@ class PhantomDataset(Dataset):
         posterior = ordinal_posterior(z)
         label = draw_label(rng, z)
         image = render(rng, posterior, self.noise)
-        return Case(self.case_names[index], z_score_nonzero(image), label, np.eye(4), posterior)
+        return Case(self.case_names[index], normalise(image), label, np.eye(4), posterior)
 
 
 def smooth_field(
