@@ -43,6 +43,18 @@ def read_json(file: Path) -> Any:
         raise ValueError(f"its text is no UTF-8 from byte {error.start} on, save it as UTF-8") from error
 
 
+def make_folder(folder: Path, what: str) -> None:
+    """Makes a folder, unless it exists, and the folders that it lies in.
+
+    Raises:
+        InputError: it cannot be made; `what` names it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{what} {folder} cannot be made ({error.strerror}): choose another.") from error
+
+
 @contextlib.contextmanager
 def parsing(file: Path, what: str) -> Iterator[None]:
     """A context that turns whatever the content of a file raises into one sentence.

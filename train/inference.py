@@ -169,7 +169,9 @@ def plan_windows(shape: Sequence[int], patch: Sequence[int], overlap: float, win
     """
     axes = [_plan_axis(length, size, overlap) for length, size in zip(shape, patch, strict=True)]
     corners = list(itertools.product(*(starts for _, starts in axes)))
-    size = _group_size(len(corners), windows_per_batch)
+    # The group size between half of the largest and the largest that leaves the fewest places to fill up.
+    most = min(windows_per_batch, len(corners))
+    size = min(range(-(-most // 2), most + 1), key=lambda size: (-len(corners) % size, -size))
     filling = -len(corners) % size
     grouped = np.array(corners + corners[-1:] * filling, np.int32).reshape(-1, size, len(axes))
     counted = np.arange(grouped.size // len(axes)) < len(corners)
@@ -186,12 +188,6 @@ def _plan_axis(length: int, size: int, overlap: float) -> tuple[int, list[int]]:
     starts = np.linspace(0, room, -(-room // stride) + 1).round().astype(int)
     # `pad_to_hold` puts the volume into the centre.
     return padded, (starts + (padded - held) // 2).tolist()
-
-
-def _group_size(count: int, most: int) -> int:
-    """The group size between half of `most` and `most` that leaves the fewest places to fill up."""
-    most = min(most, count)
-    return min(range(-(-most // 2), most + 1), key=lambda size: (-count % size, -size))
 
 
 def _sliding_window(

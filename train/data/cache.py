@@ -12,7 +12,7 @@ import numpy as np
 
 from train.data.case import Case, Source
 from train.data.geometry import Placement
-from train.errors import InputError
+from train.files import make_folder
 
 # Part of every key. Raise it when the same files give other stored arrays.
 _VERSION = 1
@@ -37,12 +37,7 @@ class CaseStore:
 
     def __init__(self, folder: Path):
         self._folder = folder
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(
-                f"cache_dir {folder} cannot be made ({error.strerror}): choose another."
-            ) from error
+        make_folder(folder, "cache_dir")
 
     def read(self, key: str, name: str) -> Case | None:
         """The case of `key`, its arrays mapped into memory; None if it is missing or cannot be read."""
