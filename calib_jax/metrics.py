@@ -10,15 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Integer, Num
 
-from calib_jax._checks import (
-    AnyArray,
-    Labels,
-    Mask,
-    Probs,
-    as_inputs,
-    check_size,
-    check_voxel_mask,
-)
+from calib_jax._checks import AnyArray, Labels, Mask, Probs, as_inputs, check_size
 from calib_jax._eager import compiled, nan_where_undefined
 from calib_jax._labels import are_dense, as_class_ids, blank, have_class, memberships, one_hot
 from calib_jax._sums.exact import mean_or_nan, rounded
@@ -154,8 +146,7 @@ def negative_log_likelihood(
     References:
         Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
     """
-    logits, labels, where = as_inputs(logits, labels, where, probs_name="logits")
-    check_voxel_mask(where, logits)
+    logits, labels, where = as_inputs(logits, labels, where, probs_name="logits", per_voxel=True)
     return mean_or_nan(*likelihood_sums(*flatten(logits, labels, where)))
 
 
