@@ -17,12 +17,8 @@ from train.files import make_folder
 # Part of every key. Raise it when the same files give other stored arrays.
 _VERSION = 1
 _NAMES = "arrays.json"
-_ARRAYS = (
-    "image",
-    "label",
-    "affine",
-    "annotations",
-)  # of `Case`; phantoms, which have posteriors, are not stored
+# Of a `Case`; phantoms, which have posteriors, are not stored.
+_ARRAYS = ("image", "label", "affine", "annotations")
 
 
 class CaseStore:
