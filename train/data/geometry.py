@@ -142,10 +142,9 @@ class Placement:
             background: whether the first class is background. Voxels outside of the crop then have probability 1 of
                 background, else 0 of every class.
         """
-        held = tuple(side.stop - side.start for side in self.box)
         whole = np.zeros((*self.source_shape, probs.shape[-1]), np.float32)
         whole[..., 0] = background
-        whole[self.box] = _resample(probs, held, order=1)
+        whole[self.box] = _resample(probs, whole[self.box].shape[:-1], order=1)
         return whole
 
 

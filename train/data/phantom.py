@@ -77,7 +77,9 @@ class PhantomDataset(Dataset):
     def load(self, index: int) -> Case:
         rng = np.random.default_rng((self.seed, index))
         shape = self.spatial_shape
-        z = nested_depths(rng, shape) / boundary_width(rng, shape, self.ambiguity * min(shape))
+        depths = nested_depths(rng, shape)
+        # The half-width of the ambiguous zone is log-normal, from sharp to blurred within one case.
+        z = depths / (self.ambiguity * min(shape) * np.exp(0.5 * smooth_field(rng, shape, min(shape) / 5)))
         posterior = ordinal_posterior(z)
         label = draw_label(rng, z)
         image = render(rng, posterior, self.noise)
@@ -130,13 +132,6 @@ def _ellipsoid_depth(
     rotation, _ = np.linalg.qr(rng.standard_normal((len(radii), len(radii))))
     scaled = (points - centre) @ rotation / radii
     return (1 - np.sqrt(np.einsum("...d,...d", scaled, scaled))) * radii.mean()
-
-
-def boundary_width(
-    rng: np.random.Generator, shape: Sequence[int], median: float
-) -> Float[np.ndarray, "*spatial"]:
-    """Half-width of the ambiguous zone in voxels: log-normal, from sharp to blurred within one case."""
-    return median * np.exp(0.5 * smooth_field(rng, shape, min(shape) / 5))
 
 
 def ordinal_posterior(z: Float[np.ndarray, "structures *spatial"]) -> Shares:
