@@ -102,20 +102,15 @@ def render(inputs: ReportInputs, rows: Sequence[ModelRow], *, png_folder: Path) 
         lstrip_blocks=True,
     )
     return environment.get_template("page.html.jinja").render(
-        title=inputs.title,
-        headline=wording.headline(rows),
+        inputs=inputs,
         tiles=[_tile(name, base, best) for name in METRICS],
-        directions={name: wording.direction(name) for name in METRICS},
         rows=rows,
         leaders=_leaders(rows),
-        footnote=wording.footnote(rows),
         figures=_drawn(inputs, png_folder),
         worst=_worst_cases(beside, best.name),
         worst_of=best.name,
         worst_models=[result.name for result in beside],
         worst_metrics=_WORST_METRICS,
-        tables=inputs.tables,
-        provenance=inputs.provenance,
         wording=wording,
     )
 
