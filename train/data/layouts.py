@@ -438,7 +438,8 @@ def _numbers(value: Any) -> tuple[int, ...]:
     """One number, or the different numbers of a list, which may hold lists."""
     if isinstance(value, list) and value:
         return tuple(dict.fromkeys(number for part in value for number in _numbers(part)))
-    is_text = isinstance(value, str) and _NUMBER.fullmatch(value)
-    if is_text or type(value) is int or (isinstance(value, float) and value.is_integer()):
+    if isinstance(value, str) and _NUMBER.fullmatch(value):
+        return (int(value),)
+    if type(value) is int or (isinstance(value, float) and value.is_integer()):
         return (int(value),)
     raise ValueError(value)
