@@ -11,9 +11,10 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from calib_jax._labels import are_dense, one_hot
+from calib_jax._sums.bins import labels_of_classes
 
 _FEW = 16  # classes up to which a program has one piece of code for each
 _WIDTH = 4096  # accumulators that take voxels in turn: vector units are full, and no running sum gets long
@@ -31,8 +32,8 @@ def softmax(logits: Float[Array, "*voxels classes"]) -> Float[Array, "*voxels cl
 def softmax_and_cross_entropy(
     logits: Float[Array, "*voxels classes"],
     labels: Int[Array, "*voxels"] | Float[Array, "*voxels classes"],
-) -> tuple[Float[Array, "*voxels classes"], Float[Array, "*voxels"]]:
-    """`softmax`, and `optax.losses.softmax_cross_entropy` of each voxel from the same exponentials.
+) -> tuple[Float[Array, "*voxels classes"], Float[Array, ""]]:
+    """`softmax`, and the sum over all voxels of `optax.losses.softmax_cross_entropy`, from the same exponentials.
 
     An id that is no class costs nothing. Reverse mode only. Forward and backward read and write each array once.
     """
@@ -41,39 +42,39 @@ def softmax_and_cross_entropy(
     return lax.platform_dependent(logits.astype(jnp.float32), labels, cpu=cpu, default=default)
 
 
-@jax.custom_vjp
-def spatial_sums(x: Float[Array, "batch *spatial columns"]) -> Float[Array, "batch columns"]:
-    """Sum over the voxels of each image; reverse mode only."""
+def dice_sums(
+    probs: Float[Array, "batch *spatial classes"], labels: Array, where: Bool[Array, "batch *spatial"] | None
+) -> tuple[Float[Array, "batch classes"], Float[Array, "batch classes"]]:
+    """Overlap of probabilities and labels of each image and class, and the sum of their sizes."""
     # Merging axes is free on a CPU. On a TPU it copies the array.
-    return lax.platform_dependent(x, cpu=_spatial_sums_in_lanes, default=_plain_spatial_sums)
+    return lax.platform_dependent(probs, labels, where, cpu=_dice_sums_in_lanes, default=_dice_sums)
 
 
-def _plain_spatial_sums(x: Array) -> Array:
-    return x.sum(tuple(range(1, x.ndim - 1)))
+def _dice_sums(probs: Array, labels: Array, where: Array | None) -> tuple[Array, Array]:
+    targets = labels_of_classes(labels, probs).astype(jnp.float32)
+    if where is not None:
+        probs, targets = (jnp.where(where[..., None], x, 0) for x in (probs, targets))
+    axes = tuple(range(1, probs.ndim - 1))
+    return (probs * targets).sum(axes), probs.sum(axes) + targets.sum(axes)
 
 
-def _spatial_sums_in_lanes(x: Array) -> Array:
-    batch, columns = x.shape[0], x.shape[-1]
-    x = x.reshape(batch, -1, columns)
-    voxels = x.shape[1]
+def _dice_sums_in_lanes(probs: Array, labels: Array, where: Array | None) -> tuple[Array, Array]:
+    targets = one_hot(labels, probs)
+    if where is not None:
+        probs, targets = (jnp.where(where[..., None], x, 0) for x in (probs, targets))
+    probs, targets = (x.reshape(x.shape[0], -1, x.shape[-1]) for x in (probs, targets))
+    return voxel_sums(probs * targets), voxel_sums(probs) + voxel_sums(targets)
+
+
+def voxel_sums(x: Float[Array, "batch voxels columns"]) -> Float[Array, "batch columns"]:
+    """Sum over the voxels of each image, on a CPU."""
+    batch, voxels, columns = x.shape
     if voxels < 2 * _WIDTH:
         return x.sum(1)
     whole = voxels // _WIDTH * _WIDTH
     rows = x[:, :whole].reshape(batch, -1, _WIDTH * columns).sum(1)
     total = rows.reshape(batch, _WIDTH, columns).sum(1)
     return total if whole == voxels else total + x[:, whole:].sum(1)
-
-
-def _spread(empty: Array, gradient: Array) -> tuple[Array]:
-    batch, columns = gradient.shape
-    spatial = empty.shape[1:]
-    return (
-        jnp.broadcast_to(gradient.reshape(batch, *(1,) * len(spatial), columns), (batch, *spatial, columns)),
-    )
-
-
-# An empty array carries the spatial shape.
-spatial_sums.defvjp(lambda x: (spatial_sums(x), jnp.zeros((0, *x.shape[1:-1]), x.dtype)), _spread)
 
 
 def _forward(logits: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -105,7 +106,7 @@ def _both_backward(
     d_logits = lax.platform_dependent(probs, labels, *gradients, cpu=cpu, default=_pull_back_both)
     d_labels = None
     if are_dense(labels, logits):
-        d_labels = -gradients[1][..., None] * jax.nn.log_softmax(logits.astype(jnp.float32))
+        d_labels = -gradients[1] * jax.nn.log_softmax(logits.astype(jnp.float32))
     return d_logits.astype(logits.dtype), d_labels
 
 
@@ -121,12 +122,20 @@ def _softmax_and_cross_entropy(logits: Array, labels: Array) -> tuple[Array, Arr
     shifted = logits - logits.max(-1, keepdims=True)
     terms = jnp.exp(shifted)
     total = terms.sum(-1, keepdims=True)
-    return terms / total, _surprise(one_hot(labels, logits), shifted, jnp.log(total)).sum(-1)
+    losses = _surprise(labels_of_classes(labels, logits).astype(jnp.float32), shifted, jnp.log(total))
+    # Without a barrier, XLA on a GPU stores the losses of all classes until the backward pass.
+    return lax.optimization_barrier((terms / total, losses.sum()))
 
 
-def _pull_back_both(probs: Array, labels: Array, d_probs: Array, d_losses: Array) -> Array:
-    targets, h = one_hot(labels, probs), d_losses[..., None]
-    return _pull_back(probs, d_probs) + h * (probs * targets.sum(-1, keepdims=True) - targets)
+def _pull_back_both(probs: Array, labels: Array, d_probs: Array, h: Array) -> Array:
+    targets = labels_of_classes(labels, probs).astype(jnp.float32)
+    if are_dense(labels, probs):
+        total = targets.sum(-1)
+    else:  # 1 for an id of a class, 0 otherwise
+        ids = labels.astype(jnp.int32)
+        total = (jnp.clip(ids + 1, 0, 1) * jnp.clip(probs.shape[-1] - ids, 0, 1)).astype(jnp.float32)
+    mean = (probs * d_probs).sum(-1) - h * total
+    return probs * (d_probs - mean[..., None]) - h * targets
 
 
 # Class by class.
@@ -160,7 +169,8 @@ def _softmax_and_cross_entropy_by_class(logits: Array, labels: Array) -> tuple[A
     log_total = jnp.log(total)
     targets = _classes(one_hot(labels, logits))
     losses = _sum([_surprise(y, score, log_total) for y, score in zip(targets, shifted, strict=True)])
-    return lax.optimization_barrier((jnp.stack([term / total for term in terms], axis=-1), losses))
+    probs, losses = lax.optimization_barrier((jnp.stack([term / total for term in terms], axis=-1), losses))
+    return probs, losses.sum()
 
 
 def _pull_back(probs: Array, gradient: Array) -> Array:
@@ -174,9 +184,9 @@ def _pull_back_by_class(probs: Array, gradient: Array) -> Array:
     return lax.optimization_barrier(probs * (gradient - mean[..., None]))
 
 
-def _pull_back_both_by_class(probs: Array, labels: Array, d_probs: Array, d_losses: Array) -> Array:
+def _pull_back_both_by_class(probs: Array, labels: Array, d_probs: Array, h: Array) -> Array:
     d_probs = lax.optimization_barrier(d_probs)
     targets = one_hot(labels, probs)
     products = [p * g for p, g in zip(_classes(probs), _classes(d_probs), strict=True)]
-    mean = lax.optimization_barrier(_sum(products) - d_losses * _sum(_classes(targets)))
-    return lax.optimization_barrier(probs * (d_probs - mean[..., None]) - d_losses[..., None] * targets)
+    mean = lax.optimization_barrier(_sum(products) - h * _sum(_classes(targets)))
+    return lax.optimization_barrier(probs * (d_probs - mean[..., None]) - h * targets)

@@ -10,10 +10,10 @@ from jaxtyping import Array, Bool, Float
 from calib_jax._checks import AnyArray, Labels, check_choice, check_flag, check_number
 from calib_jax._devices import AxisName, check_not_split, whole_sum
 from calib_jax._eager import compiled
-from calib_jax._labels import as_class_ids, one_hot
-from calib_jax._softmax import softmax, softmax_and_cross_entropy, spatial_sums
+from calib_jax._labels import are_dense, as_class_ids
+from calib_jax._softmax import dice_sums, softmax, softmax_and_cross_entropy
 from calib_jax._sums.bins import Binning, Bins, Closed
-from calib_jax._voxels import Inputs, voxel_inputs, voxel_mean
+from calib_jax._voxels import Inputs, voxel_inputs
 from calib_jax.alternatives import (
     dsc_plus_plus_loss,
     focal_loss,
@@ -224,12 +224,14 @@ def _parts(
     ace_options.check(inputs.logits.shape)
     logits, labels = jnp.asarray(logits), jnp.asarray(as_class_ids(labels))
     where = None if where is None else jnp.asarray(where)
-    probs, entropy = _softmax_and_entropy(logits, where, inputs, parts)
+    # Ids as they are, if all count: a copy of them without foreign ids would be stored for the backward pass.
+    targets = inputs.labels if where is not None or are_dense(labels, logits) else labels
+    probs, entropy = _softmax_and_entropy(logits, targets, where, inputs, parts)
     voxels: Any = {"where": where, "axis_name": axis_name}
     background: Any = {"include_background": dice_options.include_background}
     losses: dict[str, Callable[[], Any]] = {
         "dice": lambda: _soft_dice(probs, labels, where, dice_options, axis_name),
-        "cross_entropy": lambda: voxel_mean(entropy, inputs),
+        "cross_entropy": lambda: whole_sum(entropy, axis_name) / inputs.voxels,
         "ace": lambda: marginal_l1(average_calibration_error, probs, labels, where, ace_options),
         "focal": lambda: focal_loss(logits, labels, **voxels),
         "label_smoothing": lambda: label_smoothing_loss(logits, labels, **voxels),
@@ -244,9 +246,9 @@ def _parts(
 
 
 def _softmax_and_entropy(
-    logits: Array, where: Array | None, inputs: Inputs, parts: Sequence[str]
+    logits: Array, labels: Array, where: Array | None, inputs: Inputs, parts: Sequence[str]
 ) -> tuple[Any, Any]:
-    """Float32 probabilities for Dice and mL1-ACE, and the cross-entropy of each voxel. None if no part needs them.
+    """Float32 probabilities for Dice and mL1-ACE, and the summed cross-entropy. None if no part needs them.
 
     A masked NaN must be gone before the softmax, or the gradient of the softmax brings it back.
     """
@@ -254,7 +256,7 @@ def _softmax_and_entropy(
     if needs_probs:
         logits = logits if where is None else jnp.where(where[..., None], logits, 0)
     if "cross_entropy" in parts:
-        return softmax_and_cross_entropy(logits if needs_probs else inputs.logits, inputs.labels)
+        return softmax_and_cross_entropy(logits if needs_probs else inputs.logits, labels)
     return softmax(logits) if needs_probs else None, None
 
 
@@ -262,11 +264,7 @@ def _soft_dice(
     probs: Array, labels: Array, where: Array | None, options: _DiceOptions, axis_name: AxisName | None
 ) -> Array:
     """`optax.losses.dice_loss` of probabilities, which optax refuses under jit."""
-    targets = one_hot(labels, probs)
-    if where is not None:
-        probs, targets = (jnp.where(where[..., None], x, 0) for x in (probs, targets))
-    sums = spatial_sums(probs * targets), spatial_sums(probs) + spatial_sums(targets)
-    overlap, sizes = whole_sum(sums, axis_name)
+    overlap, sizes = whole_sum(dice_sums(probs, labels, where), axis_name)
     size = sizes / 2
     losses = 1 - (overlap + options.smooth) / (size + options.smooth)
     return losses[:, 0 if options.include_background else 1 :].mean()

@@ -7,7 +7,8 @@ import optax
 import pytest
 from jax import export
 
-from calib_jax._softmax import softmax, softmax_and_cross_entropy, spatial_sums
+from calib_jax import _softmax
+from calib_jax._softmax import softmax, softmax_and_cross_entropy, voxel_sums
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 
@@ -81,6 +82,14 @@ def both_by_optax(logits, labels):
     return jax.nn.softmax(logits), entropy(logits, labels)
 
 
+def both_by_voxel(logits, labels):
+    """`softmax_and_cross_entropy` of each voxel by itself."""
+    voxels = logits.shape[:-1]
+    alone = labels.reshape(-1, 1, *labels.shape[len(voxels) :])
+    probs, losses = jax.vmap(softmax_and_cross_entropy)(logits.reshape(-1, 1, logits.shape[-1]), alone)
+    return probs.reshape(logits.shape), losses.reshape(voxels)
+
+
 def value_and_grad_of_both(function, logits, labels):
     """Of a weighted sum of both results, with the gradient in soft labels too."""
     weights = jnp.asarray(np.random.default_rng(0).normal(size=logits.shape), jnp.float32)
@@ -99,12 +108,11 @@ def test_cross_entropy_is_that_of_optax(classes, form):
     logits = scores(classes)
     labels = labels_like(logits, form)
     for ours, theirs in zip(
-        jax.jit(softmax_and_cross_entropy)(logits, labels), both_by_optax(logits, labels), strict=True
+        jax.jit(both_by_voxel)(logits, labels), both_by_optax(logits, labels), strict=True
     ):
         np.testing.assert_allclose(ours, theirs, rtol=2e-6, atol=1e-6)
     ours, theirs = (
-        value_and_grad_of_both(function, logits, labels)
-        for function in (softmax_and_cross_entropy, both_by_optax)
+        value_and_grad_of_both(function, logits, labels) for function in (both_by_voxel, both_by_optax)
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6), ours, theirs)
 
@@ -119,17 +127,52 @@ def test_cross_entropy_of_extreme_scores(form):
         else 0.75 * np.eye(3, dtype=np.float32)[labels] + 0.25 * np.eye(3, dtype=np.float32)[labels - 1]
     )
     ours, theirs = (
-        value_and_grad_of_both(function, logits, labels)
-        for function in (softmax_and_cross_entropy, both_by_optax)
+        value_and_grad_of_both(function, logits, labels) for function in (both_by_voxel, both_by_optax)
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), ours, theirs)
     assert np.isfinite(ours[0])
 
 
+@pytest.mark.parametrize("form", ["ids", "soft"])
+@pytest.mark.parametrize("platform", ["cpu", "others"])
+def test_gradients_of_many_voxels_on_every_platform(platform, form, monkeypatch):
+    """The programs of other platforms run on this one, too."""
+    if platform == "others":
+        monkeypatch.setattr(_softmax, "_FEW", 0)
+    logits = scores(3)
+    labels = labels_like(logits, form)
+    weights = jnp.asarray(np.random.default_rng(0).normal(size=logits.shape), jnp.float32)
+
+    def total(function):
+        def weighted(x):
+            probs, losses = function(x, labels)
+            return (weights * probs).sum() + 0.3 * losses.sum()
+
+        return jax.jit(jax.value_and_grad(weighted))(logits)
+
+    ours, theirs = total(softmax_and_cross_entropy), total(both_by_optax)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6), ours, theirs)
+
+
+@pytest.mark.parametrize("form", ["ids", "soft"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_sums_of_dice_are_the_same_on_every_platform(form, masked):
+    logits = scores(3)[None]
+    labels = labels_like(logits, form)
+    where = jnp.asarray(np.random.default_rng(1).random(logits.shape[:-1]) < 0.5) if masked else None
+    probs = jax.nn.softmax(logits)
+    for ours, theirs in zip(
+        _softmax._dice_sums(probs, labels, where),
+        _softmax._dice_sums_in_lanes(probs, labels, where),
+        strict=True,
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+
+
 def test_an_id_that_is_no_class_costs_nothing():
     logits = scores(3)
     ids = labels_like(logits, "ids").at[:, 0].set(-1).at[:, 1].set(3)
-    (_, losses), pull_back = jax.vjp(lambda x: softmax_and_cross_entropy(x, ids), logits)
+    (_, losses), pull_back = jax.vjp(lambda x: both_by_voxel(x, ids), logits)
     gradient = pull_back((jnp.zeros_like(logits), jnp.ones_like(losses)))[0]
     np.testing.assert_array_equal(losses[:, :2], 0)
     np.testing.assert_array_equal(gradient[:, :2], 0)
@@ -138,9 +181,9 @@ def test_an_id_that_is_no_class_costs_nothing():
 
 def test_a_class_of_probability_zero_costs_only_those_who_have_it():
     logits = np.float32([[-np.inf, 0.0, 0.0], [-np.inf, 0.0, 0.0]])
-    losses = softmax_and_cross_entropy(logits, jnp.array([1, 0]))[1]
+    losses = both_by_voxel(logits, jnp.array([1, 0]))[1]
     np.testing.assert_allclose(losses, [np.log(2), np.inf], rtol=1e-6)
-    soft = softmax_and_cross_entropy(logits, np.float32([[0, 0.5, 0.5], [0, 1.0, 0]]))[1]
+    soft = both_by_voxel(logits, np.float32([[0, 0.5, 0.5], [0, 1.0, 0]]))[1]
     np.testing.assert_allclose(soft, [np.log(2), np.log(2)], rtol=1e-6)
 
 
@@ -157,11 +200,11 @@ def test_cross_entropy_lowers_for_every_platform(platform, classes):
 def test_sums_over_voxels(voxels):
     x = np.random.default_rng(voxels).random((2, voxels, 3), np.float32)
     expected = x.astype(np.float64).sum(1)
-    np.testing.assert_allclose(jax.jit(spatial_sums)(x), expected, rtol=2e-6)
-    np.testing.assert_array_equal(jax.grad(lambda x: spatial_sums(x)[0, 1])(jnp.asarray(x))[0, :, 1], 1)
+    np.testing.assert_allclose(jax.jit(voxel_sums)(x), expected, rtol=2e-6)
+    np.testing.assert_array_equal(jax.grad(lambda x: voxel_sums(x)[0, 1])(jnp.asarray(x))[0, :, 1], 1)
 
 
 def test_sums_of_many_equal_numbers_do_not_drift():
     """A single running float32 sum of 8 million thousandths would be 2% off."""
     x = jnp.full((1, 8_000_000, 1), 1e-3)
-    np.testing.assert_allclose(jax.jit(spatial_sums)(x), [[8000.0]], rtol=1e-4)
+    np.testing.assert_allclose(jax.jit(voxel_sums)(x), [[8000.0]], rtol=1e-4)

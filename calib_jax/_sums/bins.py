@@ -69,8 +69,11 @@ def hard_index(
     probs = single_or_double(probs)
     if edges is None:
         return _equal_index(probs, bins)
-    values = probs.reshape(*(probs.shape[:-1] if probs.ndim > 1 else (-1,)), edges.shape[0], 1)
-    index = jnp.where(jnp.isnan(values), True, values > edges[None]).sum(-1, dtype=jnp.int32)
+    # A row of a piece holds several voxels and classes.
+    voxels = probs.shape[:-1] if probs.ndim > 1 else (-1,)
+    values = probs.reshape(*voxels, edges.shape[0], 1)
+    edges = edges.reshape((1,) * (values.ndim - 2) + edges.shape)
+    index = jnp.where(jnp.isnan(values), True, values > edges).sum(-1, dtype=jnp.int32)
     return index.reshape(probs.shape)
 
 
@@ -123,9 +126,8 @@ def bin_limits(edges: Array | None, bins: Bins, dtype: Any) -> tuple[AnyArray, A
         return np.insert(inner, 0, np.nan), np.append(inner, np.inf)
     # Edges are infinite where too few voxels count. Only the last limit may be infinite.
     inner = jnp.minimum(edges, jnp.finfo(edges.dtype).max)
-    end = inner[..., :1]
-    lower = jnp.concatenate([jnp.full_like(end, jnp.nan), inner], axis=-1)
-    return lower, jnp.concatenate([inner, jnp.full_like(end, jnp.inf)], axis=-1)
+    first, last = (jnp.full((*edges.shape[:-1], 1), x, edges.dtype) for x in (jnp.nan, jnp.inf))
+    return jnp.concatenate([first, inner], axis=-1), jnp.concatenate([inner, last], axis=-1)
 
 
 def share_of_bin(values: Array, lower: AnyArray, upper: AnyArray, bins: Bins) -> Array:
@@ -148,8 +150,9 @@ def labels_of_classes(labels: Num[Array, "batch *spatial_and_classes"], like: Ar
     """Labels of the shape of `like`. Ids become int32 0 or 1 by arithmetic: XLA would store a comparison."""
     if are_dense(labels, like):
         return labels.astype(jnp.float32)
-    classes = np.arange(like.shape[-1], dtype=np.int32)
-    return 1 - jnp.minimum(jnp.abs(labels.astype(jnp.int32)[..., None] - classes), 1)
+    ids = jnp.maximum(labels.astype(jnp.int32), -1)[..., None]
+    classes = np.arange(like.shape[-1], dtype=np.int32).reshape((1,) * (like.ndim - 1) + (-1,))
+    return 1 - jnp.minimum(jnp.abs(ids - classes), 1)
 
 
 # Columns.

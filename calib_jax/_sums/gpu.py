@@ -36,15 +36,19 @@ def bin_sums(
         probs, labels, where = (_fill_up(x, -voxels % row) for x in (probs, labels, where))
 
     def in_rows(x: Array) -> Array:
-        return x.reshape(x.shape[0], -1, row, *x.shape[2:])
+        return x.reshape(x.shape[0], x.shape[1] // row, row, *x.shape[2:])
 
     probs, labels, where = jax.tree.map(in_rows, (probs, labels, where))
     lower, upper = bin_limits(edges, bins, single_or_double(probs).dtype)
-    lower, upper = (x if edges is None else x[:, None, None] for x in (lower, upper))
+    # Beside [batch, rows, voxels, classes, bins].
+    lower, upper = (
+        x.reshape(-1, 1, 1, x.shape[1] if x.ndim > 1 else 1, bins.num_bins) for x in (lower, upper)
+    )
     weighted = bins.binning == "soft"
 
     def total(probs: Array, values: Any) -> Array:
         """Sum of `values` in each bin; of weights if None."""
+        values = None if values is None else values[..., None]
         share = share_of_bin(single_or_double(probs)[..., None], lower, upper, bins)
         if where is not None:
             share = jnp.where(where[..., None], share, jnp.zeros_like(share))
@@ -57,7 +61,8 @@ def bin_sums(
     # A barrier makes equal arrays unequal to XLA.
     again = lax.optimization_barrier(probs)
     places = probs, again, lax.optimization_barrier(again)
-    values = probs.astype(jnp.float32)[..., None], None, labels_of_classes(labels, probs)[..., None]
+    labels = labels_of_classes(labels, probs)
+    values = probs.astype(jnp.float32), None, labels.astype(jnp.float32) if weighted else labels
     rows = tuple(map(total, places, values))
     with enable_x64(True):
         zeros = tuple(np.zeros((), x.dtype) for x in rows)

@@ -45,7 +45,7 @@ def bin_sums(
             count, label = share.astype(jnp.int32), jnp.where(share, of_class, 0)
             prob = as_pair(jnp.where(share, values, 0))
         else:
-            count, label = as_pair(share), jnp.where(share > 0, share * of_class, 0)
+            count, label = as_pair(share), jnp.where(share > 0, share * of_class.astype(jnp.float32), 0)
             prob = as_pair(jnp.where(share > 0, share * values, 0))
         return prob, count, as_pair(label) if jnp.issubdtype(label.dtype, jnp.floating) else label
 
@@ -99,7 +99,7 @@ def _beside_voxels(x: Array, ndim: int) -> Array:
 def _in_rows(probs: Array, labels: Array, where: Array | None) -> tuple[Array, Array, Array | None]:
     """Images as `[batch, rows, voxels, ...]`, filled up with voxels that do not count."""
     batch, voxels = probs.shape[0], math.prod(probs.shape[1:-1])
-    row = min(voxels, _ROW)
+    row = max(1, min(voxels, _ROW))
     axes = probs.ndim - 1
     if voxels % row and where is None:
         where = jnp.ones((batch, *probs.shape[1:-1], 1), bool)
@@ -107,7 +107,7 @@ def _in_rows(probs: Array, labels: Array, where: Array | None) -> tuple[Array, A
     def split(x: Array) -> Array:
         x = x.reshape(batch, voxels, *x.shape[axes:])
         x = jnp.pad(x, ((0, 0), (0, -voxels % row), *((0, 0),) * (x.ndim - 2)))
-        return x.reshape(batch, -1, row, *x.shape[2:])
+        return x.reshape(batch, x.shape[1] // row, row, *x.shape[2:])
 
     probs, labels, where = jax.tree.map(split, (probs, labels, where))
     return probs, labels, where
