@@ -1,5 +1,6 @@
 """Timing of several programs in turn, so that a change of the machine's speed affects all of them."""
 
+import contextlib
 import json
 import os
 import platform
@@ -82,8 +83,14 @@ def format_table(rows: Sequence[Mapping[str, str]]) -> str:
     )
 
 
-def write_results(file: Path, results: Mapping[str, Any]) -> None:
-    """Writes results as JSON, with the command, versions and machine that are needed to repeat them."""
+def write_results(file: Path, results: Mapping[str, Any], *, say: bool = True) -> None:
+    """Writes results as JSON, with the command, versions and machine that are needed to repeat them.
+
+    Args:
+        file: the JSON file.
+        results: plain JSON values.
+        say: whether to print the file's name.
+    """
     import jax
 
     kept = {
@@ -93,12 +100,22 @@ def write_results(file: Path, results: Mapping[str, Any]) -> None:
         "device": f"{jax.default_backend()}: {jax.devices()[0].device_kind}",
         "python": platform.python_version(),
         "glibc_tunables": os.environ.get("GLIBC_TUNABLES", ""),
-        "versions": {name: metadata.version(name) for name in _PACKAGES},
+        "versions": versions(_PACKAGES),
         **results,
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(kept, indent=1) + "\n")
-    print(f"written to {file}")
+    if say:
+        print(f"written to {file}")
+
+
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    """Versions of those packages that are installed."""
+    found: dict[str, str] = {}
+    for name in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def settings(options: Any, *names: str) -> dict[str, Any]:

@@ -41,7 +41,7 @@ from train.sharding import (
     weight_shardings,
 )
 from train.step import TrainState, check_loss, make_optimizer, make_train_step
-from train.targets import CompilationFailed, Target, parse_target, run_for
+from train.targets import CompilationFailed, Target, format_bytes, parse_target, run_for
 from train.task import find_divisor, make_model, open_cases, resolve_config
 
 if TYPE_CHECKING:
@@ -101,9 +101,9 @@ def plan(command: "Plan") -> int:
     for target in targets:
         attempts = []
         print(
-            f"{target.name}: {target.title}, {_size(target.memory)} each, {_size(target.usable)} to plan for"
+            f"{target.name}: {target.title}, {format_bytes(target.usable)} of {format_bytes(target.memory)} each"
         )
-        print(f"  (the margin: {target.margin})", flush=True)
+        print(f"  the rest is a margin: {target.margin}", flush=True)
         for attempt in _attempts(run, target, command.limit_s):
             attempts.append(attempt)
             print(_line(attempt, target), flush=True)
@@ -329,7 +329,7 @@ def _line(attempt: Mapping[str, Any], target: Target) -> str:
     if "failed" in attempt and needed is None:
         return f"{name}the compiler failed: {attempt['failed']}"
     fits = "fits" if attempt["fits"] else "does not fit"
-    return f"{name}{fits}, {_size(needed)} of {_size(target.usable)} on each device"
+    return f"{name}{fits}, {format_bytes(needed)} of {format_bytes(target.usable)} on each device"
 
 
 def _table(attempts: Sequence[Mapping[str, Any]]) -> str:
@@ -338,15 +338,15 @@ def _table(attempts: Sequence[Mapping[str, Any]]) -> str:
     for attempt in attempts:
         row = dict.fromkeys(_COLUMNS, "-") | {"": attempt["options"] or "as it stands"}
         if attempt.get("needed_bytes") is not None:
-            row["needs"] = _size(attempt["needed_bytes"])
+            row["needs"] = format_bytes(attempt["needed_bytes"])
         if "total_bytes" in attempt:
             exchanged = attempt["collectives"]
             known = {name: attempt[key] for name, key in _PARTS.items()}
-            row |= {name: _size(size) for name, size in known.items()}
+            row |= {name: format_bytes(size) for name, size in known.items()}
             # Code, and the padding of arrays in the chip's tiles.
-            row["other"] = _size(max(attempt["total_bytes"] - sum(known.values()), 0))
+            row["other"] = format_bytes(max(attempt["total_bytes"] - sum(known.values()), 0))
             row["exchanges"] = str(sum(kind["count"] for kind in exchanged.values()))
-            row["exchanged"] = _size(sum(kind["bytes"] for kind in exchanged.values()))
+            row["exchanged"] = format_bytes(sum(kind["bytes"] for kind in exchanged.values()))
             row["compiled in"] = f"{attempt['compile_s']:.0f} s"
         rows.append(row)
     lines = [_COLUMNS, *([row[name] for name in _COLUMNS] for row in rows)]
@@ -370,8 +370,9 @@ def _verdict(attempts: Sequence[Mapping[str, Any]], target: Target, arguments: S
         return f"Whether the run fits on {target.title} is not known: {first.get('failed', '')}"
     least = min(attempt["needed_bytes"] for attempt in attempts if attempt.get("needed_bytes") is not None)
     return (
-        f"The run does not fit on {target.title}: it needs {_size(least)} of {_size(target.usable)} on each device "
-        "at best. Choose a smaller patch, fewer patches a step, or more devices."
+        f"The run does not fit on {target.title}: at best it needs {format_bytes(least)} of "
+        f"{format_bytes(target.usable)} on each device. Choose a smaller patch, fewer patches per step, or more "
+        "devices."
     )
 
 
@@ -393,16 +394,3 @@ def _fit_command(arguments: Sequence[str], added: str) -> str:
 def _data_of(arguments: Sequence[str]) -> list[str]:
     described = any(word.partition("=")[0].replace("_", "-") == "--class-names" for word in arguments)
     return ["--data", "LAYOUT:PATH"] if described else []
-
-
-def _size(count: float) -> str:
-    """Bytes in the unit in which they have one to four digits.
-
-    Example:
-        >>> _size(1536), _size(3 * 2**30)
-        ('1.50 KiB', '3.00 GiB')
-    """
-    units = ("bytes", "KiB", "MiB", "GiB")
-    power = min(int(math.log(max(count, 1), 1000)), len(units) - 1)
-    value = count / 1024**power
-    return f"{value:.0f} {units[power]}" if not power or value >= 100 else f"{value:#.3g} {units[power]}"

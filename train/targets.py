@@ -269,3 +269,16 @@ def _answer() -> None:
     partial = file.with_suffix(".partial")
     partial.write_text(json.dumps(found))
     partial.rename(file)
+
+
+def format_bytes(count: float) -> str:
+    """Bytes in the unit in which they have one to four digits.
+
+    Example:
+        >>> format_bytes(1536), format_bytes(3 * 2**30)
+        ('1.50 KiB', '3.00 GiB')
+    """
+    units = ("bytes", "KiB", "MiB", "GiB")
+    power = min(int(math.log(max(count, 1), 1000)), len(units) - 1)
+    value = count / 1024**power
+    return f"{value:.0f} {units[power]}" if not power or value >= 100 else f"{value:#.3g} {units[power]}"
