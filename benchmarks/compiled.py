@@ -211,7 +211,7 @@ def _cells(row: Mapping[str, Any]) -> dict[str, str]:
     """A line of the table. Temporaries and bytes accessed of a loss are in units of the probabilities."""
     columns = (
         "seconds",
-        "GiB",
+        "memory",
         "of memory",
         "temporaries",
         "accessed",
@@ -269,6 +269,6 @@ def _kept(options: Compiled) -> dict[tuple[str, str], dict[str, Any]]:
 
 
 def _write(options: Compiled, rows: Mapping[tuple[str, str], Mapping[str, Any]]) -> None:
-    timing.write_results(options.out, {"rows": list(rows.values())}, say=False)
+    timing.write_results(options.out, {"rows": list(rows.values())}, say=False, with_device=False)
     table = to_markdown([_cells(row) for row in rows.values()])
     options.out.with_suffix(".md").write_text(table)

@@ -83,21 +83,22 @@ def format_table(rows: Sequence[Mapping[str, str]]) -> str:
     )
 
 
-def write_results(file: Path, results: Mapping[str, Any], *, say: bool = True) -> None:
+def write_results(
+    file: Path, results: Mapping[str, Any], *, say: bool = True, with_device: bool = True
+) -> None:
     """Writes results as JSON, with the command, versions and machine that are needed to repeat them.
 
     Args:
         file: the JSON file.
         results: plain JSON values.
         say: whether to print the file's name.
+        with_device: whether to name the device that JAX runs on, which opens it.
     """
-    import jax
-
     kept = {
         "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
         "cores": len(os.sched_getaffinity(0)),
         "machine": _processor(),
-        "device": f"{jax.default_backend()}: {jax.devices()[0].device_kind}",
+        **({"device": _device()} if with_device else {}),
         "python": platform.python_version(),
         "glibc_tunables": os.environ.get("GLIBC_TUNABLES", ""),
         "versions": versions(_PACKAGES),
@@ -126,6 +127,12 @@ def settings(options: Any, *names: str) -> dict[str, Any]:
 def first_line(error: Exception) -> str:
     """Type of an error and the first line of its message."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def _device() -> str:
+    import jax
+
+    return f"{jax.default_backend()}: {jax.devices()[0].device_kind}"
 
 
 def _processor() -> str:

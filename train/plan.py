@@ -41,7 +41,14 @@ from train.sharding import (
     weight_shardings,
 )
 from train.step import TrainState, check_loss, make_optimizer, make_train_step
-from train.targets import CompilationFailed, Target, format_bytes, parse_target, run_for
+from train.targets import (
+    CompilationFailed,
+    Target,
+    format_bytes,
+    parse_target,
+    run_for,
+    use_no_device,
+)
 from train.task import find_divisor, make_model, open_cases, resolve_config
 
 if TYPE_CHECKING:
@@ -96,6 +103,7 @@ def plan(command: "Plan") -> int:
     targets = [parse_target(name) for name in dict.fromkeys(command.target)]
     for target in targets:
         target.check_installed()
+    use_no_device()
     run = _open_run(command)
     found = []
     for target in targets:

@@ -186,6 +186,15 @@ def _h100(name: str, count: int) -> Target:
     return Target(name, "cuda", count, _H100_BYTES, share, margin, f"{count} H100 80GB")
 
 
+def use_no_device() -> None:
+    """Keeps this process from opening GPUs and TPUs: others may hold them, and a plan needs none."""
+    import jax
+
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    config: Any = jax.config
+    config.update("jax_platforms", "cpu")
+
+
 class CompilationFailed(Exception):
     """A compiler gave up: says why in a few lines."""
 
