@@ -166,9 +166,29 @@ def test_an_impossible_saving_is_passed_over(monkeypatch: pytest.MonkeyPatch) ->
             raise InputError("no halves")
         return 20 * GIB if run.config.training.precision == "float32" else GIB
 
-    *_, split, half = outcomes(monkeypatch, needs)
-    assert split["refused"] == "no halves"
+    *_, split, again, half = outcomes(monkeypatch, needs)
+    assert split["refused"] == again["refused"] == "no halves"
     assert half["options"] == "--remat --precision bfloat16"
+
+
+def test_volumes_are_split_where_the_batch_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch of four on eight chips; then what saves memory is tried beside it."""
+
+    def needs(run: Run) -> int:
+        if "space" not in run.devices.mesh:
+            raise InputError("give a multiple of 8")
+        return (1 if run.devices.remat else 20) * GIB
+
+    found = outcomes(monkeypatch, needs, target="v5e:2x4")
+    assert [attempt["options"] for attempt in found] == [
+        "",
+        "--mesh data=4,space=2",
+        "--mesh data=4,space=2 --remat",
+    ]
+    verdict = planning._verdict(found, parse_target("v5e:2x4"), [])
+    assert verdict.startswith(
+        "The run is impossible on 8 TPU v5e chips as it stands. It fits with --mesh data=4"
+    )
 
 
 def test_verdicts_end_with_the_command_to_use() -> None:

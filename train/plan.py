@@ -153,11 +153,26 @@ def _described(command: "Plan") -> Any:
 
 
 def _attempts(run: Run, target: Target, limit_s: float) -> Iterator[dict[str, Any]]:
-    """The run as it stands, then with more and more of what saves memory, until it fits."""
-    attempt = _attempt(run, target, limit_s, {})
-    yield attempt
+    """The run as it stands, then with more and more of what saves memory, until it fits.
+
+    If the devices cannot share the batch, volumes are split first.
+
+    Raises:
+        InputError: no mesh can split the run.
+    """
+    attempt = first = _attempt(run, target, limit_s, {})
     added: dict[str, str] = {}
-    for option, values in _savings(run, target):
+    if "refused" in first:
+        for mesh in _meshes(run, target):
+            added = {"--mesh": mesh}
+            attempt = _attempt(_with(run, added), target, limit_s, added)
+            if "refused" not in attempt:
+                break
+        else:
+            raise InputError(first["refused"])
+        yield first
+    yield attempt
+    for option, values in _savings(_with(run, added), target):
         for value in values:
             # What fails for another reason than memory fails again.
             if attempt["fits"] or ("failed" in attempt and attempt["needed_bytes"] is None):
@@ -172,24 +187,30 @@ def _attempts(run: Run, target: Target, limit_s: float) -> Iterator[dict[str, An
 
 def _savings(run: Run, target: Target) -> Iterator[tuple[str, list[str]]]:
     """Options that save memory and are not used yet, with the values to try, in order."""
-    data, fsdp, space = mesh_shape(run.devices.mesh, target.num_devices)
+    data, fsdp, _ = mesh_shape(run.devices.mesh, target.num_devices)
     batch_size = run.config.training.batch_size
     if not run.devices.remat:
         yield "--remat", [""]
     if run.devices.accumulate and run.devices.accumulate * data * fsdp < batch_size:
         yield "--accumulate", ["0"]
-    divisor = find_divisor(run.config, run.info)
-    first = run.config.data.patch[0]
-    meshes = []
-    for factor in (2, 4, 8):
-        from_data, from_fsdp = math.gcd(factor, data), factor // math.gcd(factor, data)
-        if data * fsdp % factor == 0 and fsdp % from_fsdp == 0 and first % (factor * space * divisor) == 0:
-            sizes = {DATA: data // from_data, FSDP: fsdp // from_fsdp, SPACE: space * factor}
-            meshes.append(",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1))
-    if meshes:
+    if meshes := _meshes(run, target):
         yield "--mesh", meshes
     if run.config.training.precision == "float32":
         yield "--precision", ["bfloat16"]
+
+
+def _meshes(run: Run, target: Target) -> list[str]:
+    """Meshes that split volumes over 2, 4, ... times as many devices as that of the run, where that is possible."""
+    data, fsdp, space = mesh_shape(run.devices.mesh, target.num_devices)
+    step = space * find_divisor(run.config, run.info)
+    meshes = []
+    for factor in (2, 4, 8, 16, 32):
+        of_data = math.gcd(factor, data)
+        of_fsdp = factor // of_data
+        if fsdp % of_fsdp == 0 and run.config.data.patch[0] % (factor * step) == 0:
+            sizes = {DATA: data // of_data, FSDP: fsdp // of_fsdp, SPACE: space * factor}
+            meshes.append(",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1))
+    return meshes
 
 
 def _with(run: Run, options: Mapping[str, str]) -> Run:
@@ -216,8 +237,6 @@ def _attempt(run: Run, target: Target, limit_s: float, added: Mapping[str, str])
         reason = str(error)
         return {**named, "fits": False, "failed": reason, "needed_bytes": _asked_for(reason)}
     except InputError as error:
-        if not added:
-            raise
         return {**named, "fits": False, "refused": str(error)}
     # While a step runs, the next batch waits on the device.
     needed = figures["total_bytes"] + figures["batch_bytes"]
@@ -372,10 +391,11 @@ def _verdict(attempts: Sequence[Mapping[str, Any]], target: Target, arguments: S
     if first["fits"]:
         return f"The run fits on {target.title}:\n  {_fit_command(arguments, '')}"
     if last["fits"]:
-        found = f"The run does not fit on {target.title} as it stands. It fits with {last['options']}:"
+        cannot = "is impossible" if "refused" in first else "does not fit"
+        found = f"The run {cannot} on {target.title} as it stands. It fits with {last['options']}:"
         return f"{found}\n  {_fit_command(arguments, last['options'])}"
     if all(attempt.get("needed_bytes") is None for attempt in attempts):
-        return f"Whether the run fits on {target.title} is not known: {first.get('failed', '')}"
+        return f"Whether the run fits on {target.title} is not known: {last.get('failed', '')}"
     least = min(attempt["needed_bytes"] for attempt in attempts if attempt.get("needed_bytes") is not None)
     return (
         f"The run does not fit on {target.title}: at best it needs {format_bytes(least)} of "
