@@ -21,15 +21,11 @@ from train.hlo import describe_program
 from train.plan import Run, abstract_step
 from train.plugins import parse_call
 from train.recipes import find_recipe
-from train.targets import CompilationFailed, Target, format_bytes, parse_target, run_for
+from train.targets import CompilationFailed, Target, format_bytes, parse_target, run_for, use_no_device
 
 RECIPE = "paper_brats_dice_ace"
 """Its network, loss and augmentation are those of `step`."""
-_LOSSES = {
-    "ace": "mL1-ACE and gradient",
-    "dice": "Dice and gradient",
-    "loss": "Dice + CE + mL1-ACE and gradient",
-}
+_LOSSES = ("ace", "dice", "loss")
 _WEIGHTS = {"dice": {"cross_entropy": 0.0, "ace": 0.0}, "loss": {}}
 _STEP = {"network": "unet", "precision": "float32", "remat": False, "accumulate": 1, "mesh": ""}
 _COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda13-pjrt", "jax-cuda12-pjrt")
@@ -39,8 +35,9 @@ Lowerable = tuple[Any, tuple[Any, ...]]
 
 def run(options: Compiled) -> None:
     """Compiles every program for every target, prints the table and writes the results after each of them."""
+    use_no_device()
     targets = [parse_target(name) for name in options.targets]
-    names = [name for program in options.programs for name in _named(program, options)]
+    names = [name for written in options.programs for name in _named(written, options)]
     rows = _kept(options)
     done: set[tuple[str, str]] = set()
     for target in targets:
@@ -60,22 +57,21 @@ def run(options: Compiled) -> None:
         print(f"written to {options.out} and {options.out.with_suffix('.md').name}")
 
 
-def _named(program: str, options: Compiled) -> list[str]:
-    """The names of a program in the results: losses have one for each shape.
+def _named(written: str, options: Compiled) -> list[str]:
+    """The names in the results of a program as the user wrote it: losses have one for each shape.
 
     Raises:
         InputError: there is no such program, or it has no such argument.
     """
-    call = parse_call(program)
+    call = parse_call(written)
     if call.name in _LOSSES and not call.arguments:
         return [f"{call.name} {shape}" for shape in options.loss_shapes]
     if call.name == "evaluation" and not call.arguments:
-        return [program]
+        return [written]
     if call.name == "step" and call.arguments.keys() <= _STEP.keys():
-        return [program]
-    raise InputError(
-        f"program is {program!r}: give {', '.join(_LOSSES)}, evaluation, or step with any of {', '.join(_STEP)}."
-    )
+        return [written]
+    known = f"{', '.join(_LOSSES)}, evaluation, or step with any of {', '.join(_STEP)}"
+    raise InputError(f"program is {written!r}: give {known}.")
 
 
 def _row(target: Target, name: str, options: Compiled) -> dict[str, Any]:
@@ -115,14 +111,9 @@ def compile_for(target: Target, request: Any) -> dict[str, Any]:
     options, name = Compiled(**values), request["name"]
     devices = list(target.devices())
     with numerics():
-        if name.startswith("step"):
-            program, arguments = _step(name, options, devices)
-        elif name == "evaluation":
-            program, arguments = _evaluation(options, devices[0])
-        else:
-            program, arguments = _loss(name, devices[0])
+        function, arguments = program(name, options, devices)
         start = time.perf_counter()
-        lowered = program.lower(*arguments)
+        lowered = function.lower(*arguments)
         traced = time.perf_counter()
         compiled = lowered.compile(target.compiler_options() or None)
         done = time.perf_counter()
@@ -130,6 +121,13 @@ def compile_for(target: Target, request: Any) -> dict[str, Any]:
     if name.partition(" ")[0] in _LOSSES:
         figures["unit_bytes"] = 4 * math.prod(parse_shape(name.partition(" ")[2]))
     return {**figures, **describe_program(compiled)}
+
+
+def program(name: str, options: Compiled, devices: Sequence[Any]) -> Lowerable:
+    """A program by its name in the results, over all the devices or on the first one."""
+    if name.startswith("step"):
+        return _step(name, options, devices)
+    return _evaluation(options, devices[0]) if name == "evaluation" else _loss(name, devices[0])
 
 
 def _on(device: Any) -> NamedSharding:
