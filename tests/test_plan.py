@@ -139,13 +139,20 @@ def test_what_saves_memory_already_is_not_tried(monkeypatch: pytest.MonkeyPatch)
     assert [attempt["options"] for attempt in found] == ["", "--mesh space=4"]
 
 
-def test_a_compiler_that_runs_out_of_memory_says_how_much_it_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G.",
+        "Ran out of memory on HBM, the total memory required for HLO temporaries (20.50G) exceeds available HBM.",
+    ],
+)
+def test_a_compiler_that_runs_out_of_memory_says_how_much_it_needs(
+    message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def needs(run: Run) -> int:
         if run.devices.remat:
             return GIB
-        raise CompilationFailed(
-            "JaxRuntimeError: RESOURCE_EXHAUSTED: ... Used 20.50G of 15.75G hbm. Exceeded"
-        )
+        raise CompilationFailed(f"JaxRuntimeError: RESOURCE_EXHAUSTED: {message}")
 
     first, second = outcomes(monkeypatch, needs)
     assert (first["fits"], first["needed_bytes"], second["fits"]) == (False, int(20.5 * GIB), True)

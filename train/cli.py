@@ -175,13 +175,14 @@ class Fit(_Options):
 class Plan(_RunOptions):
     """Say whether a run fits into the memory of devices that need not be here, and what it spends there.
 
-    The options are those of `fit`. The very step of that run is compiled for the devices; nothing is run.
+    The options are those of `fit`, whose --help lists the terms of a loss. The step of that run is compiled for the
+    devices; nothing is run.
 
-        python -m train plan --recipe paper_brats_dice_ace --num-channels 4 --class-names bg NCR ED ET \
-          --target v5e:4x4 h100:8
+        python -m train plan --recipe paper_brats_dice_ace --data brats:PATH --target v5e:4x4 h100:8
 
-    If the step does not fit, remat, then accumulation, then volumes split over devices (space), then bfloat16 are
-    added, one after the other, until it fits. With --patch, --num-channels and --class-names no data set is needed.
+    If the step does not fit, --remat, then --accumulate 0, then --mesh with volumes split over devices (space),
+    then --precision bfloat16 are added, one after the other, until it fits. If the devices cannot share the batch,
+    volumes are split first. With --patch, --num-channels and --class-names no data set is needed.
 
     The exit status is 0 if the run fits on every target as it stands, 1 if it does not, 2 after bad input.
     """
@@ -441,7 +442,7 @@ def parse(arguments: Sequence[str]) -> Any:
     kind, given = COMMANDS[name], given_options(options)
     if not issubclass(kind, _RunOptions | ImportMonai):
         return tyro.cli(kind, args=options, prog=f"python -m train {name}", **settings)
-    if {"-h", "--help"} & set(options) and issubclass(kind, _RunOptions):
+    if {"-h", "--help"} & set(options) and issubclass(kind, _Options):
         from train.terms import describe
 
         settings["description"] = f"{inspect.getdoc(kind)}\n\nA loss is made of {describe()}"

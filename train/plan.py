@@ -54,8 +54,8 @@ from train.task import find_divisor, make_model, open_cases, resolve_config
 if TYPE_CHECKING:
     from train.cli import Plan
 
-# Of what the compiler of TPUs says when a program needs too much.
-_USED = re.compile(r"Used ([\d.]+)([KMGT])i?B? of")
+# What the compiler of TPUs says of a program that needs too much.
+_NEEDED = re.compile(r"(?:HLO temporaries \(|Used )([\d.]+)([KMGT])")
 _PARTS = {
     "weights": "weight_bytes",
     "optimiser": "optimizer_bytes",
@@ -175,7 +175,7 @@ def _attempts(run: Run, target: Target, limit_s: float) -> Iterator[dict[str, An
     for option, values in _savings(_with(run, added), target):
         for value in values:
             # What fails for another reason than memory fails again.
-            if attempt["fits"] or ("failed" in attempt and attempt["needed_bytes"] is None):
+            if attempt["fits"] or not attempt.get("out_of_memory", True):
                 return
             tried = {**added, option: value}
             attempt = _attempt(_with(run, tried), target, limit_s, tried)
@@ -235,7 +235,7 @@ def _attempt(run: Run, target: Target, limit_s: float, added: Mapping[str, str])
         figures = run_for(target, "train.plan:compile_for", to_json(run), limit_s)
     except CompilationFailed as error:
         reason = str(error)
-        return {**named, "fits": False, "failed": reason, "needed_bytes": _asked_for(reason)}
+        return {**named, "fits": False, "failed": reason, **_out_of_memory(reason)}
     except InputError as error:
         return {**named, "fits": False, "refused": str(error)}
     # While a step runs, the next batch waits on the device.
@@ -243,11 +243,16 @@ def _attempt(run: Run, target: Target, limit_s: float, added: Mapping[str, str])
     return {**named, "fits": needed <= target.usable, "needed_bytes": needed, **figures}
 
 
-def _asked_for(message: str) -> int | None:
-    """The bytes that a compiler wanted when it ran out of memory, None if it failed for another reason."""
+def _out_of_memory(message: str) -> dict[str, Any]:
+    """Whether a compiler failed because a program needs too much, and the bytes that it needs if that is told."""
+    if "RESOURCE_EXHAUSTED" not in message or "hbm" not in message.lower():
+        return {"out_of_memory": False, "needed_bytes": None}
     units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-    found = _USED.search(message) if "RESOURCE_EXHAUSTED" in message else None
-    return int(float(found[1]) * units[found[2]]) if found else None
+    found = _NEEDED.search(message)
+    return {
+        "out_of_memory": True,
+        "needed_bytes": int(float(found[1]) * units[found[2]]) if found else None,
+    }
 
 
 def compile_for(target: Target, request: Any) -> dict[str, Any]:
@@ -352,11 +357,13 @@ def _line(attempt: Mapping[str, Any], target: Target) -> str:
     name = f"  {attempt['options'] or 'as it stands'}: "
     if "refused" in attempt:
         return f"{name}impossible: {attempt['refused']}"
-    needed = attempt["needed_bytes"]
-    if "failed" in attempt and needed is None:
+    if not attempt.get("out_of_memory", True):
         return f"{name}the compiler failed: {attempt['failed']}"
     fits = "fits" if attempt["fits"] else "does not fit"
-    return f"{name}{fits}, {format_bytes(needed)} of {format_bytes(target.usable)} on each device"
+    if attempt["needed_bytes"] is None:
+        return f"{name}{fits}: {attempt['failed']}"
+    needed = format_bytes(attempt["needed_bytes"])
+    return f"{name}{fits}, {needed} of {format_bytes(target.usable)} on each device"
 
 
 def _table(attempts: Sequence[Mapping[str, Any]]) -> str:
@@ -364,7 +371,7 @@ def _table(attempts: Sequence[Mapping[str, Any]]) -> str:
     rows = []
     for attempt in attempts:
         row = dict.fromkeys(_COLUMNS, "-") | {"": attempt["options"] or "as it stands"}
-        if attempt.get("needed_bytes") is not None:
+        if attempt.get("needed_bytes"):
             row["needs"] = format_bytes(attempt["needed_bytes"])
         if "total_bytes" in attempt:
             exchanged = attempt["collectives"]
@@ -394,12 +401,16 @@ def _verdict(attempts: Sequence[Mapping[str, Any]], target: Target, arguments: S
         cannot = "is impossible" if "refused" in first else "does not fit"
         found = f"The run {cannot} on {target.title} as it stands. It fits with {last['options']}:"
         return f"{found}\n  {_fit_command(arguments, last['options'])}"
-    if all(attempt.get("needed_bytes") is None for attempt in attempts):
-        return f"Whether the run fits on {target.title} is not known: {last.get('failed', '')}"
-    least = min(attempt["needed_bytes"] for attempt in attempts if attempt.get("needed_bytes") is not None)
+    if not last.get("out_of_memory", True):
+        return f"Whether the run fits on {target.title} is not known: {last['failed']}"
+    needs = [attempt["needed_bytes"] for attempt in attempts if attempt.get("needed_bytes") is not None]
+    least = (
+        f": at best it needs {format_bytes(min(needs))} of {format_bytes(target.usable)} on each device"
+        if needs
+        else ""
+    )
     return (
-        f"The run does not fit on {target.title}: at best it needs {format_bytes(least)} of "
-        f"{format_bytes(target.usable)} on each device. Choose a smaller patch, fewer patches per step, or more "
+        f"The run does not fit on {target.title}{least}. Choose a smaller patch, fewer patches per step, or more "
         "devices."
     )
 
