@@ -237,7 +237,7 @@ def _cells(row: Mapping[str, Any]) -> dict[str, str]:
     return cells | {
         "seconds": f"{row['compile_s']:.1f}",
         "memory": format_bytes(row["total_bytes"]),
-        "of memory": f"{row['total_bytes'] / row['memory_bytes']:.1%}",
+        "of memory": f"{row['total_bytes'] / row['memory_bytes']:.2%}",
         "temporaries": amount(row["temp_bytes"]),
         "accessed": amount(row["bytes_accessed"]),
         "GFLOP": f"{row['flops'] / 1e9:.3g}" if row["flops"] else "-",
