@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from train.hlo import collectives, describe_program, largest_arrays, parse_program
+from train.hlo import collectives, describe_program, largest_arrays, largest_exchanges, parse_program
 
 # A loop that runs six times, exchanges in one part and in two, of a device with itself, and padded arrays.
 TEXT = textwrap.dedent(
@@ -61,6 +61,12 @@ def test_exchanges_count_once_and_as_often_as_their_loop_runs() -> None:
         "reduce-scatter": {"count": 1, "bytes": 2 * 8 * 16},
         "collective-permute": {"count": 6, "bytes": 6 * 4 * 8 * 3},
     }
+
+
+def test_exchanges_of_most_bytes_come_first() -> None:
+    first, second, *_ = largest_exchanges(parse_program(TEXT))
+    assert first == {"kind": "collective-permute", "count": 6, "bytes": 6 * 4 * 8 * 3, "written_by": "halo"}
+    assert (second["kind"], second["written_by"]) == ("reduce-scatter", "scattered")
 
 
 def test_largest_arrays_are_those_in_memory_with_their_padding() -> None:

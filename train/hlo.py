@@ -2,7 +2,6 @@
 
 import math
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -198,20 +197,37 @@ def collectives(program: Program) -> dict[str, dict[str, int]]:
     Bytes are the larger of what a device gives and what it gets. How much of that crosses a wire depends on the
     number of devices. Exchanges in a loop count as often as the loop runs.
     """
-    counts: Counter[str] = Counter()
-    sizes: Counter[str] = Counter()
+    found: dict[str, dict[str, int]] = {}
+    for kind, _, size, times in _exchanges(program):
+        row = found.setdefault(kind, {"count": 0, "bytes": 0})
+        row["count"] += times
+        row["bytes"] += times * size
+    return {kind: found[kind] for kind in COLLECTIVES if kind in found}
+
+
+def largest_exchanges(program: Program, most: int = 5) -> list[dict[str, Any]]:
+    """The exchanges of most bytes in one run of a program, those of one origin together, the largest first."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for kind, origin, size, times in _exchanges(program):
+        row = found.setdefault((kind, origin), {"kind": kind, "count": 0, "bytes": 0, "written_by": origin})
+        row["count"] += times
+        row["bytes"] += times * size
+    return sorted(found.values(), key=lambda row: -row["bytes"])[:most]
+
+
+def _exchanges(program: Program) -> Iterator[tuple[str, str, int, int]]:
+    """Kind, origin, bytes and number of times of each exchange between devices."""
     for instruction, computation, times in program.instructions(into_fusions=True):
         # Of an exchange in two halves the second one gives the arrays.
         kind = instruction.opcode.removesuffix("-done")
         operands = program.computations[computation]
         halves = instruction.opcode.endswith("-done")
         start = operands.get(instruction.operands[0]) if halves and instruction.operands else instruction
-        if kind not in COLLECTIVES or (start or instruction).is_alone:
-            continue
-        given = 0 if halves else sum(operands[n].net_bytes for n in instruction.operands if n in operands)
-        counts[kind] += times
-        sizes[kind] += times * max(instruction.net_bytes, given)
-    return {kind: {"count": counts[kind], "bytes": sizes[kind]} for kind in COLLECTIVES if counts[kind]}
+        first = start or instruction
+        if kind in COLLECTIVES and not first.is_alone:
+            given = 0 if halves else sum(operands[n].net_bytes for n in instruction.operands if n in operands)
+            origin = first.op_name or instruction.op_name or instruction.name
+            yield kind, origin, max(instruction.net_bytes, given), times
 
 
 def largest_arrays(program: Program, most: int = 5) -> list[dict[str, Any]]:
@@ -254,5 +270,6 @@ def describe_program(compiled: Any) -> dict[str, Any]:
         "flops": cost.get("flops"),
         "bytes_accessed": cost.get("bytes accessed"),
         "collectives": collectives(program),
+        "largest_exchanges": largest_exchanges(program),
         "largest_arrays": largest_arrays(program),
     }
