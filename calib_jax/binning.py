@@ -232,12 +232,19 @@ def statistics_in_bins(
     probs: Array, labels: Array, where: Array | None, bins: Bins, axis_name: AxisName | None = None
 ) -> BinStatistics:
     """`bin_statistics` of arguments that have been checked."""
-    batch, axes = probs.shape[0], probs.ndim - 1
-    labels = labels.reshape(batch, -1, *labels.shape[axes:])
-    where = None if where is None else where.reshape(batch, -1, *(where.shape[axes:] or (1,)))
-    probs = probs.reshape(batch, -1, probs.shape[-1])
-    edges = _adaptive_edges(probs, where, bins.num_bins) if bins.binning == "adaptive" else None
+    if where is not None and where.ndim < probs.ndim:
+        where = where[..., None]
+    edges = None
+    if bins.binning == "adaptive":
+        edges = _adaptive_edges(
+            _merge_space(probs, probs.ndim), _merge_space(where, probs.ndim), bins.num_bins
+        )
     return BinStatistics(*whole_sum(_bin_sums(probs, labels, where, edges, bins), axis_name))
+
+
+def _merge_space(x: Any, ndim: int) -> Any:
+    """`[batch, *spatial, ...]` as `[batch, voxels, ...]`, given the number of axes of probabilities."""
+    return None if x is None else x.reshape(x.shape[0], -1, *x.shape[ndim - 1 :])
 
 
 def _adaptive_edges(
@@ -260,28 +267,23 @@ def _adaptive_edges(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _bin_sums(
-    probs: Float[Array, "batch voxels classes"],
-    labels: Num[Array, "batch voxels *classes"],
+    probs: Float[Array, "batch *spatial classes"],
+    labels: Num[Array, "batch *spatial_and_classes"],
     where: Array | None,
     edges: Float[Array, "batch classes inner_edges"] | None,
     bins: Bins,
 ) -> tuple[Array, Array, Array]:
     """Counts or weights, sums of probabilities and sums of labels, `[batch, classes, bins]` each."""
-    on_cpu, on_tpu, on_gpu = (
-        functools.partial(sums, bins=bins) for sums in (cpu.bin_sums, tpu.sum_image, gpu.sum_image)
+
+    def of_voxels(sums: Any) -> Any:
+        return lambda *images: sums(*(_merge_space(x, probs.ndim) for x in images[:3]), images[3], bins)
+
+    on_cpu, on_gpu, on_tpu = (
+        of_voxels(cpu.bin_sums),
+        of_voxels(gpu.bin_sums),
+        functools.partial(tpu.bin_sums, bins=bins),
     )
-    arguments = probs, labels, where, edges
-    pairs = lax.platform_dependent(*arguments, cpu=on_cpu, tpu=jax.vmap(on_tpu), default=jax.vmap(on_gpu))
-    return _rounded(pairs, bins)
-
-
-def _rounded(pairs: Any, bins: Bins) -> tuple[Array, Array, Array]:
-    """Each sum as one number; counts of hard bins as integers, which float32 would round."""
-    count, *sums = pairs
-    if bins.binning != "soft":
-        count = jax.tree.map(lambda x: x.astype(jnp.int32), count)
-    count, prob_sum, label_sum = (high + low for high, low in (count, *sums))
-    return count, prob_sum, label_sum
+    return lax.platform_dependent(probs, labels, where, edges, cpu=on_cpu, tpu=on_tpu, default=on_gpu)
 
 
 def _bin_sums_forward(probs: Array, labels: Array, where: Any, edges: Any, bins: Bins) -> Any:
@@ -289,42 +291,53 @@ def _bin_sums_forward(probs: Array, labels: Array, where: Any, edges: Any, bins:
 
 
 def _bin_sums_backward(bins: Bins, residuals: Any, cotangents: Any) -> Any:
-    # The bins are computed again: that costs less than storing them.
-    probs, labels, where, edges = residuals
-    labels_vary = jnp.issubdtype(labels.dtype, jnp.floating)
+    probs, labels, where, _ = residuals
 
-    def masked(gradient: Any, dtype: Any) -> Array:
+    def on_cpu(images: Any, cotangents: Any) -> Any:
+        *images, edges = images
+        found = _gradients(
+            (*(_merge_space(x, probs.ndim) for x in images), edges), cotangents, bins, cpu.look_up
+        )
+        return jax.tree.map(lambda x: x.reshape(probs.shape), found)
+
+    on_gpu, on_tpu = (functools.partial(_gradients, bins=bins, look_up=x.look_up) for x in (gpu, tpu))
+    found = lax.platform_dependent(residuals, cotangents, cpu=on_cpu, tpu=on_tpu, default=on_gpu)
+
+    def masked(gradient: Array, dtype: Any) -> Array:
         gradient = gradient.astype(dtype)
         return gradient if where is None else jnp.where(where, gradient, 0)
 
-    if bins.binning == "soft":
-        d_probs, d_labels = _soft_gradients(probs, labels, cotangents, bins.num_bins)
-    else:
-        # A sum's gradient is 1 for each voxel in it: every voxel looks up the cotangent of its own bin.
-        index = jax.vmap(functools.partial(hard_index, bins=bins))(probs, edges)
-        d_probs = _look_up(cotangents[1], index)
-        d_labels = _look_up(cotangents[2], index) if labels_vary else None
-    return masked(d_probs, probs.dtype), masked(d_labels, labels.dtype) if labels_vary else None, None, None
+    gradients = [masked(x, like.dtype) for x, like in zip(found, (probs, labels), strict=False)]
+    return gradients[0], gradients[1] if len(gradients) > 1 else None, None, None
 
 
 _bin_sums.defvjp(_bin_sums_forward, _bin_sums_backward)
 
 
-def _soft_gradients(probs: Array, labels: Array, cotangents: Any, num_bins: int) -> tuple[Array, Array]:
+def _gradients(residuals: Any, cotangents: Any, bins: Bins, look_up: Any) -> tuple[Array, ...]:
+    """Gradients of probabilities, and of labels if these are floats. Bins are computed anew instead of stored."""
+    probs, labels, _, edges = residuals
+    labels_vary = jnp.issubdtype(labels.dtype, jnp.floating)
+    if bins.binning == "soft":
+        return _soft_gradients(probs, labels, cotangents, bins.num_bins, look_up)[: 1 + labels_vary]
+    # A sum's gradient is 1 for each voxel in it: every voxel looks up the cotangent of its own bin.
+    index = jax.vmap(functools.partial(hard_index, bins=bins))(probs, edges)
+    return tuple(look_up(table, index) for table in cotangents[1 : 2 + labels_vary])
+
+
+def _soft_gradients(
+    probs: Array, labels: Array, cotangents: Any, num_bins: int, look_up: Any
+) -> tuple[Array, Array]:
     # With lower bin j, share f, cotangents (c, P, Y) of the sums and D their step from bin j to bin j + 1:
     #   d_label = Y_j + f DY,    d_prob = P_j + f DP + f' (Dc + p DP + y DY),    f' = M between the end centres.
     lower, share = soft_neighbours(probs, num_bins)
 
-    def look_up(table: Array) -> tuple[Array, Array]:
-        return _look_up(table, lower), _look_up(jnp.diff(table, axis=-1, append=table[..., -1:]), lower)
+    def both(table: Array) -> tuple[Array, Array]:
+        return look_up(table, lower), look_up(jnp.diff(table, axis=-1, append=table[..., -1:]), lower)
 
-    (_, count_step), (prob, prob_step), (label, label_step) = map(look_up, cotangents)
+    (_, count_step), (prob, prob_step), (label, label_step) = map(both, cotangents)
     values = probs.astype(jnp.float32)
     position = values * num_bins - 0.5
     slope = jnp.where((position > 0) & (position < num_bins - 1), float(num_bins), 0.0)
     through_weights = slope * (count_step + values * prob_step + one_hot(labels, probs) * label_step)
     return prob + share * prob_step + through_weights, label + share * label_step
-
-
-def _look_up(table: Float[Array, "batch classes bins"], index: Int[Array, "batch voxels classes"]) -> Array:
-    return lax.platform_dependent(table, index, tpu=tpu.look_up, default=cpu.look_up)

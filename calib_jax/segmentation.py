@@ -11,7 +11,7 @@ from calib_jax._checks import AnyArray, Labels, check_choice, check_flag, check_
 from calib_jax._devices import AxisName, check_not_split, whole_sum
 from calib_jax._eager import compiled
 from calib_jax._labels import as_class_ids, one_hot
-from calib_jax._softmax import softmax, softmax_and_cross_entropy, voxel_sums
+from calib_jax._softmax import softmax, softmax_and_cross_entropy, spatial_sums
 from calib_jax._sums.bins import Binning, Bins, Closed
 from calib_jax._voxels import Inputs, voxel_inputs, voxel_mean
 from calib_jax.alternatives import (
@@ -265,8 +265,7 @@ def _soft_dice(
     targets = one_hot(labels, probs)
     if where is not None:
         probs, targets = (jnp.where(where[..., None], x, 0) for x in (probs, targets))
-    probs, targets = (x.reshape(x.shape[0], -1, x.shape[-1]) for x in (probs, targets))
-    sums = voxel_sums(probs * targets), voxel_sums(probs) + voxel_sums(targets)
+    sums = spatial_sums(probs * targets), spatial_sums(probs) + spatial_sums(targets)
     overlap, sizes = whole_sum(sums, axis_name)
     size = sizes / 2
     losses = 1 - (overlap + options.smooth) / (size + options.smooth)

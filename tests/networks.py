@@ -1,5 +1,6 @@
 """What the tests of networks share: one way to compare them with MONAI's, live or by stored numbers."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -7,9 +8,31 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from train.models.configs import SegResNetConfig, UNetConfig, UNETRConfig
 from train.models.segresnet import SegResNet
+from train.models.unet import UNet
 from train.models.unetr import UNETR
 from train.monai.mapping import load_monai_weights, monai_names
+
+
+def build(network, kind, options):
+    """A network from the options of its config and its own in one."""
+    own = {field.name for field in dataclasses.fields(kind)}
+    config = kind(**{name: value for name, value in options.items() if name in own})
+    return network(config, **{name: value for name, value in options.items() if name not in own})
+
+
+def make_unet(**options):
+    return build(UNet, UNetConfig, {"spatial_dims": 3, "rngs": nnx.Rngs(0)} | options)
+
+
+def make_segresnet(**options):
+    return build(SegResNet, SegResNetConfig, {"spatial_dims": 3, "rngs": nnx.Rngs(0)} | options)
+
+
+def make_unetr(**options):
+    return build(UNETR, UNETRConfig, {"rngs": nnx.Rngs(0)} | options)
+
 
 GOLDEN = Path(__file__).parent / "golden" / "networks.npz"
 TINY_UNETR = {"feature_size": 2, "hidden_size": 8, "mlp_dim": 12, "num_heads": 2}
@@ -18,19 +41,19 @@ STORED = {
     "segresnet": (
         "SegResNet",
         {"spatial_dims": 2, "init_filters": 8, "blocks_down": (1, 2), "blocks_up": (1,)},
-        lambda: SegResNet(in_channels=1, out_channels=3, spatial_dims=2, blocks_down=(1, 2)),
+        lambda: make_segresnet(in_channels=1, out_channels=3, spatial_dims=2, blocks_down=(1, 2)),
         (8, 6),
     ),
     "segresnet_ds": (
         "SegResNetDS",
         {"spatial_dims": 2, "init_filters": 4, "blocks_down": (1, 1, 1), "norm": "instance", "dsdepth": 2},
-        lambda: SegResNet(
+        lambda: make_segresnet(
             in_channels=1,
             out_channels=3,
             spatial_dims=2,
             init_filters=4,
             blocks_down=(1, 1, 1),
-            norm=("instance", {"affine": True}),
+            norm="affine-instance",
             deep_supervision=2,
         ),
         (12, 8),
@@ -38,7 +61,7 @@ STORED = {
     "unetr": (
         "UNETR",
         {"spatial_dims": 2, "img_size": (32, 16), **TINY_UNETR},
-        lambda: UNETR(in_channels=1, out_channels=3, image_size=(32, 16), **TINY_UNETR),
+        lambda: make_unetr(in_channels=1, out_channels=3, image_size=(32, 16), **TINY_UNETR),
         (32, 16),
     ),
 }

@@ -159,11 +159,11 @@ def test_any_exception_is_a_fault_of_its_file(folder: Path, monkeypatch: pytest.
 
     monkeypatch.setattr("train.check.read_scan", read)
     layout = LAYOUTS["msd"](folder)
-    report = inspect_case(layout, layout.entries[0])
+    faults, class_voxels = inspect_case(layout, layout.entries[0])
     file = str(folder / "imagesTr/a.nii.gz")
     problem = "cannot be read (MemoryError: no room): mend or leave out this file."
-    assert report.faults == (Fault("a", file, problem),)
-    assert report.class_voxels == (256, 256)
+    assert faults == [Fault("a", file, problem)]
+    assert class_voxels.tolist() == [256, 256]
 
 
 def test_header_faults_name_files_whose_paths_hold_spaces(folder: Path) -> None:

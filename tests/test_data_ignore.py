@@ -37,7 +37,7 @@ from train.evaluate import evaluate, evaluate_posterior, foreground
 from train.fit import fit
 from train.inference import volume_predictor
 from train.losses import parse_loss
-from train.models.unet_config import UNetConfig
+from train.models.configs import UNetConfig
 from train.run.logs import read_log
 from train.step import init_state
 from train.task import open_task

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -9,18 +10,15 @@ import jax.numpy as jnp
 import nibabel as nib
 import numpy as np
 import pytest
+from commands import refuses, run, write_msd
+from flax import nnx
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from networks import TINY_UNETR, patterned_state
+from networks import TINY_UNETR, make_segresnet, make_unet, make_unetr, patterned_state
 
-from train.cli import main
 from train.config import DataConfig, DataInfo, ModelConfig, RunConfig, read_config
 from train.errors import InputError
-from train.models.segresnet import SegResNet
-from train.models.unet import UNet
-from train.models.unet_config import UNetConfig
-from train.models.unetr import UNETR
-from train.models.unetr_config import UNETRConfig
+from train.models.configs import UNetConfig, UNETRConfig
 from train.monai.identify import find_network, fitting_options
 from train.monai.import_run import load_weights
 from train.monai.mapping import load_monai_weights, monai_names
@@ -30,17 +28,6 @@ from train.run.load import load_run
 DTYPES = {"float32": "F32", "float64": "F64", "float16": "F16", "bfloat16": "BF16", "int64": "I64"}
 SEGRESNET = ["--architecture", "segresnet", "--blocks-down", 1, 1]
 SIZES = {"in_channels": 1, "out_channels": 2}
-
-
-def run(*arguments: object) -> int:
-    return main([str(argument) for argument in arguments])
-
-
-def refuses(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """Runs a command that must fail; returns its one line on stderr."""
-    assert run(*arguments) == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    return line
 
 
 def safetensors(arrays: dict[str, np.ndarray], **changes: object) -> bytes:
@@ -62,30 +49,13 @@ def write(file: Path, arrays: dict[str, np.ndarray]) -> Path:
 @pytest.fixture(scope="module")
 def segresnet() -> dict[str, np.ndarray]:
     """Weights of a SegResNet of 1 channel and 2 classes."""
-    return patterned_state(SegResNet(**SIZES, blocks_down=(1, 1)))
+    return patterned_state(make_segresnet(**SIZES, blocks_down=(1, 1)))
 
 
 @pytest.fixture(scope="module")
 def msd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four small cases of one channel and two classes in the Decathlon's layout."""
-    folder = tmp_path_factory.mktemp("msd")
-    rng = np.random.default_rng(0)
-    names = [f"case_{i}" for i in range(4)]
-    for name in names:
-        label = np.zeros((8, 9, 7), np.uint8)
-        label[2:6, 3:7, 2:5] = 1
-        image = rng.normal(100 + 50 * label, 10).astype(np.float32)
-        for part, voxels in (("imagesTr", image), ("labelsTr", label)):
-            (folder / part).mkdir(exist_ok=True)
-            nib.save(nib.Nifti1Image(voxels, np.eye(4)), folder / part / f"{name}.nii.gz")
-    description = {
-        "name": "Tiny",
-        "modality": {"0": "MRI"},
-        "labels": {"0": "background", "1": "box"},
-        "training": [{"image": f"imagesTr/{n}.nii.gz", "label": f"labelsTr/{n}.nii.gz"} for n in names],
-    }
-    (folder / "dataset.json").write_text(json.dumps(description))
-    return folder
+    return write_msd(tmp_path_factory.mktemp("msd"), 4, (8, 9, 7), np.s_[2:6, 3:7, 2:5], np.eye(4))
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +69,7 @@ def imported(msd: Path, segresnet: dict[str, np.ndarray], tmp_path_factory: pyte
 
 
 def test_imported_weights_are_the_runs(imported: Path, segresnet: dict[str, np.ndarray]) -> None:
-    model = SegResNet(**SIZES, blocks_down=(1, 1))
+    model = make_segresnet(**SIZES, blocks_down=(1, 1))
     load_monai_weights(model, segresnet)
     config, info, predict = load_run(imported)
     image = np.random.default_rng(0).normal(size=(*config.data.patch, 1)).astype(np.float32)
@@ -205,27 +175,27 @@ def test_options_that_do_not_fit(
     ("make", "options"),
     [
         (
-            lambda: UNet(**SIZES, channels=(4, 6, 8), strides=(2, 2)),
+            lambda: make_unet(**SIZES, channels=(4, 6, 8), strides=(2, 2)),
             "--architecture unet --channels 4 6 8 --num-res-units 2",
         ),
         (
-            lambda: UNet(**SIZES, channels=(4, 6), strides=(2,), num_res_units=0, norm="batch"),
+            lambda: make_unet(**SIZES, channels=(4, 6), strides=(2,), num_res_units=0, norm="batch"),
             "--architecture unet --norm batch --channels 4 6 --num-res-units 0",
         ),
         (
-            lambda: SegResNet(**SIZES, blocks_down=(1, 2, 1), blocks_up=(1, 2), deep_supervision=2),
+            lambda: make_segresnet(**SIZES, blocks_down=(1, 2, 1), blocks_up=(1, 2), deep_supervision=2),
             "--architecture segresnet --init-filters 8 --blocks-down 1 2 1 --blocks-up 1 2 --deep-supervision 2",
         ),
         (
-            lambda: UNETR(**SIZES, image_size=(16, 16), **TINY_UNETR),
+            lambda: make_unetr(**SIZES, image_size=(16, 16), **TINY_UNETR),
             "--architecture unetr --feature-size 2 --hidden-size 8 --mlp-dim 12",
         ),
     ],
 )
 def test_options_told_from_weights(make: object, options: str) -> None:
     state = {f"net.{name}": array for name, array in patterned_state(jax.eval_shape(make)).items()}
-    architecture, prefix = find_network(state)
-    assert prefix == "net."
+    architecture, prefix, copies = find_network(state)
+    assert (prefix, copies) == ("net.", [])
     assert fitting_options(architecture, {k.removeprefix(prefix): v for k, v in state.items()}) == options
 
 
@@ -367,8 +337,8 @@ CONFIG = RunConfig("imported", DataConfig("", patch=(8, 8, 8)), ModelConfig(netw
 INFO = DataInfo("none", ("background", "box"), num_channels=1, spatial_dims=3)
 
 
-def small_unet(**options: object) -> UNet:
-    return UNet(**{**SIZES, "channels": (4, 8), "strides": (2,), **options})
+def small_unet(**options: object) -> nnx.Module:
+    return make_unet(**{**SIZES, "channels": (4, 8), "strides": (2,), **options})
 
 
 @pytest.fixture(scope="module")
@@ -451,7 +421,7 @@ def test_an_averaged_copy_is_left(unet: dict[str, np.ndarray], tmp_path: Path) -
 
 def test_unused_weights_of_old_networks_are_named(tmp_path: Path) -> None:
     options = {"feature_size": 2, "hidden_size": 8, "mlp_dim": 12, "num_heads": 2}
-    state = patterned_state(jax.eval_shape(lambda: UNETR(**SIZES, image_size=(16, 16, 16), **options)))
+    state = patterned_state(jax.eval_shape(lambda: make_unetr(**SIZES, image_size=(16, 16, 16), **options)))
     unused = {
         "vit.patch_embedding.cls_token": np.zeros((1, 1, 8), np.float32),
         "encoder2.blocks.0.1.conv3.conv.weight": np.zeros((4, 4, 1, 1, 1), np.float32),
@@ -459,7 +429,7 @@ def test_unused_weights_of_old_networks_are_named(tmp_path: Path) -> None:
     config = RunConfig(
         "imported", DataConfig("", patch=(16,) * 3), ModelConfig("unetr", network=UNETRConfig(**options))
     )
-    model = UNETR(**SIZES, image_size=(16, 16, 16), **options)
+    model = make_unetr(**SIZES, image_size=(16, 16, 16), **options)
     notes = load_weights(model, write(tmp_path / "w.safetensors", state | unused), config, INFO)
     assert f"{', '.join(sorted(unused))}, which MONAI's unetr does not use" in notes[0]
     assert "2 heads of attention" in notes[1]
@@ -480,15 +450,8 @@ def test_what_weights_do_not_tell_is_said_and_kept(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"norm": ("instance", {"affine": True})}, "give --norm affine-instance, or --norm group"),
+        ({"norm": "affine-instance"}, "give --norm affine-instance, or --norm group"),
         ({"norm": "batch"}, "give --norm batch"),
-        ({"act": "relu"}, "it has no PReLU but another activation function"),
-        (
-            {"act": ("prelu", {"num_parameters": 1}), "bias": False},
-            "no bias (bias=False), which is not supported",
-        ),
-        ({"kernel_size": 5}, "kernels of 5x5x5 voxels, and only 3 a side"),
-        ({"up_kernel_size": 5}, "kernels of 5x5x5 voxels, and only 3 a side"),
         ({"num_res_units": 1}, "its weights say --num-res-units 1"),
         ({"channels": (4, 6)}, "its weights say --channels 4 6"),
         ({"strides": (1,)}, "--strides with 1 at place 1"),
@@ -499,6 +462,39 @@ def test_hints_say_what_differs_and_nothing_else(
     options: dict[str, object], words: str, tmp_path: Path
 ) -> None:
     state = patterned_state(jax.eval_shape(lambda: small_unet(**options)))
+    with pytest.raises(InputError) as refused:
+        load_weights(small_unet(), write(tmp_path / "w.safetensors", state), CONFIG, INFO)
+    message = str(refused.value)
+    assert words in message
+    given = ("--architecture", "--channels 4 8", "--num-res-units 2", "--norm instance")
+    assert not [option for option in given if option in message]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda name, array: None if name.endswith("adn.A.weight") else array,
+            "it has no PReLU but another activation function",
+        ),
+        (
+            lambda name, array: None if name.endswith("conv.bias") else array,
+            "no bias (bias=False), which is not supported",
+        ),
+        (
+            lambda name, array: np.zeros((*array.shape[:2], 5, 5, 5)) if array.ndim == 5 else array,
+            "kernels of 5x5x5 voxels, and only 3 a side",
+        ),
+    ],
+)
+def test_hints_say_what_no_option_makes(
+    change: Callable[[str, np.ndarray], np.ndarray | None],
+    words: str,
+    unet: dict[str, np.ndarray],
+    tmp_path: Path,
+) -> None:
+    changed = {name: change(name, array) for name, array in unet.items()}
+    state = {name: array for name, array in changed.items() if array is not None}
     with pytest.raises(InputError) as refused:
         load_weights(small_unet(), write(tmp_path / "w.safetensors", state), CONFIG, INFO)
     message = str(refused.value)

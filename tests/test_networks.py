@@ -9,15 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from commands import refuses, run
 from flax import nnx
 
-from train.cli import main, parse
+from train.cli import parse
 from train.config import ModelConfig, RunConfig, from_json, read_config, to_json
 from train.errors import InputError
 from train.models import registry
-from train.models.segresnet_config import SegResNetConfig
-from train.models.unet_config import UNetConfig
-from train.models.unetr_config import UNETRConfig
+from train.models.configs import SegResNetConfig, UNetConfig, UNETRConfig
 from train.run.load import load_run
 from train.terms import TERMS
 
@@ -26,17 +25,6 @@ OLD_RUN = Path(__file__).parent / "old_runs" / "unet-0.1"
 TINY = ["--data", "phantom2d", "--steps", 2, "--batch-size", 8, "--warmup-steps", 1, "--patch", 16, 16]
 TINY += ["--num-test", 2, "--num-val", 0, "--loss", "dice"]
 HEAVY = ("flax", "grain", "nibabel", "orbax", "matplotlib", "scipy", "jinja2", "tensorboardX")
-
-
-def run(*arguments: object) -> int:
-    return main([str(argument) for argument in arguments])
-
-
-def refuses(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """Runs a command that must fail; returns its one line on stderr."""
-    assert run(*arguments) == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    return line
 
 
 @pytest.fixture
@@ -240,12 +228,12 @@ def test_configurations_of_old_runs() -> None:
     assert config.model == ModelConfig("unet", network=UNetConfig((4, 8), (2,)))
     assert info.intensity_range is None
     kept: dict[str, Any] = json.loads((OLD_RUN / "config.json").read_text())["config"]
-    flat = kept["model"] | {"architecture": "segresnet", "init_filters": 16, "blocks_up": [1, 2]}
-    segresnet = SegResNetConfig(init_filters=16, blocks_up=(1, 2))
+    flat = kept["model"] | {"architecture": "segresnet", "init_filters": 16, "blocks_up": [1, 2, 1]}
+    segresnet = SegResNetConfig(init_filters=16, blocks_up=(1, 2, 1))
     assert from_json(ModelConfig, flat) == ModelConfig("segresnet", network=segresnet)
-    flat = kept["model"] | {"architecture": "unetr", "hidden_size": 8, "norm": "group"}
+    flat = kept["model"] | {"architecture": "unetr", "hidden_size": 24, "norm": "group"}
     assert from_json(ModelConfig, flat) == ModelConfig(
-        "unetr", norm="group", network=UNETRConfig(hidden_size=8)
+        "unetr", norm="group", network=UNETRConfig(hidden_size=24)
     )
     oldest = {name: kept["model"][name] for name in ("channels", "strides", "num_res_units", "dropout")}
     assert from_json(ModelConfig, oldest) == config.model

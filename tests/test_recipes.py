@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import shlex
+import tomllib
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -10,13 +12,14 @@ import pytest
 from flax import nnx
 
 from calib_jax.report import METRICS
+from train import recipes
 from train.cli import main, parse
-from train.config import DataInfo
+from train.config import DataInfo, to_json
 from train.data.protocols import PROTOCOLS, partition
 from train.errors import InputError
 from train.losses import parse_loss
 from train.published import Row, rows_of, to_markdown
-from train.recipes import RECIPES, find_recipe
+from train.recipes import DEVICES, RECIPES, find_recipe
 from train.step import learning_rate, make_optimizer
 from train.task import make_model, open_data, open_task
 
@@ -93,6 +96,12 @@ def folders(tmp_path_factory):
     return root
 
 
+def in_layout(recipe, folders):
+    """The small data set in the layout of the recipe's."""
+    layout = recipe.config.data.data.partition(":")[0]
+    return f"{layout}:{folders / layout}"
+
+
 def test_all_that_was_published_is_there():
     data_sets = {"acdc": 100, "amos": 100, "kits": 98, "brats": 200}
     paper = [
@@ -125,11 +134,18 @@ def test_each_builds_its_network_and_its_command_parses(name):
     program, *command = shlex.split(recipe.command)
     assert (program, command[:2]) == ("python", ["-m", "train"])
     fit = parse(command[2:])
-    config = dataclasses.replace(
-        recipe.config, data=dataclasses.replace(recipe.config.data, data=f"{recipe.layout}:PATH")
-    )
-    assert fit.config(fit.loss) == config
-    assert fit.devices == recipe.devices
+    assert fit.config(fit.loss) == recipe.config
+    assert fit.devices == DEVICES
+
+
+def test_every_setting_is_an_option_of_a_run():
+    """A misspelt one would leave a default in its place."""
+    file = tomllib.loads((Path(recipes.__file__).parent / "recipes.toml").read_text())
+    options = [part.get("options", {}) for part in (*file["parts"].values(), *file["experiments"].values())]
+    known = to_json(RECIPES["followup_acdc_dice_ce"].config)
+    for section, values in (pair for part in options for pair in part.items()):
+        assert values.keys() <= known[section].keys()
+        assert values.get("network", {}).keys() <= known["model"]["network"].keys()
 
 
 def test_what_is_given_stands_before_the_recipe():
@@ -181,7 +197,7 @@ def test_the_papers_split_has_its_sizes_and_only_its_own_cases():
 )
 def test_test_cases_are_those_set_apart(folders, name, test):
     recipe = RECIPES[name]
-    data = dataclasses.replace(recipe.config.data, data=f"{recipe.layout}:{folders / recipe.layout}")
+    data = dataclasses.replace(recipe.config.data, data=in_layout(recipe, folders))
     dataset, splits = open_data(data)
     assert list(splits.test) == test
     assert not set(test) & {*splits.train, *splits.val}
@@ -202,7 +218,7 @@ def test_channels_come_in_the_order_asked_for(folders):
 def test_parts_of_a_batch_follow_from_the_devices(folders):
     recipe = RECIPES["paper_brats_dice"]
     data = dataclasses.replace(recipe.config.data, data=f"brats:{folders / 'brats'}")
-    task = open_task(dataclasses.replace(recipe.config, data=data), recipe.devices)
+    task = open_task(dataclasses.replace(recipe.config, data=data), DEVICES)
     assert task.devices.accumulate == 1  # of 8 devices, each has one of 8 patches
     assert task.config.data.sliding_window == (240, 240, 160)
 
@@ -235,7 +251,7 @@ def test_the_followups_train_in_their_layouts(folders, tmp_path, data):
     out = tmp_path / "run"
     small = "--patch 8 8 8 --eval-patch 16 16 16 --spacing 1 1 1 --steps 2 --init-filters 8 "
     small += "--blocks-down 1 1 1 --deep-supervision 2 --batch-size 8"
-    command = ["fit", "--recipe", recipe.name, "--data", f"{recipe.layout}:{folders / recipe.layout}"]
+    command = ["fit", "--recipe", recipe.name, "--data", in_layout(recipe, folders)]
     command += [*small.split(), "--out", str(out)]
     assert main(command) == 0
     (table,) = out.glob("evaluate-test*/published.json")

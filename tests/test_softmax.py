@@ -7,7 +7,7 @@ import optax
 import pytest
 from jax import export
 
-from calib_jax._softmax import softmax, softmax_and_cross_entropy, voxel_sums
+from calib_jax._softmax import softmax, softmax_and_cross_entropy, spatial_sums
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 
@@ -157,11 +157,11 @@ def test_cross_entropy_lowers_for_every_platform(platform, classes):
 def test_sums_over_voxels(voxels):
     x = np.random.default_rng(voxels).random((2, voxels, 3), np.float32)
     expected = x.astype(np.float64).sum(1)
-    np.testing.assert_allclose(jax.jit(voxel_sums)(x), expected, rtol=2e-6)
-    np.testing.assert_array_equal(jax.grad(lambda x: voxel_sums(x)[0, 1])(jnp.asarray(x))[0, :, 1], 1)
+    np.testing.assert_allclose(jax.jit(spatial_sums)(x), expected, rtol=2e-6)
+    np.testing.assert_array_equal(jax.grad(lambda x: spatial_sums(x)[0, 1])(jnp.asarray(x))[0, :, 1], 1)
 
 
 def test_sums_of_many_equal_numbers_do_not_drift():
     """A single running float32 sum of 8 million thousandths would be 2% off."""
     x = jnp.full((1, 8_000_000, 1), 1e-3)
-    np.testing.assert_allclose(jax.jit(voxel_sums)(x), [[8000.0]], rtol=1e-4)
+    np.testing.assert_allclose(jax.jit(spatial_sums)(x), [[8000.0]], rtol=1e-4)

@@ -14,9 +14,9 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from commands import refuses, run, write_msd
 from killed import logged, weights
 
-from train.cli import main
 from train.run.folder import claimed
 from train.run.logs import RunLog
 
@@ -24,43 +24,14 @@ TINY = ["--steps", "4", "--batch-size", "8", "--channels", "4", "8", "--strides"
 PHANTOM = [*TINY, "--data", "phantom2d", "--num-test", "3", "--num-val", "2"]
 
 
-def run(*arguments: object) -> int:
-    return main([str(argument) for argument in arguments])
-
-
 def rows(file: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(file.read_text().splitlines()))
-
-
-def refuses(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """Runs a command that must fail; returns its one line on stderr."""
-    assert run(*arguments) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1
-    return lines[0]
 
 
 @pytest.fixture(scope="module")
 def msd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six small cases of one channel and two classes in the Decathlon's layout."""
-    folder = tmp_path_factory.mktemp("msd")
-    rng = np.random.default_rng(0)
-    names = [f"case_{i}" for i in range(6)]
-    for name in names:
-        label = np.zeros((11, 14, 9), np.uint8)
-        label[3:8, 4:10, 2:7] = 1
-        image = rng.normal(100 + 50 * label, 10).astype(np.float32)
-        for part, voxels in (("imagesTr", image), ("labelsTr", label)):
-            (folder / part).mkdir(exist_ok=True)
-            nib.save(nib.Nifti1Image(voxels, AFFINE), folder / part / f"{name}.nii.gz")
-    description = {
-        "name": "Tiny",
-        "modality": {"0": "MRI"},
-        "labels": {"0": "background", "1": "box"},
-        "training": [{"image": f"imagesTr/{n}.nii.gz", "label": f"labelsTr/{n}.nii.gz"} for n in names],
-    }
-    (folder / "dataset.json").write_text(json.dumps(description))
-    return folder
+    return write_msd(tmp_path_factory.mktemp("msd"), 6, (11, 14, 9), np.s_[3:8, 4:10, 2:7], AFFINE)
 
 
 AFFINE = np.array([[0.0, -1.5, 0.0, 7.0], [1.0, 0.0, 0.0, -3.0], [0.0, 0.0, 2.0, 5.0], [0.0, 0.0, 0.0, 1.0]])

@@ -10,12 +10,12 @@ import optax
 import pytest
 from flax import nnx
 from jax import export
+from networks import make_unet
 
 import calib_jax
 from train.data import Geometry, PhantomDataset, crop_back, pad_to_hold
 from train.evaluate import CaseStatistics, SumsOfClasses, case_statistics, evaluate
 from train.inference import VolumePredictor, plan_windows, volume_predictor, volume_summary
-from train.models.unet import UNet
 from train.step import TrainState, init_state
 
 SHAPES = [(5, 6, 7), (8, 8, 8), (8, 20, 13), (31, 9, 8), (3, 19, 30)]
@@ -285,7 +285,7 @@ def test_no_probability_leaves_the_device() -> None:
 
 def tiny_unet(dropout: float) -> tuple[nnx.GraphDef, TrainState]:
     sizes: Any = {"in_channels": 2, "out_channels": 3, "spatial_dims": 3, "channels": (4, 8), "strides": (2,)}
-    return init_state(UNet(**sizes, dropout=dropout, rngs=nnx.Rngs(0)), optax.identity())
+    return init_state(make_unet(**sizes, dropout=dropout, rngs=nnx.Rngs(0)), optax.identity())
 
 
 def test_dropout_is_off() -> None:

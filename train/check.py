@@ -30,19 +30,6 @@ _THREADS = min(4, os.cpu_count() or 1)  # each thread holds one case at a time
 
 
 @dataclass(frozen=True)
-class CaseReport:
-    """The result of reading a case.
-
-    Attributes:
-        faults: of its files.
-        class_voxels: number of voxels of each class in its readable labels.
-    """
-
-    faults: tuple[Fault, ...]
-    class_voxels: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class DataReport:
     """The result of reading a data set.
 
@@ -90,14 +77,11 @@ def check_data(spec: str) -> DataReport:
             raise
         description = root / "dataset.json"
         return DataReport((Fault.of("", description if description.exists() else root, error),))
-    reports = _in_threads(lambda entry: inspect_case(layout, entry), layout.entries, "checking")
-    faults = [fault for report in reports for fault in report.faults]
-    counts = np.sum([report.class_voxels for report in reports], axis=0).tolist()
-    return DataReport(
-        tuple(dict.fromkeys([*layout_faults(layout), *faults])),
-        len(layout.entries),
-        dict(zip(layout.class_names, counts, strict=True)) if reports else {},
-    )
+    inspected = _in_threads(lambda entry: inspect_case(layout, entry), layout.entries, "checking")
+    faults = [*layout_faults(layout), *(fault for found, _ in inspected for fault in found)]
+    counts = np.sum([counts for _, counts in inspected], axis=0).tolist()
+    voxels = dict(zip(layout.class_names, counts, strict=True)) if inspected else {}
+    return DataReport(tuple(dict.fromkeys(faults)), len(layout.entries), voxels)
 
 
 @contextlib.contextmanager
@@ -143,8 +127,12 @@ def check_cases(dataset: Dataset, whole: Sequence[str], labels: Sequence[str] = 
     refuse(list(dict.fromkeys(fault for faults in found for fault in faults)))
 
 
-def inspect_case(layout: Layout, entry: Entry) -> CaseReport:
-    """Reads every file of a case. A fault of one file does not stop the others."""
+def inspect_case(layout: Layout, entry: Entry) -> tuple[list[Fault], np.ndarray]:
+    """Reads every file of a case. A fault of one file does not stop the others.
+
+    Returns:
+        The faults, and the number of voxels of each class in the labels that can be read.
+    """
     faults: list[Fault] = []
     class_voxels = np.zeros(len(layout.class_names), int)
     with collected(faults, entry.name, entry.images[0]):
@@ -156,8 +144,7 @@ def inspect_case(layout: Layout, entry: Entry) -> CaseReport:
         with collected(faults, entry.name, file):
             counts = np.bincount(read_class_ids(file, layout).ravel(), minlength=len(class_voxels))
             class_voxels += counts[: len(class_voxels)]
-    # Faults of headers are found twice.
-    return CaseReport(tuple(dict.fromkeys(faults)), tuple(class_voxels.tolist()))
+    return list(dict.fromkeys(faults)), class_voxels  # faults of headers are found twice
 
 
 def _load_faults(dataset: Dataset, index: int, whole: bool) -> Sequence[Fault]:
@@ -174,8 +161,8 @@ def _load_faults(dataset: Dataset, index: int, whole: bool) -> Sequence[Fault]:
             for file in entry.labels:
                 read_class_ids(file, dataset.layout)
     except Exception as error:
-        inspected = inspect_case(dataset.layout, entry if whole else replace(entry, images=entry.images[:1]))
-        return inspected.faults or [Fault.of(entry.name, entry.images[0], error)]
+        found, _ = inspect_case(dataset.layout, entry if whole else replace(entry, images=entry.images[:1]))
+        return found or [Fault.of(entry.name, entry.images[0], error)]
     return []
 
 

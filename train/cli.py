@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -29,9 +29,6 @@ from train.console import console
 from train.data import AugmentConfig
 from train.errors import CasesFailed, InputError, Stopped, check_numbers
 from train.models.registry import NETWORKS, config_class, is_external
-
-if TYPE_CHECKING:
-    from train.published import Row
 
 # Each command imports what it runs, so that `--help` and errors about options come at once.
 RunFolder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="run", metavar="RUN")]
@@ -95,6 +92,7 @@ class Compare(_Options):
     def run(self) -> None:
         from train.compare import compare
         from train.processes import is_first, join_processes
+        from train.recipes import published
 
         folder = self.folder("compare")
         join_processes(self.devices)
@@ -136,6 +134,7 @@ class Fit(_Options):
         from train.compare import evaluate_run
         from train.fit import fit
         from train.processes import is_first, join_processes
+        from train.recipes import published
         from train.task import check_best_is_known, open_task
 
         if self.temperature and not self.recipe:
@@ -151,10 +150,8 @@ class Fit(_Options):
             check_best_is_known(task)
         fit(task, folder, resume=self.resume)
         if is_first():
-            print(f"\nRun: {folder}")
+            print(f"\nRun: {folder}" + ("" if self.recipe else f"\nNext: python -m train evaluate {folder}"))
         if not self.recipe:
-            if is_first():
-                print(f"Next: python -m train evaluate {folder}")
             return
         best = task.config.training.keep_best != "none" and task.splits.val
         page = evaluate_run(
@@ -340,34 +337,29 @@ class ImportMonai:
             )
         if len(set(names)) < len(names):
             raise InputError(f"--class-names {' '.join(names)} names a class twice: give each of them once.")
-        model, info = self.model, None
-        if names and model.activation == "sigmoid":
-            model, info = self._sigmoids(), self._info(())
-        elif names:
-            info = self._info(names)
+        model, info = self._without_data() if names else (self.model, None)
         for note in import_monai(self.weights, model, self.data, self.out, info):
             print(f"note: {note}", file=sys.stderr)
         print(f"\nRun: {self.out}\nNext: python -m train evaluate {self.out}")
 
-    def _sigmoids(self) -> ModelConfig:
-        """The network, with a region's name for each output channel."""
-        names = self.class_names[self.class_names[0].lower() == "background" :]
-        if self.model.regions or not names:
-            raise InputError(
-                "Without --data a network with sigmoids needs --class-names, one for each output channel and none "
-                "for the background, in place of --regions."
-            )
-        return dataclasses.replace(self.model, regions=names)
-
-    def _info(self, class_names: tuple[str, ...]) -> DataInfo:
-        data = self.data
+    def _without_data(self) -> tuple[ModelConfig, DataInfo]:
+        """The network and its data, as the options describe them."""
+        data, model, names = self.data, self.model, self.class_names
+        if model.activation == "sigmoid":
+            regions = names[names[0].lower() == "background" :]
+            if model.regions or not regions:
+                raise InputError(
+                    "Without --data a network with sigmoids needs --class-names, one for each output channel and "
+                    "none for the background, in place of --regions."
+                )
+            model, names = dataclasses.replace(model, regions=regions), ()
         if data.spacing == "median":
             raise InputError("Without --data there is no median spacing: give --spacing in millimetres.")
         check_numbers(self, num_channels=(1, math.inf), spatial_dims=(2, 3))
         if data.intensities and not data.intensities[0] < data.intensities[1]:
             raise InputError(f"intensities is {data.intensities}: give the lowest, then the highest.")
-        sizes = class_names, self.num_channels, self.spatial_dims
-        return DataInfo(self.weights.stem, *sizes, data.intensities, data.geometry)
+        sizes = names, self.num_channels, self.spatial_dims
+        return model, DataInfo(self.weights.stem, *sizes, data.intensities, data.geometry)
 
 
 @dataclass(frozen=True)
@@ -404,13 +396,6 @@ class Recipes:
         print(describe([find_recipe(name) for name in self.names or RECIPES]))
 
 
-def published(recipes: Sequence[str]) -> "list[Row]":
-    """The published figures of these recipes."""
-    from train.recipes import find_recipe
-
-    return [row for name in recipes for row in find_recipe(name).published]
-
-
 COMMANDS = {
     "compare": Compare,
     "fit": Fit,
@@ -436,9 +421,9 @@ def parse(arguments: Sequence[str]) -> Any:
         name, options = "compare", list(arguments)
     settings: Any = {"config": (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)}
     if name not in COMMANDS:
-        kinds = [Annotated[kind, tyro.conf.subcommand(name)] for name, kind in COMMANDS.items()]
-        union: Any = Union[tuple(kinds)]  # noqa: UP007, of types that are only known now
-        return tyro.cli(union, args=arguments, prog="python -m train", description=__doc__, **settings)
+        return tyro.extras.subcommand_cli_from_dict(
+            COMMANDS, args=arguments, prog="python -m train", description=__doc__, **settings
+        )
     kind, given = COMMANDS[name], given_options(options)
     if not issubclass(kind, _RunOptions | ImportMonai):
         return tyro.cli(kind, args=options, prog=f"python -m train {name}", **settings)
@@ -502,7 +487,7 @@ def _default(kind: type[Any], arguments: Sequence[str]) -> tuple[Any, str]:
 
 
 def _recipe_settings(kind: type[Any], names: Sequence[str]) -> dict[str, Any]:
-    from train.recipes import find_recipe
+    from train.recipes import DEVICES, find_recipe
 
     recipes = [find_recipe(name) for name in names]
     first, *others = (recipe.config for recipe in recipes)
@@ -510,7 +495,7 @@ def _recipe_settings(kind: type[Any], names: Sequence[str]) -> dict[str, Any]:
         if dataclasses.replace(config, loss=first.loss) != first:
             raise InputError(f"{name} and {names[0]} differ in more than their losses: compare them apart.")
     settings = {part: getattr(first, part) for part in ("data", "training", "model", "augment")}
-    settings["devices"] = recipes[0].devices
+    settings["devices"] = DEVICES
     if kind is not Compare:
         return settings | {"loss": first.loss, "recipe": names[0]}
     losses = tuple(recipe.config.loss for recipe in recipes)
@@ -559,12 +544,9 @@ def _run(arguments: list[str]) -> int:
 
         with numerics():
             return command.run() or 0
-    except InputError as error:
+    except (InputError, CasesFailed) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    except CasesFailed as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 1 if isinstance(error, CasesFailed) else 2
     except Stopped as stopped:
         print(f"\n{stopped}", file=sys.stderr)
         return stopped.exit_status

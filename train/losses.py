@@ -5,6 +5,7 @@ import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -105,15 +106,11 @@ class Loss:
             InputError: if a term cannot be computed, or is not a scalar.
         """
         if isinstance(logits, tuple):
-            levels = [
-                self.parts(
-                    level,
-                    nearest(labels, level.shape[1:-1]),
-                    axis_name,
-                    None if where is None else nearest(where, level.shape[1:-1]),
-                )
-                for level in logits
-            ]
+            levels = []
+            for level in logits:
+                coarse = partial(nearest, sizes=level.shape[1:-1])
+                there = None if where is None else coarse(where)
+                levels.append(self.parts(level, coarse(labels), axis_name, there))
             weights = jnp.array(level_weights(len(levels)), jnp.float32)
             return jax.tree.map(lambda *terms: jnp.dot(weights, jnp.stack(terms)), *levels)
         if where is None:

@@ -12,17 +12,14 @@ def check_given(command: Any, given: Collection[str]) -> None:
     """Checks that each option on the command line has an effect.
 
     Args:
-        command: a command of `train.cli`.
+        command: a command of `train.cli` that trains or imports a network.
         given: names of the options on the command line, see `train.cli.given_options`.
 
     Raises:
         InputError: names an option without effect.
     """
-    rules: list[tuple[Collection[str], str]] = []
-    if hasattr(command, "training"):
-        rules += _of_a_training(command)
-    elif hasattr(command, "class_names"):
-        rules += _of_an_import(command.data.data)
+    trains = hasattr(command, "training")
+    rules = _of_a_training(command) if trains else _of_an_import(command.data.data)
     for names, reason in rules:
         if unused := sorted(set(names) & set(given)):
             raise InputError(reason.replace("OPTION", unused[0]))
@@ -63,17 +60,13 @@ def _of_a_training(command: Any) -> Iterator[tuple[Collection[str], str]]:
             ("interpolation",),
             "OPTION does nothing without --spacing: give --spacing too, or leave OPTION out.",
         )
-    for chance, names in (
-        ("flip_prob", ("flip_axes",)),
-        ("zoom_prob", ("zoom",)),
-        ("rotation_prob", ("rotation",)),
-        ("smooth_prob", ("smooth_std",)),
-        ("gamma_prob", ("gamma",)),
-        ("intensity_prob", ("intensity_scale", "intensity_shift")),
-        ("noise_prob", ("noise_std",)),
-    ):
-        if not getattr(command.augment, chance):
-            yield names, f"OPTION does nothing where {chance} is 0: give a chance too."
+    options = vars(command.augment)
+    for chance in [name for name in options if name.endswith("_prob") and not options[name]]:
+        kind = chance.removesuffix("_prob")
+        yield (
+            [name for name in options if name.startswith(kind) and name != chance],
+            f"OPTION does nothing where {chance} is 0: give a chance too.",
+        )
 
 
 def _of_an_import(data: str) -> Iterator[tuple[Collection[str], str]]:

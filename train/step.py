@@ -145,18 +145,14 @@ def check_loss(
     Raises:
         InputError: names the first term that cannot be computed, and says why.
     """
-    space = mesh.shape[SPACE]
-    needs = (
-        (
-            "axis_name",
-            space > 1,
-            f"volumes split over space={space} devices: split the batch instead (data, fsdp)",
-        ),
-        ("where", has_ignore, "data in which voxels have no label: choose another term"),
-    )
+    needs = {}
+    if (space := mesh.shape[SPACE]) > 1:
+        needs["axis_name"] = f"volumes split over space={space} devices: split the batch instead (data, fsdp)"
+    if has_ignore:
+        needs["where"] = "data in which voxels have no label: choose another term"
     for term in loss.terms:
-        for argument, is_needed, reason in needs:
-            if is_needed and argument not in term.term.accepted:
+        for argument, reason in needs.items():
+            if argument not in term.term.accepted:
                 raise InputError(
                     f"Loss term {term.name} has no argument {argument}, so it cannot be computed on {reason}, or "
                     f"add {argument}=None to a function of your own."

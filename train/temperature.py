@@ -3,7 +3,7 @@
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -18,32 +18,22 @@ from train.inference import Network, VolumePredictor, cut_windows, inside
 from train.losses import Regions, as_pairs
 
 
-@dataclass(frozen=True)
-class Tempered:
-    """The `train.inference.Forward` of a network whose logits are divided by a temperature.
+class Tempered(Network):
+    """A network whose logits are divided by a temperature. Its weights are (the network's weights, temperature)."""
 
-    Its weights are (weights of the network, temperature).
-    """
-
-    network: Network
-
-    def __call__(
+    def logits(
         self, weights: Any, images: Float[Array, "batch *patch channels"]
-    ) -> Float[Array, "batch *patch classes"]:
+    ) -> Float32[Array, "batch *patch classes"]:
+        """The output of the model over the temperature, before the softmax or the sigmoids."""
         network_weights, temperature = weights
-        logits = self.network.logits(network_weights, images)
-        return self.network.probabilities(calib_jax.apply_temperature(logits, temperature))
-
-    @property
-    def regions(self) -> tuple[str, ...]:
-        """The regions of the network."""
-        return self.network.regions
+        return calib_jax.apply_temperature(super().logits(network_weights, images), temperature)
 
 
 def temper(predict: VolumePredictor, temperature: Float32[Array, ""]) -> VolumePredictor:
     """`predict` with the logits of its network divided by `temperature` in each sliding window."""
     assert isinstance(predict.forward, Network)
-    return replace(predict, forward=Tempered(predict.forward), weights=(predict.weights, temperature))
+    forward = Tempered(predict.forward.graphdef, predict.forward.regions)
+    return replace(predict, forward=forward, weights=(predict.weights, temperature))
 
 
 def fit_temperature(
@@ -94,7 +84,7 @@ def fit_temperature(
 
 @functools.cache
 def _window_logits(
-    network: Network, patch: tuple[int, ...], has_ignore: bool, regions: Regions = ()
+    network: Network, patch: tuple[int, ...], has_ignore: bool, regions: Regions
 ) -> Callable[..., tuple[Array, Array, Array]]:
     """Makes the compiled program that cuts a group of windows: logits, labels and the mask of voxels to count.
 

@@ -4,13 +4,15 @@ All functions are elementwise, so that each platform calls them on as many voxel
 """
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num
 
+from calib_jax._checks import AnyArray
 from calib_jax._compat import enable_x64
+from calib_jax._labels import are_dense
 
 Closed = Literal["right", "left"]
 Binning = Literal["hard", "soft", "adaptive"]
@@ -67,7 +69,7 @@ def hard_index(
     probs = single_or_double(probs)
     if edges is None:
         return _equal_index(probs, bins)
-    values = probs.reshape(-1, edges.shape[0], 1)
+    values = probs.reshape(*(probs.shape[:-1] if probs.ndim > 1 else (-1,)), edges.shape[0], 1)
     index = jnp.where(jnp.isnan(values), True, values > edges[None]).sum(-1, dtype=jnp.int32)
     return index.reshape(probs.shape)
 
@@ -106,6 +108,48 @@ def soft_neighbours(
     position = jnp.where(jnp.isnan(position), num_bins - 1, position)
     lower = jnp.floor(position)
     return lower.astype(jnp.int32), position - lower
+
+
+# Bins as intervals, for platforms on which a comparison per bin is cheaper than an address.
+
+
+def bin_limits(edges: Array | None, bins: Bins, dtype: Any) -> tuple[AnyArray, AnyArray]:
+    """Lower and upper limits of all bins, for `share_of_bin`: `[bins]`, or `[batch, classes, bins]` with `edges`."""
+    if bins.binning == "soft":
+        centres = np.arange(bins.num_bins, dtype=np.float32)
+        return centres - 1, centres + 1
+    if edges is None:
+        inner = equal_edges(bins.num_bins)[1:-1].astype(dtype)
+        return np.insert(inner, 0, np.nan), np.append(inner, np.inf)
+    # Edges are infinite where too few voxels count. Only the last limit may be infinite.
+    inner = jnp.minimum(edges, jnp.finfo(edges.dtype).max)
+    end = inner[..., :1]
+    lower = jnp.concatenate([jnp.full_like(end, jnp.nan), inner], axis=-1)
+    return lower, jnp.concatenate([inner, jnp.full_like(end, jnp.inf)], axis=-1)
+
+
+def share_of_bin(values: Array, lower: AnyArray, upper: AnyArray, bins: Bins) -> Array:
+    """Whether each probability lies in a bin, boolean; the share of the voxel that a soft bin gets, float32.
+
+    A comparison with NaN is false. The first bin has no lower limit, NaN, and only the last takes in probabilities
+    that are NaN.
+    """
+    if bins.binning == "soft":
+        last = bins.num_bins - 1
+        nearest = jnp.clip(values.astype(jnp.float32) * bins.num_bins - 0.5, 0, last)
+        position = jnp.where(nearest <= last, nearest, last)
+        return jnp.maximum(jnp.minimum(position - lower, upper - position), 0)
+    if bins.closed == "left":
+        return ~(values < lower) & ((values < upper) | (upper == np.inf))
+    return ~(values <= lower) & ((values <= upper) | (upper == np.inf))
+
+
+def labels_of_classes(labels: Num[Array, "batch *spatial_and_classes"], like: Array) -> Num[Array, "*shape"]:
+    """Labels of the shape of `like`. Ids become int32 0 or 1 by arithmetic: XLA would store a comparison."""
+    if are_dense(labels, like):
+        return labels.astype(jnp.float32)
+    classes = np.arange(like.shape[-1], dtype=np.int32)
+    return 1 - jnp.minimum(jnp.abs(labels.astype(jnp.int32)[..., None] - classes), 1)
 
 
 # Columns.

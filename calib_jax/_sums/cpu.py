@@ -12,7 +12,6 @@ from jaxtyping import Array, Float, Int, Num
 from calib_jax._compat import enable_x64
 from calib_jax._labels import are_dense
 from calib_jax._sums.bins import Bins, Columns, Elements, columns_in_bins, split_tally
-from calib_jax._sums.exact import Pair
 
 # An image is cut into pieces of at most so many probabilities, which stay in cache. A piece is scattered by one
 # thread. A step of the loop scatters several pieces side by side.
@@ -28,7 +27,7 @@ def bin_sums(
     where: Array | None,
     edges: Float[Array, "batch classes inner_edges"] | None,
     bins: Bins,
-) -> tuple[Pair, ...]:
+) -> tuple[Array, Array, Array]:
     """Counts or weights, sums of probabilities and sums of labels, `[batch, classes, bins]` each.
 
     If the batch may be split over devices, each image is summed by itself, so that images stay on their devices.
@@ -39,14 +38,14 @@ def bin_sums(
 
 
 def look_up(
-    table: Float[Array, "batch classes bins"], index: Int[Array, "batch voxels classes"]
-) -> Float[Array, "batch voxels classes"]:
-    """`table[b, c, index[b, v, c]]`, the transpose of the sum in bins, by a gather. GPUs use it too.
+    table: Float[Array, "batch classes bins"], index: Int[Array, "batch *spatial classes"]
+) -> Float[Array, "batch *spatial classes"]:
+    """`table[b, c, index[b, v, c]]`, the transpose of the sum in bins, by a gather.
 
     Writing the table out by a scatter keeps XLA on CPU from computing an entry anew for every element.
     """
     classes, num_bins = table.shape[1:]
-    place = index + num_bins * lax.broadcasted_iota(jnp.int32, index.shape, 2)
+    place = index + num_bins * lax.broadcasted_iota(jnp.int32, index.shape, index.ndim - 1)
     written = jnp.zeros_like(table).at[..., jnp.arange(num_bins, dtype=jnp.int32)]
     table = written.set(table, mode="promise_in_bounds")
     take = functools.partial(jnp.take, mode="clip")
@@ -119,7 +118,7 @@ def sum_images(
     _, columns = jax.eval_shape(piece, zero, zero)[0]
     total = _accumulators(columns, batch * lanes * bins.num_bins * classes)
     totals = lax.fori_loop(0, batch * steps, body, (total,) * together)
-    return _as_pairs(totals, tally_bits, (batch, lanes, bins.num_bins, classes))
+    return _as_sums(totals, tally_bits, (batch, lanes, bins.num_bins, classes), bins.binning != "soft")
 
 
 def _cut(voxels: int, classes: int) -> tuple[int, int, int]:
@@ -156,9 +155,9 @@ def _scatter_add(total: Columns, place: Int[Array, "elements"], columns: Columns
         )
 
 
-def _as_pairs(
-    totals: tuple[Columns, ...], tally_bits: int | None, shape: tuple[int, int, int, int]
-) -> tuple[Pair, ...]:
+def _as_sums(
+    totals: tuple[Columns, ...], tally_bits: int | None, shape: tuple[int, int, int, int], counts: bool
+) -> tuple[Array, Array, Array]:
     """`bin_sums` from accumulators, whose shape is (images, lanes, bins, classes)."""
 
     def columns(total: Columns) -> Columns:
@@ -168,12 +167,8 @@ def _as_pairs(
             count, *third = split_tally(count, tally_bits)
         return count, prob_sum, *third
 
-    def as_pair(wide: Array) -> Pair:
-        # `reduce_precision`, because a compiler may take a cast to float32 and back out.
-        high = lax.reduce_precision(wide, exponent_bits=8, mantissa_bits=23)
-        low = wide - high
-        return lax.convert_element_type(high, jnp.float32), lax.convert_element_type(low, jnp.float32)
-
     with enable_x64(True):
         sums = (functools.reduce(jnp.add, parts) for parts in zip(*map(columns, totals), strict=True))
-        return tuple(as_pair(x.reshape(shape).sum(1).swapaxes(1, 2)) for x in sums)
+        count, *others = (x.reshape(shape).sum(1).swapaxes(1, 2) for x in sums)
+        prob_sum, label_sum = (lax.convert_element_type(x, jnp.float32) for x in others)
+        return lax.convert_element_type(count, jnp.int32 if counts else jnp.float32), prob_sum, label_sum

@@ -1,29 +1,88 @@
-"""Sums in bins on a GPU, and on platforms without a file of their own: masked sums.
+"""Sums in bins on a GPU, and on platforms without a file of their own: masked sums, in float64.
 
-XLA fuses a comparison per element and bin into the sum: the comparisons take no memory, and no two threads write to
-one address. A Pallas kernel would have to be shown to be faster on a GPU.
+XLA fuses the comparison of an element with a bin into the sum: comparisons take no memory, and no two threads write
+to one address. XLA stores them nevertheless unless each of the three sums compares by itself (a barrier hides that
+they compare the same), rows of voxels are summed first, and the rows divide the image.
 """
 
+import operator
+from typing import Any
+
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Num
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int, Num
 
-from calib_jax._sums.bins import Bins, columns_in_bins
-from calib_jax._sums.blocks import TALLY_BITS, add_blocks, cut_into_blocks, one_hot_bins
-from calib_jax._sums.exact import Pair, as_pair, sum_pairs
+from calib_jax._compat import enable_x64
+from calib_jax._sums import cpu, tpu
+from calib_jax._sums.bins import Bins, bin_limits, labels_of_classes, share_of_bin, single_or_double
+
+_ROWS = range(2048, 255, -1)  # voxels of a row
 
 
-def sum_image(
-    probs: Float[Array, "voxels classes"],
-    labels: Num[Array, "voxels *classes"],
+def bin_sums(
+    probs: Float[Array, "batch voxels classes"],
+    labels: Num[Array, "batch voxels *classes"],
     where: Array | None,
-    edges: Float[Array, "classes inner_edges"] | None,
+    edges: Float[Array, "batch classes inner_edges"] | None,
     bins: Bins,
-) -> tuple[Pair, ...]:
-    """Counts or weights, sums of probabilities and sums of labels, `[classes, bins]` each."""
-    sums = []
-    for index, columns in columns_in_bins(cut_into_blocks(probs, labels, where), edges, bins, TALLY_BITS):
-        chosen = one_hot_bins(index, bins.num_bins)
-        # Threads may add in any order, so each addition keeps its own rounding error.
-        masked = (jnp.where(chosen, column[..., None], 0) for column in columns)
-        sums.append(tuple(sum_pairs(as_pair(x), 1) for x in masked))
-    return add_blocks(sums)
+) -> tuple[Array, Array, Array]:
+    """Counts or weights, sums of probabilities and sums of labels, `[batch, classes, bins]` each."""
+    voxels = probs.shape[1]
+    row = next((size for size in _ROWS if voxels % size == 0), min(voxels, _ROWS[0]))
+    if voxels % row:
+        where = jnp.ones((1, voxels, 1), bool) if where is None else where
+        probs, labels, where = (_fill_up(x, -voxels % row) for x in (probs, labels, where))
+
+    def in_rows(x: Array) -> Array:
+        return x.reshape(x.shape[0], -1, row, *x.shape[2:])
+
+    probs, labels, where = jax.tree.map(in_rows, (probs, labels, where))
+    lower, upper = bin_limits(edges, bins, single_or_double(probs).dtype)
+    lower, upper = (x if edges is None else x[:, None, None] for x in (lower, upper))
+    weighted = bins.binning == "soft"
+
+    def total(probs: Array, values: Any) -> Array:
+        """Sum of `values` in each bin; of weights if None."""
+        share = share_of_bin(single_or_double(probs)[..., None], lower, upper, bins)
+        if where is not None:
+            share = jnp.where(where[..., None], share, jnp.zeros_like(share))
+        if weighted:
+            masked = share if values is None else jnp.where(share > 0, share * values, 0)
+        else:
+            masked = jnp.where(share, np.int32(1) if values is None else values, 0)
+        return _sum_of_rows(masked)
+
+    # A barrier makes equal arrays unequal to XLA.
+    again = lax.optimization_barrier(probs)
+    places = probs, again, lax.optimization_barrier(again)
+    values = probs.astype(jnp.float32)[..., None], None, labels_of_classes(labels, probs)[..., None]
+    rows = tuple(map(total, places, values))
+    with enable_x64(True):
+        zeros = tuple(np.zeros((), x.dtype) for x in rows)
+        # As one reduction of three sums: XLA would merge each by itself with the sum of the rows.
+        prob_sum, count, label_sum = lax.reduce(
+            rows, zeros, lambda a, b: tuple(map(operator.add, a, b)), (1,)
+        )
+        prob_sum, label_sum = (lax.convert_element_type(x, jnp.float32) for x in (prob_sum, label_sum))
+        return lax.convert_element_type(count, jnp.float32 if weighted else jnp.int32), prob_sum, label_sum
+
+
+def look_up(
+    table: Float[Array, "batch classes bins"], index: Int[Array, "batch *spatial classes"]
+) -> Float[Array, "batch *spatial classes"]:
+    """`table[b, c, index[b, ..., c]]`, the transpose of the sum in bins."""
+    return (tpu if table.shape[-1] <= tpu.WRITTEN_OUT else cpu).look_up(table, index)
+
+
+def _fill_up(x: Array, missing: int) -> Array:
+    return jnp.pad(x, ((0, 0), (0, missing), *((0, 0),) * (x.ndim - 2)))
+
+
+def _sum_of_rows(x: Array) -> Array:
+    """Sums over axis 2: integers as int32, floats as float64."""
+    with enable_x64(True):
+        if jnp.issubdtype(x.dtype, jnp.floating):
+            x = lax.convert_element_type(x, jnp.float64)
+        return x.sum(2, dtype=x.dtype)

@@ -1,19 +1,17 @@
-"""Layers of networks: convolutions, norms and activations, with PyTorch's initial values."""
+"""Layers of networks: convolutions, norms and PReLU, with PyTorch's initial values."""
 
-from collections.abc import Callable, Mapping
 from math import prod
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from train.models.layers import convolve, convolve_transpose, normalise
+from train.models.layers import EPSILON, convolve, convolve_transpose, normalise
 from train.models.patches import from_patches, to_patches
 
-Option = str | tuple[str, Mapping[str, Any]] | None
-"""A layer by name, alone or with arguments: `"relu"`, `("group", {"num_groups": 4})`. None is no layer."""
+NUM_GROUPS = 8
+"""Groups of channels of a group norm, as in MONAI's SegResNet."""
 
 
 class Convolution(nnx.Module):
@@ -51,36 +49,22 @@ class Convolution(nnx.Module):
 
 
 class PatchConvolution(Convolution):
-    """A convolution, or its transpose, whose stride is its kernel size: one matrix product over patches."""
+    """A convolution, or its transpose, whose stride is its kernel's side: one matrix product over patches."""
 
-    def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        kernel_size: tuple[int, ...],
-        *,
-        bias: bool,
-        rngs: nnx.Rngs,
-        transposed: bool = False,
-    ):
-        super().__init__(inputs, outputs, kernel_size, 1, bias=bias, rngs=rngs, transposed=transposed)
-        self.strides = kernel_size
-
-    def __call__(self, x: Float[Array, "batch *spatial in"]) -> Float[Array, "batch *resampled out"]:
+    def without_bias(self, x: Float[Array, "batch *spatial in"]) -> Float[Array, "batch *resampled out"]:
+        """The convolution alone."""
         kernel = self.kernel[...]
         inputs, outputs = kernel.shape[-2:]
         if self.transposed:
-            y = from_patches(x @ jnp.moveaxis(kernel, -2, 0).reshape(inputs, -1), self.strides)
-        else:
-            y = to_patches(x, self.strides) @ kernel.reshape(-1, outputs)
-        return self.add_bias(y)
+            return from_patches(x @ jnp.moveaxis(kernel, -2, 0).reshape(inputs, -1), self.strides)
+        return to_patches(x, self.strides) @ kernel.reshape(-1, outputs)
 
 
 class PReLU(nnx.Module):
-    """x if positive, else x times a learnt slope (one for all channels, or one for each)."""
+    """x if positive, else x times a learnt slope, one for all channels."""
 
-    def __init__(self, num_parameters: int = 1, init: float = 0.25):
-        self.slope = nnx.Param(jnp.full((num_parameters,), init, jnp.float32))
+    def __init__(self):
+        self.slope = nnx.Param(jnp.full((1,), 0.25, jnp.float32))
 
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         return jnp.where(x > 0, x, as_channels(self.slope[...], x.ndim) * x)
@@ -89,81 +73,64 @@ class PReLU(nnx.Module):
 class Norm(nnx.Module):
     """Normalisation per image and group of channels, with an optional scale and offset per channel."""
 
-    def __init__(self, channels: int, groups: int, *, affine: bool, eps: float = 1e-5):
+    def __init__(self, channels: int, groups: int, *, affine: bool):
         if channels % groups:
             raise ValueError(
                 f"{channels} channels do not fall into {groups} groups: give a divisor of {channels}."
             )
-        self.groups, self.eps = groups, eps
+        self.groups = groups
         self.removes_bias = groups == channels  # subtracting a channel's mean removes its bias
         self.scale = nnx.Param(jnp.ones(channels, jnp.float32)) if affine else None
         self.offset = nnx.Param(jnp.zeros(channels, jnp.float32)) if affine else None
 
     def __call__(self, x: Float[Array, "batch *spatial channels"]) -> Float[Array, "batch *spatial channels"]:
-        return _scaled(normalise(x, self.groups, self.eps), self.scale, self.offset)
+        y = self.normalise(x)
+        if self.scale is None or self.offset is None:
+            return y
+        return y * as_channels(self.scale[...], y.ndim) + as_channels(self.offset[...], y.ndim)
+
+    def normalise(
+        self, x: Float[Array, "batch *spatial channels"]
+    ) -> Float[Array, "batch *spatial channels"]:
+        """The values without scale and offset."""
+        return normalise(x, self.groups)
 
 
-class BatchNorm(nnx.Module):
+class BatchNorm(Norm):
     """Normalisation by stored means and variances per channel, in training as well.
 
     Imported networks with batch norm have it. A batch of a few volumes gives no useful statistics, so the stored
     ones stay, and training sees the network that evaluation sees.
     """
 
-    def __init__(self, channels: int, *, affine: bool = True, eps: float = 1e-5):
-        self.eps = eps
+    def __init__(self, channels: int):
+        super().__init__(channels, 1, affine=True)
+        self.removes_bias = False
         self.mean = nnx.BatchStat(jnp.zeros(channels, jnp.float32))
         self.variance = nnx.BatchStat(jnp.ones(channels, jnp.float32))
-        self.scale = nnx.Param(jnp.ones(channels, jnp.float32)) if affine else None
-        self.offset = nnx.Param(jnp.zeros(channels, jnp.float32)) if affine else None
 
-    def __call__(self, x: Float[Array, "batch *spatial channels"]) -> Float[Array, "batch *spatial channels"]:
+    def normalise(
+        self, x: Float[Array, "batch *spatial channels"]
+    ) -> Float[Array, "batch *spatial channels"]:
+        """The values without scale and offset."""
         centred = x - as_channels(self.mean[...], x.ndim)
-        inverse = jax.lax.rsqrt(self.variance[...] + self.eps)
-        return _scaled(centred * as_channels(inverse, x.ndim), self.scale, self.offset)
+        return centred * as_channels(jax.lax.rsqrt(self.variance[...] + EPSILON), x.ndim)
 
 
-ACTIVATIONS: dict[str, Callable[..., Array]] = {
-    "relu": jax.nn.relu,
-    "leakyrelu": jax.nn.leaky_relu,
-    "elu": jax.nn.elu,
-    "selu": jax.nn.selu,
-    "celu": jax.nn.celu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "relu6": jax.nn.relu6,
-    "sigmoid": jax.nn.sigmoid,
-    "tanh": jnp.tanh,
-    "swish": jax.nn.swish,
-    "mish": jax.nn.mish,
-}
-
-
-def make_activation(option: Option) -> Callable[[Array], Array] | None:
-    """The activation called `option`."""
-    name, arguments = _split_option(option)
-    if not name:
-        return None
-    if name == "prelu":
-        return PReLU(**arguments)
-    if name not in ACTIVATIONS:
-        raise ValueError(f"act is {option!r}; expected one of prelu, {', '.join(ACTIVATIONS)} or None.")
-    function = ACTIVATIONS[name]
-    return lambda x: function(x, **arguments)
-
-
-def make_norm(option: Option, channels: int) -> Norm | BatchNorm | None:
-    """The norm called `option`, for that many channels."""
-    name, arguments = _split_option(option)
-    if not name:
-        return None
-    if name == "instance":
-        return Norm(channels, channels, **{"affine": False, **arguments})
-    if name == "group":
-        arguments = {"affine": True, **arguments}
-        return Norm(channels, arguments.pop("num_groups"), **arguments)
+def make_norm(name: str, channels: int) -> Norm:
+    """The norm that `--norm` calls `name`, for that many channels."""
     if name == "batch":
-        return BatchNorm(channels, **arguments)
-    raise ValueError(f"norm is {option!r}; expected instance, group, batch or None.")
+        return BatchNorm(channels)
+    if name == "group":
+        return Norm(channels, NUM_GROUPS, affine=True)
+    if name in ("instance", "affine-instance"):
+        return Norm(channels, channels, affine=name != "instance")
+    raise ValueError(f"norm is {name!r}; expected instance, affine-instance, group or batch.")
+
+
+def make_dropout(rate: float, rngs: nnx.Rngs) -> nnx.Dropout:
+    """Dropout, which has no random state if the rate is 0."""
+    return nnx.Dropout(rate, rngs=rngs if rate else None)
 
 
 def check_image(shape: tuple[int, ...], spatial_dims: int, channels: int, divisor: int) -> None:
@@ -192,14 +159,3 @@ def as_channels(values: Float[Array, " channels"], ndim: int) -> Float[Array, "*
 def uniform(rngs: nnx.Rngs, shape: tuple[int, ...], bound: float) -> Float[Array, "..."]:
     """Initial values between `-bound` and `bound`."""
     return jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound)
-
-
-def _scaled(y: Array, scale: nnx.Param | None, offset: nnx.Param | None) -> Array:
-    if scale is None or offset is None:
-        return y
-    return y * as_channels(scale[...], y.ndim) + as_channels(offset[...], y.ndim)
-
-
-def _split_option(option: Option) -> tuple[str, dict[str, Any]]:
-    name, arguments = (option, {}) if isinstance(option, str | None) else option
-    return (name or "").lower(), dict(arguments)

@@ -32,6 +32,8 @@ from train.models.patches import from_patches, to_patches
 Padding = tuple[tuple[int, int], ...]
 Convolution = Callable[[Array, Array], Array]
 
+EPSILON = 1e-5
+"""Added to variances by norms, as in PyTorch."""
 _CHUNK = 2**21  # elements that stay near the cache
 
 
@@ -298,34 +300,30 @@ def _chunk(count: int, size: int, most: int) -> int:
     return max(n for n in range(1, count + 1) if count % n == 0 and (n == 1 or n * size <= most))
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
 def normalise(
-    x: Float[Array, "batch *spatial channels"], groups: int, epsilon: float = 1e-5
+    x: Float[Array, "batch *spatial channels"], groups: int
 ) -> Float[Array, "batch *spatial channels"]:
     """Zero mean and unit variance per image and group of channels. With one channel a group it is instance norm."""
-    return _normalise(x, groups, epsilon)
+    return _normalise_fwd(x, groups)[0]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _normalise(x: Array, groups: int, epsilon: float) -> Array:
-    return _normalise_fwd(x, groups, epsilon)[0]
-
-
-def _normalise_fwd(x: Array, groups: int, epsilon: float) -> tuple[Array, tuple[Array, Array]]:
+def _normalise_fwd(x: Array, groups: int) -> tuple[Array, tuple[Array, Array]]:
     wide = _at_least_float32(x)
     centred = wide - _group_mean(wide, groups)
-    scale = lax.rsqrt(_group_mean(centred * centred, groups) + epsilon)
+    scale = lax.rsqrt(_group_mean(centred * centred, groups) + EPSILON)
     y = (centred * scale).astype(x.dtype)
     return y, (y, scale)
 
 
-def _normalise_bwd(groups: int, epsilon: float, saved: tuple[Array, Array], g: Array) -> tuple[Array]:
+def _normalise_bwd(groups: int, saved: tuple[Array, Array], g: Array) -> tuple[Array]:
     y, scale = saved
     wide_g, wide_y = _at_least_float32(g), _at_least_float32(y)
     d_x = scale * (wide_g - _group_mean(wide_g, groups) - wide_y * _group_mean(wide_g * wide_y, groups))
     return (d_x.astype(g.dtype),)
 
 
-_normalise.defvjp(_normalise_fwd, _normalise_bwd)
+normalise.defvjp(_normalise_fwd, _normalise_bwd)
 
 
 def _at_least_float32(x: Array) -> Array:

@@ -17,18 +17,11 @@ if TYPE_CHECKING:
     from train.config import ModelConfig
 
 NETWORKS = {
-    "unet": "train.models.unet_config:UNetConfig",
-    "segresnet": "train.models.segresnet_config:SegResNetConfig",
-    "unetr": "train.models.unetr_config:UNETRConfig",
+    "unet": "train.models.configs:UNetConfig",
+    "segresnet": "train.models.configs:SegResNetConfig",
+    "unetr": "train.models.configs:UNETRConfig",
 }
 """Architecture -> where its config class is."""
-
-_NORMS: Mapping[str, Any] = {
-    "instance": "instance",
-    "affine-instance": ("instance", {"affine": True}),
-    "group": ("group", {"num_groups": 8}),
-    "batch": "batch",
-}
 
 
 @dataclass(frozen=True)
@@ -107,7 +100,7 @@ def make_network(model: "ModelConfig", **sizes: Any) -> "nnx.Module":
     """
     if is_external(model.architecture):
         return _call_factory(model.architecture, sizes)
-    norm = {"norm": _NORMS[model.norm]} if model.norm else {}
+    norm = {"norm": model.norm} if model.norm else {}
     try:
         return model.network.make(dropout=model.dropout, **norm, **sizes)
     except ValueError as error:

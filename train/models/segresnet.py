@@ -1,12 +1,11 @@
 """SegResNet, plain and with deep supervision: MONAI's `SegResNet` and `SegResNetDS`, channel last, in Flax NNX."""
 
-from collections.abc import Sequence
-
 import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from train.models.blocks import Convolution, Option, check_image, make_activation, make_norm
+from train.models.blocks import Convolution, check_image, make_dropout, make_norm
+from train.models.configs import SegResNetConfig
 from train.models.remat import recomputable
 
 Logits = Float[Array, "batch *spatial classes"]
@@ -20,69 +19,45 @@ class SegResNet(nnx.Module):
     interpolation, and each of that many finest levels gives logits from one convolution.
 
     Args:
+        config: its options.
         in_channels: channels of the image.
         out_channels: classes.
         spatial_dims: 2 or 3.
-        init_filters: channels of the finest level; each further level has twice as many and half the size.
-        blocks_down: residual blocks of each level on the way down, the finest first.
-        blocks_up: residual blocks of each level on the way up, the coarsest first; left out, one at each level.
-        act: activation, as in `UNet`.
         norm: normalisation, as in `UNet`.
         dropout: dropout rate, after the first convolution.
-        deep_supervision: levels that give logits in training; 0 for `SegResNet`, 1 or more for `SegResNetDS`.
         rngs: seeds of the parameters and, where `dropout` is positive, of dropout.
 
     Raises:
-        ValueError: if options contradict one another or name an unknown layer.
+        ValueError: if the norm is unknown, or its groups do not divide the channels.
 
     Example:
         >>> import jax.numpy as jnp
-        >>> model = SegResNet(in_channels=1, out_channels=3, spatial_dims=2, blocks_down=(1, 1, 1))
+        >>> config = SegResNetConfig(blocks_down=(1, 1, 1))
+        >>> model = SegResNet(config, in_channels=1, out_channels=3, spatial_dims=2, rngs=nnx.Rngs(0))
         >>> model(jnp.zeros((1, 16, 24, 1))).shape
         (1, 16, 24, 3)
     """
 
     def __init__(
         self,
+        config: SegResNetConfig,
         *,
         in_channels: int,
         out_channels: int,
-        spatial_dims: int = 3,
-        init_filters: int = 8,
-        blocks_down: Sequence[int] = (1, 2, 2, 4),
-        blocks_up: Sequence[int] | None = None,
-        act: Option = "relu",
-        norm: Option = ("group", {"num_groups": 8}),
+        spatial_dims: int,
+        norm: str = "group",
         dropout: float = 0.0,
-        deep_supervision: int = 0,
-        rngs: nnx.Rngs | None = None,
+        rngs: nnx.Rngs,
     ):
-        ups = len(blocks_down) - 1
-        blocks_up = (1,) * ups if blocks_up is None else blocks_up
-        if spatial_dims not in (2, 3):
-            raise ValueError(f"spatial_dims is {spatial_dims}; expected 2 or 3.")
-        if ups < 1 or len(blocks_up) != ups:
-            raise ValueError(
-                f"blocks_down are {tuple(blocks_down)} and blocks_up {tuple(blocks_up)}; expected two or more, and "
-                "one fewer on the way up."
-            )
-        if not 0 <= deep_supervision <= ups:
-            raise ValueError(
-                f"deep_supervision is {deep_supervision}; expected 0 to {ups}, one less than levels."
-            )
-        self.in_channels = in_channels
-        self.spatial_dims = spatial_dims
-        self.deep_supervision = deep_supervision
-        self.divisor = 2**ups
+        self.config, self.in_channels, self.spatial_dims = config, in_channels, spatial_dims
         # `eval()` sets this to True.
         self.deterministic = False
-        rngs = nnx.Rngs(0) if rngs is None else rngs
+        ups, deep_supervision = len(config.blocks_down) - 1, config.deep_supervision
         three, one = (3,) * spatial_dims, (1,) * spatial_dims
-        filters = [init_filters * 2**i for i in range(ups + 1)]
+        filters = [config.init_filters * 2**i for i in range(ups + 1)]
 
         def blocks(channels: int, count: int) -> nnx.Sequential:
-            layers = {"act": act, "norm": norm, "rngs": rngs}
-            return nnx.Sequential(*(PreActivationBlock(channels, three, **layers) for _ in range(count)))
+            return nnx.Sequential(*(PreActivationBlock(channels, three, norm, rngs) for _ in range(count)))
 
         def upsample(inputs: int, outputs: int) -> nnx.Module:
             if deep_supervision:
@@ -93,21 +68,18 @@ class SegResNet(nnx.Module):
             conv = Convolution(inputs, out_channels, one, 1, bias=True, rngs=rngs)
             if deep_supervision:
                 return conv
-            return nnx.Sequential(make_norm(norm, inputs) or _same, make_activation(act) or _same, conv)
+            return nnx.Sequential(make_norm(norm, inputs), jax.nn.relu, conv)
 
+        levels = zip((in_channels, *filters[:-1]), filters, (1, *(2,) * ups), strict=True)
         self.convs = nnx.List(
-            [
-                Convolution(*channels, three, stride, bias=False, rngs=rngs)
-                for channels, stride in zip(
-                    zip((in_channels, *filters[:-1]), filters, strict=True), (1, *(2,) * ups), strict=True
-                )
-            ]
+            [Convolution(n, m, three, stride, bias=False, rngs=rngs) for n, m, stride in levels]
         )
-        self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout else None
-        self.down = nnx.List([blocks(*sizes) for sizes in zip(filters, blocks_down, strict=True)])
+        self.dropout = make_dropout(dropout, rngs)
+        self.down = nnx.List([blocks(*sizes) for sizes in zip(filters, config.blocks_down, strict=True)])
         # The lists below have the coarsest level first.
         coarse_first = filters[-2::-1]
         self.upsample = nnx.List([upsample(2 * channels, channels) for channels in coarse_first])
+        blocks_up = config.blocks_up or (1,) * ups
         self.up = nnx.List([blocks(*sizes) for sizes in zip(coarse_first, blocks_up, strict=True)])
         self.heads = nnx.List([head(channels) for channels in coarse_first[-max(deep_supervision, 1) :]])
 
@@ -115,13 +87,13 @@ class SegResNet(nnx.Module):
         """Logits of each class at each voxel. In training with deep supervision: of each level, the finest first.
 
         Raises:
-            ValueError: if rank or channels of `x` are not the model's, or `divisor` does not divide a size.
+            ValueError: if rank or channels of `x` are not the model's, or a size cannot be halved on each level.
         """
-        check_image(x.shape, self.spatial_dims, self.in_channels, self.divisor)
+        check_image(x.shape, self.spatial_dims, self.in_channels, self.config.divisor)
         skips = []
         for i, (conv, blocks) in enumerate(zip(self.convs, self.down, strict=True)):
             x = conv(x)
-            x = self.dropout(x) if i == 0 and self.dropout is not None else x
+            x = x if i else self.dropout(x)
             x = blocks(x)
             skips.append(x)
         x = skips.pop()
@@ -135,22 +107,19 @@ class SegResNet(nnx.Module):
 
 
 class PreActivationBlock(nnx.Module):
-    """Norm, activation and convolution, twice, added to the input."""
+    """Norm, ReLU and convolution, twice, added to the input."""
 
-    def __init__(
-        self, channels: int, kernel_size: tuple[int, ...], *, act: Option, norm: Option, rngs: nnx.Rngs
-    ):
+    def __init__(self, channels: int, kernel_size: tuple[int, ...], norm: str, rngs: nnx.Rngs):
         self.norms = nnx.List([make_norm(norm, channels) for _ in range(2)])
         self.convs = nnx.List(
             [Convolution(channels, channels, kernel_size, 1, bias=False, rngs=rngs) for _ in range(2)]
         )
-        self.act = make_activation(act) or _same
 
     @recomputable
     def __call__(self, x: Float[Array, "batch *spatial channels"]) -> Float[Array, "batch *spatial channels"]:
         y = x
         for norm, conv in zip(self.norms, self.convs, strict=True):
-            y = conv(self.act(y if norm is None else norm(y)))
+            y = conv(jax.nn.relu(norm(y)))
         return x + y
 
 
@@ -158,7 +127,3 @@ def double(x: Float[Array, "batch *spatial channels"]) -> Float[Array, "batch *d
     """Twice the size by linear interpolation between voxel centres."""
     batch, *spatial, channels = x.shape
     return jax.image.resize(x, (batch, *(2 * size for size in spatial), channels), "linear")
-
-
-def _same(x: Array) -> Array:
-    return x

@@ -1,14 +1,14 @@
 """The paper's network: MONAI's residual `UNet`, channel last, in Flax NNX."""
 
-from collections.abc import Sequence
-from math import prod
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from train.models.blocks import Convolution, Norm, Option, check_image, make_activation, make_norm
+from train.models.blocks import Convolution, PReLU, check_image, make_dropout, make_norm
+from train.models.configs import UNetConfig
 from train.models.layers import convolve
 from train.models.remat import recomputable
 
@@ -17,73 +17,50 @@ class UNet(nnx.Module):
     """U-Net with residual units, equal to `monai.networks.nets.UNet` layer by layer.
 
     Args:
+        config: its options.
         in_channels: channels of the image.
         out_channels: classes.
         spatial_dims: 2 or 3.
-        channels: channels of each level, the finest first.
-        strides: stride from each level to the next.
-        kernel_size: side (or sides) of the convolutions' kernels, odd.
-        up_kernel_size: side (or sides) of transposed convolutions' kernels, odd.
-        num_res_units: convolutions in a residual unit; 0 for plain convolutions instead of residual units.
-        act: activation; `prelu`, `relu`, `leakyrelu`, `elu`, `selu`, `celu`, `gelu`, `relu6`, `sigmoid`,
-            `tanh`, `swish`, `mish` or None, with PyTorch's arguments.
-        norm: `instance`, `group`, `batch` (stored statistics only) or None, with PyTorch's arguments.
+        norm: `instance`, `affine-instance`, `group` (8 groups) or `batch` (stored statistics only).
         dropout: dropout rate, between norm and activation.
-        bias: whether convolutions add a bias.
         rngs: seeds of the parameters and, where `dropout` is positive, of dropout.
 
     Raises:
-        ValueError: if options contradict one another or name an unknown layer.
+        ValueError: if the norm is unknown, or its groups do not divide the channels.
 
     Example:
-        >>> model = UNet(in_channels=1, out_channels=3, spatial_dims=2, channels=(4, 8), strides=(2,))
+        >>> config = UNetConfig(channels=(4, 8), strides=(2,))
+        >>> model = UNet(config, in_channels=1, out_channels=3, spatial_dims=2, rngs=nnx.Rngs(0))
         >>> model(jnp.zeros((1, 16, 24, 1))).shape
         (1, 16, 24, 3)
     """
 
     def __init__(
         self,
+        config: UNetConfig,
         *,
         in_channels: int,
         out_channels: int,
-        spatial_dims: int = 3,
-        channels: Sequence[int] = (8, 16, 32, 64),
-        strides: Sequence[int] = (2, 2, 2),
-        kernel_size: int | Sequence[int] = 3,
-        up_kernel_size: int | Sequence[int] = 3,
-        num_res_units: int = 2,
-        act: Option = "prelu",
-        norm: Option = "instance",
+        spatial_dims: int,
+        norm: str = "instance",
         dropout: float = 0.0,
-        bias: bool = True,
-        rngs: nnx.Rngs | None = None,
+        rngs: nnx.Rngs,
     ):
-        if spatial_dims not in (2, 3):
-            raise ValueError(f"spatial_dims is {spatial_dims}; expected 2 or 3.")
-        if len(channels) < 2 or len(strides) != len(channels) - 1:
-            raise ValueError(
-                f"channels are {tuple(channels)} and strides {tuple(strides)}; expected two or more channels, and "
-                "one stride between each two of them."
-            )
-        self.in_channels = in_channels
-        self.spatial_dims = spatial_dims
-        self.divisor = prod(strides)
-        rngs = nnx.Rngs(0) if rngs is None else rngs
-        size = _sides(kernel_size, spatial_dims, "kernel_size")
-        up_size = _sides(up_kernel_size, spatial_dims, "up_kernel_size")
-        layers = {"act": act, "norm": norm, "dropout": dropout, "bias": bias, "rngs": rngs}
+        self.config, self.in_channels, self.spatial_dims = config, in_channels, spatial_dims
+        channels, strides, num_res_units = config.channels, config.strides, config.num_res_units
+        options = {"spatial_dims": spatial_dims, "norm": norm, "dropout": dropout, "rngs": rngs}
 
         def block(inputs: int, outputs: int, stride: int) -> nnx.Module:
             if num_res_units:
-                return ResidualUnit(inputs, outputs, size, stride, subunits=num_res_units, **layers)
-            return ConvolutionUnit(inputs, outputs, size, stride, **layers)
+                return ResidualUnit(inputs, outputs, stride, subunits=num_res_units, **options)
+            return ConvolutionUnit(inputs, outputs, stride, **options)
 
         def up_block(inputs: int, outputs: int, stride: int, top: bool) -> nnx.Module:
             plain = top and not num_res_units
-            up = ConvolutionUnit(inputs, outputs, up_size, stride, transposed=True, conv_only=plain, **layers)
+            up = ConvolutionUnit(inputs, outputs, stride, transposed=True, conv_only=plain, **options)
             if not num_res_units:
                 return nnx.Sequential(up)
-            unit = ResidualUnit(outputs, outputs, size, 1, subunits=1, last_conv_only=top, **layers)
+            unit = ResidualUnit(outputs, outputs, 1, subunits=1, last_conv_only=top, **options)
             return nnx.Sequential(up, unit)
 
         inputs = (in_channels, *channels[:-2])
@@ -91,12 +68,8 @@ class UNet(nnx.Module):
         self.down = nnx.List([block(*sizes) for sizes in zip(inputs, channels[:-1], strides, strict=True)])
         self.bottom = block(channels[-2], channels[-1], 1)
         joined = [c + (c if i < len(strides) - 1 else channels[-1]) for i, c in enumerate(channels[:-1])]
-        self.up = nnx.List(
-            [
-                up_block(*sizes, top=i == 0)
-                for i, sizes in enumerate(zip(joined, outputs, strides, strict=True))
-            ]
-        )
+        levels = enumerate(zip(joined, outputs, strides, strict=True))
+        self.up = nnx.List([up_block(*sizes, top=i == 0) for i, sizes in levels])
 
     def __call__(self, x: Float[Array, "batch *spatial in"]) -> Float[Array, "batch *spatial out"]:
         """Logits of each class at each voxel.
@@ -104,7 +77,7 @@ class UNet(nnx.Module):
         Raises:
             ValueError: if rank or channels of `x` are not the model's, or strides do not divide a size.
         """
-        check_image(x.shape, self.spatial_dims, self.in_channels, self.divisor)
+        check_image(x.shape, self.spatial_dims, self.in_channels, self.config.divisor)
         skips = []
         for down in self.down:
             x = down(x)
@@ -116,37 +89,34 @@ class UNet(nnx.Module):
 
 
 class ConvolutionUnit(nnx.Module):
-    """Convolution, then norm, dropout and activation. With `conv_only` the convolution alone."""
+    """Convolution of 3 voxels a side, then norm, dropout and PReLU. With `conv_only` the convolution alone."""
 
     def __init__(
         self,
         inputs: int,
         outputs: int,
-        kernel_size: tuple[int, ...],
         stride: int,
         *,
-        act: Option,
-        norm: Option,
+        spatial_dims: int,
+        norm: str,
         dropout: float,
-        bias: bool,
         rngs: nnx.Rngs,
         transposed: bool = False,
         conv_only: bool = False,
     ):
-        self.conv = Convolution(
-            inputs, outputs, kernel_size, stride, transposed=transposed, bias=bias, rngs=rngs
-        )
+        three = (3,) * spatial_dims
+        self.conv = Convolution(inputs, outputs, three, stride, transposed=transposed, bias=True, rngs=rngs)
         self.norm = None if conv_only else make_norm(norm, outputs)
-        self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout and not conv_only else None
-        self.act = None if conv_only else make_activation(act)
+        self.dropout = None if conv_only else make_dropout(dropout, rngs)
+        self.act = None if conv_only else PReLU()
 
     @recomputable
     def __call__(self, x: Float[Array, "batch *spatial in"]) -> Float[Array, "batch *resampled out"]:
         return self.finish(self.conv.without_bias(x))
 
     def finish(self, x: Float[Array, "batch *spatial out"]) -> Float[Array, "batch *spatial out"]:
-        """The convolution's bias, unless the norm would remove it, then norm, dropout and activation."""
-        if not (isinstance(self.norm, Norm) and self.norm.removes_bias):
+        """The convolution's bias, unless the norm would remove it, then norm, dropout and PReLU."""
+        if self.norm is None or not self.norm.removes_bias:
             x = self.conv.add_bias(x)
         for layer in (self.norm, self.dropout, self.act):
             x = x if layer is None else layer(x)
@@ -160,34 +130,26 @@ class ResidualUnit(nnx.Module):
         self,
         inputs: int,
         outputs: int,
-        kernel_size: tuple[int, ...],
         stride: int,
         *,
         subunits: int,
-        bias: bool,
+        spatial_dims: int,
         rngs: nnx.Rngs,
         last_conv_only: bool = False,
-        **layers: Any,
+        **options: Any,
     ):
+        unit = partial(ConvolutionUnit, spatial_dims=spatial_dims, rngs=rngs, **options)
+        last = subunits - 1 if last_conv_only else None
         self.units = nnx.List(
             [
-                ConvolutionUnit(
-                    outputs if i else inputs,
-                    outputs,
-                    kernel_size,
-                    1 if i else stride,
-                    bias=bias,
-                    rngs=rngs,
-                    conv_only=last_conv_only and i == subunits - 1,
-                    **layers,
-                )
+                unit(outputs if i else inputs, outputs, stride=1 if i else stride, conv_only=i == last)
                 for i in range(subunits)
             ]
         )
-        shortcut = kernel_size if stride > 1 else (1,) * len(kernel_size)
+        shortcut = (3 if stride > 1 else 1,) * spatial_dims
         changes = stride > 1 or inputs != outputs
         self.residual = (
-            Convolution(inputs, outputs, shortcut, stride, bias=bias, rngs=rngs) if changes else None
+            Convolution(inputs, outputs, shortcut, stride, bias=True, rngs=rngs) if changes else None
         )
 
     @recomputable
@@ -212,10 +174,3 @@ class ResidualUnit(nnx.Module):
         both = convolve(x, jnp.concatenate([conv.kernel[...], shortcut.kernel[...]], -1), conv.strides)
         y, z = jnp.split(both, 2, -1)
         return y, shortcut.add_bias(z)
-
-
-def _sides(size: int | Sequence[int], spatial_dims: int, name: str) -> tuple[int, ...]:
-    sides = (size,) * spatial_dims if isinstance(size, int) else tuple(size)
-    if len(sides) != spatial_dims or any(side % 2 == 0 for side in sides):
-        raise ValueError(f"{name} is {size}; expected an odd number, or {spatial_dims} of them.")
-    return sides

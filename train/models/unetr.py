@@ -1,6 +1,5 @@
 """UNETR, a U-Net whose encoder is a vision transformer: MONAI's `UNETR`, channel last, in Flax NNX."""
 
-from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -9,15 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from train.models.blocks import (
-    Convolution,
-    Option,
-    PatchConvolution,
-    check_image,
-    make_norm,
-)
+from train.models.blocks import Convolution, PatchConvolution, check_image, make_dropout, make_norm
+from train.models.configs import PATCH_SIZE, UNETRConfig
 from train.models.remat import recomputable
-from train.models.unetr_config import PATCH_SIZE
 
 NUM_LAYERS = 12
 SKIPS = (3, 6, 9)
@@ -31,71 +24,44 @@ class UNETR(nnx.Module):
     Every patch of 16 voxels a side has a learnt position, so the network takes images of `image_size` only.
 
     Args:
+        config: its options.
         in_channels: channels of the image.
         out_channels: classes.
         image_size: voxels along each axis, 2 or 3 multiples of 16.
-        feature_size: channels of the finest level.
-        hidden_size: channels of a token.
-        mlp_dim: channels inside a transformer block's perceptron.
-        num_heads: heads of attention, a divisor of `hidden_size`.
         norm: normalisation between convolutions, as in `UNet`.
         dropout: dropout rate, after the tokens' embedding, attention and perceptrons.
-        qkv_bias: whether queries, keys and values have a bias.
         rngs: seeds of the parameters and, where `dropout` is positive, of dropout.
 
     Raises:
-        ValueError: if options contradict one another or name an unknown layer.
+        ValueError: if the norm is unknown, or its groups do not divide the channels.
 
     Example:
-        >>> sizes = {"feature_size": 2, "hidden_size": 8, "mlp_dim": 8, "num_heads": 2}
-        >>> model = UNETR(in_channels=1, out_channels=3, image_size=(16, 32), **sizes)
+        >>> config = UNETRConfig(feature_size=2, hidden_size=8, mlp_dim=8, num_heads=2)
+        >>> model = UNETR(config, in_channels=1, out_channels=3, image_size=(16, 32), rngs=nnx.Rngs(0))
         >>> model(jnp.zeros((1, 16, 32, 1))).shape
         (1, 16, 32, 3)
     """
 
     def __init__(
         self,
+        config: UNETRConfig,
         *,
         in_channels: int,
         out_channels: int,
-        image_size: Sequence[int],
-        feature_size: int = 16,
-        hidden_size: int = 768,
-        mlp_dim: int = 3072,
-        num_heads: int = 12,
-        norm: Option = "instance",
+        image_size: tuple[int, ...],
+        norm: str = "instance",
         dropout: float = 0.0,
-        qkv_bias: bool = False,
-        rngs: nnx.Rngs | None = None,
+        rngs: nnx.Rngs,
     ):
-        spatial_dims = len(image_size)
-        if spatial_dims not in (2, 3) or any(size < 1 or size % PATCH_SIZE for size in image_size):
-            raise ValueError(f"image_size is {tuple(image_size)}; expected 2 or 3 multiples of {PATCH_SIZE}.")
-        if hidden_size % num_heads:
-            raise ValueError(f"hidden_size is {hidden_size}; expected a multiple of num_heads, {num_heads}.")
-        self.in_channels = in_channels
-        self.image_size = tuple(image_size)
-        rngs = nnx.Rngs(0) if rngs is None else rngs
-        options = {"norm": norm, "rngs": rngs}
-        self.vit = VisionTransformer(
-            in_channels,
-            self.image_size,
-            hidden_size=hidden_size,
-            mlp_dim=mlp_dim,
-            num_heads=num_heads,
-            dropout=dropout,
-            qkv_bias=qkv_bias,
-            rngs=rngs,
-        )
+        self.in_channels, self.image_size = in_channels, image_size
+        spatial_dims, hidden_size, feature_size = len(image_size), config.hidden_size, config.feature_size
+        options = (spatial_dims, norm, rngs)
+        self.vit = VisionTransformer(config, in_channels, image_size, dropout, rngs)
         finer = [feature_size * 2**i for i in range(4)]
-        self.image_encoder = ResidualBlock(in_channels, feature_size, spatial_dims, **options)
-        self.encoders = nnx.List(
-            [TokenEncoder(hidden_size, finer[i], 3 - i, spatial_dims, **options) for i in (1, 2, 3)]
-        )
-        inputs = (*finer[1:], hidden_size)
-        self.decoders = nnx.List(
-            [Decoder(*sizes, spatial_dims, **options) for sizes in zip(inputs, finer, strict=True)]
-        )
+        self.image_encoder = ResidualBlock(in_channels, feature_size, *options)
+        self.encoders = nnx.List([TokenEncoder(hidden_size, finer[i], 3 - i, *options) for i in (1, 2, 3)])
+        coarser = (*finer[1:], hidden_size)
+        self.decoders = nnx.List([Decoder(*sizes, *options) for sizes in zip(coarser, finer, strict=True)])
         self.head = Convolution(feature_size, out_channels, (1,) * spatial_dims, 1, bias=True, rngs=rngs)
 
     def __call__(self, x: Float[Array, "batch *spatial in"]) -> Float[Array, "batch *spatial out"]:
@@ -122,28 +88,25 @@ class VisionTransformer(nnx.Module):
 
     def __init__(
         self,
+        config: UNETRConfig,
         in_channels: int,
         image_size: tuple[int, ...],
-        *,
-        hidden_size: int,
         dropout: float,
         rngs: nnx.Rngs,
-        **options: Any,
     ):
+        hidden_size = config.hidden_size
         patch = (PATCH_SIZE,) * len(image_size)
-        self.embedding = PatchConvolution(in_channels, hidden_size, patch, bias=True, rngs=rngs)
+        self.embedding = PatchConvolution(in_channels, hidden_size, patch, PATCH_SIZE, bias=True, rngs=rngs)
         places = prod(size // PATCH_SIZE for size in image_size)
         self.positions = nnx.Param(0.02 * jax.random.normal(rngs.params(), (1, places, hidden_size)))
-        self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout else None
-        self.blocks = nnx.List(
-            [TransformerBlock(hidden_size, dropout=dropout, rngs=rngs, **options) for _ in range(NUM_LAYERS)]
-        )
+        self.dropout = make_dropout(dropout, rngs)
+        self.blocks = nnx.List([TransformerBlock(config, dropout, rngs) for _ in range(NUM_LAYERS)])
         self.norm = _layer_norm(hidden_size, rngs)
 
     def __call__(self, x: Float[Array, "batch *spatial in"]) -> list[Float[Array, "batch *grid hidden"]]:
         x = self.embedding(x)
         images = x.shape
-        x = _dropped(self.dropout, x.reshape(images[0], -1, images[-1]) + self.positions[...])
+        x = self.dropout(x.reshape(images[0], -1, images[-1]) + self.positions[...])
         skips = []
         for i, block in enumerate(self.blocks):
             x = block(x)
@@ -155,30 +118,21 @@ class VisionTransformer(nnx.Module):
 class TransformerBlock(nnx.Module):
     """Attention and a perceptron. Each takes normalised tokens and adds to the tokens."""
 
-    def __init__(
-        self,
-        hidden_size: int,
-        *,
-        mlp_dim: int,
-        num_heads: int,
-        dropout: float,
-        qkv_bias: bool,
-        rngs: nnx.Rngs,
-    ):
-        self.num_heads = num_heads
+    def __init__(self, config: UNETRConfig, dropout: float, rngs: nnx.Rngs):
+        hidden_size, mlp_dim, self.num_heads = config.hidden_size, config.mlp_dim, config.num_heads
         self.norm1 = _layer_norm(hidden_size, rngs)
-        self.qkv = _linear(hidden_size, 3 * hidden_size, rngs, bias=qkv_bias)
+        self.qkv = _linear(hidden_size, 3 * hidden_size, rngs, bias=False)
         self.out = _linear(hidden_size, hidden_size, rngs)
         self.norm2 = _layer_norm(hidden_size, rngs)
         self.linear1 = _linear(hidden_size, mlp_dim, rngs)
         self.linear2 = _linear(mlp_dim, hidden_size, rngs)
-        self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout else None
+        self.dropout = make_dropout(dropout, rngs)
 
     @recomputable
     def __call__(self, x: Float[Array, "batch tokens hidden"]) -> Float[Array, "batch tokens hidden"]:
-        x = x + _dropped(self.dropout, self.out(self._attention(self.norm1(x))))
+        x = x + self.dropout(self.out(self._attention(self.norm1(x))))
         inner = jax.nn.gelu(self.linear1(self.norm2(x)), approximate=False)
-        return x + _dropped(self.dropout, self.linear2(_dropped(self.dropout, inner)))
+        return x + self.dropout(self.linear2(self.dropout(inner)))
 
     def _attention(self, x: Array) -> Array:
         batch, tokens, hidden = x.shape
@@ -189,13 +143,11 @@ class TransformerBlock(nnx.Module):
 class TokenEncoder(nnx.Module):
     """Tokens as features of a finer level: upsampled by 2, then `more` times upsampled by 2 and convolved."""
 
-    def __init__(
-        self, inputs: int, outputs: int, more: int, spatial_dims: int, *, norm: Option, rngs: nnx.Rngs
-    ):
+    def __init__(self, inputs: int, outputs: int, more: int, spatial_dims: int, norm: str, rngs: nnx.Rngs):
         self.first = _doubling(inputs, outputs, spatial_dims, rngs)
         self.ups = nnx.List([_doubling(outputs, outputs, spatial_dims, rngs) for _ in range(more)])
         self.blocks = nnx.List(
-            [ResidualBlock(outputs, outputs, spatial_dims, norm=norm, rngs=rngs) for _ in range(more)]
+            [ResidualBlock(outputs, outputs, spatial_dims, norm, rngs) for _ in range(more)]
         )
 
     def __call__(self, x: Float[Array, "batch *grid hidden"]) -> Float[Array, "batch *finer channels"]:
@@ -208,9 +160,9 @@ class TokenEncoder(nnx.Module):
 class Decoder(nnx.Module):
     """Features of a coarser level upsampled by 2, joined with the skip and convolved."""
 
-    def __init__(self, inputs: int, outputs: int, spatial_dims: int, *, norm: Option, rngs: nnx.Rngs):
+    def __init__(self, inputs: int, outputs: int, spatial_dims: int, norm: str, rngs: nnx.Rngs):
         self.up = _doubling(inputs, outputs, spatial_dims, rngs)
-        self.block = ResidualBlock(2 * outputs, outputs, spatial_dims, norm=norm, rngs=rngs)
+        self.block = ResidualBlock(2 * outputs, outputs, spatial_dims, norm, rngs)
 
     def __call__(
         self, x: Float[Array, "batch *coarse in"], skip: Float[Array, "batch *fine out"]
@@ -221,7 +173,7 @@ class Decoder(nnx.Module):
 class ResidualBlock(nnx.Module):
     """Two normalised convolutions plus a shortcut, which is one too if the number of channels changes."""
 
-    def __init__(self, inputs: int, outputs: int, spatial_dims: int, *, norm: Option, rngs: nnx.Rngs):
+    def __init__(self, inputs: int, outputs: int, spatial_dims: int, norm: str, rngs: nnx.Rngs):
         sizes = [(inputs, 3), (outputs, 3), *([(inputs, 1)] if inputs != outputs else [])]
         self.convs = nnx.List(
             [Convolution(n, outputs, (side,) * spatial_dims, 1, bias=False, rngs=rngs) for n, side in sizes]
@@ -230,7 +182,7 @@ class ResidualBlock(nnx.Module):
 
     def __call__(self, x: Float[Array, "batch *spatial in"]) -> Float[Array, "batch *spatial out"]:
         first, second, *shortcut = (
-            lambda x, conv=conv, norm=norm: conv(x) if norm is None else norm(conv(x))
+            lambda x, conv=conv, norm=norm: norm(conv(x))
             for conv, norm in zip(self.convs, self.norms, strict=True)
         )
         y = second(jax.nn.leaky_relu(first(x)))
@@ -238,7 +190,7 @@ class ResidualBlock(nnx.Module):
 
 
 def _doubling(inputs: int, outputs: int, spatial_dims: int, rngs: nnx.Rngs) -> PatchConvolution:
-    return PatchConvolution(inputs, outputs, (2,) * spatial_dims, transposed=True, bias=False, rngs=rngs)
+    return PatchConvolution(inputs, outputs, (2,) * spatial_dims, 2, transposed=True, bias=False, rngs=rngs)
 
 
 def _linear(inputs: int, outputs: int, rngs: nnx.Rngs, *, bias: bool = True) -> nnx.Linear:
@@ -252,7 +204,3 @@ def _linear(inputs: int, outputs: int, rngs: nnx.Rngs, *, bias: bool = True) -> 
 
 def _layer_norm(channels: int, rngs: nnx.Rngs) -> nnx.LayerNorm:
     return nnx.LayerNorm(channels, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
-
-
-def _dropped(dropout: nnx.Dropout | None, x: Array) -> Array:
-    return x if dropout is None else dropout(x)

@@ -1,7 +1,7 @@
 """Recognises MONAI's networks, and the options that make them here, by the names and shapes of their weights."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from math import prod
 from typing import Any
 
@@ -21,12 +21,12 @@ _MARKS = {
 }
 # A prefix of weights that were averaged over training, such as `ema_model.module.`.
 _AVERAGED = re.compile(r"(?:^|[._])(?:ema|swa|avg|averaged?)(?:[._]|$)", re.IGNORECASE)
-# The weights of each network's norms.
-_NORM_WEIGHTS = {
-    "unet": r"adn\.N\.weight$",
-    "segresnet": r"\.norm\d\.weight$",
-    "unetr": r"^(?:en|de)coder.*\.norm\d\.weight$",
-}
+# The weights of norms between convolutions.
+_NORM_WEIGHT = re.compile(r"^(?!vit\.).*(?:adn\.N|\.norm\d)\.weight$")
+# The last convolution.
+_LAST = re.compile(
+    r"(?:model\.2\.1\.conv\.unit0\.conv|conv_final\.2\.conv|up_layers\.\d+\.head|out\.conv\.conv)\.weight$"
+)
 _NORM_ADVICE = {
     "batch": "its norms have means and variances: give --norm batch",
     "instance": "its norms have no weights: give --norm instance",
@@ -35,40 +35,32 @@ _NORM_ADVICE = {
 }
 
 
-def find_network(state: State) -> tuple[str, str] | None:
+def find_network(state: State) -> tuple[str, str, list[str]] | None:
     """Architecture and prefix of the network in a file, such as `module.` of `module.model.0.conv.weight`.
 
-    A network is preferred to copies of it that were averaged over training. None if no network is found.
+    A network is preferred to copies of it that were averaged over training, whose prefixes come third. None if no
+    network is found.
 
     Raises:
         ValueError: if there are several networks, such as a student and a teacher.
     """
-    found = _networks(state)
-    plain = [network for network in found if not _AVERAGED.search(network[1])]
-    if len(found) > 1 and len(plain) != 1:
-        prefixes = ", ".join(prefix or "no prefix" for _, prefix in found)
-        raise ValueError(f"there are several networks, under {prefixes}: keep one of them")
-    return (plain or found)[0] if found else None
-
-
-def averaged_copies(state: State) -> list[str]:
-    """Prefixes of the averaged copies of the network that `find_network` finds."""
-    found = _networks(state)
-    return [prefix for _, prefix in found if _AVERAGED.search(prefix)] if len(found) > 1 else []
-
-
-def _networks(state: State) -> list[tuple[str, str]]:
-    return [
+    found = [
         (architecture, name.removesuffix(mark))
         for mark, architecture in _MARKS.items()
         for name in state
         if name == mark or name.endswith(f".{mark}")
     ]
+    copies = [network for network in found if _AVERAGED.search(network[1])] if len(found) > 1 else []
+    plain = [network for network in found if network not in copies]
+    if found and len(plain) != 1:
+        prefixes = ", ".join(prefix or "no prefix" for _, prefix in found)
+        raise ValueError(f"there are several networks, under {prefixes}: keep one of them")
+    return (*plain[0], [prefix for _, prefix in copies]) if found else None
 
 
 def fitting_options(architecture: str, state: State) -> str:
     """The options that the weights imply, as a user types them. Weights do not show strides and attention heads."""
-    norm = {"norm": "batch"} if _norms(architecture, state) == ["batch"] else {}
+    norm = {"norm": "batch"} if _norms(state) == ["batch"] else {}
     return _typed({"architecture": architecture, **norm, **_implied(architecture, state)})
 
 
@@ -85,11 +77,11 @@ def advice(model: ModelConfig, patch: tuple[int, ...], state: State) -> str:
     others = {name: value for name, value in implied.items() if given[name] != value}
     if "deep_supervision" in others and not (given["deep_supervision"] and others["deep_supervision"]):
         others = implied  # SegResNet and SegResNetDS are two networks
-    norms = _norms(architecture, state)
+    norms = _norms(state)
     found = [f"its weights say {_typed(others)}"] if others else []
     if (model.norm or network.default_norm) not in norms:
         found.append(_NORM_ADVICE[norms[0]])
-    found += _other_sizes(model, patch, state) + _unsupported(architecture, len(patch), state)
+    found += [*_other_sizes(model, patch, state), *_unsupported(architecture, len(patch), state)]
     return "; ".join(found) or "no option of this program makes such a network"
 
 
@@ -119,17 +111,11 @@ def assumptions(model: ModelConfig) -> list[str]:
     return [*layers, f"{outputs} for the outputs"]
 
 
-def output_channels(architecture: str, state: State) -> int | None:
+def output_channels(state: State) -> int | None:
     """Output channels of a network; None if the weights that tell are missing."""
-    last = {  # names of the last convolution, with the axis of its outputs
-        "unet": [("model.2.1.conv.unit0.conv.weight", 0), ("model.2.conv.weight", 1)],
-        "segresnet": [
-            ("conv_final.2.conv.weight", 0),
-            *((f"up_layers.{i}.head.weight", 0) for i in range(9)),
-        ],
-        "unetr": [("out.conv.conv.weight", 0)],
-    }[architecture]
-    return next((state[name].shape[axis] for name, axis in last if name in state), None)
+    if (transposed := state.get("model.2.conv.weight")) is not None:  # of a U-Net without residual units
+        return transposed.shape[1]
+    return next((array.shape[0] for name, array in state.items() if _LAST.match(name)), None)
 
 
 def _typed(options: Mapping[str, Any]) -> str:
@@ -139,11 +125,11 @@ def _typed(options: Mapping[str, Any]) -> str:
     )
 
 
-def _norms(architecture: str, state: State) -> list[str]:
+def _norms(state: State) -> list[str]:
     """The values of --norm that have these weights."""
     if any(name.endswith("running_mean") for name in state):
         return ["batch"]
-    affine = any(re.search(_NORM_WEIGHTS[architecture], name) for name in state)
+    affine = any(map(_NORM_WEIGHT.search, state))
     return ["affine-instance", "group"] if affine else ["instance"]
 
 
@@ -192,87 +178,51 @@ def _count(pattern: str, state: State) -> int:
     return len({match[1] for name in state if (match := re.match(pattern, name))})
 
 
-def _other_sizes(model: ModelConfig, patch: tuple[int, ...], state: State) -> list[str]:
+def _other_sizes(model: ModelConfig, patch: tuple[int, ...], state: State) -> Iterator[str]:
     """Contradictions that the weights show in part: strides of 1 or more than 1, and the number of tokens."""
     network: Any = model.network
-    if model.architecture == "unetr":
-        positions = state.get("vit.patch_embedding.position_embeddings")
-        if positions is None or positions.shape[1] == prod(size // 16 for size in patch):
-            return []
-        count = positions.shape[1]
+    if model.architecture == "unet":
+        for i, stride in enumerate(network.strides):
+            shortcut = state.get(f"model{'.1.submodule' * i}.0.residual.weight")
+            if shortcut is not None and (set(shortcut.shape[2:]) == {1}) != (stride == 1):
+                wanted = "1" if stride > 1 else "more than 1"
+                yield f"its weights say --strides with {wanted} at place {i + 1}"
+    positions = state.get("vit.patch_embedding.position_embeddings")
+    if positions is not None and (count := positions.shape[1]) != prod(size // 16 for size in patch):
         side = round(count ** (1 / len(patch)))
         such = f", such as {' '.join([str(16 * side)] * len(patch))}" if side ** len(patch) == count else ""
-        return [f"it was trained on a --patch of {count} blocks of 16 voxels a side{such}"]
-    if model.architecture == "segresnet":
-        return []
-    shortcuts = [
-        state.get(f"model{'.1.submodule' * i}.0.residual.weight") for i in range(len(network.strides))
-    ]
-    return [
-        f"its weights say --strides with {'1' if stride > 1 else 'more than 1'} at place {level}"
-        for level, (shortcut, stride) in enumerate(zip(shortcuts, network.strides, strict=True), 1)
-        if shortcut is not None and (set(shortcut.shape[2:]) == {1}) != (stride == 1)
-    ]
+        yield f"it was trained on a --patch of {count} blocks of 16 voxels a side{such}"
 
 
-def _unsupported(architecture: str, spatial_dims: int, state: State) -> list[str]:
+def _unsupported(architecture: str, spatial_dims: int, state: State) -> Iterator[str]:
     """Features of the trained network that this program's networks lack."""
     sizes = {array.shape[2:] for array in state.values() if array.ndim > 3}
-    dims = {len(size) for size in sizes} - {spatial_dims}
-    if dims:
-        found = [f"it is for {dims.pop()}-D images, the data are {spatial_dims}-D"]
+    large = sorted(size for size in sizes if max(size) > 3 or len(set(size)) > 1)
+    if dims := {len(size) for size in sizes} - {spatial_dims}:
+        yield f"it is for {dims.pop()}-D images, the data are {spatial_dims}-D"
+    elif large and (architecture != "unetr" or large[-1] != (16,) * spatial_dims):
+        size = "x".join(map(str, large[-1]))
+        yield f"its convolutions have kernels of {size} voxels, and only 3 a side are supported"
+    if architecture == "unet":
+        slopes = [array.size for name, array in state.items() if name.endswith("adn.A.weight")]
+        if not slopes:
+            yield (
+                "it has no PReLU but another activation function, which the weights do not name, and only PReLU is "
+                "supported"
+            )
+        if max(slopes, default=1) > 1:
+            yield "its PReLUs have a slope for each channel, and only one for all is supported"
+        if not any(name.endswith("conv.bias") for name in state):
+            yield "its convolutions have no bias (bias=False), which is not supported"
+    elif architecture == "segresnet":
+        if _count(r"up_samples\.(\d+)\.1\.", state):
+            yield "it upsamples with weights (upsample_mode), and only interpolation is supported"
+        if "convInit.conv.weight" in state and "conv_final.2.conv.weight" not in state:
+            yield "it has no last convolution (use_conv_final=False), which is not supported"
     else:
-        found = []
-        large = sorted(size for size in sizes if max(size) > 3 or len(set(size)) > 1)
-        if large and (architecture != "unetr" or large[-1] != (16,) * spatial_dims):
-            size = "x".join(map(str, large[-1]))
-            found.append(f"its convolutions have kernels of {size} voxels, and only 3 a side are supported")
-    rules = {"unet": _unsupported_unet, "segresnet": _unsupported_segresnet, "unetr": _unsupported_unetr}
-    return found + [text for applies, text in rules[architecture](state) if applies]
-
-
-def _unsupported_unet(state: State) -> list[tuple[bool, str]]:
-    slopes = [array.size for name, array in state.items() if name.endswith("adn.A.weight")]
-    return [
-        (
-            not slopes,
-            "it has no PReLU but another activation function, which the weights do not name, and only PReLU is "
-            "supported",
-        ),
-        (
-            max(slopes, default=1) > 1,
-            "its PReLUs have a slope for each channel, and only one for all is supported",
-        ),
-        (
-            not any(name.endswith("conv.bias") for name in state),
-            "its convolutions have no bias (bias=False), which is not supported",
-        ),
-    ]
-
-
-def _unsupported_segresnet(state: State) -> list[tuple[bool, str]]:
-    return [
-        (
-            any(re.match(r"up_samples\.\d+\.1\.", name) for name in state),
-            "it upsamples with weights (upsample_mode), and only interpolation is supported",
-        ),
-        (
-            "convInit.conv.weight" in state and "conv_final.2.conv.weight" not in state,
-            "it has no last convolution (use_conv_final=False), which is not supported",
-        ),
-    ]
-
-
-def _unsupported_unetr(state: State) -> list[tuple[bool, str]]:
-    blocks = _count(r"vit\.blocks\.(\d+)\.", state)
-    return [
-        (
-            "vit.blocks.0.attn.qkv.bias" in state,
-            "its attention has biases (qkv_bias=True), which is not supported",
-        ),
-        (blocks != 12, f"it has {blocks} transformer blocks, and only 12 are supported"),
-        (
-            "decoder5.conv_block.conv3.conv.weight" not in state,
-            "its blocks have no shortcut (res_block=False), which is not supported",
-        ),
-    ]
+        if "vit.blocks.0.attn.qkv.bias" in state:
+            yield "its attention has biases (qkv_bias=True), which is not supported"
+        if (blocks := _count(r"vit\.blocks\.(\d+)\.", state)) != 12:
+            yield f"it has {blocks} transformer blocks, and only 12 are supported"
+        if "decoder5.conv_block.conv3.conv.weight" not in state:
+            yield "its blocks have no shortcut (res_block=False), which is not supported"

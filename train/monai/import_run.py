@@ -23,7 +23,6 @@ from train.models.registry import is_external
 from train.monai.identify import (
     advice,
     assumptions,
-    averaged_copies,
     find_network,
     fitting_options,
     output_channels,
@@ -94,14 +93,14 @@ def load_weights(network: nnx.Module, file: Path, config: RunConfig, info: DataI
             f"{file} holds no UNet, SegResNet, SegResNetDS or UNETR of MONAI: its first name is "
             f"{next(iter(state), 'nothing')}."
         )
-    architecture, prefix = found
+    architecture, prefix, copies = found
     under = {name.removeprefix(prefix): array for name, array in state.items() if name.startswith(prefix)}
     if architecture != model.architecture:
         raise InputError(
             f"{file} holds a {architecture}, but the architecture is {model.architecture}: it looks like "
             f"{fitting_options(architecture, under)}."
         )
-    _check_outputs(file, model, info, output_channels(architecture, under))
+    _check_outputs(file, model, info, output_channels(under))
     modules = {name.partition(".")[0] for name, _ in monai_names(network)}
     weights = {name: array for name, array in under.items() if name.partition(".")[0] in modules}
     for name, array in weights.items():
@@ -117,7 +116,6 @@ def load_weights(network: nnx.Module, file: Path, config: RunConfig, info: DataI
             f"{file} does not fit these options, {info.num_channels} channels and {outputs}. "
             f"{str(error).rstrip('.')}; {advice(model, config.data.patch, under)}."
         ) from error
-    copies = averaged_copies(state)
     held = [
         f"a copy of the network under {copy}, averaged over training, which is not taken" for copy in copies
     ]

@@ -3,17 +3,16 @@
 import re
 from collections.abc import Iterator, Mapping
 from math import prod
-from typing import Any, cast
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from train.models.blocks import BatchNorm, Convolution, Norm, PReLU
+from train.models.configs import PATCH_SIZE
 from train.models.segresnet import PreActivationBlock, SegResNet
-from train.models.unet import ConvolutionUnit, ResidualUnit, UNet
+from train.models.unet import ResidualUnit, UNet
 from train.models.unetr import UNETR, ResidualBlock, TransformerBlock
-from train.models.unetr_config import PATCH_SIZE
 
 Named = Iterator[tuple[str, tuple[nnx.Variable, tuple[int, ...]]]]
 
@@ -22,6 +21,15 @@ Named = Iterator[tuple[str, tuple[nnx.Variable, tuple[int, ...]]]]
 _UNUSED = re.compile(
     r"\.num_batches_tracked$|\.(norm_cross_attn|cross_attn)\.|\bcls_token$|^(encoder|decoder)\d\..*\.(conv3|norm3)\."
 )
+# PyTorch's names of our layers' vectors.
+_VECTORS = {
+    "slope": "weight",
+    "scale": "weight",
+    "bias": "bias",
+    "offset": "bias",
+    "mean": "running_mean",
+    "variance": "running_var",
+}
 _PERCEPTRON = "vit.patch_embedding.patch_embeddings.1."
 
 
@@ -40,12 +48,8 @@ def load_monai_weights(model: nnx.Module, state: Mapping[str, np.ndarray]) -> No
     names = dict(monai_names(model))
     missing = [name for name in names if name not in state]
     left = [name for name in state if name not in names and not _UNUSED.search(name)]
-    if missing or left:
-        found = [
-            f"{first} is {what}"
-            for what, first in (("missing", _first(missing)), ("left over", _first(left)))
-            if first
-        ]
+    found = [f"{_first(x)} is {what}" for x, what in ((missing, "missing"), (left, "left over")) if x]
+    if found:
         raise ValueError(f"The two networks differ: {' and '.join(found)}.")
     for name, (parameter, axes) in names.items():
         value = np.asarray(state[name])
@@ -76,7 +80,7 @@ def _with_convolution(state: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarra
 
 
 def _first(names: list[str]) -> str:
-    return names[0] + (f" (and {len(names) - 1} more)" if len(names) > 1 else "") if names else ""
+    return names[0] + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
 
 
 def monai_names(model: nnx.Module) -> Named:
@@ -84,7 +88,7 @@ def monai_names(model: nnx.Module) -> Named:
     if isinstance(model, UNet):
         yield from _unet(model)
     elif isinstance(model, SegResNet):
-        yield from _segresnet_ds(model) if model.deep_supervision else _segresnet(model)
+        yield from _segresnet_ds(model) if model.config.deep_supervision else _segresnet(model)
     elif isinstance(model, UNETR):
         yield from _unetr(model)
     else:
@@ -94,16 +98,12 @@ def monai_names(model: nnx.Module) -> Named:
 # UNet: levels within levels.
 
 
-def _unet(model: UNet) -> Named:
+def _unet(model: Any) -> Named:
     level = "model"
     for down, up in zip(model.down, model.up, strict=True):
         yield from _unet_block(f"{level}.0", down)
-        blocks = cast(nnx.Sequential, up).layers
-        if len(blocks) == 1:
-            yield from _unet_block(f"{level}.2", blocks[0])
-        else:
-            for i, block in enumerate(blocks):
-                yield from _unet_block(f"{level}.2.{i}", block)
+        for i, block in enumerate(up.layers):
+            yield from _unet_block(f"{level}.2.{i}" if len(up.layers) > 1 else f"{level}.2", block)
         level += ".1.submodule"
     yield from _unet_block(level, model.bottom)
 
@@ -112,9 +112,8 @@ def _unet_block(prefix: str, block: Any) -> Named:
     if isinstance(block, ResidualUnit):
         for i, unit in enumerate(block.units):
             yield from _unet_block(f"{prefix}.conv.unit{i}", unit)
-        if block.residual is not None:
-            yield from _layer(f"{prefix}.residual", block.residual)
-    elif isinstance(block, ConvolutionUnit):
+        yield from _layer(f"{prefix}.residual", block.residual)
+    else:
         yield from _layer(f"{prefix}.conv", block.conv)
         yield from _layer(f"{prefix}.adn.A", block.act)
         yield from _layer(f"{prefix}.adn.N", block.norm)
@@ -123,28 +122,28 @@ def _unet_block(prefix: str, block: Any) -> Named:
 # SegResNet: the same blocks under two sets of names.
 
 
-def _segresnet(model: SegResNet) -> Named:
+def _segresnet(model: Any) -> Named:
     for i, (conv, blocks) in enumerate(zip(model.convs, model.down, strict=True)):
         yield from _layer(f"down_layers.{i}.0.conv" if i else "convInit.conv", conv)
-        for j, block in enumerate(_layers(blocks), 1):
+        for j, block in enumerate(blocks.layers, 1):
             yield from _pre_activation(f"down_layers.{i}.{j}", block, ".conv")
     for i, (upsample, blocks) in enumerate(zip(model.upsample, model.up, strict=True)):
-        yield from _layer(f"up_samples.{i}.0.conv", _layers(upsample)[0])
-        for j, block in enumerate(_layers(blocks)):
+        yield from _layer(f"up_samples.{i}.0.conv", upsample.layers[0])
+        for j, block in enumerate(blocks.layers):
             yield from _pre_activation(f"up_layers.{i}.{j}", block, ".conv")
-    norm, _, conv = _layers(model.heads[0])
+    norm, _, conv = model.heads[0].layers
     yield from _layer("conv_final.0", norm)
     yield from _layer("conv_final.2.conv", conv)
 
 
-def _segresnet_ds(model: SegResNet) -> Named:
+def _segresnet_ds(model: Any) -> Named:
     for i, (conv, blocks) in enumerate(zip(model.convs, model.down, strict=True)):
         yield from _layer(f"encoder.layers.{i - 1}.downsample" if i else "encoder.conv_init", conv)
-        for j, block in enumerate(_layers(blocks)):
+        for j, block in enumerate(blocks.layers):
             yield from _pre_activation(f"encoder.layers.{i}.blocks.{j}", block)
     for i, (upsample, blocks) in enumerate(zip(model.upsample, model.up, strict=True)):
         yield from _layer(f"up_layers.{i}.upsample.deconv", upsample)
-        for j, block in enumerate(_layers(blocks)):
+        for j, block in enumerate(blocks.layers):
             yield from _pre_activation(f"up_layers.{i}.blocks.{j}", block)
     for i, head in enumerate(model.heads, len(model.up) - len(model.heads)):
         yield from _layer(f"up_layers.{i}.head", head)
@@ -196,31 +195,11 @@ def _residual_block(prefix: str, block: ResidualBlock) -> Named:
 
 
 def _layer(prefix: str, layer: Any) -> Named:
-    """The layer's own parameters."""
-    if isinstance(layer, Convolution):
+    """The layer's own parameters; none if there is no layer."""
+    if (kernel := getattr(layer, "kernel", None)) is not None:
         # PyTorch's kernels are [out, in, *kernel_size], those of transposed convolutions [in, out, *kernel_size].
-        spatial = tuple(range(2, layer.kernel.ndim))
-        yield f"{prefix}.weight", (layer.kernel, (*spatial, *((0, 1) if layer.transposed else (1, 0))))
-        yield from _vectors(prefix, bias=layer.bias)
-    elif isinstance(layer, nnx.Linear):
-        yield f"{prefix}.weight", (layer.kernel, (1, 0))
-        yield from _vectors(prefix, bias=layer.bias)
-    elif isinstance(layer, nnx.LayerNorm):
-        yield from _vectors(prefix, weight=layer.scale, bias=layer.bias)
-    elif isinstance(layer, PReLU):
-        yield from _vectors(prefix, weight=layer.slope)
-    elif isinstance(layer, Norm):
-        yield from _vectors(prefix, weight=layer.scale, bias=layer.offset)
-    elif isinstance(layer, BatchNorm):
-        yield from _vectors(prefix, weight=layer.scale, bias=layer.offset)
-        yield from _vectors(prefix, running_mean=layer.mean, running_var=layer.variance)
-
-
-def _vectors(prefix: str, **parameters: Any) -> Named:
-    for name, parameter in parameters.items():
-        if parameter is not None:
+        ends = (0, 1) if getattr(layer, "transposed", False) else (1, 0)
+        yield f"{prefix}.weight", (kernel, (*range(2, kernel.ndim), *ends))
+    for attribute, name in _VECTORS.items():
+        if (parameter := getattr(layer, attribute, None)) is not None:
             yield f"{prefix}.{name}", (parameter, ())
-
-
-def _layers(sequence: Any) -> list[Any]:
-    return list(cast(nnx.Sequential, sequence).layers)

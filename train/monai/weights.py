@@ -3,7 +3,7 @@
 import pickle
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,34 +84,24 @@ def _read_torch(file: Path) -> dict[str, np.ndarray]:
     def is_array(value: Any) -> bool:
         return isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_quantized
 
-    tensors = _named(kept, is_array)
+    tensors = dict(_arrays(kept, is_array))
     if not tensors:
         raise InputError(
             f"{file} holds no weights by name: save a network's state_dict(), alone or in a dictionary."
         )
-    return {name: _to_numpy(tensor) for name, tensor in tensors.items()}
+    # A mapping that only wraps another one adds nothing to the names.
+    while len({path[0] for path in tensors}) == 1 and all(len(path) > 1 for path in tensors):
+        tensors = {path[1:]: tensor for path, tensor in tensors.items()}
+    return {".".join(path): _to_numpy(tensor) for path, tensor in tensors.items()}
 
 
-def _named(kept: Any, is_array: Callable[[Any], bool]) -> dict[str, Any]:
-    """The arrays in nested mappings by name. A mapping that only wraps another one adds nothing to the names."""
-    if not isinstance(kept, Mapping):
-        return {}
-    inner = {name: _flat(value, is_array) for name, value in kept.items() if isinstance(value, Mapping)}
-    filled = [name for name, arrays in inner.items() if arrays]
-    if len(filled) == 1 and not any(map(is_array, kept.values())):
-        return _named(kept[filled[0]], is_array)
-    return _flat(kept, is_array)
-
-
-def _flat(kept: Mapping[Any, Any], is_array: Callable[[Any], bool]) -> dict[str, Any]:
-    """The arrays in nested mappings. Dots join the keys that lead to an array."""
-    found: dict[str, Any] = {}
-    for name, value in kept.items():
+def _arrays(kept: Any, is_array: Callable[[Any], bool]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """The arrays in nested mappings, with the keys that lead to them."""
+    for name, value in kept.items() if isinstance(kept, Mapping) else ():
         if is_array(value):
-            found[str(name)] = value
-        elif isinstance(value, Mapping):
-            found |= {f"{name}.{inner}": array for inner, array in _flat(value, is_array).items()}
-    return found
+            yield (str(name),), value
+        else:
+            yield from (((str(name), *path), array) for path, array in _arrays(value, is_array))
 
 
 def _numpy_globals() -> list[Any]:
