@@ -13,7 +13,7 @@ from flax import nnx
 from benchmarks import reference, timing
 from benchmarks.options import Precision, Step
 from train.config import DataInfo, RunConfig, TrainingConfig
-from train.data import NO_AUGMENTATION
+from train.data.augment_config import NO_AUGMENTATION
 from train.losses import parse_loss
 from train.monai.mapping import load_monai_weights
 from train.sharding import device_mesh, put_batch, replicated

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from calib_jax._checks import AnyArray, as_inputs, check_voxel_mask
+from calib_jax._checks import AnyArray, as_inputs
 from calib_jax._labels import as_class_ids
 
 Batch = tuple[Any, ...]  # (logits, labels) or (logits, labels, where)
@@ -71,8 +71,8 @@ def _checked(number: int, batch: Any, classes: int | None) -> tuple[AnyArray, An
     arrays: Any = (x if x is None or isinstance(x, jax.Array) else np.asarray(x) for x in (*batch, None)[:3])
     logits, labels, where = arrays
     # Shapes alone: conversion to JAX arrays would compile a program for each of them.
-    jax.eval_shape(functools.partial(as_inputs, probs_name="logits"), logits, labels, where)
-    check_voxel_mask(where, logits)
+    check = functools.partial(as_inputs, probs_name="logits", per_voxel=True)
+    jax.eval_shape(check, logits, labels, where)
     if logits.shape[-1] < 2:
         raise ValueError(f"logits must have at least two classes for a softmax; got shape {logits.shape}.")
     if classes not in (None, logits.shape[-1]):

@@ -84,11 +84,7 @@ def check_values(arguments: Mapping[str, Any]) -> None:
         _check_unit_interval(
             "probs", values, where, "Apply jax.nn.softmax to logits, and divide percent by 100."
         )
-    check_soft_labels(values, arguments["labels"], where)
-
-
-def check_soft_labels(values: Any, labels: Any, where: Any) -> None:
-    """Raises if labels are dense (`values` are logits or probabilities) and lie outside [0, 1]."""
+    labels = arguments["labels"]
     if are_dense(labels, values):
         _check_unit_interval(
             "labels", labels, where, "Divide masks of 0 and 255 by 255, and mask voxels to ignore with where."
@@ -96,9 +92,17 @@ def check_soft_labels(values: Any, labels: Any, where: Any) -> None:
 
 
 def as_inputs(
-    probs: Any, labels: Any, where: Any, *, probs_name: str = "probs"
+    probs: Any, labels: Any, where: Any, *, probs_name: str = "probs", per_voxel: bool = False
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """`probs`, `labels` and `where` (or None) as arrays whose shapes and dtypes agree, or an error."""
+    """`probs`, `labels` and `where` (or None) as arrays whose shapes and dtypes agree, or an error.
+
+    Args:
+        probs: the caller's argument `probs_name`.
+        labels: as they are given.
+        where: as it is given.
+        probs_name: name for error messages.
+        per_voxel: whether `where` must have no axis of classes.
+    """
     probs, labels = jnp.asarray(probs), jnp.asarray(as_class_ids(labels))
     if not jnp.issubdtype(probs.dtype, jnp.floating):
         raise TypeError(
@@ -109,7 +113,22 @@ def as_inputs(
             f"{probs_name} must have shape [batch, *spatial, classes] without empty axes; got {probs.shape}."
         )
     check_labels(labels, probs, probs_name)
-    return probs, labels, None if where is None else _checked_mask(where, probs, probs_name)
+    if where is None:
+        return probs, labels, None
+    where = jnp.asarray(where)
+    if where.dtype != jnp.bool_:
+        raise TypeError(f"where must be boolean (True = count this voxel); got {where.dtype}.")
+    if where.shape not in (probs.shape, probs.shape[:-1]):
+        raise ValueError(
+            f"where must have shape {probs.shape[:-1]} or {probs.shape}, to go with {probs_name} of shape "
+            f"{probs.shape}; got {where.shape}."
+        )
+    if where.ndim == probs.ndim and per_voxel:
+        raise ValueError(
+            f"where must have shape {probs.shape[:-1]}, one entry per voxel: a voxel counts with all its classes "
+            f"or with none; got {where.shape}."
+        )
+    return probs, labels, where
 
 
 def _check_unit_interval(name: str, values: Any, where: Any, remedy: str) -> None:
@@ -145,24 +164,3 @@ def _extremes(values: np.ndarray) -> tuple[Any, Any]:
     bits = np.array([values.view(np.uint16).max(), values.view(np.int16).max().astype(np.uint16)])
     low, high = bits.view(values.dtype).astype(np.float32)
     return low, high
-
-
-def check_voxel_mask(where: jax.Array | None, probs: jax.Array) -> None:
-    """Raises if a mask has a class axis."""
-    if where is not None and where.ndim == probs.ndim:
-        raise ValueError(
-            f"where must have shape {probs.shape[:-1]}, one entry per voxel: a voxel counts with all its classes "
-            f"or with none; got {where.shape}."
-        )
-
-
-def _checked_mask(where: Any, probs: jax.Array, probs_name: str) -> jax.Array:
-    where = jnp.asarray(where)
-    if where.dtype != jnp.bool_:
-        raise TypeError(f"where must be boolean (True = count this voxel); got {where.dtype}.")
-    if where.shape not in (probs.shape, probs.shape[:-1]):
-        raise ValueError(
-            f"where must have shape {probs.shape[:-1]} or {probs.shape}, to go with {probs_name} of shape "
-            f"{probs.shape}; got {where.shape}."
-        )
-    return where

@@ -64,15 +64,16 @@ def _spatial_sums_in_lanes(x: Array) -> Array:
     return total if whole == voxels else total + x[:, whole:].sum(1)
 
 
-spatial_sums.defvjp(
-    lambda x: (spatial_sums(x), jnp.zeros_like(x, shape=x.shape[1:-1])),
-    lambda like, gradient: (
-        jnp.broadcast_to(
-            gradient.reshape(len(gradient), *(1,) * like.ndim, -1),
-            (len(gradient), *like.shape, gradient.shape[-1]),
-        ),
-    ),
-)
+def _spread(empty: Array, gradient: Array) -> tuple[Array]:
+    batch, columns = gradient.shape
+    spatial = empty.shape[1:]
+    return (
+        jnp.broadcast_to(gradient.reshape(batch, *(1,) * len(spatial), columns), (batch, *spatial, columns)),
+    )
+
+
+# An empty array carries the spatial shape.
+spatial_sums.defvjp(lambda x: (spatial_sums(x), jnp.zeros((0, *x.shape[1:-1]), x.dtype)), _spread)
 
 
 def _forward(logits: Array) -> tuple[Array, tuple[Array, Array]]:

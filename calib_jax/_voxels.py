@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from calib_jax._checks import as_inputs, check_voxel_mask
+from calib_jax._checks import as_inputs
 from calib_jax._devices import AxisName, whole_size, whole_sum
 from calib_jax._labels import are_dense, blank, have_class
 
@@ -31,10 +31,9 @@ class Inputs(NamedTuple):
 
 def voxel_inputs(logits: Any, labels: Any, where: Any, axis_name: AxisName | None = None) -> Inputs:
     """Checks the arguments of a loss and blanks the voxels that do not count."""
-    logits, labels, where = as_inputs(logits, labels, where, probs_name="logits")
+    logits, labels, where = as_inputs(logits, labels, where, probs_name="logits", per_voxel=True)
     if logits.shape[-1] < 2:
         raise ValueError(f"logits must have at least two classes for a softmax; got shape {logits.shape}.")
-    check_voxel_mask(where, logits)
     # Blanked before anything is computed from it, a masked NaN reaches neither value nor gradient.
     if where is None:
         voxels = float(whole_size(math.prod(logits.shape[:-1]), axis_name))

@@ -22,27 +22,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from calib_jax import metrics
-from calib_jax._checks import (
-    AnyArray,
-    Labels,
-    Probs,
-    as_inputs,
-    check_choice,
-    check_flag,
-    check_size,
-    check_voxel_mask,
-)
+from calib_jax._checks import AnyArray, Labels, Probs, as_inputs, check_choice, check_flag, check_size
 from calib_jax._eager import compiled, nan_where_undefined
 from calib_jax._labels import as_class_ids, memberships, one_hot
 from calib_jax._sums.exact import as_pair, mean_or_nan
 from calib_jax._sums.totals import Count, Sum, is_total
 from calib_jax._sums.voxels import count_voxels, sum_in_chunks, sum_voxels
 from calib_jax.binning import BinStatistics, Closed, bin_statistics
-from calib_jax.errors import (
-    average_calibration_error,
-    expected_calibration_error,
-    maximum_calibration_error,
-)
+from calib_jax.errors import average_calibration_error, expected_calibration_error, maximum_calibration_error
 
 VoxelMask = Bool[AnyArray, "batch *spatial"]
 
@@ -270,8 +257,7 @@ def _update_rows(
 
 
 def _image_sums(probs: Any, labels: Any, where: Any, options: _Options) -> State:
-    probs, labels, where = as_inputs(probs, labels, where)
-    check_voxel_mask(where, probs)
+    probs, labels, where = as_inputs(probs, labels, where, per_voxel=True)
     if probs.shape[-1] != options.num_classes:
         raise ValueError(
             f"probs must have {options.num_classes} classes on their last axis, as the accumulator was made for; "

@@ -12,14 +12,7 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from calib_jax._checks import (
-    Labels,
-    Mask,
-    Probs,
-    as_inputs,
-    check_choice,
-    check_voxel_mask,
-)
+from calib_jax._checks import Labels, Mask, Probs, as_inputs, check_choice
 from calib_jax._eager import compiled, nan_where_undefined
 from calib_jax._labels import are_dense
 from calib_jax._sums.bins import Binning, Bins, Closed
@@ -193,8 +186,7 @@ def top_label_statistics(
     """
     bins = Bins(binning, num_bins, closed)
     check_bins(bins, None)
-    probs, labels, where = as_inputs(probs, labels, where)
-    check_voxel_mask(where, probs)
+    probs, labels, where = as_inputs(probs, labels, where, per_voxel=True)
     predicted = probs.argmax(-1, keepdims=True)
     if are_dense(labels, probs):
         hit = jnp.take_along_axis(labels, predicted, axis=-1)

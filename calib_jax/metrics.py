@@ -10,19 +10,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Integer, Num
 
-from calib_jax._checks import (
-    AnyArray,
-    Labels,
-    Mask,
-    Probs,
-    as_inputs,
-    check_size,
-    check_voxel_mask,
-)
+from calib_jax._checks import AnyArray, Labels, Mask, Probs, as_inputs, check_size
 from calib_jax._eager import compiled, nan_where_undefined
 from calib_jax._labels import are_dense, as_class_ids, blank, have_class, memberships, one_hot
 from calib_jax._sums.exact import mean_or_nan, rounded
 from calib_jax._sums.voxels import count_voxels, sum_in_chunks, sum_voxels
+
+Flat = Float[Array, "batch voxels classes"]
+FlatLabels = Num[Array, "batch voxels *classes"]  # ids or dense
 
 
 @nan_where_undefined
@@ -151,8 +146,7 @@ def negative_log_likelihood(
     References:
         Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
     """
-    logits, labels, where = as_inputs(logits, labels, where, probs_name="logits")
-    check_voxel_mask(where, logits)
+    logits, labels, where = as_inputs(logits, labels, where, probs_name="logits", per_voxel=True)
     return mean_or_nan(*likelihood_sums(*flatten(logits, labels, where)))
 
 
@@ -169,11 +163,7 @@ def flatten(
     return flat, labels, None if where is None else _per_voxel(where, where.shape[axes:] or (1,))
 
 
-def brier_sums(
-    probs: Float[Array, "batch voxels classes"],
-    labels: Num[Array, "batch voxels *classes"],
-    where: Array | None,
-) -> Float[Array, "batch classes"]:
+def brier_sums(probs: Flat, labels: FlatLabels, where: Array | None) -> Float[Array, "batch classes"]:
     """Sum of squared errors of each class."""
     errors = probs.astype(jnp.float32) - one_hot(labels, probs)
     # The mask comes before the square, whose gradient at NaN is NaN even if its cotangent is 0.
@@ -182,9 +172,7 @@ def brier_sums(
 
 @jax.custom_vjp
 def likelihood_sums(
-    logits: Float[Array, "batch voxels classes"],
-    labels: Num[Array, "batch voxels *classes"],
-    where: Bool[Array, "batch voxels 1"] | None,
+    logits: Flat, labels: FlatLabels, where: Bool[Array, "batch voxels 1"] | None
 ) -> tuple[Float[Array, "batch"], Int[Array, "batch"]]:
     """Sum of negative log-likelihoods, and number of voxels counted."""
 
@@ -216,9 +204,7 @@ likelihood_sums.defvjp(_likelihood_sums_forward, _likelihood_sums_backward)
 
 
 def voxel_likelihoods(
-    logits: Float[Array, "batch voxels classes"],
-    labels: Num[Array, "batch voxels *classes"],
-    where: Array | None,
+    logits: Flat, labels: FlatLabels, where: Array | None
 ) -> tuple[Float[Array, "batch voxels 1"], Bool[Array, "batch voxels 1"]]:
     """Negative log-likelihood of each voxel, zero where it is not counted, and whether it is counted.
 
@@ -241,9 +227,7 @@ def voxel_likelihoods(
     return jnp.where(counted, chosen + weight * jnp.log1p(others), 0)[..., None], counted[..., None]
 
 
-def below_largest(
-    logits: Float[Array, "batch voxels classes"],
-) -> tuple[Float[Array, "batch voxels classes"], Bool[Array, "batch voxels classes"]]:
+def below_largest(logits: Flat) -> tuple[Flat, Bool[Array, "batch voxels classes"]]:
     """How far each logit lies below the largest of its voxel, and which one is the largest.
 
     The largest logit's own 0 is set, not computed: XLA may round the two sides of a subtraction differently.
@@ -253,7 +237,7 @@ def below_largest(
     return jnp.where(is_largest, 0, _entry(logits, largest)[..., None] - logits), is_largest
 
 
-def _entry(x: Float[Array, "batch voxels classes"], index: Int[Array, "batch voxels"]) -> Array:
+def _entry(x: Flat, index: Int[Array, "batch voxels"]) -> Array:
     return jnp.take_along_axis(x, index[..., None], -1, mode="promise_in_bounds")[..., 0]
 
 

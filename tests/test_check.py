@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 
 from train.check import check_cases, check_data, inspect_case
 from train.cli import main
-from train.data import LAYOUTS, PhantomDataset, VolumeDataset, open_dataset
 from train.data.faults import Fault
-from train.data.volumes import header_faults
+from train.data.layouts import LAYOUTS
+from train.data.open import open_dataset
+from train.data.phantom import PhantomDataset
+from train.data.volumes import VolumeDataset, header_faults
 from train.errors import InputError
 from train.inference import VolumePredictor
 

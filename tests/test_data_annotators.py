@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 import calib_jax
-from train.data import Geometry, open_dataset, train_batches
 from train.data.annotators import majority, soft_label
+from train.data.geometry import Geometry
+from train.data.open import open_dataset
+from train.data.pipeline import train_batches
 from train.errors import InputError
 from train.evaluate import SumsOfClasses, case_statistics, evaluate
 from train.losses import parse_loss

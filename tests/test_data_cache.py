@@ -9,7 +9,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from train.data import CachedCases, CaseStore, Geometry, open_dataset, train_batches
+from train.data.cache import CaseStore
+from train.data.geometry import Geometry
+from train.data.open import open_dataset
+from train.data.pipeline import CachedCases, train_batches
 from train.errors import InputError
 
 SHAPE = (6, 5, 4)

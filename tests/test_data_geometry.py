@@ -9,7 +9,8 @@ import pytest
 import scipy.ndimage
 
 from train.config import DataConfig, DataInfo, from_json, to_json
-from train.data import Geometry, open_dataset
+from train.data.geometry import Geometry
+from train.data.open import open_dataset
 from train.errors import InputError
 from train.evaluate import evaluate
 from train.predict import predict_folder

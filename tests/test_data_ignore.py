@@ -18,20 +18,16 @@ from flax import nnx
 
 import calib_jax
 from train.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
-from train.data import (
-    IGNORE,
-    NO_AUGMENTATION,
-    AugmentConfig,
-    CaseStore,
-    Geometry,
-    PhantomDataset,
-    augment,
-    draw_crop,
-    mask_ignored,
-    open_dataset,
-    train_batches,
-)
 from train.data.annotators import majority, soft_label
+from train.data.augment_config import NO_AUGMENTATION, AugmentConfig
+from train.data.augmentation import augment
+from train.data.cache import CaseStore
+from train.data.geometry import Geometry
+from train.data.ignore import IGNORE, mask_ignored
+from train.data.open import open_dataset
+from train.data.phantom import PhantomDataset
+from train.data.pipeline import train_batches
+from train.data.transforms import draw_crop
 from train.errors import InputError
 from train.evaluate import evaluate, evaluate_posterior, foreground
 from train.fit import fit

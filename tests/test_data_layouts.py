@@ -11,10 +11,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from train.config import DataInfo
-from train.data import IGNORE, LAYOUTS, VolumeDataset, open_dataset
 from train.data.faults import refuse
+from train.data.ignore import IGNORE
 from train.data.io import Grid, read_label, read_scan
-from train.data.volumes import Entry, Layout
+from train.data.layouts import LAYOUTS
+from train.data.open import open_dataset
+from train.data.volumes import Entry, Layout, VolumeDataset
 from train.errors import InputError
 from train.evaluate import regions_of
 from train.predict import check_fits, find_cases

@@ -8,11 +8,13 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from train.data import LAYOUTS, Dataset, VolumeDataset, open_dataset
+from train.data import Dataset
 from train.data.io import read_scan
+from train.data.layouts import LAYOUTS
+from train.data.open import open_dataset
 from train.data.preprocess import preprocess
 from train.data.volume_files import open_volume
-from train.data.volumes import header_faults
+from train.data.volumes import VolumeDataset, header_faults
 from train.errors import InputError
 
 SHAPE = (6, 5, 4)

@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 
 from train.cli import main
-from train.data import IGNORE, ArrayDataset, Case, Dataset, PhantomDataset, open_dataset
+from train.data import ArrayDataset, Case, Dataset
 from train.data.arrays import check_case, check_dataset
+from train.data.ignore import IGNORE
+from train.data.open import open_dataset
+from train.data.phantom import PhantomDataset
 from train.errors import InputError
 
 EXAMPLE = Path(__file__).parents[1] / "docs" / "examples" / "my_data.py"

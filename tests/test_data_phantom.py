@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from train.data import PhantomDataset, open_dataset
-from train.data.phantom import draw_label, nested_depths, ordinal_posterior, smooth_field
+from train.data.open import open_dataset
+from train.data.phantom import PhantomDataset, draw_label, nested_depths, ordinal_posterior, smooth_field
 
 SHAPES = [(32, 32, 32), (48, 40), (20, 24, 28)]
 

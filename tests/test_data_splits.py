@@ -2,27 +2,28 @@ import json
 
 import pytest
 
-from train.data import Splits, chosen_splits, read_splits, split_cases, write_splits
+from train.data.splits import Splits, chosen_splits, read_splits, split_cases, write_splits
 from train.errors import InputError
 
 NAMES = [f"case_{i:02d}" for i in range(20)]
+CASES = {name: name for name in NAMES}  # each of a subject of its own
 
 
 def test_splits_partition_the_cases():
-    splits = split_cases(NAMES, num_test=5, num_val=3, seed=0)
+    splits = split_cases(CASES, num_test=5, num_val=3, seed=0)
     assert [len(splits.train), len(splits.val), len(splits.test)] == [12, 3, 5]
     assert sorted(splits.train + splits.val + splits.test) == NAMES
 
 
 def test_splits_depend_on_the_seed_and_not_on_the_listing():
-    splits = split_cases(NAMES, num_test=5, num_val=3, seed=0)
-    assert splits == split_cases(NAMES[::-1], num_test=5, num_val=3, seed=0)
-    assert splits != split_cases(NAMES, num_test=5, num_val=3, seed=1)
-    assert splits.test == split_cases(NAMES, num_test=5, num_val=0, seed=0).test
+    splits = split_cases(CASES, num_test=5, num_val=3, seed=0)
+    assert splits == split_cases(dict(reversed(CASES.items())), num_test=5, num_val=3, seed=0)
+    assert splits != split_cases(CASES, num_test=5, num_val=3, seed=1)
+    assert splits.test == split_cases(CASES, num_test=5, num_val=0, seed=0).test
 
 
 def test_splits_survive_the_file(tmp_path):
-    splits = split_cases(NAMES, num_test=5, num_val=0, seed=0)
+    splits = split_cases(CASES, num_test=5, num_val=0, seed=0)
     write_splits(tmp_path / "splits.json", splits)
     assert read_splits(tmp_path / "splits.json") == splits
 
@@ -40,7 +41,7 @@ def test_splits_survive_the_file(tmp_path):
 )
 def test_impossible_splits_are_told(num_test, num_val, message):
     with pytest.raises(InputError, match=message):
-        split_cases(NAMES, num_test=num_test, num_val=num_val, seed=0)
+        split_cases(CASES, num_test=num_test, num_val=num_val, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -63,29 +64,29 @@ def test_a_bad_splits_file_is_told(tmp_path, text, message):
 
 
 def test_shares_are_of_all_cases():
-    assert split_cases(NAMES, num_test=0.25, num_val=0.15, seed=3) == split_cases(
-        NAMES, num_test=5, num_val=3, seed=3
+    assert split_cases(CASES, num_test=0.25, num_val=0.15, seed=3) == split_cases(
+        CASES, num_test=5, num_val=3, seed=3
     )
 
 
 def test_the_cases_of_a_subject_stay_together():
-    subjects = [name[:-1] for name in NAMES]  # two subjects with ten cases each
-    splits = split_cases(NAMES, num_test=3, num_val=0, seed=0, subjects=subjects)
+    cases = {name: name[:-1] for name in NAMES}  # two subjects with ten cases each
+    splits = split_cases(cases, num_test=3, num_val=0, seed=0)
     assert len(splits.test) == len(splits.train) == 10
     assert len({name[:-1] for name in splits.test}) == 1
     with pytest.raises(InputError, match="leave at least one"):
-        split_cases(NAMES, num_test=3, num_val=1, seed=0, subjects=subjects)
+        split_cases(cases, num_test=3, num_val=1, seed=0)
 
 
 def _chosen(path, found, **options):
     path.write_text(json.dumps(found))
-    return chosen_splits(path, NAMES, **{"fold": None, "num_val": 2, "seed": 0, **options})
+    return chosen_splits(path, CASES, **{"fold": None, "num_val": 2, "seed": 0, **options})
 
 
 def test_splits_of_another_run_are_taken_as_they_are(tmp_path):
     splits = Splits(("case_03",), ("case_01",), ("case_07", "case_05"))
     write_splits(tmp_path / "splits.json", splits)
-    assert chosen_splits(tmp_path / "splits.json", NAMES, fold=None, num_val=9, seed=0) == splits
+    assert chosen_splits(tmp_path / "splits.json", CASES, fold=None, num_val=9, seed=0) == splits
 
 
 @pytest.mark.parametrize("kind", ["nnunet", "monai"])
@@ -154,7 +155,9 @@ def test_a_datalist_finds_its_cases_by_their_paths(tmp_path, form, modalities):
         for i, case in enumerate(BRATS[:3])
     ]
     (tmp_path / "folds.json").write_text(json.dumps({"training": listed}), encoding="utf-8-sig")
-    splits = chosen_splits(tmp_path / "folds.json", BRATS, fold=0, num_val=0, seed=0)
+    splits = chosen_splits(
+        tmp_path / "folds.json", dict(zip(BRATS, BRATS, strict=True)), fold=0, num_val=0, seed=0
+    )
     assert splits == Splits((BRATS[1],), (), (BRATS[0], BRATS[2]))
 
 

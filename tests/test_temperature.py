@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 import calib_jax
-from train.data import PhantomDataset
+from train.data.phantom import PhantomDataset
 from train.inference import VolumePredictor, volume_predictor
 from train.step import init_state
 from train.temperature import fit_temperature, temper

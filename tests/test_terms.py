@@ -16,7 +16,7 @@ import calib_jax
 from train.cli import main
 from train.compare import slug
 from train.config import read_config
-from train.data import train_batches
+from train.data.pipeline import train_batches
 from train.errors import InputError
 from train.losses import Loss, parse_loss
 from train.sharding import device_mesh
@@ -219,7 +219,9 @@ def test_a_run_with_the_example_of_the_documentation(tmp_path: Path, monkeypatch
     config, info = read_config(out)
     assert config.loss == loss
     task = open_task(config)
-    batch = next(train_batches(task.dataset, task.splits.train, patch=task.patch, batch_size=8, seed=0))
+    batch = next(
+        train_batches(task.dataset, task.splits.train, patch=task.config.data.patch, batch_size=8, seed=0)
+    )
     model: Any = make_model(config, info)
     logits = model(jnp.asarray(batch["image"]))
     own = sys.modules["my_losses"].tversky(logits, jnp.asarray(batch["label"]), alpha=0.3)

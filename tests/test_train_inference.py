@@ -13,7 +13,9 @@ from jax import export
 from networks import make_unet
 
 import calib_jax
-from train.data import Geometry, PhantomDataset, crop_back, pad_to_hold
+from train.data.geometry import Geometry
+from train.data.phantom import PhantomDataset
+from train.data.transforms import crop_back, pad_to_hold
 from train.evaluate import CaseStatistics, SumsOfClasses, case_statistics, evaluate
 from train.inference import VolumePredictor, plan_windows, volume_predictor, volume_summary
 from train.step import TrainState, init_state

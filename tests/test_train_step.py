@@ -17,7 +17,8 @@ from jax.sharding import Mesh
 
 from calib_jax import bin_statistics
 from train.config import DataInfo, ModelConfig, RunConfig, TrainingConfig
-from train.data import IGNORE, NO_AUGMENTATION
+from train.data.augment_config import NO_AUGMENTATION
+from train.data.ignore import IGNORE
 from train.models.configs import UNetConfig
 from train.sharding import batch_spec, device_mesh, put_batch, weight_shardings
 from train.step import TrainState, TrainStep, init_state, make_optimizer, make_train_step

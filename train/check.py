@@ -12,11 +12,14 @@ from typing import TypeVar
 
 import numpy as np
 
-from train.data import LAYOUTS, Dataset, PhantomDataset, VolumeDataset, open_layout
+from train.data import Dataset
 from train.data.arrays import check_case
 from train.data.faults import Fault, collected, refuse
 from train.data.io import read_scan
-from train.data.volumes import Entry, Layout, header_faults, layout_faults, read_class_ids
+from train.data.layouts import LAYOUTS
+from train.data.open import open_layout
+from train.data.phantom import PhantomDataset
+from train.data.volumes import Entry, Layout, VolumeDataset, header_faults, layout_faults, read_class_ids
 from train.errors import InputError
 from train.processes import is_first, own_share
 from train.progress import progress

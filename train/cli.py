@@ -26,7 +26,7 @@ from train.config import (
     read_config,
 )
 from train.console import console
-from train.data import AugmentConfig
+from train.data.augment_config import AugmentConfig
 from train.errors import CasesFailed, InputError, Stopped, check_numbers
 from train.models.registry import NETWORKS, config_class, is_external
 

@@ -16,7 +16,7 @@ from train.config import DataInfo, DeviceConfig, RunConfig, check_same_data, res
 from train.data import Dataset
 from train.errors import InputError
 from train.evaluate import evaluate, evaluate_posterior
-from train.files import read_json, visible
+from train.files import parsing, read_json, visible
 from train.fit import fit
 from train.inference import VolumePredictor
 from train.losses import parse_loss
@@ -112,12 +112,12 @@ def compare(
         folders: dict[str, Path] = {}
         for name in names:
             runs = plan.runs(folder, name)
-            evaluated = [_evaluated(task, plan, run, resume) for run in runs.values()]
+            evaluated = [_evaluated(task, plan, seed, *run, resume=resume) for seed, run in runs.items()]
             for ending, repeats in zip(("", TEMPERED), zip(*evaluated, strict=True), strict=False):
                 by_seed = dict(zip(runs, repeats, strict=True))
                 results.append(by_seed[""] if "" in by_seed else RepeatedResult(name + ending, by_seed))
-            histories[name] = _mean_history([_history(run.folder, task) for run in runs.values()])
-            folders |= {run.name(""): run.folder for run in runs.values()}
+            histories[name] = _mean_history([_history(run, task) for _, run in runs.values()])
+            folders |= {f"{name} {seed}".rstrip(): run for seed, (_, run) in runs.items()}
         cases = read_cases(folder)
         remarks = _remarks(config, which, cases, folders) | _temperatures(folder)
         kind = KINDS["test"] if cases.complete else ""
@@ -134,29 +134,15 @@ class Plan:
     temperature: bool = False
     which: Which = "last"
 
-    def runs(self, folder: Path, loss: str) -> dict[str, "PlannedRun"]:
-        """The runs of a loss by seed (`seed 3`); a single run has the key ""."""
-        config = dataclasses.replace(self.run, loss=loss)
-        if not self.seeds:
-            return {"": PlannedRun(config, folder / slug(loss))}
+    def runs(self, folder: Path, loss: str) -> dict[str, tuple[RunConfig, Path]]:
+        """Configuration and folder of each run of a loss, by seed (`seed 3`); a single run has the key ""."""
         runs = {}
-        for seed in self.seeds:
-            seeded = dataclasses.replace(config, training=dataclasses.replace(config.training, seed=seed))
-            runs[f"seed {seed}"] = PlannedRun(seeded, folder / f"{slug(loss)}-seed{seed}", f" seed {seed}")
+        for seed in self.seeds or [self.run.training.seed]:
+            training = dataclasses.replace(self.run.training, seed=seed)
+            config = dataclasses.replace(self.run, loss=loss, training=training)
+            ending = f"-seed{seed}" if self.seeds else ""
+            runs[f"seed {seed}" if self.seeds else ""] = config, folder / f"{slug(loss)}{ending}"
         return runs
-
-
-@dataclass(frozen=True)
-class PlannedRun:
-    """One network of a comparison."""
-
-    config: RunConfig
-    folder: Path
-    suffix: str = ""
-
-    def name(self, ending: str) -> str:
-        """Its name among all networks; `ending` follows the loss."""
-        return f"{self.config.loss}{ending}{self.suffix}"
 
 
 def evaluate_run(
@@ -237,22 +223,25 @@ def slug(loss: str) -> str:
     return re.sub(r"[^\w.+=,()-]+", "-", loss.replace("*", "x"))
 
 
-def _evaluated(task: Task, plan: Plan, run: PlannedRun, resume: bool) -> list[ModelResult]:
+def _evaluated(
+    task: Task, plan: Plan, seed: str, config: RunConfig, run: Path, *, resume: bool
+) -> list[ModelResult]:
     """Trains a network and evaluates it on the test cases, also at its temperature if the plan says so.
 
     A resumed comparison reads the evaluations that are there.
     """
-    files = [run.folder / "test.npz", *([run.folder / "test-temperature.npz"] if plan.temperature else [])]
+    files = [run / "test.npz", *([run / "test-temperature.npz"] if plan.temperature else [])]
     if not (resume and all(file.exists() for file in files)):
-        predict = fit(dataclasses.replace(task, config=run.config), run.folder, resume=resume, check=False)
+        predict = fit(dataclasses.replace(task, config=config), run, resume=resume, check=False)
         if plan.which == "best":
-            predict = load_run(run.folder, plan.which)[2]
-        _evaluate_into(files[0], run.name(""), predict, task)
+            predict = load_run(run, plan.which)[2]
+        _evaluate_into(files[0], f"{config.loss} {seed}".rstrip(), predict, task)
         if plan.temperature:
             found = fit_temperature(predict, task.dataset, task.splits.val)
             kept = {"temperature": float(found)}
-            on_first(lambda: write_json(run.folder / "temperature.json", kept))
-            _evaluate_into(files[1], run.name(TEMPERED), temper(predict, found), task)
+            on_first(lambda: write_json(run / "temperature.json", kept))
+            name = f"{config.loss}{TEMPERED} {seed}".rstrip()
+            _evaluate_into(files[1], name, temper(predict, found), task)
     return [ModelResult.load(file) for file in files]
 
 
@@ -360,8 +349,6 @@ def _temperatures(folder: Path) -> dict[str, str]:
     """A line for the page with the temperatures of a comparison's networks, if there are any."""
     found = []
     for file in visible(folder, "*/temperature.json"):
-        try:
+        with parsing(file, "a temperature: remove it and --resume"):
             found.append(f"{file.parent.name} {float(read_json(file)['temperature']):.3f}")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{file} holds no temperature: remove it and --resume.") from error
     return {_TEMPERATURE: ", ".join(found)} if found else {}

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from train.data import AugmentConfig, Geometry
+from train.data.augment_config import AugmentConfig
+from train.data.geometry import Geometry
 from train.errors import InputError, check_numbers
 from train.models.registry import NetworkConfig, config_class, is_external
 
@@ -279,7 +280,7 @@ def resolve_regions(model: ModelConfig, dataset: "Dataset") -> ModelConfig:
     """
     if model.activation == "softmax":
         return model
-    from train.data import region_ids
+    from train.data.case import region_ids
 
     known = tuple(region_ids(dataset))
     regions = model.regions or known

@@ -7,14 +7,17 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Integer, Num, UInt8
+from jaxtyping import Array, Bool, Float, Integer, Num, UInt8
 
 import calib_jax
 from calib_jax import BinStatistics, metrics
 from calib_jax._eager import fill_up, filled_size
 from calib_jax._labels import are_dense, memberships
 from calib_jax.results import ModelResult
-from train.data import Case, Dataset, mask_ignored, region_ids
+from train.data import Case, Dataset
+from train.data.case import region_ids
+from train.data.ignore import mask_ignored
+from train.data.shapes import Ids
 from train.inference import VolumePredictor
 from train.processes import is_first, join_shares, own_share
 from train.progress import progress
@@ -44,46 +47,41 @@ class SumsOfClasses:
 
     Attributes:
         groups: class ids of each region.
+        predicted: whether the probabilities are the network's own sigmoids, so that only the labels hold classes.
     """
 
     groups: tuple[tuple[int, ...], ...]
+    predicted: bool = False
 
     def __call__(
         self, probs: Float[Array, "*voxels classes"], label: Label
     ) -> tuple[Float[Array, "*voxels regions"], Num[Array, "*voxels regions"]]:
-        return self._sums(probs), self._sums(label) if are_dense(label, probs) else self.members(label)
-
-    def members(self, label: Int[Array, "*voxels"]) -> UInt8[Array, "*voxels regions"]:
-        """1 where the class id belongs to the region, else 0."""
+        sums = probs if self.predicted else self._sums(probs)
+        if are_dense(label, probs):
+            return sums, self._sums(label)
+        # 1 where the class id belongs to the region, else 0.
         members = [jnp.isin(label, jnp.array(ids, label.dtype)) for ids in self.groups]
-        return jnp.stack(members, -1).astype(jnp.uint8)
+        return sums, jnp.stack(members, -1).astype(jnp.uint8)
 
     def _sums(self, shares: Float[Array, "*voxels classes"]) -> Float[Array, "*voxels regions"]:
         return jnp.stack([shares[..., list(ids)].sum(-1) for ids in self.groups], -1)
 
 
-@dataclass(frozen=True)
-class OwnRegions(SumsOfClasses):
-    """Regions whose probabilities are the network's own sigmoids; only the labels hold classes."""
-
-    def __call__(
-        self, probs: Float[Array, "*voxels regions"], label: Label
-    ) -> tuple[Float[Array, "*voxels regions"], Num[Array, "*voxels regions"]]:
-        return probs, self._sums(label) if are_dense(label, probs) else self.members(label)
-
-
-def regions_of(dataset: Dataset, predicted: Sequence[str] = ()) -> tuple[Regions, tuple[str, ...]]:
+def regions_of(
+    dataset: Dataset, names: Sequence[str] = (), *, predicted: bool = False
+) -> tuple[Regions, tuple[str, ...]]:
     """The regions to report for a data set, and their names.
 
-    These are the regions that a network with sigmoids has `predicted`; otherwise the data set's regions or, if
-    it has none, the foreground classes.
+    Args:
+        dataset: of the cases.
+        names: of the regions; empty for the data set's regions or, if it has none, its foreground classes.
+        predicted: whether a network with sigmoids predicted these regions.
     """
-    if predicted:
-        ids = region_ids(dataset)
-        return OwnRegions(tuple(ids[name] for name in predicted)), tuple(predicted)
-    if not dataset.regions:
-        return foreground, dataset.class_names[1:]
-    return SumsOfClasses(tuple(dataset.regions.values())), tuple(dataset.regions)
+    ids = region_ids(dataset)
+    names = tuple(names or ids)
+    if not predicted and not dataset.regions and names == tuple(ids):
+        return foreground, names
+    return SumsOfClasses(tuple(ids[name] for name in names), predicted), names
 
 
 @dataclass(frozen=True)
@@ -118,8 +116,8 @@ class CaseStatistics:
         region_probs, region_label = self.regions(probs, ids if shares is None else shares)
         stats = calib_jax.bin_statistics(region_probs, region_label, num_bins=NUM_BINS, where=where)
         # The predicted label map, as probabilities of 0 and 1, maps to regions in the same way.
-        own = isinstance(self.regions, OwnRegions)
-        certain = probs if own else jax.nn.one_hot(probs.argmax(-1), probs.shape[-1])
+        predicted = isinstance(self.regions, SumsOfClasses) and self.regions.predicted
+        certain = probs if predicted else jax.nn.one_hot(probs.argmax(-1), probs.shape[-1])
         certain_regions, region_ids = self.regions(certain, ids)
         dense = are_dense(region_ids, region_probs)
         members = region_ids > 0.5 if dense else memberships(region_ids, region_probs.shape[-1])
@@ -145,7 +143,7 @@ def evaluate(name: str, predict: VolumePredictor, dataset: Dataset, case_names: 
         dataset: the data set of the cases.
         case_names: the cases to evaluate.
     """
-    regions, names = regions_of(dataset, predict.regions)
+    regions, names = regions_of(dataset, predict.regions, predicted=bool(predict.regions))
     summary = CaseStatistics(regions, dataset.has_ignore)
 
     def statistics(case: Case) -> tuple[BinStatistics, Array]:
@@ -172,19 +170,13 @@ def evaluate_posterior(
     """
     if dataset.load(0).posterior is None:
         return None
-    regions, names = regions_of(dataset)
-    if tuple(region_names or names) != names:
-        names, ids = tuple(region_names), region_ids(dataset)
-        regions = SumsOfClasses(tuple(ids[name] for name in names))
-    return _collect(
-        "true posterior",
-        lambda case: case_statistics(
-            np.asarray(case.posterior), case.label, regions=regions, has_ignore=dataset.has_ignore
-        ),
-        dataset,
-        case_names,
-        names,
-    )
+    regions, names = regions_of(dataset, region_names)
+
+    def statistics(case: Case) -> tuple[BinStatistics, Array]:
+        posterior = np.asarray(case.posterior)
+        return case_statistics(posterior, case.label, regions=regions, has_ignore=dataset.has_ignore)
+
+    return _collect("true posterior", statistics, dataset, case_names, names)
 
 
 def _collect(
@@ -211,7 +203,7 @@ def _collect(
 
 def case_statistics(
     probs: Float[np.ndarray, "*spatial classes"],
-    label: UInt8[np.ndarray, "*spatial"] | Float[np.ndarray, "*spatial classes"],
+    label: Ids | Float[np.ndarray, "*spatial classes"],
     *,
     regions: Regions = foreground,
     has_ignore: bool = False,

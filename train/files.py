@@ -1,7 +1,8 @@
 """Finds files and reads JSON written on any system."""
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,3 +41,35 @@ def read_json(file: Path) -> Any:
         return json.loads(file.read_bytes(), object_pairs_hook=unique_keys)
     except UnicodeDecodeError as error:
         raise ValueError(f"its text is no UTF-8 from byte {error.start} on, save it as UTF-8") from error
+
+
+def make_folder(folder: Path, what: str) -> None:
+    """Makes a folder, unless it exists, and the folders that it lies in.
+
+    Raises:
+        InputError: it cannot be made; `what` names it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{what} {folder} cannot be made ({error.strerror}): choose another.") from error
+
+
+@contextlib.contextmanager
+def parsing(file: Path, what: str) -> Iterator[None]:
+    """A context that turns whatever the content of a file raises into one sentence.
+
+    Args:
+        file: that is read in the context.
+        what: the file must be, such as "a list of names"; may go on with ": " and what to do.
+
+    Raises:
+        InputError: for any exception of a file that cannot be read, or holds something else.
+    """
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        is_not, _, remedy = what.partition(": ")
+        raise InputError(
+            f"{file} is not {is_not} ({type(error).__name__}: {error}): {remedy or 'mend or restore it'}."
+        ) from error

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from calib_jax.results import ModelResult
+from calib_jax.results import ModelResult, nan_mean
 from train.config import DataInfo, TrainingConfig, to_json
-from train.data import region_ids, train_batches
+from train.data.case import region_ids
+from train.data.pipeline import train_batches
 from train.errors import InputError, NotFinite, Stopped
 from train.evaluate import evaluate
 from train.inference import VolumePredictor, volume_predictor
@@ -85,7 +86,7 @@ def _batches(task: Task) -> Any:
     return train_batches(
         task.dataset,
         task.splits.train,
-        patch=task.patch,
+        patch=data.patch,
         batch_size=training.batch_size // share[1],
         seed=training.seed,
         shard=share,
@@ -208,5 +209,5 @@ def _all_finite(weights: Any) -> jax.Array:
 
 def mean_metrics(result: ModelResult) -> dict[str, float]:
     """Mean of each metric over cases and classes, without undefined values."""
-    defined = {name: values[~np.isnan(values)] for name, values in result.metrics().items()}
-    return {name: float(values.mean()) if values.size else float("nan") for name, values in defined.items()}
+    # Not the mean of zeros in place of NaN, which rounds otherwise.
+    return {name: float(nan_mean(values[~np.isnan(values)])) for name, values in result.metrics().items()}

@@ -21,18 +21,22 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Shaped, UInt8
 
 from train import cpu
-from train.data import crop_back, pad_to_hold
+from train.data.shapes import Ids, Image, Shares
+from train.data.transforms import crop_back, pad_to_hold
 from train.sharding import on_first_device
 from train.step import TrainState
+
+Patches = Float[Array, "batch *patch channels"]
+Probs = Float[Array, "batch *patch classes"]  # or logits
 
 _VOXELS_AT_ONCE = 4 * 128**3  # voxels of the windows that the network sees at a time
 
 # (weights, patches [batch, *patch, channels]) -> probabilities [batch, *patch, classes]. They sum to 1 over classes
 # unless the function has `regions`, see `Network`.
 Forward = Callable[[Any, Array], Array]
-# (probabilities [*canvas, classes], labels [*canvas], where [*canvas]) -> any pytree of arrays. `where` is False in
-# the padding.
-Summary = Callable[[Array, Array, Array], Any]
+# (probabilities [*canvas, classes], labels [*canvas] or None, where [*canvas]) -> any pytree of arrays. `where` is
+# False in the padding.
+Summary = Callable[[Array, Any, Array], Any]
 
 
 @dataclass(frozen=True)
@@ -49,20 +53,14 @@ class Network:
     graphdef: nnx.GraphDef
     regions: tuple[str, ...] = ()
 
-    def __call__(
-        self, weights: Any, images: Float[Array, "batch *patch channels"]
-    ) -> Float[Array, "batch *patch classes"]:
+    def __call__(self, weights: Any, images: Patches) -> Probs:
         return self.probabilities(self.logits(weights, images))
 
-    def probabilities(
-        self, logits: Float[Array, "batch *patch classes"]
-    ) -> Float[Array, "batch *patch classes"]:
+    def probabilities(self, logits: Probs) -> Probs:
         """Softmax or sigmoids of the logits."""
         return jax.nn.sigmoid(logits) if self.regions else jax.nn.softmax(logits)
 
-    def logits(
-        self, weights: Any, images: Float[Array, "batch *patch channels"]
-    ) -> Float32[Array, "batch *patch classes"]:
+    def logits(self, weights: Any, images: Patches) -> Float32[Array, "batch *patch classes"]:
         """The output of the model, before the softmax or the sigmoids."""
         model = nnx.merge(self.graphdef, *weights)
         model.eval()
@@ -90,14 +88,9 @@ class VolumePredictor:
     overlap: float = 0.5
     windows_per_batch: int = 4
 
-    def __call__(
-        self, image: Float32[np.ndarray, "*spatial channels"]
-    ) -> Float32[np.ndarray, "*spatial classes"]:
+    def __call__(self, image: Image) -> Shares:
         """Class probabilities on the grid of `image`, on the host. They sum to 1 unless there are `regions`."""
-        plan = self.plan(image.shape[:-1])
-        padded = pad_to_hold(image, plan.canvas)
-        program = volume_probabilities(self.forward, self.patch)
-        probs = program(self.weights, padded, plan.corners, plan.counted)
+        probs = self.summary(_probabilities, image)
         return crop_back(np.asarray(probs), image.shape[:-1])
 
     @property
@@ -105,47 +98,28 @@ class VolumePredictor:
         """Name of the region of each channel, for sigmoids; empty for a softmax over classes."""
         return getattr(self.forward, "regions", ())
 
-    def summary(
-        self,
-        summary: Summary,
-        image: Float32[np.ndarray, "*spatial channels"],
-        label: UInt8[np.ndarray, "*spatial"],
-    ) -> Any:
+    def summary(self, summary: Summary, image: Image, label: Ids | None = None) -> Any:
         """Computes `summary` of the probabilities and labels. The probabilities stay on the device.
 
         Args:
             summary: pure and hashable, as a key of the compiled programs.
             image: preprocessed volume.
-            label: class ids on the same grid.
+            label: class ids on the same grid, if `summary` needs them.
         """
-        plan = self.plan(image.shape[:-1])
-        return volume_summary(self.forward, self.patch, summary)(
-            self.weights,
-            pad_to_hold(image, plan.canvas),
-            pad_to_hold(label[..., None], plan.canvas)[..., 0],
-            np.array(label.shape, np.int32),
-            plan.corners,
-            plan.counted,
-        )
+        plan, shape = self.plan(image.shape[:-1]), np.array(image.shape[:-1], np.int32)
+        labels = None if label is None else pad_to_hold(label[..., None], plan.canvas)[..., 0]
+        program = volume_summary(self.forward, self.patch, summary)
+        padded = pad_to_hold(image, plan.canvas)
+        return program(self.weights, padded, labels, shape, plan.corners, plan.counted)
 
     def plan(self, shape: Sequence[int]) -> "Plan":
         """The windows that cover a volume of this shape."""
         return plan_windows(shape, self.patch, self.overlap, self.windows_per_batch)
 
 
-@functools.cache
-def volume_probabilities(forward: Forward, patch: tuple[int, ...]) -> Callable[..., Array]:
-    """Compiles the class probabilities of a padded volume. They are zero where no window reaches."""
-
-    def program(
-        weights: Any,
-        image: Float[Array, "*canvas channels"],
-        corners: Int[Array, "groups windows axes"],
-        counted: Bool[Array, "groups windows"],
-    ) -> Float[Array, "*canvas classes"]:
-        return _sliding_window(forward, weights, image, corners, counted, patch)
-
-    return jax.jit(program, compiler_options=cpu.compiler_options())
+def _probabilities(probs: Array, label: None, where: Array) -> Array:
+    """The probabilities as they are, a `Summary`. They are zero where no window reaches."""
+    return probs
 
 
 @functools.cache
@@ -157,13 +131,13 @@ def volume_summary(
     def program(
         weights: Any,
         image: Float[Array, "*canvas channels"],
-        label: UInt8[Array, "*canvas"],
+        label: UInt8[Array, "*canvas"] | None,
         shape: Int32[Array, "axes"],  # of the volume without the padding
         corners: Int[Array, "groups windows axes"],
         counted: Bool[Array, "groups windows"],
     ) -> Any:
         probs = _sliding_window(forward, weights, image, corners, counted, patch)
-        return summary(probs, label, inside(shape, label.shape))
+        return summary(probs, label, inside(shape, image.shape[:-1]))
 
     return jax.jit(program, compiler_options=cpu.compiler_options(platform))
 
@@ -197,7 +171,9 @@ def plan_windows(shape: Sequence[int], patch: Sequence[int], overlap: float, win
     """
     axes = [_plan_axis(length, size, overlap) for length, size in zip(shape, patch, strict=True)]
     corners = list(itertools.product(*(starts for _, starts in axes)))
-    size = _group_size(len(corners), windows_per_batch)
+    # The group size between half of the largest and the largest that leaves the fewest places to fill up.
+    most = min(windows_per_batch, len(corners))
+    size = min(range(-(-most // 2), most + 1), key=lambda size: (-len(corners) % size, -size))
     filling = -len(corners) % size
     grouped = np.array(corners + corners[-1:] * filling, np.int32).reshape(-1, size, len(axes))
     counted = np.arange(grouped.size // len(axes)) < len(corners)
@@ -214,12 +190,6 @@ def _plan_axis(length: int, size: int, overlap: float) -> tuple[int, list[int]]:
     starts = np.linspace(0, room, -(-room // stride) + 1).round().astype(int)
     # `pad_to_hold` puts the volume into the centre.
     return padded, (starts + (padded - held) // 2).tolist()
-
-
-def _group_size(count: int, most: int) -> int:
-    """The group size between half of `most` and `most` that leaves the fewest places to fill up."""
-    most = min(most, count)
-    return min(range(-(-most // 2), most + 1), key=lambda size: (-count % size, -size))
 
 
 def _sliding_window(

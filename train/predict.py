@@ -21,7 +21,7 @@ from train.data.names import CHANNEL
 from train.data.preprocess import preprocess
 from train.data.volume_files import ENDINGS, open_volume, parts_of, stem, volumes_in
 from train.errors import CasesFailed, InputError, describe
-from train.files import visible
+from train.files import make_folder, visible
 from train.inference import VolumePredictor
 from train.progress import progress
 from train.run.checkpoint import Which
@@ -202,10 +202,7 @@ def _opened(out: Path) -> Iterator[None]:
     Raises:
         InputError: the folder cannot be made, or another process has locked it.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"Output folder {out} cannot be made ({error.strerror}): choose another.") from error
+    make_folder(out, "Output folder")
     with locked(out):
         for partial in out.glob(f"*{PARTIAL}"):
             partial.unlink(missing_ok=True)

@@ -4,24 +4,14 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 from tqdm import tqdm
 
-Item = TypeVar("Item", covariant=True)
+Item = TypeVar("Item")
 
 _FIRST_LINE = 5.0  # seconds until the first plain line
 _NEXT_LINE = 30.0  # seconds between plain lines
-
-
-class Progress(Protocol[Item]):
-    """Items of a loop whose progress is shown while they are taken."""
-
-    def __iter__(self) -> Iterator[Item]: ...
-
-    def set_postfix(self, **values: Any) -> None:
-        """Shows these values beside the progress from now on."""
-        ...
 
 
 def progress(
@@ -33,11 +23,11 @@ def progress(
     unit: str = "case",
     leave: bool = True,
     disable: bool = False,
-) -> Progress[Item]:
+) -> "tqdm[Item] | _Lines[Item]":
     """Iterates over `iterable` and shows the progress on stderr.
 
     A terminal gets tqdm's bar. A file or a pipe gets plain lines: the first after a few seconds, then one every
-    half minute, and one at the end.
+    half minute, and one at the end. `set_postfix(name=value)` of the result shows values beside the progress.
 
     Args:
         iterable: the items.
@@ -63,8 +53,13 @@ def progress(
     return _Lines(iterable, desc, total, initial, unit, leave, disable or sys.stderr is None)
 
 
+def time_left(seconds: int) -> str:
+    """`2:05 min left`."""
+    return f"{seconds // 60}:{seconds % 60:02d} min left"
+
+
 @dataclass
-class _Lines(Progress[Item]):
+class _Lines(Generic[Item]):
     """`progress` as plain lines."""
 
     iterable: Iterable[Item]
@@ -103,6 +98,5 @@ class _Lines(Progress[Item]):
         if speed:
             parts.append(f"{speed:.3g} {self.unit}s/s")
             if self.total is not None:
-                minutes, seconds = divmod(round((self.total - done) / speed), 60)
-                parts.append(f"{minutes}:{seconds:02d} min left")
+                parts.append(time_left(round((self.total - done) / speed)))
         print(f"{self.desc}: {', '.join(parts)}", file=sys.stderr, flush=True)

@@ -14,7 +14,8 @@ from jaxtyping import Array, Int
 
 from train import cpu
 from train.config import RunConfig, TrainingConfig
-from train.data import augment, mask_ignored
+from train.data.augmentation import augment
+from train.data.ignore import mask_ignored
 from train.errors import InputError
 from train.losses import Loss, Regions, parse_loss
 from train.models.remat import rematerialised

@@ -19,16 +19,11 @@ from train.config import (
     resolve_patch,
     resolve_regions,
 )
-from train.data import (
-    PROTOCOLS,
-    Dataset,
-    Splits,
-    chosen_splits,
-    open_dataset,
-    region_ids,
-    split_cases,
-    write_splits,
-)
+from train.data import Dataset
+from train.data.case import region_ids
+from train.data.open import open_dataset
+from train.data.protocols import PROTOCOLS
+from train.data.splits import Splits, chosen_splits, split_cases, write_splits
 from train.errors import InputError
 from train.losses import Loss, parse_loss
 from train.models.registry import check_logits, is_external, make_network
@@ -43,10 +38,9 @@ class Task:
     """What to train, on which data and devices.
 
     Attributes:
-        config: with every open option resolved.
+        config: with every open option resolved, the patch among them.
         dataset: that the configuration names.
         splits: the training, validation and test cases.
-        patch: voxels of a training patch.
         devices: with the number of parts of a batch resolved.
         mesh: of the devices.
     """
@@ -54,7 +48,6 @@ class Task:
     config: RunConfig
     dataset: Dataset
     splits: Splits
-    patch: tuple[int, ...]
     devices: DeviceConfig
     mesh: Mesh
 
@@ -70,7 +63,7 @@ def open_task(config: RunConfig, devices: DeviceConfig = DeviceConfig()) -> Task
     if config.init:
         check_initial(Path(config.init), read_cases(Path(config.init)), dataset, splits)
     note_duplicates(dataset, splits)
-    task = Task(config, dataset, splits, patch, devices, mesh)
+    task = Task(config, dataset, splits, devices, mesh)
     check_task_loss(task, parse_loss(config.loss))
     return task
 
@@ -97,7 +90,7 @@ def check_task_loss(task: Task, loss: Loss) -> None:
     check_loss(
         dataclasses.replace(loss, regions=regions),
         task.mesh,
-        (config.training.batch_size, *task.patch),
+        (config.training.batch_size, *config.data.patch),
         channels=len(regions or dataset.class_names),
         soft_classes=0 if config.data.annotators == "first" else len(dataset.class_names),
         has_ignore=dataset.has_ignore,
@@ -105,6 +98,7 @@ def check_task_loss(task: Task, loss: Loss) -> None:
 
 
 def _check_options(config: RunConfig, info: DataInfo) -> None:
+    """Raises `InputError` if options contradict the data or make no network that fits them."""
     if config.model.norm == "batch" and not config.init:
         raise InputError(
             "norm is batch, whose statistics come from imported weights: give --init, or another norm."
@@ -113,7 +107,11 @@ def _check_options(config: RunConfig, info: DataInfo) -> None:
         raise InputError(
             f"flip_axes is {config.augment.flip_axes}, but the images have the axes 0 to {info.spatial_dims - 1}."
         )
-    check_model(config, info)
+    network = nnx.eval_shape(lambda: make_model(config, info))
+    if is_external(config.model.architecture):
+        patches = dict.fromkeys((config.data.patch, config.data.sliding_window))
+        classes = len(config.model.regions or info.class_names)
+        check_logits(config.model.architecture, network, list(patches), info.num_channels, classes)
 
 
 def check_best_is_known(task: Task) -> None:
@@ -163,14 +161,8 @@ def open_cases(data: DataConfig) -> Dataset:
 def _splits(data: DataConfig, dataset: Dataset) -> Splits:
     subject_of = dict(zip(dataset.case_names, dataset.subjects, strict=True))
     if data.splits:
-        return chosen_splits(
-            Path(data.splits).expanduser(),
-            list(subject_of),
-            fold=data.fold,
-            num_val=data.num_val,
-            seed=data.split_seed,
-            subjects=list(subject_of.values()),
-        )
+        path = Path(data.splits).expanduser()
+        return chosen_splits(path, subject_of, fold=data.fold, num_val=data.num_val, seed=data.split_seed)
     if data.fold is not None:
         raise InputError(f"fold is {data.fold}: give the file with the folds as --splits.")
     if data.protocol and (splits := _published_splits(data.protocol, dataset)):
@@ -178,13 +170,7 @@ def _splits(data: DataConfig, dataset: Dataset) -> Splits:
     # Cases that the data set holds out are never trained on.
     for name in dataset.held_out:
         subject_of.pop(name, None)
-    return split_cases(
-        list(subject_of),
-        num_test=data.num_test,
-        num_val=data.num_val,
-        seed=data.split_seed,
-        subjects=list(subject_of.values()),
-    )
+    return split_cases(subject_of, num_test=data.num_test, num_val=data.num_val, seed=data.split_seed)
 
 
 def _published_splits(protocol: str, dataset: Dataset) -> Splits | None:
@@ -255,12 +241,3 @@ def find_divisor(config: RunConfig, data: DataInfo) -> int:
     any_patch = config.data.patch or (128,) * data.spatial_dims
     tried = dataclasses.replace(config, data=dataclasses.replace(config.data, patch=any_patch))
     return int(getattr(nnx.eval_shape(lambda: make_model(tried, data)), "divisor", 1))
-
-
-def check_model(config: RunConfig, data: DataInfo) -> None:
-    """Raises `InputError` if the options make no network, or one from outside the project does not fit the data."""
-    network = nnx.eval_shape(lambda: make_model(config, data))
-    if is_external(config.model.architecture):
-        patches = dict.fromkeys((config.data.patch, config.data.sliding_window))
-        classes = len(config.model.regions or data.class_names)
-        check_logits(config.model.architecture, network, list(patches), data.num_channels, classes)

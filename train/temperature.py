@@ -12,7 +12,11 @@ from jaxtyping import Array, Bool, Float, Float32, Int32, UInt8
 
 import calib_jax
 from train import cpu
-from train.data import CachedCases, Dataset, mask_ignored, pad_to_hold, region_ids
+from train.data import Dataset
+from train.data.case import region_ids
+from train.data.ignore import mask_ignored
+from train.data.pipeline import CachedCases
+from train.data.transforms import pad_to_hold
 from train.errors import InputError
 from train.inference import Network, VolumePredictor, cut_windows, inside
 from train.losses import Regions, as_pairs

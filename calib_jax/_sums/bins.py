@@ -114,7 +114,7 @@ def soft_neighbours(
 
 
 def bin_limits(edges: Array | None, bins: Bins, dtype: Any) -> tuple[AnyArray, AnyArray]:
-    """Lower and upper limits of all bins, for `share_of_bin`: `[bins]`, or `[batch, classes, bins]` with `edges`."""
+    """Lower and upper limits of all bins for `share_of_bin`: `[bins]`, with `edges` `[batch, classes, bins]`."""
     if bins.binning == "soft":
         centres = np.arange(bins.num_bins, dtype=np.float32)
         return centres - 1, centres + 1

@@ -68,7 +68,7 @@ def _with_options(inputs: ReportInputs, options: argparse.Namespace) -> ReportIn
 
 
 def _with_reference(inputs: ReportInputs, name: str) -> ReportInputs:
-    models = [*inputs.results, *([inputs.reference] if inputs.reference else [])]
+    models = list(inputs.shown)
     names = [model.name for model in models]
     if name not in names:
         raise ValueError(f"no result is called {name!r}: the reference is one of {', '.join(names)}.")

@@ -41,21 +41,22 @@ class ReportInputs:
     baseline: str
     tables: Mapping[str, Table] = dataclasses.field(default_factory=dict)
 
+    @property
+    def shown(self) -> tuple[Result, ...]:
+        """The results, and the reference if there is one."""
+        return self.results if self.reference is None else (*self.results, self.reference)
+
 
 def save_inputs(folder: Path, inputs: ReportInputs) -> None:
     """Writes `report.json`, and one `results/*.npz` per model or repeat, into `folder`."""
     (folder / _RESULTS).mkdir(parents=True, exist_ok=True)
-    models = [*inputs.results, *([inputs.reference] if inputs.reference else [])]
-    saved = [_save(folder, i, model) for i, model in enumerate(models)]
+    saved = [_save(folder, i, model) for i, model in enumerate(inputs.shown)]
     index = {
         "title": inputs.title,
         "results": saved[: len(inputs.results)],
         "reference": saved[-1] if inputs.reference else None,
         "baseline": inputs.baseline,
-        "histories": {
-            name: {column: _without_nan(values) for column, values in history.items()}
-            for name, history in inputs.histories.items()
-        },
+        "histories": without_nan(inputs.histories),
         "provenance": {key: str(value) for key, value in inputs.provenance.items()},
         "tables": inputs.tables,
     }
@@ -124,6 +125,10 @@ def _load(folder: Path, entry: str | dict[str, Any]) -> Result:
     return RepeatedResult(entry["name"], repeats)
 
 
-def _without_nan(values: Sequence[float | int | None] | np.ndarray) -> list[float | None]:
-    """The values as JSON can hold them: None where nothing finite was measured."""
-    return [x if math.isfinite(x) else None for x in np.asarray(values, np.float64).tolist()]
+def without_nan(value: Any) -> Any:
+    """Mappings of numbers as JSON can hold them: None where nothing finite was measured."""
+    if isinstance(value, Mapping):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str):
+        return [without_nan(x) for x in np.asarray(value, np.float64).tolist()]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 
 from calib_jax._matplotlib import figure_style
 from calib_jax.report import wording
+from calib_jax.report.archive import ReportInputs
 from calib_jax.report.table import case_means
 from calib_jax.results import METRICS, History, Result
 
@@ -59,14 +60,9 @@ class ReportFigure:
     draw: Callable[[], Figure]
 
 
-def report_figures(
-    results: Sequence[Result],
-    *,
-    reference: Result | None = None,
-    histories: Mapping[str, History] | None = None,
-) -> Iterator[ReportFigure]:
+def report_figures(inputs: ReportInputs) -> Iterator[ReportFigure]:
     """The figures of a report in the order of the page."""
-    shown = [*results, *([reference] if reference is not None else [])]
+    results, shown, histories = inputs.results, inputs.shown, inputs.histories
     names, all_names = ([result.name for result in some] for some in (results, shown))
     classes = [(None, "all", "All classes together")]
     if len(shown[0].class_names) > 1:
@@ -82,7 +78,7 @@ def report_figures(
         alt = f"Dataset reliability histograms of {', '.join(all_names)}: {title}."
         drawing = functools.partial(_reliability_histograms, shown, index)
         yield ReportFigure(f"histogram-{suffix}", title, alt, drawing)
-    if histories and _measured_metrics(histories):
+    if _measured_metrics(histories):
         alt = f"Training and validation curves of {', '.join(histories)}."
         yield ReportFigure("training", "", alt, lambda: _training_curves(names, histories))
 

@@ -61,15 +61,15 @@ def write_report(
     base = results[check_comparable(results, baseline=baseline, reference=reference)]
     if rows is None:
         rows = compare_models(results, baseline=base.name, reference=reference)
-    shown = [result.name for result in (*results, reference) if result is not None]
+    inputs = ReportInputs(
+        tuple(results), title, histories or {}, provenance or {}, reference, base.name, tables or {}
+    )
+    shown = [result.name for result in inputs.shown]
     if [row.name for row in rows] != shown or wording.base_and_best(rows)[0].name != base.name:
         raise ValueError(
             f"rows are of {', '.join(row.name for row in rows)}, and the report is of {', '.join(shown)} with the "
             f"baseline {base.name}: give compare_models the same results, baseline and reference."
         )
-    inputs = ReportInputs(
-        tuple(results), title, histories or {}, provenance or {}, reference, base.name, tables or {}
-    )
     archive.save_inputs(folder, inputs)
     _write_tables(folder, rows, results)
     page = folder / "index.html"
@@ -102,20 +102,15 @@ def render(inputs: ReportInputs, rows: Sequence[ModelRow], *, png_folder: Path) 
         lstrip_blocks=True,
     )
     return environment.get_template("page.html.jinja").render(
-        title=inputs.title,
-        headline=wording.headline(rows),
+        inputs=inputs,
         tiles=[_tile(name, base, best) for name in METRICS],
-        directions={name: wording.direction(name) for name in METRICS},
         rows=rows,
         leaders=_leaders(rows),
-        footnote=wording.footnote(rows),
         figures=_drawn(inputs, png_folder),
         worst=_worst_cases(beside, best.name),
         worst_of=best.name,
         worst_models=[result.name for result in beside],
         worst_metrics=_WORST_METRICS,
-        tables=inputs.tables,
-        provenance=inputs.provenance,
         wording=wording,
     )
 
@@ -136,9 +131,7 @@ def _drawn(inputs: ReportInputs, png_folder: Path) -> dict[str, list[dict[str, A
     try:
         from calib_jax.report import figures
 
-        for figure in figures.report_figures(
-            inputs.results, reference=inputs.reference, histories=inputs.histories
-        ):
+        for figure in figures.report_figures(inputs):
             entry = {"title": figure.title, "alt": figure.alt, "uri": figures.draw(figure, png_folder)}
             drawn.setdefault(figure.name.partition("-")[0], []).append(entry)
     except OSError:  # such as a full disk

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Float
 
 from calib_jax._checks import check_size
+from calib_jax.report.archive import without_nan
 from calib_jax.results import Result, nan_mean, write_rows
 
 CONFIDENCE = 0.95
@@ -189,7 +190,7 @@ def write_csv(rows: Sequence[ModelRow], path: str | os.PathLike[str]) -> None:
 
 def to_json(rows: Sequence[ModelRow]) -> dict[str, Any]:
     """The rows as a dictionary for `json.dumps`: `{"models": [...]}`, with None in place of NaN."""
-    return {"models": [_without_nan(dataclasses.asdict(row)) for row in rows]}
+    return {"models": [without_nan(dataclasses.asdict(row)) for row in rows]}
 
 
 def _row(result: Result, role: Role, base_cases: _Cases, bootstrap: _Bootstrap) -> ModelRow:
@@ -278,9 +279,3 @@ def _wilcoxon(differences: Float[np.ndarray, " cases"]) -> float:
         return 1.0 if differences.size else math.nan
     result: Any = wilcoxon(differences)
     return float(result.pvalue)
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    return None if isinstance(value, float) and math.isnan(value) else value

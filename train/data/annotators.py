@@ -1,16 +1,15 @@
 """One label from several annotators of a case."""
 
 import numpy as np
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Float
 
 from train.data.ignore import IGNORE
+from train.data.shapes import Annotations, Ids, Shares
 
 
 def soft_label(
-    annotations: UInt8[np.ndarray, "*spatial annotators"],
-    num_classes: int,
-    weights: Float[np.ndarray, " annotators"] | None = None,
-) -> Float32[np.ndarray, "*spatial classes"]:
+    annotations: Annotations, num_classes: int, weights: Float[np.ndarray, " annotators"] | None = None
+) -> Shares:
     """The share of each class among the annotators who labelled a voxel; zeros if nobody did.
 
     Args:
@@ -33,9 +32,7 @@ def soft_label(
     return shares.astype(np.float32)
 
 
-def majority(
-    annotations: UInt8[np.ndarray, "*spatial annotators"], num_classes: int
-) -> UInt8[np.ndarray, "*spatial"]:
+def majority(annotations: Annotations, num_classes: int) -> Ids:
     """The most frequent class of each voxel, or the lower id of a tie; `IGNORE` where nobody labelled it.
 
     >>> majority(np.array([[0, 1], [2, 1], [2, 2]], np.uint8), 3).tolist()

@@ -2,8 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +10,13 @@ from jax.scipy.ndimage import map_coordinates
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from train.data.augment_config import AugmentConfig
-from train.errors import InputError
 
+Image = Float[Array, "*spatial channels"]
 # Class ids, or the probability of each class if annotators disagree.
 Label = Int[Array, "*spatial"] | Float[Array, "*spatial classes"]
 
 
-def augment(
-    key: PRNGKeyArray, image: Float[Array, "*spatial channels"], label: Label, config: AugmentConfig
-) -> tuple[Float[Array, "*spatial channels"], Label]:
+def augment(key: PRNGKeyArray, image: Image, label: Label, config: AugmentConfig) -> tuple[Image, Label]:
     """Applies zoom and rotation, flip, smoothing, gamma, scale and shift, noise, in this order.
 
     Image and label move together. Under `vmap` a chance between 0 and 1 costs as much as 1.
@@ -38,53 +35,26 @@ def augment(
     keys = jax.random.split(key, 7)
     flip_key, gamma_key, intensity_key, noise_key, affine_key, smooth_key, chance_key = keys
     if config.zoom_prob or config.rotation_prob:
-        image, label = random_affine(
-            affine_key,
-            image,
-            label,
-            zoom_prob=config.zoom_prob,
-            zoom=config.zoom,
-            rotation_prob=config.rotation_prob,
-            rotation=config.rotation,
-        )
+        image, label = random_affine(affine_key, image, label, config)
     if config.flip_prob and config.flip_axes:
-        image, label = random_flip(flip_key, image, label, prob=config.flip_prob, axes=config.flip_axes)
-    scale, shift = config.intensity_scale, config.intensity_shift
+        image, label = random_flip(flip_key, image, label, config)
+    has_change = config.intensity_scale or config.intensity_shift
     changes = (
-        (config.smooth_prob, partial(random_smooth, smooth_key, std=config.smooth_std)),
-        (config.gamma_prob * (config.gamma != (1, 1)), partial(random_gamma, gamma_key, gamma=config.gamma)),
-        (
-            config.intensity_prob * bool(scale or shift),
-            partial(random_intensity, intensity_key, scale=scale, shift=shift),
-        ),
-        (
-            config.noise_prob * bool(config.noise_std),
-            partial(random_noise, noise_key, max_std=config.noise_std),
-        ),
+        (config.smooth_prob, smooth_key, random_smooth),
+        (config.gamma_prob * (config.gamma != (1, 1)), gamma_key, random_gamma),
+        (config.intensity_prob * bool(has_change), intensity_key, random_intensity),
+        (config.noise_prob * bool(config.noise_std), noise_key, random_noise),
     )
-    for chance, (prob, change) in zip(jax.random.split(chance_key, len(changes)), changes, strict=True):
-        image = _sometimes(chance, prob, change, image)
+    for chance, (prob, key, change) in zip(jax.random.split(chance_key, len(changes)), changes, strict=True):
+        if prob:  # probabilities 0 and 1 are resolved at trace time
+            changed = change(key, image, config)
+            image = changed if prob == 1 else jnp.where(jax.random.bernoulli(chance, prob), changed, image)
     return image, label
 
 
-def _sometimes(key: PRNGKeyArray, prob: float, change: Callable[[Array], Array], image: Array) -> Array:
-    """`change(image)` with probability `prob`. Probabilities 0 and 1 are resolved at trace time."""
-    if prob == 0:
-        return image
-    changed = change(image)
-    return changed if prob == 1 else jnp.where(jax.random.bernoulli(key, prob), changed, image)
-
-
 def random_affine(
-    key: PRNGKeyArray,
-    image: Float[Array, "*spatial channels"],
-    label: Label,
-    *,
-    zoom_prob: float,
-    zoom: tuple[float, float],
-    rotation_prob: float,
-    rotation: float,
-) -> tuple[Float[Array, "*spatial channels"], Label]:
+    key: PRNGKeyArray, image: Image, label: Label, config: AugmentConfig
+) -> tuple[Image, Label]:
     """Zooms and rotates about the centre in one resampling. Voxels beyond the rim repeat the rim.
 
     Images and soft labels are interpolated linearly; class ids come from the nearest voxel.
@@ -93,17 +63,15 @@ def random_affine(
         key: draws whether to zoom, one factor, whether to rotate, and an angle per plane, all uniform.
         image: the rotation ignores the spacing of the voxels.
         label: of the same voxels.
-        zoom_prob: chance of a zoom.
-        zoom: smallest and largest factor.
-        rotation_prob: chance of a rotation.
-        rotation: largest angle, in degrees.
+        config: its `zoom_prob`, `zoom`, `rotation_prob` and `rotation`.
     """
     shape = image.shape[:-1]
     planes = list(itertools.combinations(range(len(shape)), 2))
     zooms_key, factor_key, turns_key, angle_key = jax.random.split(key, 4)
-    zooms, turns = jax.random.bernoulli(zooms_key, zoom_prob), jax.random.bernoulli(turns_key, rotation_prob)
-    factor = jnp.where(zooms, jax.random.uniform(factor_key, (), image.dtype, *zoom), 1)
-    most = math.radians(rotation)
+    zooms = jax.random.bernoulli(zooms_key, config.zoom_prob)
+    turns = jax.random.bernoulli(turns_key, config.rotation_prob)
+    factor = jnp.where(zooms, jax.random.uniform(factor_key, (), image.dtype, *config.zoom), 1)
+    most = math.radians(config.rotation)
     angles = jnp.where(turns, jax.random.uniform(angle_key, (len(planes),), image.dtype, -most, most), 0)
     coordinates = _affine_coordinates(_rotation(angles, planes, len(shape)) / factor, shape)
     if label.ndim == image.ndim:
@@ -135,9 +103,7 @@ def _affine_coordinates(
     return jnp.stack([offset + (size - 1) / 2 for offset, size in zip(turned, shape, strict=True)])
 
 
-def _interpolate(
-    array: Float[Array, "*spatial channels"], coordinates: Float[Array, "dims *spatial"]
-) -> Float[Array, "*spatial channels"]:
+def _interpolate(array: Image, coordinates: Float[Array, "dims *spatial"]) -> Image:
     """Linear interpolation, constant beyond the rim.
 
     Equals `map_coordinates` of order 1. The loop over corners computes the result once; XLA for CPU would otherwise
@@ -159,36 +125,21 @@ def _interpolate(
     return jax.lax.scan(add_corner, jnp.zeros_like(array), corners)[0]
 
 
-def random_flip(
-    key: PRNGKeyArray,
-    image: Float[Array, "*spatial channels"],
-    label: Label,
-    *,
-    prob: float,
-    axes: Sequence[int],
-) -> tuple[Float[Array, "*spatial channels"], Label]:
-    """Reverses each of the spatial `axes` with probability `prob`, image and label alike.
-
-    Raises:
-        InputError: an axis that the image does not have.
-    """
-    dims = image.ndim - 1
-    if not all(0 <= axis < dims for axis in axes):
-        raise InputError(f"flip_axes is {tuple(axes)}: the data has spatial axes 0 to {dims - 1}.")
-    for axis, flip in zip(axes, jax.random.bernoulli(key, prob, (len(axes),)), strict=True):
+def random_flip(key: PRNGKeyArray, image: Image, label: Label, config: AugmentConfig) -> tuple[Image, Label]:
+    """Reverses each of `flip_axes` with probability `flip_prob`, image and label alike."""
+    axes = config.flip_axes
+    for axis, flip in zip(axes, jax.random.bernoulli(key, config.flip_prob, (len(axes),)), strict=True):
         image = jnp.where(flip, jnp.flip(image, axis), image)
         label = jnp.where(flip, jnp.flip(label, axis), label)
     return image, label
 
 
-def random_smooth(
-    key: PRNGKeyArray, image: Float[Array, "*spatial channels"], *, std: tuple[float, float]
-) -> Float[Array, "*spatial channels"]:
-    """Averages with Gaussian weights. Their standard deviation along each axis is uniform in `std`, in voxels.
+def random_smooth(key: PRNGKeyArray, image: Image, config: AugmentConfig) -> Image:
+    """Averages with Gaussian weights. Their standard deviation along each axis is uniform in `smooth_std`.
 
     The weights inside of the volume sum to 1, so that the rim does not darken.
     """
-    stds = jax.random.uniform(key, (image.ndim - 1,), image.dtype, *std)
+    stds = jax.random.uniform(key, (image.ndim - 1,), image.dtype, *config.smooth_std)
     for axis, size in enumerate(image.shape[:-1]):
         places = jnp.arange(size, dtype=image.dtype)
         weights = jax.nn.softmax(-0.5 * jnp.square((places[:, None] - places[None, :]) / stds[axis]))
@@ -196,30 +147,24 @@ def random_smooth(
     return image
 
 
-def random_gamma(
-    key: PRNGKeyArray, image: Float[Array, "*spatial channels"], *, gamma: tuple[float, float]
-) -> Float[Array, "*spatial channels"]:
+def random_gamma(key: PRNGKeyArray, image: Image, config: AugmentConfig) -> Image:
     """y = x^g on intensities scaled to [0, 1] per channel, then scaled back; log g is uniform."""
     axes = tuple(range(image.ndim - 1))
     low, high = image.min(axes), image.max(axes)
     span = jnp.where(high > low, high - low, 1.0)
-    low_log, high_log = jnp.log(jnp.array(gamma, image.dtype))
+    low_log, high_log = jnp.log(jnp.array(config.gamma, image.dtype))
     exponent = jnp.exp(jax.random.uniform(key, (), image.dtype, low_log, high_log))
     return ((image - low) / span) ** exponent * span + low
 
 
-def random_intensity(
-    key: PRNGKeyArray, image: Float[Array, "*spatial channels"], *, scale: float, shift: float
-) -> Float[Array, "*spatial channels"]:
-    """y = a·x + b per channel, a uniform in 1 ± scale and b uniform in ± shift."""
+def random_intensity(key: PRNGKeyArray, image: Image, config: AugmentConfig) -> Image:
+    """y = a·x + b per channel, a uniform in 1 ± `intensity_scale` and b in ± `intensity_shift`."""
     change = jax.random.uniform(key, (2, image.shape[-1]), image.dtype, -1.0, 1.0)
-    return (1 + scale * change[0]) * image + shift * change[1]
+    return (1 + config.intensity_scale * change[0]) * image + config.intensity_shift * change[1]
 
 
-def random_noise(
-    key: PRNGKeyArray, image: Float[Array, "*spatial channels"], *, max_std: float
-) -> Float[Array, "*spatial channels"]:
-    """Adds white Gaussian noise. Its standard deviation is uniform in 0 to `max_std`, one draw per image."""
+def random_noise(key: PRNGKeyArray, image: Image, config: AugmentConfig) -> Image:
+    """Adds white Gaussian noise. Its standard deviation is uniform in 0 to `noise_std`, one draw per image."""
     std_key, noise_key = jax.random.split(key)
-    std = jax.random.uniform(std_key, (), image.dtype, 0.0, max_std)
+    std = jax.random.uniform(std_key, (), image.dtype, 0.0, config.noise_std)
     return image + std * jax.random.normal(noise_key, image.shape, image.dtype)

@@ -12,11 +12,13 @@ import numpy as np
 
 from train.data.case import Case, Source
 from train.data.geometry import Placement
-from train.errors import InputError
+from train.files import make_folder
 
 # Part of every key. Raise it when the same files give other stored arrays.
 _VERSION = 1
 _NAMES = "arrays.json"
+# Of a `Case`; phantoms, which have posteriors, are not stored.
+_ARRAYS = ("image", "label", "affine", "annotations")
 
 
 class CaseStore:
@@ -31,12 +33,7 @@ class CaseStore:
 
     def __init__(self, folder: Path):
         self._folder = folder
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(
-                f"cache_dir {folder} cannot be made ({error.strerror}): choose another."
-            ) from error
+        make_folder(folder, "cache_dir")
 
     def read(self, key: str, name: str) -> Case | None:
         """The case of `key`, its arrays mapped into memory; None if it is missing or cannot be read."""
@@ -76,12 +73,7 @@ class CaseStore:
 
 
 def _arrays(case: Case) -> dict[str, np.ndarray]:
-    arrays = {
-        "image": case.image,
-        "label": case.label,
-        "affine": case.affine,
-        "annotations": case.annotations,
-    }
+    arrays = {name: getattr(case, name) for name in _ARRAYS}
     if case.source is not None:
         placement = case.source.placement
         arrays |= {
@@ -105,11 +97,4 @@ def _case(name: str, arrays: Mapping[str, np.ndarray]) -> Case:
             box_affine=arrays["box_affine"],
         )
         source = Source(placement, arrays["source_label"], arrays.get("source_annotations"))
-    return Case(
-        name,
-        arrays["image"],
-        arrays["label"],
-        arrays["affine"],
-        annotations=arrays.get("annotations"),
-        source=source,
-    )
+    return Case(name, source=source, **{array: arrays[array] for array in _ARRAYS if array in arrays})

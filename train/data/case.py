@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float, Float32, UInt8
 
 from train.data.annotators import soft_label
 from train.data.geometry import Geometry, Placement
+from train.data.shapes import Affine, Annotations, Ids, Image, Shares
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Source:
     """
 
     placement: Placement
-    label: UInt8[np.ndarray, "*spatial"]
-    annotations: UInt8[np.ndarray, "*spatial annotators"] | None = None
+    label: Ids
+    annotations: Annotations | None = None
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,11 @@ class Case:
     """
 
     name: str
-    image: Float32[np.ndarray, "*spatial channels"]
-    label: UInt8[np.ndarray, "*spatial"]
-    affine: Float[np.ndarray, "4 4"]
-    posterior: Float32[np.ndarray, "*spatial classes"] | None = None
-    annotations: UInt8[np.ndarray, "*spatial annotators"] | None = None
+    image: Image
+    label: Ids
+    affine: Affine
+    posterior: Shares | None = None
+    annotations: Annotations | None = None
     source: Source | None = None
 
     @property
@@ -56,9 +56,7 @@ class Case:
             arrays += [self.source.label, self.source.annotations]
         return sum(0 if array is None or isinstance(array, np.memmap) else array.nbytes for array in arrays)
 
-    def truth(
-        self, num_classes: int
-    ) -> UInt8[np.ndarray, "*spatial"] | Float32[np.ndarray, "*spatial classes"]:
+    def truth(self, num_classes: int) -> Ids | Shares:
         """The reference of evaluation on the file's own grid: class ids, or shares of the classes among annotators.
 
         `mask_ignored` says which voxels have a label.

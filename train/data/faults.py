@@ -54,13 +54,9 @@ def refuse(faults: Sequence[Fault]) -> None:
     if not others:
         raise InputError(f"{first.file} {first.problem}")
     found, _, remedy = first.problem.rpartition(": ")
-    listed = "; ".join(f"{fault.file} {_found(fault)}" for fault in others[: _SHOWN - 1])
+    listed = "; ".join(f"{fault.file} {fault.problem.rpartition(': ')[0]}" for fault in others[: _SHOWN - 1])
     hidden = len(faults) - _SHOWN
     more = f"; and {hidden} more, which `python -m train check` lists" if hidden > 0 else ""
     raise InputError(
         f"{first.file} {found}, the first of {len(faults)} files with faults: {remedy} The others: {listed}{more}."
     )
-
-
-def _found(fault: Fault) -> str:
-    return fault.problem.rpartition(": ")[0]

@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Float32, UInt8
 
 from train.data.ignore import IGNORE
+from train.data.shapes import Affine, Ids, Image, Shares
 from train.errors import InputError
 
 
@@ -47,7 +48,7 @@ class Geometry:
         """Whether any scan changes its grid."""
         return bool(self.spacing) or self.crop_margin is not None
 
-    def resolved(self, affines: Sequence[Float[np.ndarray, "4 4"]]) -> "Geometry":
+    def resolved(self, affines: Sequence[Affine]) -> "Geometry":
         """The same geometry with "median" replaced by the median spacing of these scans."""
         if self.spacing != "median":
             return self
@@ -56,7 +57,7 @@ class Geometry:
         median = np.median([voxel_sizes(affine) for affine in affines], axis=0)
         return replace(self, spacing=tuple(median.tolist()))
 
-    def shape_of(self, shape: Sequence[int], affine: Float[np.ndarray, "4 4"]) -> tuple[int, ...]:
+    def shape_of(self, shape: Sequence[int], affine: Affine) -> tuple[int, ...]:
         """Voxels along each axis after resampling, without a crop."""
         if not self.spacing:
             return tuple(shape)
@@ -65,13 +66,7 @@ class Geometry:
         lengths = np.multiply(shape, voxel_sizes(affine)) / np.array(self.spacing, float)
         return tuple(max(round(length), 1) for length in lengths.tolist())
 
-    def place(
-        self,
-        image: Float32[np.ndarray, "*spatial channels"],
-        affine: Float[np.ndarray, "4 4"],
-        *,
-        clipped: bool = False,
-    ) -> "Placement":
+    def place(self, image: Image, affine: Affine, *, clipped: bool = False) -> "Placement":
         """Where a scan lies on the network's grid.
 
         Args:
@@ -108,10 +103,10 @@ class Placement:
     source_shape: tuple[int, ...]
     box: tuple[slice, ...]
     shape: tuple[int, ...]
-    box_affine: Float[np.ndarray, "4 4"]
+    box_affine: Affine
 
     @property
-    def affine(self) -> Float[np.ndarray, "4 4"]:
+    def affine(self) -> Affine:
         """The affine of the network's grid, from voxel index to millimetres."""
         steps = np.array([side.stop - side.start for side in self.box]) / self.shape
         scaled = self.box_affine.copy()
@@ -119,12 +114,12 @@ class Placement:
         return _moved(scaled, (steps - 1) / 2 / steps)
 
     def image(
-        self, image: Float32[np.ndarray, "*spatial channels"], interpolation: Literal["linear", "cubic"]
+        self, image: Image, interpolation: Literal["linear", "cubic"]
     ) -> Float32[np.ndarray, "*resampled channels"]:
         """Intensities on the network's grid."""
         return _resample(image[self.box], self.shape, order={"linear": 1, "cubic": 3}[interpolation])
 
-    def label(self, label: UInt8[np.ndarray, "*spatial"]) -> UInt8[np.ndarray, "*resampled"]:
+    def label(self, label: Ids) -> UInt8[np.ndarray, "*resampled"]:
         """Class ids on the network's grid: the class with the largest share, or the lower id of a tie.
 
         A voxel becomes `IGNORE` where more than half of it is `IGNORE`, as in `mask_ignored`.
@@ -139,9 +134,7 @@ class Placement:
             largest = np.maximum(share, largest)
         return ids
 
-    def back(
-        self, probs: Float32[np.ndarray, "*resampled classes"], *, background: bool = True
-    ) -> Float32[np.ndarray, "*spatial classes"]:
+    def back(self, probs: Float32[np.ndarray, "*resampled classes"], *, background: bool = True) -> Shares:
         """Class probabilities on the scan's own grid, interpolated linearly.
 
         Args:
@@ -149,15 +142,14 @@ class Placement:
             background: whether the first class is background. Voxels outside of the crop then have probability 1 of
                 background, else 0 of every class.
         """
-        held = tuple(side.stop - side.start for side in self.box)
         whole = np.zeros((*self.source_shape, probs.shape[-1]), np.float32)
         whole[..., 0] = background
-        whole[self.box] = _resample(probs, held, order=1)
+        whole[self.box] = _resample(probs, whole[self.box].shape[:-1], order=1)
         return whole
 
 
 def _resample(
-    array: Float32[np.ndarray, "*spatial channels"], shape: Sequence[int], *, order: int
+    array: Image, shape: Sequence[int], *, order: int
 ) -> Float32[np.ndarray, "*resampled channels"]:
     """Spline interpolation between voxel centres; the outermost values extend to the edge of the grid."""
     if array.shape[:-1] == tuple(shape):
@@ -173,7 +165,7 @@ def _resample(
     return resampled
 
 
-def _moved(affine: Float[np.ndarray, "4 4"], corner: np.ndarray) -> Float[np.ndarray, "4 4"]:
+def _moved(affine: Affine, corner: np.ndarray) -> Affine:
     """The affine of the grid whose first voxel is voxel `corner` of the given grid."""
     moved = affine.copy()
     moved[:3, 3] += affine[:3, :3] @ corner

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from jaxtyping import Float, Float32, Int32
+from jaxtyping import Float, Int32
 from nibabel.affines import apply_affine
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation, ornt_transform
 
+from train.data.shapes import Affine, Image
 from train.data.volume_files import VolumeFile, open_volume
 from train.errors import InputError
 
@@ -50,7 +51,7 @@ class Grid:
         return tuple(self.file_shape[i] for i in np.argsort(self.orientation[:, 0]))
 
     @property
-    def affine(self) -> Float[np.ndarray, "4 4"]:
+    def affine(self) -> Affine:
         """From voxel index in RAS order to millimetres."""
         return affine_of(self.header) @ inv_ornt_aff(self.orientation, self.file_shape)
 
@@ -89,7 +90,7 @@ class Grid:
         return np.ascontiguousarray(apply_orientation(voxels, ornt_transform(ras, self.orientation)))
 
 
-def read_scan(paths: Sequence[Path]) -> tuple[Float32[np.ndarray, "*spatial channels"], Grid]:
+def read_scan(paths: Sequence[Path]) -> tuple[Image, Grid]:
     """Reads a scan: one file with all channels (3-D, or 4-D with the channels last), or one file per channel.
 
     Args:
@@ -151,7 +152,7 @@ def check_same_grid(image: VolumeFile, other: VolumeFile) -> None:
         )
 
 
-def affine_of(header: nib.Nifti1Header) -> Float[np.ndarray, "4 4"]:
+def affine_of(header: nib.Nifti1Header) -> Affine:
     """The 4x4 matrix from voxel index to millimetres."""
     return np.asarray(header.get_best_affine(), dtype=np.float64)
 

@@ -45,8 +45,7 @@ def msd(path: str | Path) -> Layout:
     `"label": [...]` lists the labels of several annotators, `"image": [...]` a file per channel. Cases with labels
     under "validation", "test" or "testing", as in MONAI's datalists, are held out. `name_cases` names the cases.
     """
-    root, description = _read_description(path)
-    return _listed(root, description)
+    return _listed(_read_description(path))
 
 
 @register_layout("nnunet")
@@ -59,13 +58,9 @@ def nnunet(path: str | Path) -> Layout:
     Region-based labels (`"whole tumour": [1, 2, 3]`) become evaluation regions; a single class beside them
     (`"enhancing tumour": 3`) becomes a region too. `"ignore"` marks voxels without a label.
     """
-    root, description = _read_description(path)
-    channels = _channels(root / "dataset.json", description)
-    is_listed = "dataset" in description
-    entries = (
-        _listed_cases(root, description) if is_listed else _found_cases(root, description, len(channels))
-    )
-    return _described(root, description, entries)
+    description = _read_description(path)
+    is_listed = "dataset" in description.content
+    return _described(description, _listed_cases(description) if is_listed else _found_cases(description))
 
 
 @register_layout("brats")
@@ -165,10 +160,10 @@ def kits(path: str | Path) -> Layout:
 # Folders.
 
 
-def _folder(path: str | Path) -> Path:
+def _folder(path: str | Path, what: str = "the data set") -> Path:
     root = Path(path).expanduser()
     if not root.is_dir():
-        raise InputError(f"{root} is not a folder: give the folder that holds the data set.")
+        raise InputError(f"{root} is not a folder: give the folder that holds {what}.")
     return root
 
 
@@ -178,8 +173,8 @@ def _subfolder(root: Path, name: str) -> Path:
 
 def _amos(path: str | Path) -> Layout:
     """The listed cases, then the held-out cases."""
-    root, description = _read_description(path)
-    layout = _listed(root, description)
+    description = _read_description(path)
+    root, layout = description.root, _listed(description)
     listed = {entry.name for entry in layout.entries}
     images = _by_stem(volumes_in(root / "imagesVa"))
     held_out = tuple(
@@ -241,10 +236,34 @@ def _beside(files: Mapping[Path, Path], file: Path, name: str) -> Path:
 # dataset.json.
 
 
-def _read_description(path: str | Path) -> tuple[Path, dict[str, Any]]:
-    root = Path(path).expanduser()
-    if not root.is_dir():
-        raise InputError(f"{root} is not a folder: give the folder that holds dataset.json.")
+class _Description(NamedTuple):
+    """The dataset.json of a folder."""
+
+    root: Path
+    file: Path
+    content: dict[str, Any]
+
+    def filled(self, key: str, kind: type) -> Any:
+        """The value of `key`, which must be of a kind and not empty."""
+        value = self.content.get(key)
+        if not isinstance(value, kind) or not value:
+            found = "nothing" if value is None else f"{'a' if value else 'an empty'} {type(value).__name__}"
+            raise InputError(f'{self.file} holds {found} under "{key}": give a filled {kind.__name__}.')
+        return value
+
+    @property
+    def channels(self) -> list[str]:
+        """Names of the channels, from {"0": "T1"} or ["T1"]."""
+        keys = ("channel_names", "modality", "modalities")
+        key = next((key for key in keys if key in self.content), "modality")
+        value = self.content.get(key)
+        if not (isinstance(value, list) and value):
+            value = self.filled(key, dict).values()
+        return list(map(str, value))
+
+
+def _read_description(path: str | Path) -> _Description:
+    root = _folder(path, "dataset.json")
     file = root / "dataset.json"
     if not file.is_file():
         raise InputError(f"{root} holds no dataset.json: give a folder in the layout of the MSD or nnU-Net.")
@@ -254,48 +273,43 @@ def _read_description(path: str | Path) -> tuple[Path, dict[str, Any]]:
         raise InputError(f"{file} is not valid JSON ({error}): mend or fetch it again.") from error
     if not isinstance(description, dict):
         raise InputError(f"{file} holds a {type(description).__name__}: it must be a JSON object.")
-    return root, description
+    return _Description(root, file, description)
 
 
-def _listed(root: Path, description: dict[str, Any]) -> Layout:
-    file = root / "dataset.json"
-    training = _required(file, description, "training", list)
+def _listed(description: _Description) -> Layout:
+    root, training = description.root, description.filled("training", list)
     incomplete = [str(index) for index, entry in enumerate(training, 1) if _files(root, entry) is None]
     if incomplete:
         raise InputError(
-            f'{file} has an entry under "training" without an image or label (of {len(training)}, number '
-            f'{", ".join(incomplete[:20])}): give {{"image": path, "label": path}} for every case.'
+            f'{description.file} has an entry under "training" without an image or label (of {len(training)}, '
+            f'number {", ".join(incomplete[:20])}): give {{"image": path, "label": path}} for every case.'
         )
     listed = [(_files(root, entry), False) for entry in training]
     for section in ("validation", "test", "testing"):
-        listed_too = description.get(section)
+        listed_too = description.content.get(section)
         others = [_files(root, entry) for entry in (listed_too if isinstance(listed_too, list) else [])]
         # Lists also name images without labels, and labels that were never published.
         if any(files and files[1][0].is_file() for files in others):
             listed += [(files, True) for files in others if files]
     pairs = [(*files, held_out) for files, held_out in listed if files]
     names = name_cases([images for images, _, _ in pairs])
-    return _described(
-        root,
-        description,
-        (
-            Entry(name, images, labels, held_out=held_out)
-            for name, (images, labels, held_out) in zip(names, pairs, strict=True)
-        ),
-    )
+    entries = [
+        Entry(name, images, labels, held_out=held_out)
+        for name, (images, labels, held_out) in zip(names, pairs, strict=True)
+    ]
+    return _described(description, entries)
 
 
-def _described(root: Path, description: dict[str, Any], entries: Iterable[Entry]) -> Layout:
+def _described(description: _Description, entries: Sequence[Entry]) -> Layout:
     """The layout of these cases, with what dataset.json declares."""
-    file = root / "dataset.json"
-    channels = _channels(file, description)
+    channels = description.channels
     return Layout(
-        name=str(description.get("name", root.name)),
-        source=file,
+        name=str(description.content.get("name", description.root.name)),
+        source=description.file,
         num_channels=len(channels),
         entries=tuple(entries),
-        intensity_range=_ct_range(channels),
-        **_declared_labels(file, description),
+        intensity_range=CT_RANGE if [name.upper() for name in channels] == ["CT"] else None,
+        **_declared_labels(description),
     )
 
 
@@ -307,12 +321,13 @@ def _files(root: Path, entry: Any) -> tuple[tuple[Path, ...], tuple[Path, ...]] 
         return None
 
 
-def _found_cases(root: Path, description: dict[str, Any], channels: int) -> list[Entry]:
+def _found_cases(description: _Description) -> list[Entry]:
     """The cases in nnU-Net's folders."""
-    ending = str(description.get("file_ending", ".nii.gz"))
+    root, channels = description.root, len(description.channels)
+    ending = str(description.content.get("file_ending", ".nii.gz"))
     if not ending.lower().endswith(ENDINGS):
         raise InputError(
-            f'{root / "dataset.json"} has the "file_ending" {ending}: volumes of {", ".join(ENDINGS)} can be read.'
+            f'{description.file} has the "file_ending" {ending}: volumes of {", ".join(ENDINGS)} can be read.'
         )
     files = [file for file in visible(root / "labelsTr") if file.name.lower().endswith(ending.lower())]
     if not files:
@@ -335,10 +350,9 @@ def _found_cases(root: Path, description: dict[str, Any], channels: int) -> list
     ]
 
 
-def _listed_cases(root: Path, description: dict[str, Any]) -> list[Entry]:
+def _listed_cases(description: _Description) -> list[Entry]:
     """The cases that nnU-Net's dataset.json lists under "dataset"."""
-    file = root / "dataset.json"
-    listed = _required(file, description, "dataset", dict)
+    root, listed = description.root, description.filled("dataset", dict)
     try:
         return [
             Entry(name, _paths(root, entry["images"]), _paths(root, entry["label"]))
@@ -346,7 +360,7 @@ def _listed_cases(root: Path, description: dict[str, Any]) -> list[Entry]:
         ]
     except (TypeError, KeyError) as error:
         raise InputError(
-            f'{file} has an entry under "dataset" without images or label ({error}): '
+            f'{description.file} has an entry under "dataset" without images or label ({error}): '
             'give {"images": [path, ...], "label": path} for every case.'
         ) from error
 
@@ -359,28 +373,6 @@ def _paths(root: Path, listed: Any) -> tuple[Path, ...]:
         path if path.exists() else root / os.path.expandvars(file).replace("\\", "/")
         for path, file in zip(paths, files, strict=True)
     )
-
-
-def _channels(file: Path, description: dict[str, Any]) -> list[str]:
-    """Names of the channels, from {"0": "T1"} or ["T1"]."""
-    key = next((key for key in ("channel_names", "modality", "modalities") if key in description), "modality")
-    value = description.get(key)
-    if isinstance(value, list) and value:
-        return list(map(str, value))
-    return list(map(str, _required(file, description, key, dict).values()))
-
-
-def _ct_range(channels: Sequence[str]) -> tuple[float, float] | None:
-    """The range to clip to, if CT is the only channel."""
-    return CT_RANGE if [name.upper() for name in channels] == ["CT"] else None
-
-
-def _required(file: Path, description: dict[str, Any], key: str, kind: type) -> Any:
-    value = description.get(key)
-    if not isinstance(value, kind) or not value:
-        found = "nothing" if value is None else f"{'a' if value else 'an empty'} {type(value).__name__}"
-        raise InputError(f'{file} holds {found} under "{key}": give a filled {kind.__name__}.')
-    return value
 
 
 class _Label(NamedTuple):
@@ -397,20 +389,22 @@ class _Label(NamedTuple):
     is_region: bool
 
 
-def _declared_labels(file: Path, description: dict[str, Any]) -> dict[str, Any]:
+def _declared_labels(description: _Description) -> dict[str, Any]:
     """The fields of a `Layout` that "labels" declares: {"0": "background"} (MSD) or {"background": 0} (nnU-Net).
 
     A list among the labels makes the data set region-based, as in nnU-Net: every label but the background is a
     region. The label "ignore" is no class; its number marks voxels without a label.
     """
-    declared = _required(file, description, "labels", dict)
+    file, declared = description.file, description.filled("labels", dict)
     by_number = all(isinstance(name, str) and _NUMBER.fullmatch(number) for number, name in declared.items())
     pairs = [(name, number) for number, name in declared.items()] if by_number else declared.items()
     labels = [_label(file, name, value) for name, value in pairs]
     ignored = [label for label in labels if label.name.strip().lower() == "ignore"]
     labels = [label for label in labels if label not in ignored]
     has_regions = any(label.is_region for label in labels)
-    names = _names_by_number(labels)
+    # The name of a class that only regions name is its number.
+    names = {number: f"label {number}" for label in labels for number in label.numbers}
+    names |= {label.numbers[0]: label.name for label in reversed(labels) if not label.is_region}
     ignore_values = tuple(dict.fromkeys(number for label in ignored for number in label.numbers))
     singles = [label.numbers[0] for label in labels if not label.is_region]
     twice = len(set(singles)) < len(singles) and not has_regions
@@ -449,15 +443,3 @@ def _numbers(value: Any) -> tuple[int, ...]:
     if type(value) is int or (isinstance(value, float) and value.is_integer()):
         return (int(value),)
     raise ValueError(value)
-
-
-def _names_by_number(labels: Sequence[_Label]) -> dict[int, str]:
-    """The name of each class: its label, or `label NUMBER` for a class that only regions name."""
-    names: dict[int, str] = {}
-    for label in labels:
-        if not label.is_region:
-            names.setdefault(label.numbers[0], label.name)
-    for label in labels:
-        for number in label.numbers:
-            names.setdefault(number, f"label {number}")
-    return names

@@ -21,7 +21,6 @@ _EXTERNAL = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*\s*(\(.*\))?\s*", re.DOTALL
 def open_dataset(
     spec: str,
     *,
-    seed: int = 0,
     geometry: Geometry | None = None,
     all_annotators: bool = False,
     cache_dir: str = "",
@@ -34,7 +33,6 @@ def open_dataset(
         spec: "phantom" (3-D), "phantom2d", "LAYOUT:PATH" for a folder in one of the `LAYOUTS`, or
             "package.module:function" or "package.module:function(KEY=VALUE, ...)" for a function that returns a
             `Dataset`. A prefix that names a layout means the layout.
-        seed: of the phantoms.
         geometry: how volumes on disk are cropped and resampled.
         all_annotators: keep the labels of all annotators, see `VolumeDataset`.
         cache_dir: folder that keeps decoded and preprocessed volumes; empty for none.
@@ -60,9 +58,9 @@ def open_dataset(
             "volumes on disk (LAYOUT:PATH)."
         )
     if spec == "phantom":
-        return PhantomDataset(seed=seed)
+        return PhantomDataset()
     if spec == "phantom2d":
-        return PhantomDataset(spatial_shape=(64, 64), num_cases=200, seed=seed)
+        return PhantomDataset(spatial_shape=(64, 64), num_cases=200)
     return _open_external(spec)
 
 

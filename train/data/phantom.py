@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from functools import reduce
 
 import numpy as np
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Float
 from scipy.special import ndtr
 
 from train.data.case import Case, Dataset
-from train.data.preprocess import z_score_nonzero
+from train.data.preprocess import normalise
+from train.data.shapes import Ids, Scan, Shares
 
 CLASS_NAMES = ("background", "organ", "ring", "core")
 # Rows: classes; columns: channels. The first shows a bright ring around a dark core, the other a bright core.
@@ -76,11 +77,13 @@ class PhantomDataset(Dataset):
     def load(self, index: int) -> Case:
         rng = np.random.default_rng((self.seed, index))
         shape = self.spatial_shape
-        z = nested_depths(rng, shape) / boundary_width(rng, shape, self.ambiguity * min(shape))
+        depths = nested_depths(rng, shape)
+        # The half-width of the ambiguous zone is log-normal, from sharp to blurred within one case.
+        z = depths / (self.ambiguity * min(shape) * np.exp(0.5 * smooth_field(rng, shape, min(shape) / 5)))
         posterior = ordinal_posterior(z)
         label = draw_label(rng, z)
         image = render(rng, posterior, self.noise)
-        return Case(self.case_names[index], z_score_nonzero(image), label, np.eye(4), posterior)
+        return Case(self.case_names[index], normalise(image), label, np.eye(4), posterior)
 
 
 def smooth_field(
@@ -131,31 +134,20 @@ def _ellipsoid_depth(
     return (1 - np.sqrt(np.einsum("...d,...d", scaled, scaled))) * radii.mean()
 
 
-def boundary_width(
-    rng: np.random.Generator, shape: Sequence[int], median: float
-) -> Float[np.ndarray, "*spatial"]:
-    """Half-width of the ambiguous zone in voxels: log-normal, from sharp to blurred within one case."""
-    return median * np.exp(0.5 * smooth_field(rng, shape, min(shape) / 5))
-
-
-def ordinal_posterior(z: Float[np.ndarray, "structures *spatial"]) -> Float32[np.ndarray, "*spatial classes"]:
+def ordinal_posterior(z: Float[np.ndarray, "structures *spatial"]) -> Shares:
     """P(label = k) = Φ(z_k) - Φ(z_{k+1}), where z_0 is +infinity and the last z is -infinity."""
     at_least = np.concatenate([np.ones_like(z[:1]), ndtr(z), np.zeros_like(z[:1])])
     return np.ascontiguousarray(np.moveaxis(at_least[:-1] - at_least[1:], 0, -1), dtype=np.float32)
 
 
-def draw_label(
-    rng: np.random.Generator, z: Float[np.ndarray, "structures *spatial"]
-) -> UInt8[np.ndarray, "*spatial"]:
+def draw_label(rng: np.random.Generator, z: Float[np.ndarray, "structures *spatial"]) -> Ids:
     """One annotator's label: at each voxel a draw from `ordinal_posterior(z)`, smooth between voxels."""
     shape = z.shape[1:]
     u = smooth_field(rng, shape, min(shape) / 32)
     return (u < z).sum(axis=0, dtype=np.uint8)
 
 
-def render(
-    rng: np.random.Generator, posterior: Float32[np.ndarray, "*spatial classes"], noise: float
-) -> Float[np.ndarray, "*spatial channels"]:
+def render(rng: np.random.Generator, posterior: Shares, noise: float) -> Scan:
     """The scan: blurred boundaries, texture within the tissues, a bias field of about 10%, white noise."""
     shape = posterior.shape[:-1]
     channels = range(INTENSITIES.shape[1])

@@ -14,7 +14,6 @@ from train.data.annotators import soft_label
 from train.data.case import Case, Dataset
 from train.data.ignore import IGNORE
 from train.data.transforms import cut_patch, draw_crop
-from train.errors import InputError
 
 
 class CachedCases:
@@ -27,7 +26,8 @@ class CachedCases:
 
     def __init__(self, dataset: Dataset, names: Sequence[str], *, max_bytes: int = 8 * 2**30):
         self._dataset = dataset
-        self._indices = _find_cases(dataset, names)
+        index_of = {name: index for index, name in enumerate(dataset.case_names)}
+        self._indices = [index_of[name] for name in names]
         self._cases: dict[int, Case] = {}
         self._free_bytes = max_bytes
 
@@ -82,24 +82,7 @@ def train_batches(
         float32 [batch, *patch, classes]. Padding beyond a volume is background; in a data set with `IGNORE` it is
         `IGNORE` (zeros for annotators). `get_state()` is a small dictionary for JSON; `set_state()` resumes exactly
         there.
-
-    Raises:
-        InputError: a name is not in the data set, the patch has another rank, or a number is out of range.
     """
-    if len(patch) != dataset.spatial_dims or min(patch) < 1:
-        raise InputError(
-            f"patch is {tuple(patch)}: {dataset.name} needs {dataset.spatial_dims} positive lengths."
-        )
-    for option, value in (
-        ("batch_size", batch_size),
-        ("loader_threads", num_threads),
-        ("prefetch", prefetch),
-    ):
-        if value < 1:
-            raise InputError(f"{option} is {value}: give 1 or more.")
-    if not 0 <= foreground_crops <= 1:
-        raise InputError(f"foreground_crops is {foreground_crops}: give a share from 0 to 1.")
-
     fill = IGNORE if dataset.has_ignore else 0
 
     def target(case: Case, crop: tuple[slice, ...], rng: np.random.Generator) -> np.ndarray:
@@ -128,16 +111,3 @@ def train_batches(
     batches = grain.MapDataset.mix(rows).batch(batch_size, drop_remainder=True)
     ahead = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch * num_threads)
     return iter(batches.to_iter_dataset(ahead))
-
-
-def _find_cases(dataset: Dataset, names: Sequence[str]) -> list[int]:
-    if not names:
-        raise InputError(f"No case of {dataset.name} was chosen: give at least one.")
-    index_of = {name: index for index, name in enumerate(dataset.case_names)}
-    unknown = [name for name in names if name not in index_of]
-    if unknown:
-        raise InputError(
-            f"{unknown[0]} is not a case of {dataset.name}, which has {dataset.case_names[0]} and "
-            f"{len(dataset) - 1} others: choose among these."
-        )
-    return [index_of[name] for name in names]

@@ -4,14 +4,15 @@ Training, evaluation and prediction all call `preprocess`. The `Placement` that 
 """
 
 import numpy as np
-from jaxtyping import Float, Float32
+from jaxtyping import Float32
 
 from train.data.geometry import Geometry, Placement
+from train.data.shapes import Affine, Image, Scan
 
 
 def preprocess(
-    image: Float[np.ndarray, "*spatial channels"],
-    affine: Float[np.ndarray, "4 4"],
+    image: Scan,
+    affine: Affine,
     *,
     intensity_range: tuple[float, float] | None = None,
     geometry: Geometry = Geometry(),  # noqa: B008, it is frozen
@@ -32,55 +33,34 @@ def preprocess(
     return placement.image(normalised, geometry.interpolation), placement
 
 
-def normalise(
-    image: Float[np.ndarray, "*spatial channels"], intensity_range: tuple[float, float] | None = None
-) -> Float32[np.ndarray, "*spatial channels"]:
-    """`z_score_clipped` with an intensity range, `z_score_nonzero` without one."""
-    return z_score_nonzero(image) if intensity_range is None else z_score_clipped(image, intensity_range)
+def normalise(image: Scan, intensity_range: tuple[float, float] | None = None) -> Image:
+    """Scales each channel to mean 0 and standard deviation 1: over its non-zero voxels, or within a range.
 
-
-def z_score_nonzero(
-    image: Float[np.ndarray, "*spatial channels"],
-) -> Float32[np.ndarray, "*spatial channels"]:
-    """Scales each channel to mean 0 and standard deviation 1 over its non-zero voxels.
-
-    Voxels that are exactly zero (the background of skull-stripped scans) stay zero. A channel that is constant over
-    its non-zero voxels becomes zero.
+    Without a range, voxels that are exactly zero (the background of skull-stripped scans) stay zero. With one,
+    intensities are clipped to it first, and all voxels count. A channel that is constant over the voxels that count
+    becomes zero.
 
     Args:
         image: intensities, any unit.
+        intensity_range: smallest and largest intensity, in the unit of the image: Hounsfield units in CT.
 
     Returns:
         The image without unit, float32. The sums are float64.
 
-    >>> z_score_nonzero(np.array([[0.0], [1.0], [3.0]])).ravel().tolist()
+    >>> normalise(np.array([[0.0], [1.0], [3.0]])).ravel().tolist()
     [0.0, -1.0, 1.0]
-    """
-    nonzero = image != 0
-    axes = tuple(range(image.ndim - 1))
-    count = np.maximum(nonzero.sum(axes), 1)
-    mean = image.sum(axes, dtype=np.float64) / count
-    centred = np.where(nonzero, image - mean, 0.0)
-    std = np.sqrt(np.square(centred).sum(axes) / count)
-    return (centred / np.where(std > 0, std, 1.0)).astype(np.float32)
-
-
-def z_score_clipped(
-    image: Float[np.ndarray, "*spatial channels"], intensity_range: tuple[float, float]
-) -> Float32[np.ndarray, "*spatial channels"]:
-    """Clips intensities and scales each channel to mean 0 and standard deviation 1 over all voxels.
-
-    Args:
-        image: intensities in the unit of the range, Hounsfield units in CT.
-        intensity_range: smallest and largest intensity after clipping.
-
-    Returns:
-        The image without unit, float32. A channel that is constant within the range becomes zero.
-
-    >>> z_score_clipped(np.array([[-1000.0], [0.0], [100.0], [2000.0]]), (0.0, 100.0)).ravel().tolist()
+    >>> normalise(np.array([[-1000.0], [0.0], [100.0], [2000.0]]), (0.0, 100.0)).ravel().tolist()
     [-1.0, -1.0, 1.0, 1.0]
     """
-    clipped = np.clip(image, *intensity_range)
     axes = tuple(range(image.ndim - 1))
-    mean, std = clipped.mean(axes, dtype=np.float64), clipped.std(axes, dtype=np.float64)
-    return ((clipped - mean) / np.where(std > 0, std, 1.0)).astype(np.float32)
+    if intensity_range is None:
+        nonzero = image != 0
+        count = np.maximum(nonzero.sum(axes), 1)
+        mean = image.sum(axes, dtype=np.float64) / count
+        centred = np.where(nonzero, image - mean, 0.0)
+        std = np.sqrt(np.square(centred).sum(axes) / count)
+    else:
+        clipped = np.clip(image, *intensity_range)
+        centred = clipped - clipped.mean(axes, dtype=np.float64)
+        std = clipped.std(axes, dtype=np.float64)
+    return (centred / np.where(std > 0, std, 1.0)).astype(np.float32)

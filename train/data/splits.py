@@ -1,10 +1,8 @@
 """Training, validation and test cases: drawn or read from a file once, then kept with the run."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import groupby
-from operator import itemgetter
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -12,7 +10,12 @@ import numpy as np
 
 from train.data.names import known_name, name_cases
 from train.errors import InputError
-from train.files import read_json
+from train.files import parsing, read_json
+
+_FORM = (
+    'a list of splits: give JSON with lists of case names under "train", "val" and "test", or with folds as in '
+    "nnU-Net's splits_final.json"
+)
 
 
 @dataclass(frozen=True)
@@ -24,62 +27,50 @@ class Splits:
     test: tuple[str, ...]
 
 
-def split_cases(
-    case_names: Sequence[str],
-    *,
-    num_test: float,
-    num_val: float,
-    seed: int,
-    subjects: Sequence[str] | None = None,
-) -> Splits:
+def split_cases(subject_of: Mapping[str, str], *, num_test: float, num_val: float, seed: int) -> Splits:
     """Draws test cases, then validation cases. The remaining cases are for training.
 
     The draw depends on the set of names and the seed, not on the order of the names. The test cases do not depend
     on `num_val`.
 
     Args:
-        case_names: unique.
+        subject_of: subject of each case, by the case's name. Cases of one subject stay together, so a split may
+            hold a few cases more than its number.
         num_test: number of cases, or below 1 a share, as in 0.2.
         num_val: number or share, likewise.
         seed: of the draw.
-        subjects: subject of each case. Cases of one subject stay together, so a split may hold a few cases more
-            than its number.
 
     Raises:
         InputError: a number is negative or not whole, or no case is left to train on.
 
-    >>> split_cases(["a", "b", "c"], num_test=1, num_val=1, seed=0)
+    >>> split_cases({"a": "a", "b": "b", "c": "c"}, num_test=1, num_val=1, seed=0)
     Splits(train=('b',), val=('a',), test=('c',))
     """
-    wanted = {
-        option: _count(option, number, len(case_names))
-        for option, number in (("num_test", num_test), ("num_val", num_val))
-    }
-    pairs = sorted(zip(subjects or case_names, case_names, strict=True))
-    cases_of = {subject: [name for _, name in cases] for subject, cases in groupby(pairs, itemgetter(0))}
+    cases_of: dict[str, list[str]] = {}
+    for name, subject in sorted(subject_of.items()):
+        cases_of.setdefault(subject, []).append(name)
     left = np.random.default_rng(seed).permutation(sorted(cases_of)).tolist()
-    parts: dict[str, list[str]] = {}
-    for option, number in wanted.items():
-        part = parts.setdefault(option, [])
-        while left and len(part) < number:
+    parts: list[list[str]] = []
+    for option, number in (("num_test", num_test), ("num_val", num_val)):
+        if not number >= 0 or (number >= 1 and number != int(number)):
+            raise InputError(f"{option} is {number}: give 0 or more cases, or a share of them below 1.")
+        wanted = number if number >= 1 else round(number * len(subject_of))
+        part: list[str] = []
+        while left and len(part) < wanted:
             part += cases_of[left.pop(0)]
+        parts.append(part)
     if not left:
         raise InputError(
-            f"num_test + num_val is {num_test} + {num_val}, but there are {len(case_names)} cases: "
+            f"num_test + num_val is {num_test} + {num_val}, but there are {len(subject_of)} cases: "
             "leave at least one to train on."
         )
+    test, val = parts
     train = [name for subject in left for name in cases_of[subject]]
-    return Splits(*(tuple(sorted(part)) for part in (train, parts["num_val"], parts["num_test"])))
+    return Splits(*(tuple(sorted(part)) for part in (train, val, test)))
 
 
 def chosen_splits(
-    path: Path,
-    case_names: Sequence[str],
-    *,
-    fold: int | None,
-    num_val: float,
-    seed: int,
-    subjects: Sequence[str] | None = None,
+    path: Path, subject_of: Mapping[str, str], *, fold: int | None, num_val: float, seed: int
 ) -> Splits:
     """Reads splits from a file and checks them against the data set.
 
@@ -95,35 +86,40 @@ def chosen_splits(
 
     Args:
         path: the file.
-        case_names: of the data set.
+        subject_of: subject of each case of the data set, by the case's name.
         fold: index from 0, for a file with folds.
         num_val: number or share of validation cases among the training cases of the fold.
         seed: of the draw.
-        subjects: as in `split_cases`.
 
     Raises:
         InputError: the file cannot be read, has no such fold, names a case twice or an unknown case, or leaves no
             case to train on.
     """
-    found = _by_section(path, _read_json(path), case_names)
-    folds = _folds(path, found)
-    if folds is None:
+    with parsing(path, _FORM):
+        found = _by_section(read_json(path), list(subject_of))
+        is_folds = isinstance(found, list)
+        folds = [Splits(_names(held["train"]), (), _names(held["val"])) for held in found] if is_folds else []
+    if not is_folds:
         if fold is not None:
             raise InputError(f"{path} holds no folds, but fold is {fold}: leave --fold out.")
         splits = _as_splits(path, found)
-        _check_known(path, splits, case_names)
-    else:
-        if fold is None or not 0 <= fold < len(folds):
-            raise InputError(
-                f"{path} holds {len(folds)} folds, fold is {fold}: give --fold 0 to {len(folds) - 1}."
-            )
-        others, test = folds[fold]
-        _check_known(path, _disjoint(path, Splits(others, (), test)), case_names)
-        subject_of = dict(zip(case_names, subjects or case_names, strict=True))
-        drawn = split_cases(
-            others, num_test=0, num_val=num_val, seed=seed, subjects=[subject_of[name] for name in others]
+    elif fold is None or not 0 <= fold < len(folds):
+        raise InputError(
+            f"{path} holds {len(folds)} folds, fold is {fold}: give --fold 0 to {len(folds) - 1}."
         )
-        splits = Splits(drawn.train, drawn.val, tuple(sorted(test)))
+    else:
+        splits = _disjoint(path, folds[fold])
+    unknown = sorted({*splits.train, *splits.val, *splits.test} - subject_of.keys())
+    if unknown:
+        first, *others = subject_of
+        raise InputError(
+            f"{path} names {unknown[0]}, the first of {len(unknown)} that are no cases of the data, which has "
+            f"{first} and {len(others)} others: correct the list or --data."
+        )
+    if is_folds:
+        others = {name: subject_of[name] for name in splits.train}
+        drawn = split_cases(others, num_test=0, num_val=num_val, seed=seed)
+        splits = Splits(drawn.train, drawn.val, tuple(sorted(splits.test)))
     if not splits.train:
         raise InputError(f"{path} leaves no case to train on.")
     return splits
@@ -140,57 +136,39 @@ def read_splits(path: Path) -> Splits:
     Raises:
         InputError: there is no such file, or it lacks disjoint lists of names under these three keys.
     """
-    return _as_splits(path, _read_json(path))
-
-
-def _count(option: str, number: float, cases: int) -> int:
-    if not number >= 0 or (number >= 1 and number != int(number)):
-        raise InputError(f"{option} is {number}: give 0 or more cases, or a share of them below 1.")
-    return int(number) if number >= 1 else round(number * cases)
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return read_json(path)
-    except (OSError, ValueError) as error:
-        raise _unreadable(path, error) from error
+    with parsing(path, _FORM):
+        found = read_json(path)
+    return _as_splits(path, found)
 
 
 def _as_splits(path: Path, found: Any) -> Splits:
-    try:
+    with parsing(path, _FORM):
         return _disjoint(path, Splits(*(_names(found[key]) for key in ("train", "val", "test"))))
-    except (TypeError, KeyError) as error:
-        raise _unreadable(path, error) from error
 
 
-def _by_section(path: Path, found: Any, case_names: Sequence[str]) -> Any:
+def _by_section(found: Any, case_names: Sequence[str]) -> Any:
     """A datalist of MONAI as folds or, without folds, as splits. Other content is returned as it is."""
     if not (isinstance(found, dict) and "training" in found):
         return found
-    try:
-        sections = {"training": found["training"]}
-        for key in ("validation", "test", "testing"):
-            listed = found.get(key)
-            # A list may name images without labels.
-            sections[key] = [
-                entry
-                for entry in (listed if isinstance(listed, list) else [])
-                if not isinstance(entry, str) and "label" in entry
-            ]
-        entries = [entry for section in sections.values() for entry in section]
-        images = [_image_paths(entry["image"]) for entry in entries]
-        known = frozenset(case_names)
-        names = [
-            known_name(paths, name, known) for paths, name in zip(images, name_cases(images), strict=True)
+    sections = {"training": found["training"]}
+    for key in ("validation", "test", "testing"):
+        listed = found.get(key)
+        # A list may name images without labels.
+        sections[key] = [
+            entry
+            for entry in (listed if isinstance(listed, list) else [])
+            if not isinstance(entry, str) and "label" in entry
         ]
-        left = iter(names)
-        train, val, *test = ([next(left) for _ in section] for section in sections.values())
-        test = [name for section in test for name in section]
-        if (val or test) and not any("fold" in entry for entry in entries):
-            return {"train": train, "val": val, "test": test}
-        folds = [int(entry["fold"]) for entry in sections["training"]]
-    except (TypeError, KeyError, ValueError) as error:
-        raise _unreadable(path, error) from error
+    entries = [entry for section in sections.values() for entry in section]
+    images = [_image_paths(entry["image"]) for entry in entries]
+    known = frozenset(case_names)
+    names = iter(
+        known_name(paths, name, known) for paths, name in zip(images, name_cases(images), strict=True)
+    )
+    train, val, *test = ([next(names) for _ in section] for section in sections.values())
+    if (val or any(test)) and not any("fold" in entry for entry in entries):
+        return {"train": train, "val": val, "test": [name for section in test for name in section]}
+    folds = [int(entry["fold"]) for entry in sections["training"]]
     pairs = list(zip(train, folds, strict=True))
     return [
         {
@@ -207,16 +185,6 @@ def _image_paths(image: Any) -> tuple[PurePath, ...]:
     return tuple(PurePath(path.replace("\\", "/") if isinstance(path, str) else path) for path in listed)
 
 
-def _folds(path: Path, found: Any) -> list[tuple[tuple[str, ...], tuple[str, ...]]] | None:
-    """Training and held-out cases of each fold; None for a file without folds."""
-    if not isinstance(found, list):
-        return None
-    try:
-        return [(_names(fold["train"]), _names(fold["val"])) for fold in found]
-    except (TypeError, KeyError) as error:
-        raise _unreadable(path, error) from error
-
-
 def _names(listed: Any) -> tuple[str, ...]:
     if not isinstance(listed, list):
         raise TypeError(f"a {type(listed).__name__} in place of a list of names")
@@ -229,20 +197,3 @@ def _disjoint(path: Path, splits: Splits) -> Splits:
     if twice:
         raise InputError(f"{path} lists {twice[0]} more than once: each case belongs to one split.")
     return splits
-
-
-def _check_known(path: Path, splits: Splits, case_names: Sequence[str]) -> None:
-    unknown = sorted({*splits.train, *splits.val, *splits.test} - set(case_names))
-    if unknown:
-        raise InputError(
-            f"{path} names {unknown[0]}, the first of {len(unknown)} that are no cases of the data, which has "
-            f"{case_names[0]} and {len(case_names) - 1} others: correct the list or --data."
-        )
-
-
-def _unreadable(path: Path, error: Exception) -> InputError:
-    return InputError(
-        f"{path} could not be read as splits ({type(error).__name__}: {error}): "
-        'it must be JSON with lists of case names under "train", "val" and "test", or with folds as in '
-        "nnU-Net's splits_final.json."
-    )

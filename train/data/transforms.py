@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Int, Shaped, UInt8
+from jaxtyping import Int, Shaped
 
 from train.data.ignore import IGNORE
+from train.data.shapes import Ids
 
 
 def draw_crop(
-    label: UInt8[np.ndarray, "*spatial"],
+    label: Ids,
     patch: Sequence[int],
     rng: np.random.Generator,
     *,
@@ -41,9 +42,7 @@ def draw_crop(
     return tuple(slice(start, start + size) for start, size in zip(corner.tolist(), patch, strict=True))
 
 
-def _random_foreground_voxel(
-    label: UInt8[np.ndarray, "*spatial"], rng: np.random.Generator
-) -> Int[np.ndarray, " axes"] | None:
+def _random_foreground_voxel(label: Ids, rng: np.random.Generator) -> Int[np.ndarray, " axes"] | None:
     """A random voxel of a random foreground class; None if there is only background."""
     places = np.flatnonzero(label)
     ids = label.reshape(-1)[places]
@@ -54,9 +53,7 @@ def _random_foreground_voxel(
     return np.array(np.unravel_index(rng.choice(of_class), label.shape))
 
 
-def _random_labelled_voxel(
-    label: UInt8[np.ndarray, "*spatial"], rng: np.random.Generator
-) -> Int[np.ndarray, " axes"] | None:
+def _random_labelled_voxel(label: Ids, rng: np.random.Generator) -> Int[np.ndarray, " axes"] | None:
     """A random labelled voxel; None if all voxels or no voxels have a label."""
     labelled = label != IGNORE
     counts = labelled.reshape(len(labelled), -1).sum(1)

@@ -25,6 +25,7 @@ from nibabel.nifti2 import Nifti2Header, Nifti2PairHeader
 from nibabel.spatialimages import HeaderDataError, SpatialImage
 from nibabel.tripwire import TripWireError
 
+from train.data.shapes import Affine
 from train.errors import InputError
 from train.files import visible
 
@@ -214,7 +215,7 @@ def _mend_affine(path: Path, header: Any, shape: tuple[int, ...], spacing: Float
         header.set_qform(best, int(header["qform_code"]))
 
 
-def _form(read: Callable[[], Float[np.ndarray, "4 4"]]) -> Float[np.ndarray, "4 4"] | None:
+def _form(read: Callable[[], Affine]) -> Affine | None:
     """An affine of a header; None if it cannot be inverted, or if its quaternion is no rotation."""
     try:
         return form if _is_affine(form := read()) else None
@@ -222,7 +223,7 @@ def _form(read: Callable[[], Float[np.ndarray, "4 4"]]) -> Float[np.ndarray, "4 
         return None
 
 
-def _is_affine(affine: Float[np.ndarray, "4 4"]) -> bool:
+def _is_affine(affine: Affine) -> bool:
     """Whether the matrix is finite and can be inverted."""
     lengths = np.linalg.norm(affine[:3, :3], axis=0)
     return bool(
@@ -274,9 +275,7 @@ def _open_itk(path: Path) -> VolumeFile:
     return _volume(path, shape, _LPS_TO_RAS @ affine, decode)
 
 
-def _volume(
-    path: Path, shape: Sequence[int], affine: Float[np.ndarray, "4 4"], decode: Callable[[], np.ndarray]
-) -> VolumeFile:
+def _volume(path: Path, shape: Sequence[int], affine: Affine, decode: Callable[[], np.ndarray]) -> VolumeFile:
     stored = tuple(map(int, shape))
     spatial, channels = _spatial_and_channels(path, stored)
     if not _is_affine(affine):
@@ -286,7 +285,7 @@ def _volume(
     return VolumeFile(path, stored, spatial, channels, _new_header(spatial, affine), decode)
 
 
-def _new_header(shape: Sequence[int], affine: Float[np.ndarray, "4 4"]) -> Nifti1Header:
+def _new_header(shape: Sequence[int], affine: Affine) -> Nifti1Header:
     header = Nifti1Header()
     header.set_data_shape(shape)
     header.set_sform(affine, "scanner")

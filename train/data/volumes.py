@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import UInt8
 
 from train.data.annotators import majority
 from train.data.cache import CaseStore
@@ -16,6 +15,7 @@ from train.data.geometry import Geometry
 from train.data.ignore import IGNORE
 from train.data.io import Grid, check_same_grid, read_label, read_scan
 from train.data.preprocess import preprocess
+from train.data.shapes import Annotations, Ids
 from train.data.volume_files import VolumeFile, open_volume, parts_of
 from train.errors import InputError
 
@@ -207,9 +207,7 @@ class VolumeDataset:
         source = Source(placement, *own)
         return Case(entry.name, image, label, placement.affine, annotations=annotations, source=source)
 
-    def _combined(
-        self, labels: Sequence[UInt8[np.ndarray, "*spatial"]]
-    ) -> tuple[UInt8[np.ndarray, "*spatial"], UInt8[np.ndarray, "*spatial annotators"] | None]:
+    def _combined(self, labels: Sequence[Ids]) -> tuple[Ids, Annotations | None]:
         """The label to train on; and the labels of all annotators, if the data set keeps them."""
         if not self.all_annotators:
             return labels[0], None
@@ -217,7 +215,7 @@ class VolumeDataset:
         return majority(annotations, len(self.class_names)), annotations
 
 
-def read_class_ids(file: Path, layout: Layout) -> UInt8[np.ndarray, "*spatial"]:
+def read_class_ids(file: Path, layout: Layout) -> Ids:
     """Reads a label map as class ids, in the file's own order of axes.
 
     Raises:

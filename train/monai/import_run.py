@@ -17,7 +17,7 @@ from train.config import (
     resolve_regions,
     to_json,
 )
-from train.data import write_splits
+from train.data.splits import write_splits
 from train.errors import InputError
 from train.models.registry import is_external
 from train.monai.identify import (

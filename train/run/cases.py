@@ -1,14 +1,16 @@
 """The cases of a run: which ones it has seen, and which ones it may be evaluated on."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from train.config import IMPORTED, RunConfig, from_json, read_config
-from train.data import LAYOUTS, Dataset, Splits, read_splits
+from train.data import Dataset
+from train.data.layouts import LAYOUTS
+from train.data.splits import Splits, read_splits
 from train.errors import InputError
+from train.files import parsing, read_json
 from train.processes import is_first
 from train.run.folder import write_json
 from train.run.identity import CaseId, CaseIndex, identify
@@ -36,8 +38,11 @@ class RunCases:
     def write(self, run: Path) -> None:
         """Writes the cases into a run's folder, unless it has them: a resumed run may lack its initial run."""
         if not (run / _FILE).exists():
+            own, initial = (
+                [[case.name, sorted(case.images)] for case in cases] for cases in (self.own, self.initial)
+            )
             flags = {"complete": self.complete, "trained": self.trained}
-            write_json(run / _FILE, {"own": _to_json(self.own), "initial": _to_json(self.initial), **flags})
+            write_json(run / _FILE, {"own": own, "initial": initial, **flags})
 
 
 def read_cases(run: Path) -> RunCases:
@@ -52,17 +57,12 @@ def read_cases(run: Path) -> RunCases:
         trained = read_config(run)[0].loss != IMPORTED
         own = tuple(map(CaseId, (*splits.train, *splits.val, *splits.test)))
         return RunCases(own, complete=trained, trained=trained)
-    try:
-        kept = json.loads(file.read_text(encoding="utf-8"))
+    with parsing(file, "a list of a run's cases: remove it to recognise cases by their names"):
+        kept = read_json(file)
         own, initial = (
             tuple(CaseId(name, frozenset(images)) for name, images in kept[key]) for key in ("own", "initial")
         )
         return RunCases(own, initial, bool(kept["complete"]), bool(kept["trained"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{file} is not a list of a run's cases ({type(error).__name__}: {error}): remove it to recognise "
-            "cases by their names."
-        ) from error
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,7 @@ def as_kept(config: RunConfig, folder: Path, dataset: Dataset, splits: Splits) -
         InputError: the cases are split differently.
     """
     try:
-        kept = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        kept = read_json(folder / "config.json")
         directory = Path(kept.get("directory", ""))
         before: RunConfig = from_json(RunConfig, kept["config"].get("run", kept["config"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -262,7 +262,7 @@ def resolved(data: str, directory: Path = Path()) -> str:
 
 def own_data(run: Path, data: str) -> str:
     """The data set that `run` calls `data`, resolved from the folder that the run was started in if it is there."""
-    directory = json.loads((run / "config.json").read_text(encoding="utf-8")).get("directory", "")
+    directory = read_json(run / "config.json").get("directory", "")
     found = resolved(data, Path(directory))
     return found if Path(found.partition(":")[2]).exists() else resolved(data)
 
@@ -283,7 +283,3 @@ def _some(names: Iterable[str]) -> str:
 
 def _count(names: Sequence[str] | Mapping[str, Any]) -> str:
     return f"{len(names)} case{'s' if len(names) != 1 else ''}"
-
-
-def _to_json(cases: Iterable[CaseId]) -> list[list[Any]]:
-    return [[case.name, sorted(case.images)] for case in cases]

@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 
 from train.config import from_json, to_json
 from train.errors import InputError, Stopped
-from train.files import visible
+from train.files import make_folder, parsing, read_json, visible
 from train.processes import first_says, is_first, on_all, on_first
 
 _PROCESS = "process.json"
@@ -72,13 +72,9 @@ def _check_free(folder: Path, config: Any, resume: bool) -> None:
 
 def _write_config(file: Path, config: Any, more: dict[str, Any]) -> None:
     started = {"command": command(), "directory": os.getcwd()}  # relative paths start from the directory
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(file.parent, "Output folder")
+    with writing(file):
         write_json(file, {"config": to_json(config), **more, **started, "versions": versions()})
-    except OSError as error:
-        raise InputError(
-            f"Output folder {file.parent} cannot be written ({error.strerror}): choose another --out."
-        ) from error
 
 
 @contextlib.contextmanager
@@ -270,12 +266,9 @@ def written_whole(file: Path) -> Iterator[Path]:
 
 
 def _check_same(file: Path, wanted: Any) -> None:
-    try:
-        kept = json.loads(file.read_text(encoding="utf-8"))["config"]
+    with parsing(file, "a run's configuration"):
         # The run had the defaults of options that are newer.
-        kept = to_json(from_json(type(wanted), kept))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{file} cannot be read ({error}): it is not a run's configuration.") from error
+        kept = to_json(from_json(type(wanted), read_json(file)["config"]))
     for name, (old, new) in _differences(kept, to_json(wanted)).items():
         raise InputError(f"{file} has {name} = {old}, this command has {new}: resume with the same options.")
 

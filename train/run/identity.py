@@ -1,5 +1,6 @@
 """What a case is, wherever its files lie and whatever they are called."""
 
+import functools
 import gzip
 import os
 import struct
@@ -12,7 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from train.data import Dataset, PhantomDataset, VolumeDataset
+from train.data import Dataset
+from train.data.phantom import PhantomDataset
+from train.data.volumes import VolumeDataset
 from train.processes import is_first
 from train.progress import progress
 
@@ -54,11 +57,7 @@ class CaseIndex:
         return set(named or imaged)
 
 
-_identified: list[
-    tuple[Dataset, tuple[CaseId, ...]]
-] = []  # the last few, since a data set need not be hashable
-
-
+@functools.lru_cache(maxsize=4)
 def identify(dataset: Dataset) -> tuple[CaseId, ...]:
     """Identifies each case of a data set.
 
@@ -66,33 +65,20 @@ def identify(dataset: Dataset) -> tuple[CaseId, ...]:
     recognised under any name and in any layout, compressed or not; a file whose header or voxels were rewritten is
     another image. Cases of data sets from outside this project are loaded and identified by their image arrays.
     """
-    for known, ids in _identified:
-        if known is dataset:
-            return ids
-    ids = tuple(
-        CaseId(name, images) for name, images in zip(dataset.case_names, _images(dataset), strict=True)
-    )
-    _identified[:] = [*_identified[-3:], (dataset, ids)]
-    return ids
-
-
-def _images(dataset: Dataset) -> Iterable[frozenset[str]]:
-    """The fingerprints of each case's images, in the order of `case_names`."""
     if isinstance(dataset, PhantomDataset):
         kind = repr(replace(dataset, num_cases=0))
-        return (frozenset([f"{kind} {name}"]) for name in dataset.case_names)
+        return tuple(CaseId(name, frozenset([f"{kind} {name}"])) for name in dataset.case_names)
+    cases = progress(dataset.case_names, desc="identifying cases", leave=False, disable=not is_first())
+    return tuple(CaseId(name, _images(dataset, index)) for index, name in enumerate(cases))
+
+
+def _images(dataset: Dataset, index: int) -> frozenset[str]:
+    """The fingerprints of a case's images."""
     if isinstance(dataset, VolumeDataset):
-        cases = progress(
-            dataset.layout.entries, desc="identifying cases", leave=False, disable=not is_first()
-        )
-        return (frozenset(map(fingerprint, entry.images)) for entry in cases)
-    indices = progress(range(len(dataset)), desc="identifying cases", leave=False, disable=not is_first())
-    return (frozenset([_array_fingerprint(dataset.load(index).image)]) for index in indices)
-
-
-def _array_fingerprint(image: np.ndarray) -> str:
+        return frozenset(map(fingerprint, dataset.layout.entries[index].images))
+    image = dataset.load(index).image
     shape = "x".join(map(str, image.shape))
-    return f"{zlib.crc32(np.ascontiguousarray(image).tobytes()):08x}-{image.dtype}-{shape}"
+    return frozenset([f"{zlib.crc32(np.ascontiguousarray(image).tobytes()):08x}-{image.dtype}-{shape}"])
 
 
 def fingerprint(file: Path) -> str:

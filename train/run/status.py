@@ -1,12 +1,12 @@
 """The progress of runs, read from their folders while they run or later."""
 
-import json
 import math
 from pathlib import Path
 
 from train.config import read_config
 from train.errors import InputError
-from train.files import visible
+from train.files import parsing, read_json, visible
+from train.progress import time_left
 from train.run.folder import process_of
 from train.run.logs import broken_lines, divergence, parse_log
 
@@ -29,10 +29,8 @@ def status(folder: Path) -> str:
 def _is_run(folder: Path) -> bool:
     """Whether the folder is of a run, whose configuration has one loss, rather than of a comparison."""
     file = folder / "config.json"
-    try:
-        return "loss" in dict(json.loads(file.read_text(encoding="utf-8"))["config"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{file} is not a run's configuration ({type(error).__name__}: {error}).") from error
+    with parsing(file, "a run's configuration"):
+        return "loss" in dict(read_json(file)["config"])
 
 
 def _paragraph(run: Path) -> str:
@@ -80,5 +78,4 @@ def _time_left(rows: list[dict[str, float]], steps: int) -> str:
     speed = rows[-1].get("steps_per_second", 0.0) if rows else 0.0
     if left <= 0 or not speed:
         return ""
-    minutes, seconds = divmod(int(left / speed), 60)
-    return f", {minutes}:{seconds:02d} min left at {speed:.2f} steps/s"
+    return f", {time_left(int(left / speed))} at {speed:.2f} steps/s"
