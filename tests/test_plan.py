@@ -8,14 +8,14 @@ from typing import Any
 import jax
 import pytest
 from flax import nnx
+from train.models.unet_config import UNetConfig
 
 from train import plan as planning
 from train.cli import main
 from train.config import DataConfig, DataInfo, DeviceConfig, ModelConfig, RunConfig, TrainingConfig, to_json
-from train.data import NO_AUGMENTATION
+from train.data.augment_config import NO_AUGMENTATION
 from train.errors import InputError
 from train.fit import _batches, _train_step, initial_state
-from train.models.unet_config import UNetConfig
 from train.plan import Run, compile_for
 from train.sharding import device_mesh, put_batch
 from train.step import TrainState

@@ -24,7 +24,7 @@ from train.config import (
     read_config,
     to_json,
 )
-from train.data import region_ids
+from train.data.case import region_ids
 from train.errors import InputError
 from train.hlo import describe_program
 from train.losses import Regions, parse_loss
