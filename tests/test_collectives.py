@@ -6,11 +6,11 @@ import functools
 import jax
 import numpy as np
 from flax import nnx
-from train.models.unet_config import UNetConfig
 
 from train.config import DataConfig, DataInfo, DeviceConfig, ModelConfig, RunConfig, TrainingConfig
 from train.data.augment_config import NO_AUGMENTATION
 from train.hlo import Program, collectives, parse_program
+from train.models.configs import UNetConfig
 from train.plan import Run, abstract_step
 from train.sharding import FSDP, device_mesh, weight_spec
 from train.task import make_model

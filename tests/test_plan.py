@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import pytest
 from flax import nnx
-from train.models.unet_config import UNetConfig
 
 from train import plan as planning
 from train.cli import main
@@ -16,6 +15,7 @@ from train.config import DataConfig, DataInfo, DeviceConfig, ModelConfig, RunCon
 from train.data.augment_config import NO_AUGMENTATION
 from train.errors import InputError
 from train.fit import _batches, _train_step, initial_state
+from train.models.configs import UNetConfig
 from train.plan import Run, compile_for
 from train.sharding import device_mesh, put_batch
 from train.step import TrainState

@@ -73,6 +73,7 @@ def test_a_process_has_the_environment_of_its_target(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2 --xla_dump_to=nowhere")
+    monkeypatch.delenv("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", raising=False)
     told = answer("tell")
     assert told == {
         "target": "cpu:3",
