@@ -4,7 +4,8 @@ Every benchmark first checks that both sides give the same numbers. It then time
 and cores, prints ratios (ours / reference) and writes JSON and a plot. The default command is `all`.
 `python -m benchmarks COMMAND --help` explains the options of a command.
 
-Needs the extras `train` and `reference` (PyTorch and MONAI).
+Needs the extras `train` and `reference` (PyTorch and MONAI). `compiled` runs nothing and has no reference: it needs
+`train` and the compilers of its targets, and is no part of `all`.
 """
 
 import importlib.util
@@ -17,6 +18,7 @@ from typing import Any
 import tyro
 
 from benchmarks import options
+from train.errors import InputError
 
 BENCHMARKS: dict[str, Any] = {
     "loss": options.Loss,
@@ -31,7 +33,7 @@ BENCHMARKS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class All:
-    """Run every benchmark with its default options, one after the other (the default command)."""
+    """Run every benchmark beside the reference with its default options, one after the other (the default)."""
 
     out: Path = options.RESULTS
     """Folder for the results; each benchmark writes a JSON file named after it, and its plot."""
@@ -48,17 +50,20 @@ class All:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a benchmark; returns 1 if the two sides disagree, 2 if the reference is not installed."""
+    """Runs a benchmark; returns 1 if the two sides disagree, 2 after bad input or without the reference."""
     arguments = sys.argv[1:] if arguments is None else arguments
     first = arguments[0] if arguments else ""
     # Options without a command belong to `all`.
     if not first or (first.startswith("-") and first not in ("-h", "--help")):
         arguments = ["all", *arguments]
     command = tyro.extras.subcommand_cli_from_dict(
-        {"all": All, **BENCHMARKS}, args=arguments, prog="python -m benchmarks", description=__doc__
+        {"all": All, **BENCHMARKS, "compiled": options.Compiled},
+        args=arguments,
+        prog="python -m benchmarks",
+        description=__doc__,
     )
     missing = [name for name in ("torch", "monai") if importlib.util.find_spec(name) is None]
-    if missing:
+    if missing and not isinstance(command, options.Compiled):
         print(
             f"error: {' and '.join(missing)} not installed: pip install 'calib_jax[train,reference]'",
             file=sys.stderr,
@@ -66,6 +71,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     try:
         command.run()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except AssertionError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

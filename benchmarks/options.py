@@ -219,3 +219,80 @@ class Scaling:
         from benchmarks import scaling
 
         scaling.run(self)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """Compile losses, training steps and an evaluation for GPUs and TPUs that need not be here; nothing is run.
+
+    The results hold, of each program on each target: the seconds to compile; the bytes of temporaries, arguments
+    and outputs on one device; the largest arrays that are written; the bytes accessed and the operations, where the
+    compiler counts them; what the devices exchange. Each compilation has its own process. If the file exists, its
+    other figures are kept.
+
+        python -m benchmarks compiled --targets v5e:1x1 h100 --programs ace dice 'step(precision=bfloat16)'
+
+    Programs: `ace` is mL1-ACE and its gradient; `dice` and `loss` are `segmentation_loss` of Dice alone and of
+    Dice + cross-entropy + mL1-ACE, with the gradient; `step` is the training step of the paper's recipe, with the
+    arguments network (unet, segresnet, unetr), precision, remat, accumulate and mesh; `evaluation` computes the
+    statistics of a whole volume. All but `step` take one device of a target.
+    """
+
+    targets: tuple[str, ...] = (
+        "cpu",
+        "cpu:8",
+        "h100",
+        "h100:8",
+        "v5e:1x1",
+        "v5e:2x4",
+        "v5e:8x8",
+        "v5e:16x16",
+        "v5p:1x1x1",
+        "v5p:2x2x2",
+        "v6e:1x1",
+        "v6e:2x4",
+    )
+    """Devices: cpu or cpu:8 (fake devices), h100 or h100:8, v5e:2x4, v5p:2x2x2, v6e:4x4 and so on."""
+    programs: tuple[str, ...] = (
+        "ace",
+        "dice",
+        "loss",
+        "step",
+        "step(remat=True)",
+        "step(precision=bfloat16)",
+        "step(precision=bfloat16,remat=True)",
+        "step(precision=bfloat16,remat=True,accumulate=0)",
+        "step(precision=bfloat16,mesh='data=1,fsdp')",
+        "step(precision=bfloat16,mesh='space=2')",
+        "step(network=segresnet,precision=bfloat16,remat=True)",
+        "step(network=unetr,precision=bfloat16,remat=True)",
+        "evaluation",
+    )
+    """What to compile."""
+    loss_shapes: tuple[str, ...] = ("4x3x48x64x48", "1x4x224x224x144")
+    """Of ace, dice and loss: batch, classes, then voxels along each axis."""
+    patch: tuple[int, ...] = (224, 224, 144)
+    """Of step: voxels along each axis."""
+    batch_size: int = 8
+    """Of step: patches per step. On more devices, as many patches as devices."""
+    shape: tuple[int, ...] = (240, 240, 155)
+    """Of evaluation: voxels along each axis of the volume."""
+    eval_patch: tuple[int, ...] = (128, 128, 128)
+    """Of evaluation: size of a window."""
+    channels: int = 4
+    """Of step and evaluation: channels of the image."""
+    classes: int = 4
+    """Of step and evaluation: classes, including the background."""
+    limit_s: float = 1200.0
+    """Seconds that one compilation may take; what takes longer is noted and left."""
+    out: Path = RESULTS / "compiled.json"
+    """JSON file for the results; their table is saved beside it as Markdown."""
+
+    def __post_init__(self) -> None:
+        for shape in self.loss_shapes:
+            parse_shape(shape)
+
+    def run(self) -> None:
+        from benchmarks import compiled
+
+        compiled.run(self)

@@ -1,5 +1,6 @@
 """Timing of several programs in turn, so that a change of the machine's speed affects all of them."""
 
+import contextlib
 import json
 import os
 import platform
@@ -82,23 +83,40 @@ def format_table(rows: Sequence[Mapping[str, str]]) -> str:
     )
 
 
-def write_results(file: Path, results: Mapping[str, Any]) -> None:
-    """Writes results as JSON, with the command, versions and machine that are needed to repeat them."""
-    import jax
+def write_results(
+    file: Path, results: Mapping[str, Any], *, say: bool = True, with_device: bool = True
+) -> None:
+    """Writes results as JSON, with the command, versions and machine that are needed to repeat them.
 
+    Args:
+        file: the JSON file.
+        results: plain JSON values.
+        say: whether to print the file's name.
+        with_device: whether to name the device that JAX runs on, which opens it.
+    """
     kept = {
         "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
         "cores": len(os.sched_getaffinity(0)),
         "machine": _processor(),
-        "device": f"{jax.default_backend()}: {jax.devices()[0].device_kind}",
+        **({"device": _device()} if with_device else {}),
         "python": platform.python_version(),
         "glibc_tunables": os.environ.get("GLIBC_TUNABLES", ""),
-        "versions": {name: metadata.version(name) for name in _PACKAGES},
+        "versions": versions(_PACKAGES),
         **results,
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(kept, indent=1) + "\n")
-    print(f"written to {file}")
+    if say:
+        print(f"written to {file}")
+
+
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    """Versions of those packages that are installed."""
+    found: dict[str, str] = {}
+    for name in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def settings(options: Any, *names: str) -> dict[str, Any]:
@@ -109,6 +127,12 @@ def settings(options: Any, *names: str) -> dict[str, Any]:
 def first_line(error: Exception) -> str:
     """Type of an error and the first line of its message."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def _device() -> str:
+    import jax
+
+    return f"{jax.default_backend()}: {jax.devices()[0].device_kind}"
 
 
 def _processor() -> str:

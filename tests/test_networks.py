@@ -48,7 +48,7 @@ def modules_after(program: str) -> set[str]:
     return set(done.stderr.split())
 
 
-@pytest.mark.parametrize("command", ["fit", "import-monai", "evaluate", ""])
+@pytest.mark.parametrize("command", ["fit", "plan", "import-monai", "evaluate", ""])
 def test_help_imports_nothing_heavy(command: str) -> None:
     """The parameters of the loss terms, which `fit --help` lists, come from the loss functions and so from jax."""
     found = modules_after(f"from train.cli import main; main({[*command.split(), '--help']})")

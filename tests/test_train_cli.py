@@ -251,7 +251,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         run("--help")
     assert stopped.value.code == 0
     printed = capsys.readouterr().out
-    assert all(name in printed for name in ("compare", "fit", "evaluate", "predict"))
+    assert all(name in printed for name in ("compare", "fit", "plan", "evaluate", "predict"))
 
 
 @pytest.mark.parametrize(

@@ -35,8 +35,8 @@ RunFolder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="run", meta
 
 
 @dataclass(frozen=True)
-class _Options:
-    """Options of every command that trains."""
+class _RunOptions:
+    """Options that say what a run is."""
 
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -45,14 +45,20 @@ class _Options:
     init: Path | None = None
     """Run to start from, such as an imported one: its network, its newest weights and, unless given, its patch."""
     devices: DeviceConfig = field(default_factory=DeviceConfig)
-    out: Path | None = None
-    """Output folder, new or empty. Default: one under runs/ named after the command and the time."""
-    resume: bool = False
-    """Go on with the run in --out, from its last checkpoint."""
 
     def config(self, loss: str) -> RunConfig:
         init = str(self.init) if self.init else ""
         return RunConfig(loss, self.data, self.model, self.training, self.augment, init)
+
+
+@dataclass(frozen=True)
+class _Options(_RunOptions):
+    """Options of every command that trains."""
+
+    out: Path | None = None
+    """Output folder, new or empty. Default: one under runs/ named after the command and the time."""
+    resume: bool = False
+    """Go on with the run in --out, from its last checkpoint."""
 
     def folder(self, command: str) -> Path:
         from train.run.folder import default_folder
@@ -160,6 +166,45 @@ class Fit(_Options):
         )
         if is_first():
             print(f"\nPage with figures: {page}")
+
+
+@dataclass(frozen=True)
+class Plan(_RunOptions):
+    """Say whether a run fits into the memory of devices that need not be here, and what it spends there.
+
+    The options are those of `fit`, whose --help lists the terms of a loss. The step of that run is compiled for the
+    devices; nothing is run.
+
+        python -m train plan --recipe paper_brats_dice_ace --data brats:PATH --target v5e:4x4 h100:8
+
+    If the step does not fit, --remat, then --accumulate 0, then --mesh with volumes split over devices (space),
+    then --precision bfloat16 are added, one after the other, until it fits. If the devices cannot share the batch,
+    volumes are split first. With --patch, --num-channels and --class-names no data set is needed.
+
+    The exit status is 0 if the run fits on every target as it stands, 1 if it does not, 2 after bad input.
+    """
+
+    loss: str = "dice+2*ace"
+    """Weighted terms joined by +, as in dice+0.5*ace."""
+    recipe: str = ""
+    """Published experiment to follow."""
+    target: tuple[str, ...] = ("cpu",)
+    """Devices to plan for: cpu or cpu:8 (devices that share this machine), h100 or h100:8, or a TPU with its
+    topology, as in v5e:4x4, v5p:2x2x1, v6e:2x4. GPUs and TPUs need the compiler of jax[cuda13] or jax[tpu]."""
+    num_channels: int = 1
+    """Without a data set: channels of the images."""
+    class_names: tuple[str, ...] = ()
+    """Without a data set: the classes, background first."""
+    limit_s: float = 1800.0
+    """Seconds that one compilation may take."""
+    out: Path | None = None
+    """JSON file for the figures."""
+    arguments: tyro.conf.Suppress[tuple[str, ...]] = ()  # the options as the user wrote them
+
+    def run(self) -> int:
+        from train.plan import plan
+
+        return plan(self)
 
 
 @dataclass(frozen=True)
@@ -354,6 +399,7 @@ class Recipes:
 COMMANDS = {
     "compare": Compare,
     "fit": Fit,
+    "plan": Plan,
     "recipes": Recipes,
     "import-monai": ImportMonai,
     "check": Check,
@@ -379,7 +425,7 @@ def parse(arguments: Sequence[str]) -> Any:
             COMMANDS, args=arguments, prog="python -m train", description=__doc__, **settings
         )
     kind, given = COMMANDS[name], given_options(options)
-    if not issubclass(kind, _Options | ImportMonai):
+    if not issubclass(kind, _RunOptions | ImportMonai):
         return tyro.cli(kind, args=options, prog=f"python -m train {name}", **settings)
     if {"-h", "--help"} & set(options) and issubclass(kind, _Options):
         from train.terms import describe
@@ -393,7 +439,7 @@ def parse(arguments: Sequence[str]) -> Any:
     from train.options import check_given
 
     check_given(command, given)
-    return command
+    return dataclasses.replace(command, arguments=tuple(options)) if kind is Plan else command
 
 
 def given_options(arguments: Sequence[str]) -> set[str]:
@@ -420,7 +466,7 @@ def _default(kind: type[Any], arguments: Sequence[str]) -> tuple[Any, str]:
     parser.add_argument("--architecture", nargs="?")
     parser.add_argument("--init", nargs="?")
     given = parser.parse_known_args(arguments)[0]
-    trains = issubclass(kind, _Options)
+    trains = issubclass(kind, _RunOptions)
     settings: dict[str, Any] = _recipe_settings(kind, given.recipe) if trains and given.recipe else {}
     model, init = settings.get("model", ModelConfig()), given.init if trains and given.init else ""
     if init:
@@ -450,7 +496,7 @@ def _recipe_settings(kind: type[Any], names: Sequence[str]) -> dict[str, Any]:
             raise InputError(f"{name} and {names[0]} differ in more than their losses: compare them apart.")
     settings = {part: getattr(first, part) for part in ("data", "training", "model", "augment")}
     settings["devices"] = DEVICES
-    if kind is Fit:
+    if kind is not Compare:
         return settings | {"loss": first.loss, "recipe": names[0]}
     losses = tuple(recipe.config.loss for recipe in recipes)
     return settings | {"losses": losses, "recipe": tuple(names), "checkpoint": "best"}

@@ -123,8 +123,10 @@ def _probabilities(probs: Array, label: None, where: Array) -> Array:
 
 
 @functools.cache
-def volume_summary(forward: Forward, patch: tuple[int, ...], summary: Summary) -> Callable[..., Any]:
-    """Compiles `summary` of the probabilities of a padded volume."""
+def volume_summary(
+    forward: Forward, patch: tuple[int, ...], summary: Summary, platform: str | None = None
+) -> Callable[..., Any]:
+    """Compiles `summary` of the probabilities of a padded volume, by default for JAX's default platform."""
 
     def program(
         weights: Any,
@@ -137,7 +139,7 @@ def volume_summary(forward: Forward, patch: tuple[int, ...], summary: Summary) -
         probs = _sliding_window(forward, weights, image, corners, counted, patch)
         return summary(probs, label, inside(shape, image.shape[:-1]))
 
-    return jax.jit(program, compiler_options=cpu.compiler_options())
+    return jax.jit(program, compiler_options=cpu.compiler_options(platform))
 
 
 class Plan(NamedTuple):
@@ -265,9 +267,12 @@ def volume_predictor(
         patch: size of a sliding window, in voxels.
         regions: name of the region of each output channel, for sigmoids; empty for a softmax over classes.
     """
+    weights = on_first_device((state.params, state.rest))
     return VolumePredictor(
-        Network(graphdef, regions),
-        on_first_device((state.params, state.rest)),
-        patch,
-        windows_per_batch=max(min(_VOXELS_AT_ONCE // math.prod(patch), 4), 1),
+        Network(graphdef, regions), weights, patch, windows_per_batch=windows_at_once(patch)
     )
+
+
+def windows_at_once(patch: Sequence[int]) -> int:
+    """Number of windows of this size that the network sees at a time."""
+    return max(min(_VOXELS_AT_ONCE // math.prod(patch), 4), 1)

@@ -42,6 +42,10 @@ def _of_a_training(command: Any) -> Iterator[tuple[Collection[str], str]]:
             ("warmup_steps",),
             f"OPTION is {training.warmup_steps}, but the run has {training.steps} steps: give fewer.",
         )
+    if getattr(command, "class_names", ()):
+        yield ("data",), "OPTION is not opened where --class-names are given: leave one of them out."
+    elif hasattr(command, "class_names"):
+        yield ("num_channels",), "The data set says OPTION already: leave it out, or give --class-names too."
     if getattr(command, "seeds", ()):
         yield ("seed",), "OPTION does nothing beside --seeds: leave one of them out."
     if command.out is None:

@@ -55,15 +55,8 @@ class Task:
 def open_task(config: RunConfig, devices: DeviceConfig = DeviceConfig()) -> Task:  # noqa: B008, it is frozen
     """Opens the data of a run, resolves its options and checks everything that can be checked before it starts."""
     dataset, splits = open_data(config.data)
-    info = DataInfo.of(dataset)
-    config = _with_initial_network(config, info) if config.init else config
-    config = dataclasses.replace(config, model=resolve_regions(config.model, dataset))
-    divisor = find_divisor(config, info)
-    patch = resolve_patch(config.data.patch, dataset.largest_shape, divisor)
-    # The run keeps its patches, so that prediction needs no data set to find them.
-    data = dataclasses.replace(config.data, patch=patch, eval_patch=_eval_patch(config, patch, divisor))
-    config = dataclasses.replace(config, data=data)
-    _check_options(config, info)
+    config = resolve_config(config, dataset)
+    patch, divisor = config.data.patch, find_divisor(config, DataInfo.of(dataset))
     batch_size, mesh = config.training.batch_size, device_mesh(devices.mesh)
     devices = dataclasses.replace(devices, accumulate=parts_in_turn(devices.accumulate, batch_size, mesh))
     check_split(batch_size, patch, divisor, devices.accumulate, mesh)
@@ -73,6 +66,20 @@ def open_task(config: RunConfig, devices: DeviceConfig = DeviceConfig()) -> Task
     task = Task(config, dataset, splits, devices, mesh)
     check_task_loss(task, parse_loss(config.loss))
     return task
+
+
+def resolve_config(config: RunConfig, dataset: Dataset) -> RunConfig:
+    """Resolves the options that a configuration leaves to the data set, and checks them beside it."""
+    info = DataInfo.of(dataset)
+    config = _with_initial_network(config, info) if config.init else config
+    config = dataclasses.replace(config, model=resolve_regions(config.model, dataset))
+    divisor = find_divisor(config, info)
+    patch = resolve_patch(config.data.patch, dataset.largest_shape, divisor)
+    # The run keeps its patches, so that prediction needs no data set to find them.
+    data = dataclasses.replace(config.data, patch=patch, eval_patch=_eval_patch(config, patch, divisor))
+    config = dataclasses.replace(config, data=data)
+    _check_options(config, info)
+    return config
 
 
 def check_task_loss(task: Task, loss: Loss) -> None:

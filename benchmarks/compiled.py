@@ -1,0 +1,272 @@
+"""What XLA's compilers make of losses, steps and evaluation on GPUs and TPUs, without the devices."""
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import calib_jax
+from benchmarks import timing
+from benchmarks.options import Compiled, parse_shape
+from train.config import DataInfo, DeviceConfig, ModelConfig, RunConfig
+from train.errors import InputError
+from train.hlo import describe_program
+from train.plan import Run, abstract_step
+from train.plugins import parse_call
+from train.recipes import find_recipe
+from train.targets import CompilationFailed, Target, format_bytes, parse_target, run_for, use_no_device
+
+RECIPE = "paper_brats_dice_ace"
+"""Its network, loss and augmentation are those of `step`."""
+_LOSSES = ("ace", "dice", "loss")
+_WEIGHTS = {"dice": {"cross_entropy": 0.0, "ace": 0.0}, "loss": {}}
+_STEP = {"network": "unet", "precision": "float32", "remat": False, "accumulate": 1, "mesh": ""}
+_COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda13-pjrt", "jax-cuda12-pjrt")
+# A program and its arguments, to be lowered.
+Lowerable = tuple[Any, tuple[Any, ...]]
+
+
+def run(options: Compiled) -> None:
+    """Compiles every program for every target, prints the table and writes the results after each of them."""
+    use_no_device()
+    targets = [parse_target(name) for name in options.targets]
+    names = [name for written in options.programs for name in _named(written, options)]
+    rows = _kept(options)
+    done: set[tuple[str, str]] = set()
+    for target in targets:
+        if command := target.install:
+            print(f"{target.name}: skipped, its compiler is not installed: {command}", flush=True)
+            continue
+        for name in names:
+            kind = target.name.partition(":")[0]
+            if not name.startswith("step") and (kind, name) in done:
+                continue  # on the same kind of device, of which it takes one
+            done.add((kind, name))
+            rows[target.name, name] = row = _row(target, name, options)
+            print(f"{target.name}, {name}: {_outcome(row)}", flush=True)
+            _write(options, rows)
+    if rows:
+        print(timing.format_table([_cells(row) for row in rows.values()]))
+        print(f"written to {options.out} and {options.out.with_suffix('.md').name}")
+
+
+def _named(written: str, options: Compiled) -> list[str]:
+    """The names in the results of a program as the user wrote it: losses have one for each shape.
+
+    Raises:
+        InputError: there is no such program, or it has no such argument.
+    """
+    call = parse_call(written)
+    if call.name in _LOSSES and not call.arguments:
+        return [f"{call.name} {shape}" for shape in options.loss_shapes]
+    if call.name == "evaluation" and not call.arguments:
+        return [written]
+    if call.name == "step" and call.arguments.keys() <= _STEP.keys():
+        return [written]
+    known = f"{', '.join(_LOSSES)}, evaluation, or step with any of {', '.join(_STEP)}"
+    raise InputError(f"program is {written!r}: give {known}.")
+
+
+def _row(target: Target, name: str, options: Compiled) -> dict[str, Any]:
+    """The figures of a program, or why there are none."""
+    fixed = {"target": target.name, "program": name, "settings": _settings(options, name)}
+    fixed |= {"memory_bytes": target.memory, "compilers": timing.versions(_COMPILERS)}
+    request = {"name": name, "options": {**dataclasses.asdict(options), "out": ""}}
+    start = time.perf_counter()
+    try:
+        figures = run_for(target, "benchmarks.compiled:compile_for", request, options.limit_s)
+    except (CompilationFailed, InputError) as error:
+        return {**fixed, "failed": str(error)[:2000], "after_s": round(time.perf_counter() - start, 1)}
+    return {**fixed, **figures}
+
+
+def _settings(options: Compiled, name: str) -> dict[str, Any]:
+    """The options that a program depends on."""
+    of_step = ("patch", "batch_size", "channels", "classes")
+    of_evaluation = ("shape", "eval_patch", "channels", "classes")
+    names = of_step if name.startswith("step") else of_evaluation if name == "evaluation" else ()
+    return timing.settings(options, *names)
+
+
+def compile_for(target: Target, request: Any) -> dict[str, Any]:
+    """Compiles a program for a target, in a process that `train.targets.run_for` started.
+
+    Args:
+        target: the devices.
+        request: the program's name and the benchmark's options.
+
+    Returns:
+        Seconds to compile, and `train.hlo.describe_program`; of a loss the bytes of the probabilities too.
+    """
+    from train.numerics import numerics
+
+    values: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in request["options"].items()}
+    options, name = Compiled(**values), request["name"]
+    devices = list(target.devices())
+    with numerics():
+        function, arguments = program(name, options, devices)
+        start = time.perf_counter()
+        lowered = function.lower(*arguments)
+        traced = time.perf_counter()
+        compiled = lowered.compile(target.compiler_options() or None)
+        done = time.perf_counter()
+    figures = {"trace_s": round(traced - start, 2), "compile_s": round(done - traced, 2)}
+    if name.partition(" ")[0] in _LOSSES:
+        figures["unit_bytes"] = 4 * math.prod(parse_shape(name.partition(" ")[2]))
+    return {**figures, **describe_program(compiled)}
+
+
+def program(name: str, options: Compiled, devices: Sequence[Any]) -> Lowerable:
+    """A program by its name in the results, over all the devices or on the first one."""
+    if name.startswith("step"):
+        return _step(name, options, devices)
+    return _evaluation(options, devices[0]) if name == "evaluation" else _loss(name, devices[0])
+
+
+def _on(device: Any) -> NamedSharding:
+    """The whole array on one device."""
+    return NamedSharding(Mesh(np.array([device]), ("x",)), PartitionSpec())
+
+
+def _loss(name: str, device: Any) -> Lowerable:
+    kind, _, shape = name.partition(" ")
+    batch, classes, *sizes = parse_shape(shape)
+    scores = jax.ShapeDtypeStruct((batch, *sizes, classes), jnp.float32, sharding=_on(device))
+    labels = jax.ShapeDtypeStruct((batch, *sizes), jnp.int32, sharding=_on(device))
+
+    def loss(scores: Any, labels: Any) -> Any:
+        if kind == "ace":
+            return calib_jax.mL1_ace(scores, labels)
+        return calib_jax.segmentation_loss(scores, labels, **_WEIGHTS[kind])
+
+    return jax.jit(jax.value_and_grad(loss)), (scores, labels)
+
+
+def _step(name: str, options: Compiled, devices: Sequence[Any]) -> Lowerable:
+    from train.sharding import device_mesh
+
+    arguments = {**_STEP, **parse_call(name).arguments}
+    memory = DeviceConfig(arguments["mesh"], arguments["accumulate"], arguments["remat"])
+    mesh = device_mesh(memory.mesh, devices)
+    config = _config(options, arguments["network"])
+    batch_size = max(options.batch_size, len(devices))
+    training = dataclasses.replace(config.training, batch_size=batch_size, precision=arguments["precision"])
+    config = dataclasses.replace(config, training=training)
+    step, state, batch = abstract_step(Run(config, _info(options, options.patch), memory), mesh)
+    return step, (state, batch)
+
+
+def _config(options: Compiled, network: str) -> RunConfig:
+    """The paper's recipe with the patch of the options and perhaps another network."""
+    recipe = find_recipe(RECIPE).config
+    model = recipe.model if network == recipe.model.architecture else ModelConfig(network)
+    data = dataclasses.replace(recipe.data, patch=options.patch, eval_patch=options.eval_patch)
+    return dataclasses.replace(recipe, data=data, model=model)
+
+
+def _info(options: Compiled, patch: Sequence[int]) -> DataInfo:
+    names = tuple(map(str, range(options.classes)))
+    return DataInfo("data", names, options.channels, spatial_dims=len(patch))
+
+
+def _evaluation(options: Compiled, device: Any) -> Lowerable:
+    from flax import nnx
+
+    from train.evaluate import CaseStatistics
+    from train.inference import Network, plan_windows, volume_summary, windows_at_once
+    from train.task import make_model
+
+    config, info, patch = _config(options, "unet"), _info(options, options.shape), options.eval_patch
+    graphdef, *weights = nnx.split(nnx.eval_shape(lambda: make_model(config, info)), nnx.Param, ...)
+    plan = plan_windows(options.shape, patch, 0.5, windows_at_once(patch))
+    arguments = (
+        tuple(weights),
+        jax.ShapeDtypeStruct((*plan.canvas, options.channels), jnp.float32),
+        jax.ShapeDtypeStruct(plan.canvas, jnp.uint8),
+        jax.ShapeDtypeStruct((len(plan.canvas),), jnp.int32),
+        jax.ShapeDtypeStruct(plan.corners.shape, jnp.int32),
+        jax.ShapeDtypeStruct(plan.counted.shape, bool),
+    )
+    here = _on(device)
+    placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), arguments)
+    return volume_summary(Network(graphdef), patch, CaseStatistics(), device.platform), placed
+
+
+def _outcome(row: Mapping[str, Any]) -> str:
+    if "failed" in row:
+        return f"failed after {row['after_s']:.0f} s: {row['failed'].splitlines()[0][:200]}"
+    return f"compiled in {row['compile_s']:.1f} s, {format_bytes(row['total_bytes'])} on a device"
+
+
+def _cells(row: Mapping[str, Any]) -> dict[str, str]:
+    """A line of the table. Temporaries and bytes accessed of a loss are in units of the probabilities."""
+    columns = (
+        "seconds",
+        "memory",
+        "of memory",
+        "temporaries",
+        "accessed",
+        "GFLOP",
+        "largest array",
+        "exchanged",
+    )
+    cells = {"target": row["target"], "program": row["program"]} | dict.fromkeys(columns, "-")
+    if "failed" in row:
+        return cells | {
+            "seconds": f"> {row['after_s']:.0f}",
+            "largest array": row["failed"].split(":")[0][:40],
+        }
+    unit = row.get("unit_bytes")
+
+    def amount(value: float | None) -> str:
+        if value is None:
+            return "-"
+        return f"{value / unit:.2f} x" if unit else format_bytes(value)
+
+    largest = row["largest_arrays"][:1]
+    exchanged = [
+        f"{kind['count']} {name}, {format_bytes(kind['bytes'])}" for name, kind in row["collectives"].items()
+    ]
+    return cells | {
+        "seconds": f"{row['compile_s']:.1f}",
+        "memory": format_bytes(row["total_bytes"]),
+        "of memory": f"{row['total_bytes'] / row['memory_bytes']:.2%}",
+        "temporaries": amount(row["temp_bytes"]),
+        "accessed": amount(row["bytes_accessed"]),
+        "GFLOP": f"{row['flops'] / 1e9:.3g}" if row["flops"] else "-",
+        "largest array": f"{largest[0]['shape']} {format_bytes(largest[0]['bytes'])}" if largest else "-",
+        "exchanged": "; ".join(exchanged) or "-",
+    }
+
+
+def to_markdown(rows: Sequence[Mapping[str, str]]) -> str:
+    """Rows with equal keys as a table in Markdown."""
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *([*row.values()] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _kept(options: Compiled) -> dict[tuple[str, str], dict[str, Any]]:
+    """The figures of an earlier run with the same settings and compilers."""
+    if not options.out.exists():
+        return {}
+    rows = json.loads(options.out.read_text())["rows"]
+    now = timing.versions(_COMPILERS[:2])
+    return {
+        (row["target"], row["program"]): row
+        for row in rows
+        if row["settings"] == json.loads(json.dumps(_settings(options, row["program"])))
+        and now.items() <= row["compilers"].items()
+    }
+
+
+def _write(options: Compiled, rows: Mapping[tuple[str, str], Mapping[str, Any]]) -> None:
+    timing.write_results(options.out, {"rows": list(rows.values())}, say=False, with_device=False)
+    table = to_markdown([_cells(row) for row in rows.values()])
+    options.out.with_suffix(".md").write_text(table)

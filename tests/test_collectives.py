@@ -1,0 +1,101 @@
+"""What devices exchange in a training step: as few and as little as the mathematics needs."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+from flax import nnx
+
+from train.config import DataConfig, DataInfo, DeviceConfig, ModelConfig, RunConfig, TrainingConfig
+from train.data.augment_config import NO_AUGMENTATION
+from train.hlo import Program, collectives, parse_program
+from train.models.configs import UNetConfig
+from train.plan import Run, abstract_step
+from train.sharding import FSDP, device_mesh, weight_spec
+from train.task import make_model
+
+CONFIG = RunConfig(
+    "dice+ce+ace",
+    data=DataConfig(patch=(16, 16, 16)),
+    model=ModelConfig(network=UNetConfig((4, 8), (2,))),
+    training=TrainingConfig(steps=10, batch_size=8, warmup_steps=1),
+    augment=NO_AUGMENTATION,
+)
+INFO = DataInfo("toy", ("background", "organ", "core"), num_channels=1, spatial_dims=3)
+# Of the network: five instance norms; convolutions with kernels of 3 and stride 1 need the rims on both sides, the
+# strided and the transposed one need one rim.
+NORMS, RIMS = 5, 2 * 4 + 1 + 1
+
+
+@functools.cache
+def program_of(mesh: str, num_devices: int = 8, **memory: int) -> Program:
+    run = Run(CONFIG, INFO, DeviceConfig(mesh, **memory))
+    step, *arguments = abstract_step(run, device_mesh(mesh, jax.devices()[:num_devices]))
+    return parse_program(step.lower(*arguments).compile().as_text())
+
+
+def counts(program: Program) -> dict[str, int]:
+    return {kind: exchanged["count"] for kind, exchanged in collectives(program).items()}
+
+
+def weights() -> list[jax.ShapeDtypeStruct]:
+    return jax.tree.leaves(nnx.state(nnx.eval_shape(lambda: make_model(CONFIG, INFO)), nnx.Param))
+
+
+def num_bytes(arrays: list[jax.ShapeDtypeStruct]) -> int:
+    return sum(4 * int(np.prod(array.shape)) for array in arrays)
+
+
+def test_a_split_batch_costs_one_reduction() -> None:
+    """Of gradients and terms of the loss together. A transposed convolution's gradient is that of its phases."""
+    found = collectives(program_of("data=8"))
+    assert found.keys() == {"all-reduce"}
+    assert found["all-reduce"]["count"] == 1
+    assert found["all-reduce"]["bytes"] < 1.35 * num_bytes(weights())
+
+
+def test_accumulation_exchanges_no_voxels() -> None:
+    """A part of a batch costs what a whole batch does: on CPUs, XLA reduces the gradients of each part."""
+    parts, whole = collectives(program_of("data=4", 4, accumulate=2)), collectives(program_of("data=8"))
+    assert whole.keys() == parts.keys() == {"all-reduce"}
+    assert parts["all-reduce"]["count"] <= 2 * whole["all-reduce"]["count"]
+    assert parts["all-reduce"]["bytes"] <= 2 * whole["all-reduce"]["bytes"]
+
+
+def test_split_weights_are_gathered_once() -> None:
+    """And the norm of the gradient is one more reduction."""
+    found = collectives(program_of("data=1,fsdp=8"))
+    split = [leaf for leaf in weights() if FSDP in weight_spec(leaf.shape, 8)]
+    assert split
+    assert found.keys() <= {"all-reduce", "all-gather", "reduce-scatter"}
+    assert found["all-gather"]["count"] <= len(split)
+    assert found["all-gather"]["bytes"] <= num_bytes(split)
+    assert found["all-reduce"]["count"] + found.get("reduce-scatter", {"count": 0})["count"] <= 2
+    assert found["all-reduce"]["bytes"] < 1.35 * num_bytes(weights())
+
+
+def test_split_volumes_exchange_rims_and_sums() -> None:
+    """Forward: the rims of each convolution and two sums of each norm, and two sums of the loss. Backward: the rims
+    of inputs again, those of gradients of all layers but the first, one sum of each norm, and one sum of the
+    gradients along each axis of the mesh."""
+    program = program_of("data=2,space=4")
+    found = counts(program)
+    assert found.keys() == {"all-reduce", "collective-permute"}
+    assert found["all-reduce"] <= 2 * NORMS + 2 + NORMS + 2
+    assert found["collective-permute"] <= 2 * RIMS + RIMS - 1
+    reductions = [i.op_name for i, *_ in program.instructions() if i.opcode == "all-reduce"]
+    assert reductions.count("jit(step)/shard_map/jvp()/psum") == 2
+    # Four images of a device, one row of voxels, 24 channels on half of the grid.
+    rim = max(i.net_bytes for i, *_ in program.instructions() if i.opcode == "collective-permute")
+    assert rim <= 4 * 4 * 8 * 8 * 24
+
+
+def test_a_flip_of_split_volumes_sends_images_and_labels_once() -> None:
+    augment = dataclasses.replace(NO_AUGMENTATION, flip_prob=0.5, flip_axes=(0,))
+    config = dataclasses.replace(CONFIG, augment=augment)
+    step, *arguments = abstract_step(Run(config, INFO, DeviceConfig()), device_mesh("data=2,space=4"))
+    flipped = counts(parse_program(step.lower(*arguments).compile().as_text()))
+    still = counts(program_of("data=2,space=4"))
+    assert flipped["collective-permute"] - still["collective-permute"] <= 2
+    assert flipped["all-reduce"] == still["all-reduce"]

@@ -1,0 +1,435 @@
+"""Whether a run fits into the memory of devices, and what it spends there, without the devices."""
+
+import dataclasses
+import json
+import math
+import re
+import shlex
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from train.config import (
+    DataInfo,
+    DeviceConfig,
+    RunConfig,
+    from_json,
+    read_config,
+    to_json,
+)
+from train.data.case import region_ids
+from train.errors import InputError
+from train.hlo import describe_program
+from train.losses import Regions, parse_loss
+from train.sharding import (
+    DATA,
+    FSDP,
+    SPACE,
+    batch_spec,
+    check_split,
+    device_mesh,
+    mesh_shape,
+    parts_in_turn,
+    process_share,
+    weight_shardings,
+)
+from train.step import TrainState, check_loss, make_optimizer, make_train_step
+from train.targets import (
+    CompilationFailed,
+    Target,
+    format_bytes,
+    parse_target,
+    run_for,
+    use_no_device,
+)
+from train.task import find_divisor, make_model, open_cases, resolve_config
+
+if TYPE_CHECKING:
+    from train.cli import Plan
+
+# What the compiler of TPUs says of a program that needs too much.
+_NEEDED = re.compile(r"(?:HLO temporaries \(|Used )([\d.]+)([KMGT])")
+_PARTS = {
+    "weights": "weight_bytes",
+    "optimiser": "optimizer_bytes",
+    "batch": "batch_bytes",
+    "activations, temporaries": "temp_bytes",
+}
+_COLUMNS = ["", "needs", *_PARTS, "other", "exchanges", "exchanged", "compiled in"]
+# Options of `plan` that `fit` does not have.
+_OWN_OPTIONS = ("--target", "--num-channels", "--class-names", "--limit-s", "--out")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the step of a run depends on, without its data set.
+
+    Attributes:
+        config: with every open option resolved.
+        info: properties of the data.
+        devices: options of devices, as the user gave them.
+        regions: class ids of each output channel of a network with sigmoids.
+        has_ignore: whether voxels may have no label.
+    """
+
+    config: RunConfig
+    info: DataInfo
+    devices: DeviceConfig
+    regions: Regions = ()
+    has_ignore: bool = False
+
+    @property
+    def soft_classes(self) -> int:
+        """Classes of soft labels; 0 for class ids."""
+        return 0 if self.config.data.annotators == "first" else len(self.info.class_names)
+
+
+def plan(command: "Plan") -> int:
+    """Plans the run of a command for each of its targets: prints tables and verdicts.
+
+    Returns:
+        0 if the run fits on every target as it stands, else 1.
+
+    Raises:
+        InputError: the run is impossible, or the compiler of a target is not installed.
+    """
+    targets = [parse_target(name) for name in dict.fromkeys(command.target)]
+    for target in targets:
+        target.check_installed()
+    use_no_device()
+    run = _open_run(command)
+    found = []
+    for target in targets:
+        attempts = []
+        print(
+            f"{target.name}: {target.title}, {format_bytes(target.usable)} of {format_bytes(target.memory)} each"
+        )
+        print(f"  the rest is a margin: {target.margin}", flush=True)
+        for attempt in _attempts(run, target, command.limit_s):
+            attempts.append(attempt)
+            print(_line(attempt, target), flush=True)
+        verdict = _verdict(attempts, target, command.arguments)
+        print(_table(attempts) + "\n" + verdict + "\n", flush=True)
+        kept = {**dataclasses.asdict(target), "usable": target.usable}
+        found.append({"target": kept, "attempts": attempts, "verdict": verdict})
+    if command.out:
+        results = {"jax": jax.__version__, "config": to_json(run.config), "targets": found}
+        command.out.parent.mkdir(parents=True, exist_ok=True)
+        command.out.write_text(json.dumps(results, indent=1) + "\n")
+        print(f"written to {command.out}")
+    return 0 if all(each["attempts"][0]["fits"] for each in found) else 1
+
+
+def _open_run(command: "Plan") -> Run:
+    """Resolves the options of a command, with its data set or with what the command says of it."""
+    config = command.config(command.loss)
+    dataset = _described(command) if command.class_names else open_cases(config.data)
+    config = resolve_config(config, dataset)
+    ids = region_ids(dataset)
+    regions = tuple(ids[name] for name in config.model.regions)
+    return Run(config, DataInfo.of(dataset), command.devices, regions, dataset.has_ignore)
+
+
+def _described(command: "Plan") -> Any:
+    """Stands for a data set of which only the classes and channels are known."""
+    patch = command.data.patch
+    if not patch:
+        raise InputError("Without a data set nothing says how large a patch is: give --patch.")
+    if command.init:
+        info = read_config(command.init)[1]
+    else:
+        info = DataInfo("data", (), 0, 0, command.data.intensities, command.data.geometry)
+    known = {**vars(info), "class_names": command.class_names, "num_channels": command.num_channels}
+    return SimpleNamespace(
+        **known | {"spatial_dims": len(patch)}, largest_shape=patch, regions={}, has_ignore=False
+    )
+
+
+def _attempts(run: Run, target: Target, limit_s: float) -> Iterator[dict[str, Any]]:
+    """The run as it stands, then with more and more of what saves memory, until it fits.
+
+    If the devices cannot share the batch, volumes are split first.
+
+    Raises:
+        InputError: no mesh can split the run.
+    """
+    attempt = first = _attempt(run, target, limit_s, {})
+    added: dict[str, str] = {}
+    if "refused" in first:
+        for mesh in _meshes(run, target):
+            added = {"--mesh": mesh}
+            attempt = _attempt(_with(run, added), target, limit_s, added)
+            if "refused" not in attempt:
+                break
+        else:
+            raise InputError(first["refused"])
+        yield first
+    yield attempt
+    for option, values in _savings(_with(run, added), target):
+        for value in values:
+            # What fails for another reason than memory fails again.
+            if attempt["fits"] or not attempt.get("out_of_memory", True):
+                return
+            tried = {**added, option: value}
+            attempt = _attempt(_with(run, tried), target, limit_s, tried)
+            yield attempt
+            # Later attempts keep what saves memory. A mesh replaces the one before.
+            if "refused" not in attempt:
+                added = tried
+
+
+def _savings(run: Run, target: Target) -> Iterator[tuple[str, list[str]]]:
+    """Options that save memory and are not used yet, with the values to try, in order."""
+    data, fsdp, _ = mesh_shape(run.devices.mesh, target.num_devices)
+    batch_size = run.config.training.batch_size
+    if not run.devices.remat:
+        yield "--remat", [""]
+    if run.devices.accumulate and run.devices.accumulate * data * fsdp < batch_size:
+        yield "--accumulate", ["0"]
+    if meshes := _meshes(run, target):
+        yield "--mesh", meshes
+    if run.config.training.precision == "float32":
+        yield "--precision", ["bfloat16"]
+
+
+def _meshes(run: Run, target: Target) -> list[str]:
+    """Meshes that split volumes over 2, 4, ... times as many devices as that of the run, where that is possible."""
+    data, fsdp, space = mesh_shape(run.devices.mesh, target.num_devices)
+    step = space * find_divisor(run.config, run.info)
+    meshes = []
+    for factor in (2, 4, 8, 16, 32):
+        of_data = math.gcd(factor, data)
+        of_fsdp = factor // of_data
+        if fsdp % of_fsdp == 0 and run.config.data.patch[0] % (factor * step) == 0:
+            sizes = {DATA: data // of_data, FSDP: fsdp // of_fsdp, SPACE: space * factor}
+            meshes.append(",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1))
+    return meshes
+
+
+def _with(run: Run, options: Mapping[str, str]) -> Run:
+    """The run with options of `_savings`."""
+    devices, config = run.devices, run.config
+    if "--remat" in options:
+        devices = dataclasses.replace(devices, remat=True)
+    if "--mesh" in options:
+        devices = dataclasses.replace(devices, mesh=options["--mesh"])
+    if "--accumulate" in options:
+        devices = dataclasses.replace(devices, accumulate=int(options["--accumulate"]))
+    if "--precision" in options:
+        training = dataclasses.replace(config.training, precision="bfloat16")
+        config = dataclasses.replace(config, training=training)
+    return dataclasses.replace(run, config=config, devices=devices)
+
+
+def _attempt(run: Run, target: Target, limit_s: float, added: Mapping[str, str]) -> dict[str, Any]:
+    """Compiles a run for a target: its figures, and whether it fits."""
+    named = {"options": " ".join(filter(None, [word for pair in added.items() for word in pair]))}
+    try:
+        figures = run_for(target, "train.plan:compile_for", to_json(run), limit_s)
+    except CompilationFailed as error:
+        reason = str(error)
+        return {**named, "fits": False, "failed": reason, **_out_of_memory(reason)}
+    except InputError as error:
+        return {**named, "fits": False, "refused": str(error)}
+    # While a step runs, the next batch waits on the device.
+    needed = figures["total_bytes"] + figures["batch_bytes"]
+    return {**named, "fits": needed <= target.usable, "needed_bytes": needed, **figures}
+
+
+def _out_of_memory(message: str) -> dict[str, Any]:
+    """Whether a compiler failed because a program needs too much, and the bytes that it needs if that is told."""
+    if "RESOURCE_EXHAUSTED" not in message or "hbm" not in message.lower():
+        return {"out_of_memory": False, "needed_bytes": None}
+    units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    found = _NEEDED.search(message)
+    return {
+        "out_of_memory": True,
+        "needed_bytes": int(float(found[1]) * units[found[2]]) if found else None,
+    }
+
+
+def compile_for(target: Target, request: Any) -> dict[str, Any]:
+    """Compiles the step of a run for a target, in a process that `train.targets.run_for` started.
+
+    Args:
+        target: the devices.
+        request: a `Run` as JSON.
+
+    Returns:
+        Seconds to compile, bytes of each part on one device, and `train.hlo.describe_program`.
+    """
+    from train.numerics import numerics
+
+    with numerics():
+        run = from_json(Run, request)
+        run = dataclasses.replace(run, regions=tuple(map(tuple, run.regions)))
+        mesh = device_mesh(run.devices.mesh, target.devices())
+        step, state, batch = abstract_step(run, mesh)
+        start = time.perf_counter()
+        lowered = step.lower(state, batch)
+        traced = time.perf_counter()
+        compiled = lowered.compile(target.compiler_options() or None)
+        done = time.perf_counter()
+    sizes = {
+        "weight_bytes": bytes_on_each((state.params, state.rest)),
+        "optimizer_bytes": bytes_on_each((state.step, state.opt_state)),
+        "batch_bytes": bytes_on_each(batch),
+    }
+    seconds = {"trace_s": round(traced - start, 2), "compile_s": round(done - traced, 2)}
+    return {"mesh": dict(mesh.shape), **seconds, **sizes, **describe_program(compiled)}
+
+
+def abstract_step(run: Run, mesh: Mesh) -> tuple[Any, TrainState, dict[str, jax.ShapeDtypeStruct]]:
+    """The compiled-to-be step of a run, and shapes with shardings of its state and batch. Nothing is allocated.
+
+    Raises:
+        InputError: the mesh cannot split the run.
+    """
+    config, info, patch = run.config, run.info, run.config.data.patch
+    batch_size = config.training.batch_size
+    accumulate = parts_in_turn(run.devices.accumulate, batch_size, mesh)
+    check_split(batch_size, patch, find_divisor(config, info), accumulate, mesh)
+    process_share(mesh, 0)
+    loss = dataclasses.replace(parse_loss(config.loss), regions=run.regions)
+    check_loss(
+        loss,
+        mesh,
+        (batch_size, *patch),
+        channels=len(run.regions or info.class_names),
+        soft_classes=run.soft_classes,
+        has_ignore=run.has_ignore,
+    )
+    optimizer = make_optimizer(config.training)
+    graphdef, params, rest = nnx.split(nnx.eval_shape(lambda: make_model(config, info)), nnx.Param, ...)
+    step_number: Any = jax.ShapeDtypeStruct((), jnp.int32)
+    state = TrainState(step_number, params, rest, jax.eval_shape(optimizer.init, params))
+    step = make_train_step(
+        graphdef,
+        optimizer,
+        config,
+        mesh,
+        regions=run.regions,
+        accumulate=accumulate,
+        remat=run.devices.remat,
+        has_ignore=run.has_ignore,
+    )
+    return step, _placed(state, weight_shardings(state, mesh)), _abstract_batch(run, mesh)
+
+
+def _abstract_batch(run: Run, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The batch of `train.data.train_batches`."""
+    voxels = (run.config.training.batch_size, *run.config.data.patch)
+    soft = run.soft_classes
+    arrays = {
+        "image": jax.ShapeDtypeStruct((*voxels, run.info.num_channels), jnp.float32),
+        "label": jax.ShapeDtypeStruct((*voxels, soft), jnp.float32)
+        if soft
+        else jax.ShapeDtypeStruct(voxels, jnp.int32),
+        "index": jax.ShapeDtypeStruct(voxels[:1], jnp.int32),
+    }
+    return _placed(arrays, {n: NamedSharding(mesh, batch_spec(a.ndim)) for n, a in arrays.items()})
+
+
+def _placed(shapes: Any, shardings: Any) -> Any:
+    def place(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(place, shapes, shardings)
+
+
+def bytes_on_each(tree: Any) -> int:
+    """Bytes of arrays, or of shapes with shardings, on one device."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _line(attempt: Mapping[str, Any], target: Target) -> str:
+    """What came of an attempt, in one line."""
+    name = f"  {attempt['options'] or 'as it stands'}: "
+    if "refused" in attempt:
+        return f"{name}impossible: {attempt['refused']}"
+    if not attempt.get("out_of_memory", True):
+        return f"{name}the compiler failed: {attempt['failed']}"
+    fits = "fits" if attempt["fits"] else "does not fit"
+    if attempt["needed_bytes"] is None:
+        return f"{name}{fits}: {attempt['failed']}"
+    needed = format_bytes(attempt["needed_bytes"])
+    return f"{name}{fits}, {needed} of {format_bytes(target.usable)} on each device"
+
+
+def _table(attempts: Sequence[Mapping[str, Any]]) -> str:
+    """Each attempt's use of memory on one device, and what devices exchange in a step."""
+    rows = []
+    for attempt in attempts:
+        row = dict.fromkeys(_COLUMNS, "-") | {"": attempt["options"] or "as it stands"}
+        if attempt.get("needed_bytes"):
+            row["needs"] = format_bytes(attempt["needed_bytes"])
+        if "total_bytes" in attempt:
+            exchanged = attempt["collectives"]
+            known = {name: attempt[key] for name, key in _PARTS.items()}
+            row |= {name: format_bytes(size) for name, size in known.items()}
+            # Code, and the padding of arrays in the chip's tiles.
+            row["other"] = format_bytes(max(attempt["total_bytes"] - sum(known.values()), 0))
+            row["exchanges"] = str(sum(kind["count"] for kind in exchanged.values()))
+            row["exchanged"] = format_bytes(sum(kind["bytes"] for kind in exchanged.values()))
+            row["compiled in"] = f"{attempt['compile_s']:.0f} s"
+        rows.append(row)
+    lines = [_COLUMNS, *([row[name] for name in _COLUMNS] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    pads = ["<", *">" * (len(widths) - 1)]
+    return "\n".join(
+        "  " + "  ".join(f"{cell:{pad}{width}}" for cell, pad, width in zip(line, pads, widths, strict=True))
+        for line in lines
+    )
+
+
+def _verdict(attempts: Sequence[Mapping[str, Any]], target: Target, arguments: Sequence[str]) -> str:
+    """Whether the run fits, and the command of the first attempt that does."""
+    first, last = attempts[0], attempts[-1]
+    if first["fits"]:
+        return f"The run fits on {target.title}:\n  {_fit_command(arguments, '')}"
+    if last["fits"]:
+        cannot = "is impossible" if "refused" in first else "does not fit"
+        found = f"The run {cannot} on {target.title} as it stands. It fits with {last['options']}:"
+        return f"{found}\n  {_fit_command(arguments, last['options'])}"
+    if not last.get("out_of_memory", True):
+        return f"Whether the run fits on {target.title} is not known: {last['failed']}"
+    needs = [attempt["needed_bytes"] for attempt in attempts if attempt.get("needed_bytes") is not None]
+    least = (
+        f": at best it needs {format_bytes(min(needs))} of {format_bytes(target.usable)} on each device"
+        if needs
+        else ""
+    )
+    return (
+        f"The run does not fit on {target.title}{least}. Choose a smaller patch, fewer patches per step, or more "
+        "devices."
+    )
+
+
+def _fit_command(arguments: Sequence[str], added: str) -> str:
+    """The command that trains the run of a plan with options added."""
+    new = added.split()
+    replaced = {*_OWN_OPTIONS, *(word for word in new if word.startswith("--"))}
+    kept: list[str] = []
+    keep = True
+    for word in arguments:
+        if word.startswith("--"):
+            keep = word.partition("=")[0].replace("_", "-") not in replaced
+        if keep:
+            kept.append(word)
+    data = [] if any(word.partition("=")[0] == "--data" for word in kept) else _data_of(arguments)
+    return shlex.join(["python", "-m", "train", "fit", *kept, *data, *new])
+
+
+def _data_of(arguments: Sequence[str]) -> list[str]:
+    described = any(word.partition("=")[0].replace("_", "-") == "--class-names" for word in arguments)
+    return ["--data", "LAYOUT:PATH"] if described else []
