@@ -7,6 +7,7 @@ measured, and a training step by 3%.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,10 +43,11 @@ def softmax_and_cross_entropy(
     return lax.platform_dependent(logits.astype(jnp.float32), labels, cpu=cpu, default=default)
 
 
+@jax.custom_vjp
 def dice_sums(
     probs: Float[Array, "batch *spatial classes"], labels: Array, where: Bool[Array, "batch *spatial"] | None
 ) -> tuple[Float[Array, "batch classes"], Float[Array, "batch classes"]]:
-    """Overlap of probabilities and labels of each image and class, and the sum of their sizes."""
+    """Overlap of probabilities and labels of each image and class, and their sizes added up; reverse mode only."""
     # Merging axes is free on a CPU. On a TPU it copies the array.
     return lax.platform_dependent(probs, labels, where, cpu=_dice_sums_in_lanes, default=_dice_sums)
 
@@ -64,6 +66,35 @@ def _dice_sums_in_lanes(probs: Array, labels: Array, where: Array | None) -> tup
         probs, targets = (jnp.where(where[..., None], x, 0) for x in (probs, targets))
     probs, targets = (x.reshape(x.shape[0], -1, x.shape[-1]) for x in (probs, targets))
     return voxel_sums(probs * targets), voxel_sums(probs) + voxel_sums(targets)
+
+
+def _dice_forward(probs: Array, labels: Array, where: Array | None) -> tuple[Any, tuple[Any, ...]]:
+    return dice_sums(probs, labels, where), (probs, labels, where)
+
+
+def _dice_backward(residuals: tuple[Any, ...], gradients: tuple[Array, Array]) -> tuple[Array, Any, None]:
+    probs, labels, where = residuals
+    beside = (probs.shape[0], *(1,) * (probs.ndim - 2), probs.shape[-1])
+    overlap, sizes = (gradient.reshape(beside) for gradient in gradients)
+
+    def of(other: Array, dtype: Any) -> Array:
+        gradient = (overlap * other + sizes).astype(dtype)
+        return gradient if where is None else jnp.where(where[..., None], gradient, 0)
+
+    d_labels = of(probs, labels.dtype) if jnp.issubdtype(labels.dtype, jnp.floating) else None
+    return of(_targets(labels, probs), probs.dtype), d_labels, None
+
+
+dice_sums.defvjp(_dice_forward, _dice_backward)
+
+
+def _targets(labels: Array, like: Array) -> Array:
+    """One-hot or soft labels. XLA fuses a comparison on a CPU, and arithmetic elsewhere."""
+
+    def by_arithmetic(labels: Array) -> Array:
+        return labels_of_classes(labels, like).astype(jnp.float32)
+
+    return lax.platform_dependent(labels, cpu=lambda ids: one_hot(ids, like), default=by_arithmetic)
 
 
 def voxel_sums(x: Float[Array, "batch voxels columns"]) -> Float[Array, "batch columns"]:
