@@ -171,7 +171,7 @@ def test_sums_of_dice_are_the_same_on_every_platform(form, masked):
 
 def test_an_id_that_is_no_class_costs_nothing():
     logits = scores(3)
-    ids = labels_like(logits, "ids").at[:, 0].set(-1).at[:, 1].set(3)
+    ids = labels_like(logits, "ids").at[:, 0].set(np.iinfo(np.int32).min).at[:, 1].set(3)
     (_, losses), pull_back = jax.vjp(lambda x: both_by_voxel(x, ids), logits)
     gradient = pull_back((jnp.zeros_like(logits), jnp.ones_like(losses)))[0]
     np.testing.assert_array_equal(losses[:, :2], 0)

@@ -150,9 +150,9 @@ def labels_of_classes(labels: Num[Array, "batch *spatial_and_classes"], like: Ar
     """Labels of the shape of `like`. Ids become int32 0 or 1 by arithmetic: XLA would store a comparison."""
     if are_dense(labels, like):
         return labels.astype(jnp.float32)
-    ids = jnp.maximum(labels.astype(jnp.int32), -1)[..., None]
+    ids = labels.astype(jnp.int32)[..., None]
     classes = np.arange(like.shape[-1], dtype=np.int32).reshape((1,) * (like.ndim - 1) + (-1,))
-    return 1 - jnp.minimum(jnp.abs(ids - classes), 1)
+    return jnp.maximum(1 - jnp.abs(ids - classes), 0)  # 0 even where this overflows
 
 
 # Columns.
