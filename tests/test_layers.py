@@ -128,18 +128,48 @@ def test_vmap():
 
 @pytest.mark.parametrize("strides", [(1, 1, 1), (2, 2, 2)])
 def test_each_platform_gets_its_own_program(strides):
-    """GPU and TPU: the plain operator and its gradients, no loop. CPU: no 3-D convolution left."""
+    """GPU: the plain operator and its gradients, no loop. TPU: 2-D convolutions, no loop. CPU: 2-D, in loops."""
     x, kernel = operands((8, 8, 8), 2, 3, (3, 3, 3))
 
     def value_and_gradients(x, kernel):
         value, pullback = jax.vjp(lambda x, k: layers.convolve(x, k, strides), x, kernel)
         return value, pullback(value)
 
-    for platform, volumes, loops in [("cpu", 0, True), ("cuda", 3, False), ("tpu", 3, False)]:
+    for platform, volumes, loops in [("cpu", 0, True), ("cuda", 3, False), ("tpu", 0, False)]:
         program = export.export(jax.jit(value_and_gradients), platforms=[platform])(x, kernel).mlir_module()
         convolutions = [line for line in program.splitlines() if "stablehlo.convolution" in line]
         assert sum("0, 1, 2" in line for line in convolutions) == volumes, platform
         assert ("stablehlo.while" in program) is loops, platform
+
+
+@pytest.mark.parametrize("strides", [(1, 1, 1), (2, 2, 2), (1, 2, 2), (2, 1, 1)])
+@pytest.mark.parametrize("sides", [(3, 3, 3), (1, 1, 1), (3, 1, 3)])
+def test_stacked_planes_equal_the_plain_operator(sides, strides):
+    """The program of TPUs, on the platform the tests run on."""
+    x, kernel = operands((8, 7, 6), 2, 3, sides)
+    padding = tuple((side // 2, side // 2) for side in sides)
+    run = jax.jit(
+        lambda function: jax.value_and_grad(
+            lambda *operands: jnp.sin(function(*operands, strides, padding)).sum(), argnums=(0, 1)
+        )(x, kernel),
+        static_argnums=0,
+    )
+    ours, theirs = run(layers._in_stacked_planes), run(layers._plain)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), ours, theirs)
+
+
+@pytest.mark.parametrize("strides", [(2, 2, 2), (1, 2, 2), (3, 1, 2), (2, 2)])
+@pytest.mark.parametrize("side", [1, 3])
+def test_transposed_stacked_planes_equal_the_phases(side, strides):
+    x, kernel = operands((5, 4, 6)[: len(strides)], 2, 3, (side,) * len(strides))
+    run = jax.jit(
+        lambda function: jax.value_and_grad(
+            lambda *operands: jnp.sin(function(*operands, strides)).sum(), argnums=(0, 1)
+        )(x, kernel),
+        static_argnums=0,
+    )
+    ours, theirs = run(layers._transposed_in_stacked_planes), run(layers.convolve_transpose)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), ours, theirs)
 
 
 def test_memory_of_a_large_volume():
