@@ -15,15 +15,8 @@ from calib_jax._devices import AxisName, check_not_split, whole_sum
 from calib_jax._eager import compiled, nan_where_undefined
 from calib_jax._labels import one_hot
 from calib_jax._sums import cpu, gpu, tpu
-from calib_jax._sums.bins import (
-    Binning,
-    Bins,
-    Closed,
-    equal_edges,
-    hard_index,
-    single_or_double,
-    soft_neighbours,
-)
+from calib_jax._sums.bins import Binning, Bins, Closed, equal_edges, single_or_double
+from calib_jax._sums.cpu import hard_index, soft_neighbours
 from calib_jax._sums.exact import mean_or_nan
 
 

@@ -81,7 +81,8 @@ def look_up(
     rows = jnp.moveaxis(table, -1, 0)
 
     def pick(m: Any, found: Array) -> Array:
-        return jnp.where(index == m, _beside_voxels(rows[m], index.ndim), found)
+        here = index == jnp.asarray(m, index.dtype)  # int64 in a loop under x64
+        return jnp.where(here, _beside_voxels(rows[m], index.ndim), found)
 
     found = jnp.zeros(index.shape, table.dtype)
     if len(rows) > WRITTEN_OUT:
