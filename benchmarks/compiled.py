@@ -16,8 +16,9 @@ import calib_jax
 from benchmarks import timing
 from benchmarks.options import Compiled, parse_shape
 from train.config import DataInfo, DeviceConfig, ModelConfig, RunConfig
+from train.console import format_table
 from train.errors import InputError
-from train.hlo import describe_program
+from train.hlo import compile_and_describe
 from train.plan import Run, abstract_step
 from train.plugins import parse_call
 from train.recipes import find_recipe
@@ -53,7 +54,7 @@ def run(options: Compiled) -> None:
             print(f"{target.name}, {name}: {_outcome(row)}", flush=True)
             _write(options, rows)
     if rows:
-        print(timing.format_table([_cells(row) for row in rows.values()]))
+        print(format_table([_cells(row) for row in rows.values()]))
         print(f"written to {options.out} and {options.out.with_suffix('.md').name}")
 
 
@@ -103,7 +104,7 @@ def compile_for(target: Target, request: Any) -> dict[str, Any]:
         request: the program's name and the benchmark's options.
 
     Returns:
-        Seconds to compile, and `train.hlo.describe_program`; of a loss the bytes of the probabilities too.
+        `train.hlo.compile_and_describe`; of a loss the bytes of the probabilities too.
     """
     from train.numerics import numerics
 
@@ -112,15 +113,10 @@ def compile_for(target: Target, request: Any) -> dict[str, Any]:
     devices = list(target.devices())
     with numerics():
         function, arguments = program(name, options, devices)
-        start = time.perf_counter()
-        lowered = function.lower(*arguments)
-        traced = time.perf_counter()
-        compiled = lowered.compile(target.compiler_options() or None)
-        done = time.perf_counter()
-    figures = {"trace_s": round(traced - start, 2), "compile_s": round(done - traced, 2)}
+        figures = compile_and_describe(function, arguments, target.compiler_options())
     if name.partition(" ")[0] in _LOSSES:
         figures["unit_bytes"] = 4 * math.prod(parse_shape(name.partition(" ")[2]))
-    return {**figures, **describe_program(compiled)}
+    return figures
 
 
 def program(name: str, options: Compiled, devices: Sequence[Any]) -> Lowerable:

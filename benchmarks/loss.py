@@ -14,6 +14,7 @@ from benchmarks import timing
 from benchmarks.options import Kind, Loss, parse_shape
 from calib_jax import mL1_ace
 from calib_jax.binning import bin_edges
+from train.console import format_table
 
 if TYPE_CHECKING:
     from benchmarks import reference
@@ -36,7 +37,7 @@ def run(options: Loss) -> None:
 
     reference.use_all_cores()
     cases = [_measure(options, shape, kind) for shape in options.shapes for kind in options.kinds]
-    print(timing.format_table([_row(case) for case in cases]))
+    print(format_table([_row(case) for case in cases]))
     print("ratios: ours / the other within a round, median of the rounds (quartiles); lower = faster than it")
     device = str(reference.device())
     results = {"num_bins": options.num_bins, "targets": TARGETS, "reference_device": device, "cases": cases}

@@ -14,6 +14,7 @@ import numpy as np
 
 from benchmarks import loss, timing
 from benchmarks.options import Memory, parse_shape
+from train.console import format_table
 
 TARGET = 1.0
 """Largest memory beyond inputs and gradient, in bytes of the probabilities, that meets the target on a CPU."""
@@ -44,7 +45,7 @@ def run(options: Memory) -> None:
         rows.append({"": name, "MB": f"{medians[name] / 1e6:.1f}", "of probs": f"{shares['median']:.3f}"})
         rows[-1] |= {which: f"{shares[which]:.3f}" for which in ("min", "max")}
         rows[-1] |= {f"/ {n}": f"{ratios[name][n]:.3f}" if name in ratios else "-" for n in references}
-    print(timing.format_table(rows))
+    print(format_table(rows))
     print(f"target on CPU: {TARGET:.2f} of the probabilities' bytes ({unit / 1e6:.0f} MB)")
     settings = timing.settings(options, "shape", "kind", "num_bins")
     figures = {"probs_bytes": unit, "bytes": used, "share": share, "ratio": ratios, "loss_error": errors}

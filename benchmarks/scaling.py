@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks import loss, timing
 from benchmarks.options import Scaling
+from train.console import format_table
 
 TARGET = 1.3
 """Largest growth of the cost along an axis that meets the target."""
@@ -32,7 +33,7 @@ def run(options: Scaling) -> None:
         }
         for which in ("median", "min")
     )
-    print(timing.format_table([_row(axis, point) for axis, points in axes.items() for point in points]))
+    print(format_table([_row(axis, point) for axis, points in axes.items() for point in points]))
     for axis, values in growths.items():
         figures = ", ".join(
             f"{side} {value:.2f} ({quickest[axis][side]:.2f} of the quickest)"

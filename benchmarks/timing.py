@@ -72,17 +72,6 @@ def format_samples(samples: Mapping[str, Sequence[float]]) -> str:
     return "\n".join(lines)
 
 
-def format_table(rows: Sequence[Mapping[str, str]]) -> str:
-    """Rows with equal keys as a text table; the first column is aligned left, the others right."""
-    lines = [list(rows[0]), *([*row.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    pads = ["<", *">" * (len(widths) - 1)]
-    return "\n".join(
-        "  ".join(f"{cell:{pad}{width}}" for cell, pad, width in zip(line, pads, widths, strict=True))
-        for line in lines
-    )
-
-
 def write_results(
     file: Path, results: Mapping[str, Any], *, say: bool = True, with_device: bool = True
 ) -> None:

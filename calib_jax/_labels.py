@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Num
 
 
 def are_dense(labels: Any, like: Any) -> bool:
@@ -53,6 +53,18 @@ def one_hot(labels: Array, like: Float[Array, "*voxels classes"]) -> Float[Array
     if are_dense(labels, like):
         return labels.astype(jnp.float32)
     return jax.nn.one_hot(labels.astype(jnp.int32), like.shape[-1], dtype=jnp.float32)
+
+
+def one_hot_by_arithmetic(
+    labels: Array, like: Float[Array, "*voxels classes"]
+) -> Num[Array, "*voxels classes"]:
+    """`one_hot` for GPUs and TPUs, where XLA stores comparisons: ids become int32, dense labels float32."""
+    if are_dense(labels, like):
+        return labels.astype(jnp.float32)
+    classes = jnp.arange(like.shape[-1], dtype=jnp.int32).reshape((1,) * (like.ndim - 1) + (-1,))
+    return jnp.maximum(
+        1 - jnp.abs(labels.astype(jnp.int32)[..., None] - classes), 0
+    )  # 0 even if this overflows
 
 
 def memberships(ids: Int[Array, "*voxels"], num_classes: int) -> Bool[Array, "*voxels classes"]:

@@ -15,7 +15,7 @@ from calib_jax._devices import AxisName, check_not_split, whole_sum
 from calib_jax._eager import compiled, nan_where_undefined
 from calib_jax._labels import one_hot
 from calib_jax._sums import cpu, gpu, tpu
-from calib_jax._sums.bins import Binning, Bins, Closed, equal_edges, single_or_double
+from calib_jax._sums.bins import Binning, Bins, Closed, equal_edges, merge_space, single_or_double
 from calib_jax._sums.cpu import hard_index, soft_neighbours
 from calib_jax._sums.exact import mean_or_nan
 
@@ -229,15 +229,8 @@ def statistics_in_bins(
         where = where[..., None]
     edges = None
     if bins.binning == "adaptive":
-        edges = _adaptive_edges(
-            _merge_space(probs, probs.ndim), _merge_space(where, probs.ndim), bins.num_bins
-        )
+        edges = _adaptive_edges(merge_space(probs, probs.ndim), merge_space(where, probs.ndim), bins.num_bins)
     return BinStatistics(*whole_sum(_bin_sums(probs, labels, where, edges, bins), axis_name))
-
-
-def _merge_space(x: Any, ndim: int) -> Any:
-    """`[batch, *spatial, ...]` as `[batch, voxels, ...]`, given the number of axes of probabilities."""
-    return None if x is None else x.reshape(x.shape[0], -1, *x.shape[ndim - 1 :])
 
 
 def _adaptive_edges(
@@ -269,13 +262,10 @@ def _bin_sums(
     """Counts or weights, sums of probabilities and sums of labels, `[batch, classes, bins]` each."""
 
     def of_voxels(sums: Any) -> Any:
-        return lambda *images: sums(*(_merge_space(x, probs.ndim) for x in images[:3]), images[3], bins)
+        return lambda *images: sums(*(merge_space(x, probs.ndim) for x in images[:3]), images[3], bins)
 
-    on_cpu, on_gpu, on_tpu = (
-        of_voxels(cpu.bin_sums),
-        of_voxels(gpu.bin_sums),
-        functools.partial(tpu.bin_sums, bins=bins),
-    )
+    on_cpu, on_gpu = map(of_voxels, (cpu.bin_sums, gpu.bin_sums))
+    on_tpu = functools.partial(tpu.bin_sums, bins=bins)
     return lax.platform_dependent(probs, labels, where, edges, cpu=on_cpu, tpu=on_tpu, default=on_gpu)
 
 
@@ -289,7 +279,7 @@ def _bin_sums_backward(bins: Bins, residuals: Any, cotangents: Any) -> Any:
     def on_cpu(images: Any, cotangents: Any) -> Any:
         *images, edges = images
         found = _gradients(
-            (*(_merge_space(x, probs.ndim) for x in images), edges), cotangents, bins, cpu.look_up
+            (*(merge_space(x, probs.ndim) for x in images), edges), cotangents, bins, cpu.look_up
         )
         return jax.tree.map(lambda x: x.reshape(probs.shape), found)
 

@@ -162,8 +162,8 @@ def test_sums_of_dice_are_the_same_on_every_platform(form, masked):
     where = jnp.asarray(np.random.default_rng(1).random(logits.shape[:-1]) < 0.5) if masked else None
     probs = jax.nn.softmax(logits)
     for ours, theirs in zip(
-        _softmax._dice_sums(probs, labels, where),
-        _softmax._dice_sums_in_lanes(probs, labels, where),
+        _softmax._dice_sums(probs, labels, where, _softmax.one_hot_by_arithmetic, _softmax._total),
+        _softmax._dice_sums(probs, labels, where, _softmax.one_hot, _softmax._total_in_lanes),
         strict=True,
     ):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5)

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from calib_jax import binning
 from calib_jax._sums import cpu, gpu, tpu
-from calib_jax._sums.bins import Bins
+from calib_jax._sums.bins import Bins, merge_space
 from calib_jax.binning import bin_index
 
 
@@ -232,7 +232,7 @@ def test_every_platform_fills_the_same_bins(binning_, soft, shape):
     probs.ravel()[:40] = np.linspace(0, 1, 40, dtype=np.float32)
     where = rng.random((*shape[:-1], 1)) < 0.7
     bins = Bins(binning_, 33)
-    flat = [binning._merge_space(x, probs.ndim) for x in (probs, labels, where)]
+    flat = [merge_space(x, probs.ndim) for x in (probs, labels, where)]
     edges = binning._adaptive_edges(jnp.asarray(flat[0]), flat[2], 33) if binning_ == "adaptive" else None
     want = cpu.sum_images(*flat, edges, bins)
     for got in (gpu.bin_sums(*flat, edges, bins), tpu.bin_sums(probs, labels, where, edges, bins)):

@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 # These libraries log their own workings. Their failures are raised as well.
@@ -76,3 +76,14 @@ class _Stream:
         """Discards further output, and what Python would write when it exits."""
         with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), self._stream.fileno())
+
+
+def format_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Rows with equal keys as a text table; the first column is aligned left, the others right."""
+    lines = [list(rows[0]), *([*row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    pads = ["<", *">" * (len(widths) - 1)]
+    return "\n".join(
+        "  ".join(f"{cell:{pad}{width}}" for cell, pad, width in zip(line, pads, widths, strict=True))
+        for line in lines
+    )

@@ -2,7 +2,8 @@
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -273,3 +274,21 @@ def describe_program(compiled: Any) -> dict[str, Any]:
         "largest_exchanges": largest_exchanges(program),
         "largest_arrays": largest_arrays(program),
     }
+
+
+def compile_and_describe(
+    function: Any, arguments: Iterable[Any], options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Seconds to trace and to compile a jitted function, and `describe_program`.
+
+    Args:
+        function: from `jax.jit`.
+        arguments: shapes with shardings, which name the devices.
+        options: of the compiler.
+    """
+    start = time.perf_counter()
+    lowered = function.lower(*arguments)
+    traced = time.perf_counter()
+    compiled = lowered.compile(dict(options) or None)
+    seconds = {"trace_s": traced - start, "compile_s": time.perf_counter() - traced}
+    return {**{name: round(value, 2) for name, value in seconds.items()}, **describe_program(compiled)}

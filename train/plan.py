@@ -5,7 +5,7 @@ import json
 import math
 import re
 import shlex
-import time
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -24,9 +24,10 @@ from train.config import (
     read_config,
     to_json,
 )
+from train.console import format_table
 from train.data.case import region_ids
 from train.errors import InputError
-from train.hlo import describe_program
+from train.hlo import compile_and_describe
 from train.losses import Regions, parse_loss
 from train.sharding import (
     DATA,
@@ -263,7 +264,7 @@ def compile_for(target: Target, request: Any) -> dict[str, Any]:
         request: a `Run` as JSON.
 
     Returns:
-        Seconds to compile, bytes of each part on one device, and `train.hlo.describe_program`.
+        Bytes of each part on one device, and `train.hlo.compile_and_describe`.
     """
     from train.numerics import numerics
 
@@ -272,18 +273,13 @@ def compile_for(target: Target, request: Any) -> dict[str, Any]:
         run = dataclasses.replace(run, regions=tuple(map(tuple, run.regions)))
         mesh = device_mesh(run.devices.mesh, target.devices())
         step, state, batch = abstract_step(run, mesh)
-        start = time.perf_counter()
-        lowered = step.lower(state, batch)
-        traced = time.perf_counter()
-        compiled = lowered.compile(target.compiler_options() or None)
-        done = time.perf_counter()
+        figures = compile_and_describe(step, (state, batch), target.compiler_options())
     sizes = {
         "weight_bytes": bytes_on_each((state.params, state.rest)),
         "optimizer_bytes": bytes_on_each((state.step, state.opt_state)),
         "batch_bytes": bytes_on_each(batch),
     }
-    seconds = {"trace_s": round(traced - start, 2), "compile_s": round(done - traced, 2)}
-    return {"mesh": dict(mesh.shape), **seconds, **sizes, **describe_program(compiled)}
+    return {"mesh": dict(mesh.shape), **sizes, **figures}
 
 
 def abstract_step(run: Run, mesh: Mesh) -> tuple[Any, TrainState, dict[str, jax.ShapeDtypeStruct]]:
@@ -383,13 +379,7 @@ def _table(attempts: Sequence[Mapping[str, Any]]) -> str:
             row["exchanged"] = format_bytes(sum(kind["bytes"] for kind in exchanged.values()))
             row["compiled in"] = f"{attempt['compile_s']:.0f} s"
         rows.append(row)
-    lines = [_COLUMNS, *([row[name] for name in _COLUMNS] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    pads = ["<", *">" * (len(widths) - 1)]
-    return "\n".join(
-        "  " + "  ".join(f"{cell:{pad}{width}}" for cell, pad, width in zip(line, pads, widths, strict=True))
-        for line in lines
-    )
+    return textwrap.indent(format_table(rows), "  ")
 
 
 def _verdict(attempts: Sequence[Mapping[str, Any]], target: Target, arguments: Sequence[str]) -> str:

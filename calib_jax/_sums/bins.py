@@ -3,12 +3,12 @@
 import dataclasses
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Float
 
 from calib_jax._checks import AnyArray
-from calib_jax._labels import are_dense
 
 Closed = Literal["right", "left"]
 Binning = Literal["hard", "soft", "adaptive"]
@@ -79,10 +79,25 @@ def share_of_bin(values: Array, lower: AnyArray, upper: AnyArray, bins: Bins) ->
     return ~(values <= lower) & ((values <= upper) | (upper == np.inf))
 
 
-def labels_of_classes(labels: Num[Array, "batch *spatial_and_classes"], like: Array) -> Num[Array, "*shape"]:
-    """Labels of the shape of `like`. Ids become int32 0 or 1 by arithmetic: XLA would store a comparison."""
-    if are_dense(labels, like):
-        return labels.astype(jnp.float32)
-    ids = labels.astype(jnp.int32)[..., None]
-    classes = np.arange(like.shape[-1], dtype=np.int32).reshape((1,) * (like.ndim - 1) + (-1,))
-    return jnp.maximum(1 - jnp.abs(ids - classes), 0)  # 0 even where this overflows
+# Images as rows of voxels.
+
+
+def merge_space(x: Any, ndim: int) -> Any:
+    """`[batch, *spatial, ...]` as `[batch, voxels, ...]`, given the number of axes of probabilities."""
+    return None if x is None else x.reshape(x.shape[0], -1, *x.shape[ndim - 1 :])
+
+
+def in_rows(
+    probs: Float[Array, "batch voxels classes"], labels: Array, where: Array | None, row: int
+) -> tuple[Array, Array, Array | None]:
+    """Images as `[batch, rows, row, ...]`, filled up with voxels that do not count."""
+    missing = -probs.shape[1] % row
+    if missing and where is None:
+        where = jnp.ones((1, probs.shape[1], 1), bool)
+
+    def split(x: Array) -> Array:
+        x = jnp.pad(x, ((0, 0), (0, missing), *((0, 0),) * (x.ndim - 2))) if missing else x
+        return x.reshape(x.shape[0], x.shape[1] // row, row, *x.shape[2:])
+
+    probs, labels, where = jax.tree.map(split, (probs, labels, where))
+    return probs, labels, where

@@ -8,15 +8,15 @@ they compare the same), rows of voxels are summed first, and the rows divide the
 import operator
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, Num
 
 from calib_jax._compat import enable_x64
+from calib_jax._labels import one_hot_by_arithmetic
 from calib_jax._sums import cpu, tpu
-from calib_jax._sums.bins import Bins, bin_limits, labels_of_classes, share_of_bin, single_or_double
+from calib_jax._sums.bins import Bins, bin_limits, in_rows, share_of_bin, single_or_double
 
 _ROWS = range(2048, 255, -1)  # voxels of a row
 
@@ -31,14 +31,7 @@ def bin_sums(
     """Counts or weights, sums of probabilities and sums of labels, `[batch, classes, bins]` each."""
     voxels = probs.shape[1]
     row = next((size for size in _ROWS if voxels % size == 0), min(voxels, _ROWS[0]))
-    if voxels % row:
-        where = jnp.ones((1, voxels, 1), bool) if where is None else where
-        probs, labels, where = (_fill_up(x, -voxels % row) for x in (probs, labels, where))
-
-    def in_rows(x: Array) -> Array:
-        return x.reshape(x.shape[0], x.shape[1] // row, row, *x.shape[2:])
-
-    probs, labels, where = jax.tree.map(in_rows, (probs, labels, where))
+    probs, labels, where = in_rows(probs, labels, where, max(1, row))
     lower, upper = bin_limits(edges, bins, single_or_double(probs).dtype)
     # Beside [batch, rows, voxels, classes, bins].
     lower, upper = (
@@ -61,7 +54,7 @@ def bin_sums(
     # A barrier makes equal arrays unequal to XLA.
     again = lax.optimization_barrier(probs)
     places = probs, again, lax.optimization_barrier(again)
-    labels = labels_of_classes(labels, probs)
+    labels = one_hot_by_arithmetic(labels, probs)
     values = probs.astype(jnp.float32), None, labels.astype(jnp.float32) if weighted else labels
     rows = tuple(map(total, places, values))
     with enable_x64(True):
@@ -79,10 +72,6 @@ def look_up(
 ) -> Float[Array, "batch *spatial classes"]:
     """`table[b, c, index[b, ..., c]]`, the transpose of the sum in bins."""
     return (tpu if table.shape[-1] <= tpu.WRITTEN_OUT else cpu).look_up(table, index)
-
-
-def _fill_up(x: Array, missing: int) -> Array:
-    return jnp.pad(x, ((0, 0), (0, missing), *((0, 0),) * (x.ndim - 2)))
 
 
 def _sum_of_rows(x: Array) -> Array:
