@@ -207,7 +207,7 @@ def apply_local_calibration(
             logits[number], None if image is None else np.asarray(image)[number], params.regions
         ):
             calibrated[number, inner] = np.asarray(_corrected_block(params, *arrays))[block]
-    return jnp.asarray(calibrated)
+    return jax.device_put(calibrated)  # `jnp.asarray` compiles a copy for each new shape
 
 
 # From logits to features.
@@ -475,7 +475,7 @@ def _collect(batches: Batches, regions: bool, spacing: tuple[float, ...], seed: 
         raise ValueError(
             "no voxel to fit to: every one is certain, is masked by where, or has a label of no class."
         )
-    most = max(len(sample.labels) for sample in kept)
+    most = 1 << (max(len(sample.labels) for sample in kept) - 1).bit_length()  # few sizes, few programs
 
     def filled(*leaves: Any) -> np.ndarray:
         if np.ndim(leaves[0]) == 0:
