@@ -64,8 +64,8 @@ def dice_score(
         >>> shares = jnp.array([[[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]]])
         >>> dice_score(shares, shares).tolist()
         [[1.0, 1.0]]
-        >>> dice_score(jnp.array([[0, 1, 1]]), shares).round(3).tolist()
-        [[0.800000011920929, 0.8569999933242798]]
+        >>> [round(x, 3) for x in dice_score(jnp.array([[0, 1, 1]]), shares)[0].tolist()]
+        [0.8, 0.857]
 
     References:
         Dice, "Measures of the Amount of Ecologic Association Between Species", 1945. Wang et al., "Dice Semimetric

@@ -150,6 +150,16 @@ def test_a_folder_of_annotators_is_read_as_it_is(tmp_path):
     assert report.num_cases == 4
 
 
+def test_a_stray_value_of_bu_bil_is_the_nearer_one(tmp_path):
+    write_folder(tmp_path)
+    label = np.where(mask(0, 0), 0, 255).astype(np.uint8)
+    label[0, 0], label[2, 1] = 140, 24
+    save(tmp_path / "annotator1" / "B01.png", label)
+    np.testing.assert_array_equal(open_dataset(f"bu-bil:{tmp_path}").load(0).label, mask(0, 0))
+    with pytest.raises(InputError, match=r"B01.png holds the label value 24"):
+        open_dataset(f"png:{tmp_path}").load(0)
+
+
 @pytest.mark.parametrize("images", ["images", "."])
 def test_values_are_0_and_255_or_those_that_are_given(images, tmp_path):
     write_folder(tmp_path, inside=255, outside=0, images=images)
