@@ -580,7 +580,9 @@ def _train_for_a_while(
 
     def step(carry: Any, key: Array) -> tuple[Any, None]:
         params, state = carry
-        updates, state = _optimizer(max_steps).update(jax.grad(loss)(params, key), state, params)
+        gradient = jax.grad(loss)(params, key)
+        with jax.numpy_dtype_promotion("standard"):  # optax multiplies a number by the int32 of a step
+            updates, state = _optimizer(max_steps).update(gradient, state, params)
         return (jax.tree.map(jnp.add, params, updates), state), None
 
     (params, state), _ = lax.scan(step, (params, state), jax.random.split(key, _STEPS))
