@@ -76,9 +76,16 @@ def check_values(arguments: Mapping[str, Any]) -> None:
     Masked values may be anything. NaN passes and shows in the result.
 
     Args:
-        arguments: concrete arrays whose shapes agree: `probs` or `logits`, `labels`, `where`.
+        arguments: concrete arrays whose shapes agree: `probs` or `logits`, `labels`, `where`; or `predictions`,
+            class ids or probabilities, in place of the first.
     """
-    values, where = arguments.get("logits"), arguments.get("where")
+    where = arguments.get("where")
+    if "predictions" in arguments:
+        for name in ("predictions", "labels"):
+            if jnp.issubdtype(arguments[name].dtype, jnp.floating):
+                _check_unit_interval(name, arguments[name], where, "Cast class ids to integers.")
+        return
+    values = arguments.get("logits")
     if values is None:
         values = arguments["probs"]
         _check_unit_interval(

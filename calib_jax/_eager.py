@@ -60,7 +60,7 @@ def compiled(
             # The type is part of the key: 20.0 and True must not pass for 20 and 1.
             static = tuple((name, type(value), value) for name, value in options.items())
             if _are_concrete(arrays) and (shape := _shape_of_images(arrays)):
-                if "labels" in arrays and "predictions" not in arrays:
+                if "labels" in arrays:
                     check_values(arrays)
                 keep = keeps_shape(options) if callable(keeps_shape) else keeps_shape
                 if not (keep or _config.jax_disable_jit):
@@ -147,11 +147,17 @@ def _shape_of_images(arrays: Mapping[str, Any]) -> tuple[int, ...]:
     """`[batch, *spatial]`. Empty if arrays disagree on it; the decorated function refuses these."""
     images = {name: arrays[name] for name in _IMAGES if arrays.get(name) is not None}
     first = next(iter(images.values()))
-    shape = np.shape(first) if "predictions" in images else np.shape(first)[:-1]
-    agree = all(np.shape(x) in (shape, np.shape(first)) for x in images.values())
-    typed = "predictions" in images or jax.numpy.issubdtype(first.dtype, np.floating)
+    is_map = "predictions" in images
+    # Where label maps may come, floats tell that the last axis is one of classes.
+    floats = [
+        x for x in images.values() if is_map and jax.numpy.issubdtype(jax.numpy.result_type(x), np.floating)
+    ]
+    like = np.shape(floats[0] if floats else first)
+    shape = like if is_map and not floats else like[:-1]
+    agree = all(np.shape(x) in (shape, like) for x in images.values())
+    typed = is_map or jax.numpy.issubdtype(first.dtype, np.floating)
     masked = "where" not in images or images["where"].dtype == np.bool_
-    return shape if agree and typed and masked and 0 not in np.shape(first) else ()
+    return shape if agree and typed and masked and 0 not in like else ()
 
 
 def _filled_up(arrays: dict[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:

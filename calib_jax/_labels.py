@@ -16,6 +16,11 @@ def are_dense(labels: Any, like: Any) -> bool:
     return labels.ndim == like.ndim
 
 
+def are_soft(labels: Any, like: Any) -> bool:
+    """Whether labels may hold shares between 0 and 1: they have the shape of `like` and a floating dtype."""
+    return are_dense(labels, like) and jnp.issubdtype(labels.dtype, jnp.floating)
+
+
 def as_class_ids(ids: Any) -> Array | np.ndarray:
     """`ids` as an array of NumPy or JAX, 64-bit ids as int32.
 

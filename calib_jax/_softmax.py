@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from calib_jax._labels import are_dense, one_hot, one_hot_by_arithmetic
+from calib_jax._labels import are_dense, are_soft, one_hot, one_hot_by_arithmetic
 
 _Function = Callable[..., Array]
 
@@ -49,7 +49,11 @@ def softmax_and_cross_entropy(
 def dice_sums(
     probs: Float[Array, "batch *spatial classes"], labels: Array, where: Bool[Array, "batch *spatial"] | None
 ) -> tuple[Float[Array, "batch classes"], Float[Array, "batch classes"]]:
-    """Overlap of probabilities and labels of each image and class, and their sizes added up; reverse mode only."""
+    """Overlap of probabilities and labels of each image and class, and their sizes added up; reverse mode only.
+
+    With soft labels t the overlap is the sum of min(p, t) = (p + t - |p - t|) / 2, for which Dice is largest at
+    p = t. It equals the sum of p t if t is 0 or 1. For other t, Dice with p t is largest where p itself is 0 or 1.
+    """
     on_cpu = functools.partial(_dice_sums, one_hot=one_hot, total=_total_in_lanes)
     elsewhere = functools.partial(_dice_sums, one_hot=one_hot_by_arithmetic, total=_total)
     return lax.platform_dependent(probs, labels, where, cpu=on_cpu, default=elsewhere)
@@ -61,7 +65,8 @@ def _dice_sums(
     targets = one_hot(labels, probs).astype(jnp.float32)
     if where is not None:
         probs, targets = (jnp.where(where[..., None], x, 0) for x in (probs, targets))
-    return total(probs * targets), total(probs) + total(targets)
+    overlap = jnp.minimum(probs, targets) if are_soft(labels, probs) else probs * targets
+    return total(overlap), total(probs) + total(targets)
 
 
 def _total(x: Float[Array, "batch *spatial columns"]) -> Float[Array, "batch columns"]:
@@ -82,17 +87,24 @@ def _dice_backward(residuals: tuple[Any, ...], gradients: tuple[Array, Array]) -
     beside = (probs.shape[0], *(1,) * (probs.ndim - 2), probs.shape[-1])
     overlap, sizes = (gradient.reshape(beside) for gradient in gradients)
 
-    def of(other: Array, dtype: Any) -> Array:
-        gradient = (overlap * other + sizes).astype(dtype)
+    def of(slope: Array, dtype: Any) -> Array:
+        gradient = (overlap * slope + sizes).astype(dtype)
         return gradient if where is None else jnp.where(where[..., None], gradient, 0)
 
-    d_labels = of(probs, labels.dtype) if jnp.issubdtype(labels.dtype, jnp.floating) else None
     targets = lax.platform_dependent(
         labels,
         cpu=lambda labels: one_hot(labels, probs),
         default=lambda labels: one_hot_by_arithmetic(labels, probs).astype(jnp.float32),
     )
-    return of(targets, probs.dtype), d_labels, None
+    if not are_soft(labels, probs):
+        return of(targets, probs.dtype), None, None
+    slope = _slope_of_minimum(probs, targets)
+    return of(slope, probs.dtype), of(1 - slope, labels.dtype), None
+
+
+def _slope_of_minimum(probs: Array, targets: Array) -> Array:
+    """Derivative of min(p, t) in p. At p = t any number in [0, 1] will do; t is that of p t on hard labels."""
+    return jnp.where(probs == targets, targets, (probs < targets).astype(jnp.float32))
 
 
 dice_sums.defvjp(_dice_forward, _dice_backward)

@@ -279,16 +279,17 @@ def dsc_plus_plus_loss(
 ) -> Float[Array, ""]:
     r"""DSC++: soft Dice in which small errors weigh less than confident ones.
 
-    :math:`1 - 2\,TP / (2\,TP + FP + FN)` per image and class, with :math:`TP = \sum p y`,
-    :math:`FP = \sum (p (1 - y))^\gamma` and :math:`FN = \sum ((1 - p) y)^\gamma` over voxels, averaged over
+    :math:`1 - 2\,TP / (2\,TP + FP + FN)` per image and class, with :math:`TP = \sum \min(p, y)`,
+    :math:`FP = \sum \max(p - y, 0)^\gamma` and :math:`FN = \sum \max(y - p, 0)^\gamma` over voxels, averaged over
     images and classes. Plain Dice (gamma 1) rewards pushing every probability to 0 or 1. Here a remaining small
-    doubt costs next to nothing.
+    doubt costs next to nothing. For labels 0 and 1 these are the paper's terms :math:`p y`, :math:`p (1 - y)` and
+    :math:`(1 - p) y`; unlike those, they have their optimum at p = y for soft labels too.
 
     Args:
         logits: unnormalised scores `[batch, *spatial, classes]`, at least two classes.
         labels: class ids `[batch, *spatial]`, or one-hot or soft labels of the shape of `logits`. Voxels without
             a class are left out: they are not false positives of any class.
-        gamma: power of each voxel's error, at least 0; 1 is `optax.losses.dice_loss`.
+        gamma: power of each voxel's error, at least 0; 1 is the Dice of `calib_jax.segmentation_loss`.
         smooth: added to TP, and to TP + (FP + FN) / 2, as in `optax.losses.dice_loss`.
         include_background: False leaves class 0 out of the mean.
         where: voxels to count, boolean, `[batch, *spatial]`; None counts all.
@@ -318,10 +319,14 @@ def dsc_plus_plus_loss(
     first = 0 if include_background else 1
     probs = jax.nn.softmax(inputs.logits)[..., first:]
     targets = one_hot(inputs.labels, inputs.logits)[..., first:]
-    wrong = _power(probs * (1 - targets), gamma) + _power((1 - probs) * targets, gamma)
+    if are_dense(inputs.labels, inputs.logits):
+        hit, false, missed = jnp.minimum(probs, targets), probs - targets, targets - probs
+    else:
+        hit, false, missed = probs * targets, probs * (1 - targets), (1 - probs) * targets
+    wrong = _power(false, gamma) + _power(missed, gamma)
     wrong = jnp.where(inputs.has_class[..., None], wrong, 0)
     axes = _spatial_axes(probs)
-    hits, errors = whole_sum(((probs * targets).sum(axes), wrong.sum(axes)), axis_name)
+    hits, errors = whole_sum((hit.sum(axes), wrong.sum(axes)), axis_name)
     total = hits + errors / 2 + smooth
     losses = (errors / 2 / jnp.where(total == 0, 1, total)).mean(-1)  # 1 - (hits + smooth) / total
     images = whole_sum(inputs.has_class.sum(axes, dtype=jnp.int32), axis_name) > 0
@@ -334,7 +339,7 @@ def _focal(surprise: Array, gamma: float) -> Array:
 
 
 def _power(base: Array, exponent: float) -> Array:
-    """Power of numbers >= 0. Its gradient at 0 is 0, where that of an exponent below 1 would be infinite."""
+    """Power of the positive part. Its gradient at 0 is 0, where that of an exponent below 1 would be infinite."""
     zero = base <= 0  # False for NaN, which must reach the result
     return jnp.where(zero, 0, jnp.where(zero, 1, base) ** exponent)
 

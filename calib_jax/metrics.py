@@ -4,6 +4,7 @@ Sums over voxels are exact at any size. Class ids are compared with the classes 
 labels never exist in memory.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,55 +19,70 @@ from calib_jax._sums.voxels import count_voxels, sum_in_chunks, sum_voxels
 
 Flat = Float[Array, "batch voxels classes"]
 FlatLabels = Num[Array, "batch voxels *classes"]  # ids or dense
+LabelMap = Integer[AnyArray, "batch *spatial"]
 
 
 @nan_where_undefined
 @compiled()
 def dice_score(
-    predictions: Integer[AnyArray, "batch *spatial"],
-    labels: Integer[AnyArray, "batch *spatial"],
+    predictions: LabelMap | Probs,
+    labels: LabelMap | Probs,
     *,
-    num_classes: int,
+    num_classes: int | None = None,
     where: Bool[AnyArray, "batch *spatial"] | None = None,
 ) -> Float[Array, "batch classes"]:
-    r"""Dice overlap of two label maps, per image and class: :math:`2 |A \cap B| / (|A| + |B|)`.
+    r"""Dice overlap of label maps, probabilities or soft labels, per image and class.
+
+    Of two label maps: :math:`2 |A \cap B| / (|A| + |B|)`. Of probabilities p or soft labels t:
+    :math:`(\sum p + \sum t - \sum |p - t|) / (\sum p + \sum t)`. Both are one formula on labels 0 and 1. With
+    shares, the score is 1 only where p = t, while :math:`2 \sum p t / (\sum p + \sum t)` is below 1 even there.
 
     Args:
-        predictions: predicted class ids `[batch, *spatial]`.
-        labels: true class ids, same shape.
-        num_classes: number of classes, background included. Ids outside `[0, num_classes)` belong to no class.
-        where: voxels to count, boolean, same shape; None counts all.
+        predictions: class ids, integers `[batch, *spatial]`; or probabilities, floats `[batch, *spatial, classes]`.
+        labels: class ids; or soft labels, such as the share of experts who saw a class. Where one of the two arrays
+            has floats, the other one may have class ids, or 0 and 1 for each class.
+        num_classes: number of classes, background included; required for two label maps. Ids outside
+            `[0, num_classes)` belong to no class.
+        where: voxels to count, boolean, `[batch, *spatial]`; None counts all. Values elsewhere change nothing, not
+            even NaN.
 
     Returns:
-        Dice in [0, 1], `[batch, num_classes]`; NaN where neither map has the class.
+        Dice in [0, 1], `[batch, num_classes]`, of shares within 1e-6 relative of float64; NaN where neither has the
+        class, or where a counted value is NaN.
 
     Raises:
-        TypeError: if the label maps are not integers or `where` is not boolean.
-        ValueError: if the shapes differ.
+        TypeError: if `where` is not boolean, or `num_classes` is missing and no array has floats.
+        ValueError: if the shapes differ, if `num_classes` is not the length of the last axis of floats, or if a
+            float is counted, concrete (not traced) and outside [0, 1] by more than rounding.
 
     Example:
         >>> dice_score(jnp.array([[0, 1, 1, 0]]), jnp.array([[0, 1, 0, 0]]), num_classes=3)
         Array([[0.8      , 0.6666667,       nan]], dtype=float32)
 
+        One image of three voxels; experts agree on the first and the last:
+
+        >>> shares = jnp.array([[[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]]])
+        >>> dice_score(shares, shares).tolist()
+        [[1.0, 1.0]]
+        >>> [round(x, 3) for x in dice_score(jnp.array([[0, 1, 1]]), shares)[0].tolist()]
+        [0.8, 0.857]
+
     References:
-        Dice, "Measures of the Amount of Ecologic Association Between Species", 1945.
+        Dice, "Measures of the Amount of Ecologic Association Between Species", 1945. Wang et al., "Dice Semimetric
+        Losses: Optimizing the Dice Score with Soft Labels", MICCAI 2023, arXiv 2303.16296.
     """
-    check_size("num_classes", num_classes)
-    predictions, labels = (jnp.asarray(as_class_ids(ids)) for ids in (predictions, labels))
-    for name, ids in (("predictions", predictions), ("labels", labels)):
-        if not (jnp.issubdtype(ids.dtype, jnp.integer) or ids.dtype == jnp.bool_):
-            raise TypeError(f"{name} must be class ids, integers; got {ids.dtype}.")
-    if predictions.shape != labels.shape:
-        raise ValueError(
-            f"predictions and labels must have one shape; got {predictions.shape}, {labels.shape}."
-        )
-    if where is not None and where.shape != labels.shape:
-        raise ValueError(f"where must have the shape of labels, {labels.shape}; got {where.shape}.")
-    if where is not None and where.dtype != jnp.bool_:
-        raise TypeError(f"where must be boolean (True = count this voxel); got {where.dtype}.")
-    predicted, true = (memberships(_per_voxel(ids), num_classes) for ids in (predictions, labels))
+    predictions, labels = (jnp.asarray(as_class_ids(x)) for x in (predictions, labels))
+    floats = [x for x in (predictions, labels) if jnp.issubdtype(x.dtype, jnp.floating)]
+    _check_maps(predictions, labels, where, floats, num_classes)
     keep = None if where is None else _per_voxel(where)[..., None]
-    return dice_of_counts(*overlap_counts(predicted, true, keep))
+    if not floats and num_classes is not None:
+        predicted, true = (memberships(_per_voxel(ids), num_classes) for ids in (predictions, labels))
+        return dice_of_counts(*overlap_counts(predicted, true, keep))
+    like = _per_voxel(floats[0], floats[0].shape[-1:])
+    columns = (x.shape[floats[0].ndim - 1 :] for x in (predictions, labels))
+    shares = [one_hot(_per_voxel(x, c), like) for x, c in zip((predictions, labels), columns, strict=True)]
+    predicted, true = (x if keep is None else jnp.where(keep, x, 0) for x in shares)
+    return dice_of_counts(*map(sum_voxels, (jnp.minimum(predicted, true), predicted, true)))
 
 
 @nan_where_undefined
@@ -259,6 +275,37 @@ def dice_of_counts(
     # Float32 before adding: the sum of two int32 sizes of 2^30 voxels overflows.
     overlap, predicted, true = (x.astype(jnp.float32) for x in (overlap, predicted, true))
     return mean_or_nan(2 * overlap, predicted + true)
+
+
+def _check_maps(
+    predictions: Array, labels: Array, where: Any, floats: Sequence[Array], num_classes: Any
+) -> None:
+    """Raises unless label maps or arrays of shares share a shape, which `where` and `num_classes` fit."""
+    accepted = {x.shape for x in floats} | {x.shape[:-1] for x in floats} or {labels.shape}
+    shapes = {predictions.shape, labels.shape}
+    if not shapes <= accepted or len({x.shape for x in floats}) > 1 or any(x.ndim < 2 for x in floats):
+        raise ValueError(
+            "predictions and labels must have one shape [batch, *spatial] of class ids, with a last axis of "
+            f"classes behind it where they have floats; got {predictions.dtype} {predictions.shape} and "
+            f"{labels.dtype} {labels.shape}."
+        )
+    for name, x in (("predictions", predictions), ("labels", labels)):
+        if jnp.issubdtype(x.dtype, jnp.complexfloating):
+            raise TypeError(f"{name} must be class ids, integers, or shares, floats; got {x.dtype}.")
+    if not floats and num_classes is None:
+        raise TypeError("num_classes is missing: two label maps do not tell how many classes there are.")
+    if num_classes is not None:
+        check_size("num_classes", num_classes)
+    if floats and num_classes not in (None, floats[0].shape[-1]):
+        raise ValueError(
+            f"num_classes is {num_classes}, but floats have their classes on the last axis and got shape "
+            f"{floats[0].shape}: cast class ids to integers, or leave num_classes out."
+        )
+    voxels = floats[0].shape[:-1] if floats else labels.shape
+    if where is not None and where.shape != voxels:
+        raise ValueError(f"where must have one entry per voxel, shape {voxels}; got {where.shape}.")
+    if where is not None and where.dtype != jnp.bool_:
+        raise TypeError(f"where must be boolean (True = count this voxel); got {where.dtype}.")
 
 
 def _per_voxel(x: AnyArray, columns: tuple[int, ...] = ()) -> Array:

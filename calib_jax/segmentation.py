@@ -57,11 +57,20 @@ def segmentation_loss(
     pool_images: bool = False,
     axis_name: AxisName | None = None,
 ) -> Float[Array, ""]:
-    r"""Weighted sum of soft Dice, cross-entropy, mL1-ACE and the field's other losses, from logits.
+    r"""Weighted sum of Dice, cross-entropy, mL1-ACE and the field's other losses, from logits.
 
     With p = softmax(logits) and default weights,
     :math:`L = \mathrm{Dice}(p, y) + \mathrm{CE}(p, y) + 0.3\,\mathrm{mL1\text{-}ACE}(p, y)`. Parts of weight 0 are
     not computed. Weights are Python numbers, so that they are known when the program is traced.
+
+    Dice is the Dice semimetric loss, per image and class
+
+    .. math:: 1 - \frac{\sum p + \sum y - \sum |p - y|}{\sum p + \sum y}
+              = 1 - \frac{2 \sum \min(p, y)}{\sum p + \sum y},
+
+    with sums over voxels. For labels 0 and 1 it is the usual soft Dice, :math:`1 - 2 \sum p y / (\sum p + \sum y)`.
+    For soft labels, such as the share of experts who saw a class, its optimum is p = y. The optimum of the usual
+    formula is p = 1 where y = 1/2.
 
     No compiler option is needed: the loss alone is as fast without the trainer's. On CPUs under Linux, the
     environment variable `GLIBC_TUNABLES=glibc.malloc.hugetlb=1`, set before Python starts, puts large arrays into
@@ -71,8 +80,8 @@ def segmentation_loss(
         logits: unnormalised scores `[batch, *spatial, classes]`, at least two classes.
         labels: class ids `[batch, *spatial]` (ids outside `[0, classes)` belong to no class and cost no
             cross-entropy), or one-hot or soft labels of the shape of `logits`.
-        dice: weight of soft Dice, as `optax.losses.dice_loss`, averaged over images and classes. Weights are at
-            least 0.
+        dice: weight of Dice, averaged over images and classes; on hard labels `optax.losses.dice_loss`. Weights are
+            at least 0.
         cross_entropy: weight of the cross-entropy, averaged over voxels.
         ace: weight of `mL1_ace`.
         focal: weight of `focal_loss`.
@@ -121,8 +130,9 @@ def segmentation_loss(
         True
 
     References:
-        Milletari et al., "V-Net", 2016 (Dice); Barfoot et al., arXiv 2403.06759 (mL1-ACE); for the others see
-        `calib_jax.alternatives`.
+        Milletari et al., "V-Net", 2016 (Dice); Wang et al., "Dice Semimetric Losses: Optimizing the Dice Score with
+        Soft Labels", MICCAI 2023, arXiv 2303.16296 (Dice of soft labels); Barfoot et al., arXiv 2403.06759
+        (mL1-ACE); for the others see `calib_jax.alternatives`.
     """
     weights = {
         "dice": dice,
@@ -263,7 +273,7 @@ def _softmax_and_entropy(
 def _soft_dice(
     probs: Array, labels: Array, where: Array | None, options: _DiceOptions, axis_name: AxisName | None
 ) -> Array:
-    """`optax.losses.dice_loss` of probabilities, which optax refuses under jit."""
+    """The Dice semimetric loss, on hard labels `optax.losses.dice_loss`, which takes no probabilities under jit."""
     overlap, sizes = whole_sum(dice_sums(probs, labels, where), axis_name)
     size = sizes / 2
     losses = 1 - (overlap + options.smooth) / (size + options.smooth)

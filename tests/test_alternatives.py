@@ -100,9 +100,9 @@ def twin_dsc_plus_plus(logits, labels, where, gamma=2.0, smooth=5e-6, include_ba
             p = np.array([np.exp(log_softmax(logits[voxel]))[c] for voxel in voxels])
             g = np.array([targets[voxel][c] for voxel in voxels])
             hits, misses, false = (
-                (p * g).sum(),
-                (((1 - p) * g) ** gamma).sum(),
-                ((p * (1 - g)) ** gamma).sum(),
+                np.minimum(p, g).sum(),
+                (np.maximum(g - p, 0) ** gamma).sum(),
+                (np.maximum(p - g, 0) ** gamma).sum(),
             )
             losses.append(1 - 2 * (hits + smooth) / (2 * (hits + smooth) + misses + false))
     return np.mean(losses)

@@ -511,8 +511,8 @@ def test_nnunet_lists_files_anywhere(tmp_path):
 def test_a_file_ending_of_no_volume_is_told(tmp_path):
     write_nnunet(tmp_path)
     text = (tmp_path / "dataset.json").read_text()
-    (tmp_path / "dataset.json").write_text(text.replace(".nii.gz", ".png"))
-    with pytest.raises(InputError, match=r'has the "file_ending" .png: volumes of .nii.gz'):
+    (tmp_path / "dataset.json").write_text(text.replace(".nii.gz", ".npy"))
+    with pytest.raises(InputError, match=r'has the "file_ending" .npy: volumes of .nii.gz'):
         open_dataset(f"nnunet:{tmp_path}")
 
 

@@ -86,6 +86,7 @@ def test_annotated_shapes_hold_at_run_time():
         jax.eval_shape(jax.grad(lambda x: cj.segmentation_loss(x, ids)), probs)
         jax.eval_shape(jax.vmap(lambda x, y: cj.mL1_ece(x[None], y[None])), probs, ids)
         jax.eval_shape(lambda: cj.dice_score(ids, ids, num_classes=3))
+        jax.eval_shape(lambda: cj.dice_score(probs, ids, num_classes=3))
 
         count = np.ones((2, 3, 20), np.int32)
         stats = cj.BinStatistics(count, probs.sum() * count.astype(np.float32), count.astype(np.float32))
@@ -97,7 +98,7 @@ def test_annotated_shapes_hold_at_run_time():
             jax.eval_shape(error, stats.sum())
 
         try:
-            jax.eval_shape(lambda: cj.dice_score(probs, ids, num_classes=3))
+            jax.eval_shape(lambda: cj.brier_score(ids, ids))
         except jaxtyping.TypeCheckError:
             pass
         else:

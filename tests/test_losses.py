@@ -359,7 +359,7 @@ def soft_dice_by_hand(logits, one_hot, smooth, first_class=0):
     """1 - (2 I + 2 s) / (P + T + 2 s), averaged over images and classes; `smooth` s is half of MONAI's."""
     probs = softmax_by_hand(logits)[..., first_class:]
     one_hot = one_hot[..., first_class:]
-    overlap, sizes = (probs * one_hot).sum((1, 2)), (probs + one_hot).sum((1, 2))
+    overlap, sizes = np.minimum(probs, one_hot).sum((1, 2)), (probs + one_hot).sum((1, 2))
     return (1 - (2 * overlap + 2 * smooth) / (sizes + 2 * smooth)).mean()
 
 

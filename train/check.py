@@ -19,7 +19,15 @@ from train.data.io import read_scan
 from train.data.layouts import LAYOUTS
 from train.data.open import open_layout
 from train.data.phantom import PhantomDataset
-from train.data.volumes import Entry, Layout, VolumeDataset, header_faults, layout_faults, read_class_ids
+from train.data.volumes import (
+    Entry,
+    Layout,
+    VolumeDataset,
+    header_faults,
+    layout_faults,
+    read_class_ids,
+    replace_label_values,
+)
 from train.errors import InputError
 from train.processes import is_first, own_share
 from train.progress import progress
@@ -61,11 +69,12 @@ class DataReport:
         return "\n".join(lines)
 
 
-def check_data(spec: str) -> DataReport:
+def check_data(spec: str, label_values: Sequence[int] = ()) -> DataReport:
     """Reads every voxel of every image and label of a data set.
 
     Args:
         spec: LAYOUT:PATH.
+        label_values: value of each class in the label files, in place of the layout's.
 
     Raises:
         InputError: `spec` names no folder of volumes. The report lists the faults inside of that folder.
@@ -74,7 +83,7 @@ def check_data(spec: str) -> DataReport:
     root = Path(path).expanduser()
     is_folder = kind in LAYOUTS and bool(path) and root.is_dir()
     try:
-        layout = open_layout(spec)
+        layout = replace_label_values(open_layout(spec), label_values)
     except Exception as error:
         if not is_folder:
             raise

@@ -290,6 +290,8 @@ class Check:
 
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
     """LAYOUT:PATH, as --data of the other commands."""
+    label_values: tuple[int, ...] = ()
+    """As of the other commands."""
     out: Path = Path("faults.csv")
     """File that the faults are written to: case, file, problem. An earlier list of faults is replaced."""
 
@@ -297,7 +299,7 @@ class Check:
         from train.check import check_data, faults_file
 
         with faults_file(self.out) as write:
-            report = check_data(self.data)
+            report = check_data(self.data, self.label_values)
             print(report.summary())
             write(report.faults)
         print(f"\nList of faults: {self.out}")

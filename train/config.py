@@ -27,7 +27,8 @@ class DataConfig:
 
     data: str = "phantom"
     """phantom (embedded, 3-D), phantom2d, or LAYOUT:PATH, a folder of volumes: msd (Medical Segmentation
-    Decathlon), nnunet, brats, acdc, amos, amos-ct (its CT scans) or kits."""
+    Decathlon), nnunet, brats, acdc, amos, amos-ct (its CT scans) or kits; or of 2-D images such as PNG: msd,
+    nnunet, png (with a folder of labels for each annotator) or bu-bil."""
     num_test: int | float = 40
     """Number of test cases, or their share if below 1. A subject's cases stay together."""
     num_val: int | float = 20
@@ -53,17 +54,21 @@ class DataConfig:
     all in the data set's order. In brats: 0 FLAIR, 1 T1, 2 T1 with contrast, 3 T2."""
     intensities: tuple[float, float] | None = None
     """Lowest and highest intensity, such as -100 200 for CT. Values outside are clipped. Left out, the layout's."""
+    label_values: tuple[int, ...] = ()
+    """Value of each class in the label files, background first, such as 255 0 where 0 is the foreground; left out,
+    the layout's."""
     spacing: tuple[float, ...] | Literal["median"] = ()
     """Millimetres between voxels (right, anterior, superior) after resampling, or median for the data set's median;
-    left out, each scan keeps its own. Evaluation and prediction use each scan's original grid."""
+    left out, each scan keeps its own. 2-D images have a spacing of 1, so that 2 2 1 halves their sides. Evaluation
+    and prediction use each scan's original grid."""
     interpolation: Literal["linear", "cubic"] = "linear"
     """Interpolation of intensities in resampling."""
     crop_margin: int | None = None
     """Voxels kept around the bounding box of a scan's foreground (non-zero voxels; in CT voxels above the lowest
     intensity). The rest is cropped. Left out, nothing is cropped."""
-    annotators: Literal["first", "average", "random"] = "first"
-    """Training label of a case with several annotators: the first, the average (each class's share), or an average
-    with random weights for each patch. Evaluation uses the first with first, else the average."""
+    annotators: Literal["first", "majority", "average", "random"] = "first"
+    """Training label of a case with several annotators: the first, the majority, the average (share of each class),
+    or an average with random weights for each patch. Evaluation uses the first with first, else the average."""
     foreground_crops: float = 0.0
     """Share of training patches that are centred on a random voxel of a random foreground class (0.33 in nnU-Net).
     Other patches lie anywhere; in a scan with ignored voxels, around a voxel with a label."""
@@ -80,6 +85,11 @@ class DataConfig:
         sizes = ("patch", "eval_patch", "loader_threads", "prefetch")
         limits = dict.fromkeys(counts, (0, math.inf)) | dict.fromkeys(sizes, (1, math.inf))
         check_numbers(self, foreground_crops=(0, 1), **limits)
+
+    @property
+    def has_soft_labels(self) -> bool:
+        """Whether training labels are shares of classes instead of class ids."""
+        return self.annotators in ("average", "random")
 
     @property
     def sliding_window(self) -> tuple[int, ...]:

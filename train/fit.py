@@ -92,6 +92,7 @@ def _batches(task: Task) -> Any:
         shard=share,
         foreground_crops=data.foreground_crops,
         random_annotators=data.annotators == "random",
+        majority=data.annotators == "majority",
         num_threads=data.loader_threads,
         prefetch=data.prefetch,
     )

@@ -81,6 +81,16 @@ def _of_an_import(data: str) -> Iterator[tuple[Collection[str], str]]:
         )
     else:
         yield (
-            ("num_test", "num_val", "split_seed", "splits", "protocol", "fold", "cache_dir", "annotators"),
+            (
+                "num_test",
+                "num_val",
+                "split_seed",
+                "splits",
+                "protocol",
+                "fold",
+                "cache_dir",
+                "annotators",
+                "label_values",
+            ),
             "OPTION is about the cases of --data: give --data too, or leave OPTION out.",
         )

@@ -89,7 +89,7 @@ class Run:
     @property
     def soft_classes(self) -> int:
         """Classes of soft labels; 0 for class ids."""
-        return 0 if self.config.data.annotators == "first" else len(self.info.class_names)
+        return len(self.info.class_names) if self.config.data.has_soft_labels else 0
 
 
 def plan(command: "Plan") -> int:

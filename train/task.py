@@ -91,7 +91,7 @@ def check_task_loss(task: Task, loss: Loss) -> None:
         task.mesh,
         (config.training.batch_size, *config.data.patch),
         channels=len(regions or dataset.class_names),
-        soft_classes=0 if config.data.annotators == "first" else len(dataset.class_names),
+        soft_classes=len(dataset.class_names) if config.data.has_soft_labels else 0,
         has_ignore=dataset.has_ignore,
     )
 
@@ -154,6 +154,7 @@ def open_cases(data: DataConfig) -> Dataset:
         cache_dir=data.cache_dir,
         channel_order=data.channel_order,
         intensities=data.intensities,
+        label_values=data.label_values,
     )
 
 

@@ -21,8 +21,9 @@ class Geometry:
     """How every scan is cropped, then resampled, in training, evaluation and prediction alike.
 
     Attributes:
-        spacing: millimetres between voxels along the axes right, anterior, superior. "median" is the median of the
-            data set. Empty keeps each scan's own spacing.
+        spacing: millimetres between voxels along the axes right, anterior, superior. Of a 2-D image, whose own
+            spacing is 1, the third is not used. "median" is the median of the data set. Empty keeps each scan's own
+            spacing.
         interpolation: of intensities. Labels are resampled linearly, class by class; each voxel takes the class
             with the largest share.
         crop_margin: voxels to keep around the bounding box of the foreground. None crops nothing. Foreground is
@@ -63,7 +64,8 @@ class Geometry:
             return tuple(shape)
         from nibabel.affines import voxel_sizes
 
-        lengths = np.multiply(shape, voxel_sizes(affine)) / np.array(self.spacing, float)
+        axes = len(shape)
+        lengths = np.multiply(shape, voxel_sizes(affine)[:axes]) / np.array(self.spacing[:axes], float)
         return tuple(max(round(length), 1) for length in lengths.tolist())
 
     def place(self, image: Image, affine: Affine, *, clipped: bool = False) -> "Placement":
@@ -110,7 +112,7 @@ class Placement:
         """The affine of the network's grid, from voxel index to millimetres."""
         steps = np.array([side.stop - side.start for side in self.box]) / self.shape
         scaled = self.box_affine.copy()
-        scaled[:3, :3] *= steps
+        scaled[:3, : len(steps)] *= steps
         return _moved(scaled, (steps - 1) / 2 / steps)
 
     def image(
@@ -168,5 +170,5 @@ def _resample(
 def _moved(affine: Affine, corner: np.ndarray) -> Affine:
     """The affine of the grid whose first voxel is voxel `corner` of the given grid."""
     moved = affine.copy()
-    moved[:3, 3] += affine[:3, :3] @ corner
+    moved[:3, 3] += affine[:3, : len(corner)] @ corner
     return moved

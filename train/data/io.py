@@ -1,7 +1,7 @@
 """Reads scans and label maps as arrays, with the grid that takes them to RAS order and back to their files."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from jaxtyping import Float, Int32
 from nibabel.affines import apply_affine
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation, ornt_transform
 
+from train.data.images import grey_of, is_image
 from train.data.shapes import Affine, Image
 from train.data.volume_files import VolumeFile, open_volume
 from train.errors import InputError
@@ -108,6 +109,18 @@ def read_scan(paths: Sequence[Path]) -> tuple[Image, Grid]:
     return grid.to_ras(np.concatenate(channels, axis=-1) if len(channels) > 1 else channels[0]), grid
 
 
+def open_label(path: Path) -> VolumeFile:
+    """Opens a label map and reads its header. An image has one channel, also if it stores its greys as colours.
+
+    Raises:
+        InputError: as `open_volume`.
+    """
+    volume = open_volume(path)
+    if volume.channels == 1 or not is_image(path):
+        return volume
+    return replace(volume, channels=1, decode=lambda: grey_of(path, volume.decode()))
+
+
 def read_label(path: Path, values: Sequence[int]) -> Int32[np.ndarray, "*spatial"]:
     """Reads a label map, in the file's own order of axes, and rounds it to whole numbers.
 
@@ -119,7 +132,7 @@ def read_label(path: Path, values: Sequence[int]) -> Int32[np.ndarray, "*spatial
         InputError: the file is missing or corrupt, or holds a value further than `LABEL_TOLERANCE` from all of
             these.
     """
-    voxels = open_volume(path).read()[..., 0]
+    voxels = open_label(path).read()[..., 0]
     found = np.unique(voxels)
     broken = found[np.abs(found - np.rint(found)) > LABEL_TOLERANCE]
     if broken.size:

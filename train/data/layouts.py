@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from train.data.images import IMAGE_ENDINGS, images_in
 from train.data.names import name_cases
-from train.data.volume_files import ENDINGS, ending_of, stem, volumes_in
+from train.data.volume_files import ENDINGS, ending_of, open_volume, stem, volumes_in
 from train.data.volumes import Entry, Layout
 from train.errors import InputError
 from train.files import read_json, visible
@@ -22,6 +23,7 @@ from train.files import read_json, visible
 CT_RANGE = (-200.0, 300.0)
 _NUMBER = re.compile(r"\s*[+-]?[0-9]+\s*")
 _ANNOTATOR = re.compile(r"_annotator\d+$")
+_ANNOTATOR_FOLDER = re.compile(r"annotator[-_ ]?(\d+)", re.IGNORECASE)
 # The modalities of BraTS in the papers' order, in the file names of 2021 and of 2023 and later.
 _BRATS_MODALITIES = (("flair", "t1", "t1ce", "t2"), ("t2f", "t1n", "t1c", "t2w"))
 _BRATS_SCAN = re.compile(rf"_({'|'.join(_BRATS_MODALITIES[0])})$|-({'|'.join(_BRATS_MODALITIES[1])})$")
@@ -52,8 +54,9 @@ def msd(path: str | Path) -> Layout:
 def nnunet(path: str | Path) -> Layout:
     """nnU-Net: `imagesTr/CASE_0000.nii.gz`, one file per channel, and `labelsTr/CASE.nii.gz`.
 
-    Several annotators write `labelsTr/CASE_annotator1.nii.gz` and on. A "dataset" in dataset.json lists the files
-    of each case: `{CASE: {"images": [...], "label": ...}}`.
+    Natural images are 2-D: `"file_ending": ".png"`, with one file for each channel or with all colours in
+    `imagesTr/CASE_0000.png`. Several annotators write `labelsTr/CASE_annotator1.nii.gz` and on. A "dataset" in
+    dataset.json lists the files of each case: `{CASE: {"images": [...], "label": ...}}`.
 
     Region-based labels (`"whole tumour": [1, 2, 3]`) become evaluation regions; a single class beside them
     (`"enhancing tumour": 3`) becomes a region too. `"ignore"` marks voxels without a label.
@@ -157,6 +160,29 @@ def kits(path: str | Path) -> Layout:
     )
 
 
+@register_layout("png")
+def png(path: str | Path) -> Layout:
+    """2-D images, `images/CASE.png` or in the folder itself, and their labels, `annotator1/CASE.png` and on.
+
+    TIFF, BMP and JPEG are read too. The name of a label may have words around the case's, as in
+    `annotator3/Seg_CASE.png`. An annotator need not have labelled every image. Labels are 255 in the foreground and
+    0 elsewhere.
+    """
+    return _annotated_images(path)
+
+
+@register_layout("bu-bil")
+def bu_bil(path: str | Path) -> Layout:
+    """BU-BIL, cells in microscopy outlined by five experts: as `png`, but with labels 0 inside and 255 outside.
+
+    One pixel of a label lies between the two; the nearer value counts.
+    """
+    layout = _annotated_images(path)
+    return dataclasses.replace(
+        layout, class_names=("background", "cell"), label_values=(255, 0), nearest_value=True
+    )
+
+
 # Folders.
 
 
@@ -220,6 +246,49 @@ def _acdc_entries(root: Path, *, held_out: bool = False) -> tuple[Entry, ...]:
         Entry(case, (_beside(by_stem, label, case),), (label,), label.parent.name, held_out)
         for label, case in ((label, stem(label).removesuffix("_gt")) for label in labels)
     )
+
+
+def _annotated_images(path: str | Path) -> Layout:
+    root = _folder(path, "images and a folder of labels for each annotator")
+    found = [(_ANNOTATOR_FOLDER.fullmatch(path.name), path) for path in visible(root) if path.is_dir()]
+    folders = [path for _, path in sorted((int(name[1]), path) for name, path in found if name)]
+    if not folders:
+        raise InputError(
+            f"{root} holds no annotator1, annotator2, ...: give the folder of these and of the images."
+        )
+    images = images_in(root / "images") or images_in(root)
+    if not images:
+        raise InputError(f"{root} holds no images/CASE.png and no CASE.png: put the images into one of both.")
+    of_annotators = [_labels_by_case(folder, list(map(stem, images))) for folder in folders]
+    entries = []
+    for image in images:
+        labels = [labels[stem(image)] for labels in of_annotators if stem(image) in labels]
+        # Opening the data set reports that a label is missing.
+        entries.append(Entry(stem(image), (image,), tuple(labels) or (folders[0] / image.name,)))
+    return Layout(
+        name=root.name,
+        source=root,
+        class_names=("background", "foreground"),
+        num_channels=open_volume(images[0]).channels,
+        entries=tuple(entries),
+        label_values=(0, 255),
+    )
+
+
+def _labels_by_case(folder: Path, cases: Sequence[str]) -> dict[str, Path]:
+    """The label of each case in an annotator's folder. Words may surround the case's name."""
+    known, labels = set(cases), {}
+    for file in images_in(folder):
+        name = stem(file)
+        if name not in known:
+            around = [case for case in cases if re.search(rf"(?<![^-_ ]){re.escape(case)}(?![^-_ ])", name)]
+            name = max(around, key=len, default="")
+        if not name:
+            raise InputError(f"{file} is the label of no image: give it the name of one.")
+        if name in labels:
+            raise InputError(f"{file} and {labels[name].name} are labels of one image: remove one of them.")
+        labels[name] = file
+    return labels
 
 
 def _by_stem(files: Iterable[Path]) -> dict[Path, Path]:
@@ -325,9 +394,10 @@ def _found_cases(description: _Description) -> list[Entry]:
     """The cases in nnU-Net's folders."""
     root, channels = description.root, len(description.channels)
     ending = str(description.content.get("file_ending", ".nii.gz"))
-    if not ending.lower().endswith(ENDINGS):
+    if not ending.lower().endswith((*ENDINGS, *IMAGE_ENDINGS)):
         raise InputError(
-            f'{description.file} has the "file_ending" {ending}: volumes of {", ".join(ENDINGS)} can be read.'
+            f'{description.file} has the "file_ending" {ending}: volumes of {", ".join(ENDINGS)} and images of '
+            f"{', '.join(IMAGE_ENDINGS)} can be read."
         )
     files = [file for file in visible(root / "labelsTr") if file.name.lower().endswith(ending.lower())]
     if not files:
@@ -336,18 +406,20 @@ def _found_cases(description: _Description) -> list[Entry]:
     for file in files:
         name = _ANNOTATOR.sub("", file.name[: -len(ending)])
         labels[name] = (*labels.get(name, ()), file)
-    found = _by_stem(volumes_in(root / "imagesTr"))
-    return [
-        Entry(
-            name,
-            tuple(
-                _beside(found, root / "imagesTr" / f"any{ending}", f"{name}_{channel:04d}")
-                for channel in range(channels)
-            ),
-            files,
+    are_images = ending.lower().endswith(IMAGE_ENDINGS)
+    found = _by_stem((images_in if are_images else volumes_in)(root / "imagesTr"))
+
+    def images(name: str) -> tuple[Path, ...]:
+        beside = [
+            _beside(found, root / "imagesTr" / f"any{ending}", f"{name}_{channel:04d}")
+            for channel in range(channels)
+        ]
+        has_all_colours = (
+            are_images and beside[0].is_file() and not any(file.is_file() for file in beside[1:])
         )
-        for name, files in labels.items()
-    ]
+        return tuple(beside[:1] if has_all_colours else beside)
+
+    return [Entry(name, images(name), files) for name, files in labels.items()]
 
 
 def _listed_cases(description: _Description) -> list[Entry]:

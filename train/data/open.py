@@ -11,7 +11,13 @@ from train.data.case import Dataset
 from train.data.geometry import Geometry
 from train.data.layouts import LAYOUTS
 from train.data.phantom import PhantomDataset
-from train.data.volumes import Layout, VolumeDataset, reorder_channels, replace_range
+from train.data.volumes import (
+    Layout,
+    VolumeDataset,
+    reorder_channels,
+    replace_label_values,
+    replace_range,
+)
 from train.errors import InputError
 from train.plugins import import_object, parse_call
 
@@ -26,6 +32,7 @@ def open_dataset(
     cache_dir: str = "",
     channel_order: Sequence[int] = (),
     intensities: tuple[float, float] | None = None,
+    label_values: Sequence[int] = (),
 ) -> Dataset:
     """Opens a data set by its name on the command line.
 
@@ -38,6 +45,7 @@ def open_dataset(
         cache_dir: folder that keeps decoded and preprocessed volumes; empty for none.
         channel_order: the channels to use of volumes on disk, in order; empty for all.
         intensities: range that intensities of volumes on disk are clipped to, in place of their layout's range.
+        label_values: value of each class in label files on disk, in place of the layout's values.
 
     Raises:
         InputError: the name is unknown, an option does not apply, or a file is faulty.
@@ -45,6 +53,7 @@ def open_dataset(
     kind, _, path = spec.partition(":")
     if kind in LAYOUTS and path:
         layout = replace_range(reorder_channels(open_layout(spec), channel_order), intensities)
+        layout = replace_label_values(layout, label_values)
         store = CaseStore(Path(cache_dir).expanduser()) if cache_dir else None
         return VolumeDataset(layout, geometry=geometry, all_annotators=all_annotators, store=store)
     if spec not in ("phantom", "phantom2d") and not _EXTERNAL.fullmatch(spec):
@@ -52,10 +61,10 @@ def open_dataset(
             f'data is "{spec}": give "phantom", "phantom2d", or LAYOUT:PATH with one of {", ".join(LAYOUTS)}, or '
             "package.module:function."
         )
-    if geometry or all_annotators or cache_dir or channel_order or intensities:
+    if geometry or all_annotators or cache_dir or channel_order or intensities or label_values:
         raise InputError(
-            f"data is {spec}: spacing, crop_margin, annotators, cache_dir, channel_order and intensities are for "
-            "volumes on disk (LAYOUT:PATH)."
+            f"data is {spec}: spacing, crop_margin, annotators, cache_dir, channel_order, intensities and "
+            "label_values are for volumes on disk (LAYOUT:PATH)."
         )
     if spec == "phantom":
         return PhantomDataset()
@@ -65,7 +74,7 @@ def open_dataset(
 
 
 def open_layout(spec: str) -> Layout:
-    """Lists the files of "LAYOUT:PATH" and opens none of them.
+    """Lists the files of "LAYOUT:PATH". Opens none of them, except one image to count its channels.
 
     Raises:
         InputError: there is no such layout, or the folder does not have it.

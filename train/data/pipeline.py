@@ -54,6 +54,7 @@ def train_batches(
     seed: int,
     foreground_crops: float = 0.0,
     random_annotators: bool = False,
+    majority: bool = False,
     shard: tuple[int, int] = (0, 1),
     num_threads: int = 1,
     prefetch: int = 2,
@@ -71,6 +72,7 @@ def train_batches(
         foreground_crops: share of the patches that are centred on foreground, see `draw_crop`.
         random_annotators: draw random weights of the annotators for each example, uniform among all weights that
             sum to 1, instead of equal weights.
+        majority: take the class ids of the annotators' majority instead of the share of each class.
         shard: (i, n) for the i-th of n equal parts of every batch. The parts in order are the batch of (0, 1)
             with n times the size.
         num_threads: number of threads that prepare batches. The batches do not depend on it.
@@ -79,14 +81,14 @@ def train_batches(
     Returns:
         Yields `{"image": float32 [batch, *patch, channels], "label": int32 [batch, *patch], "index": int32
         [batch]}`. The index is that of the case in the data set. If the data set keeps all annotators, the label is
-        float32 [batch, *patch, classes]. Padding beyond a volume is background; in a data set with `IGNORE` it is
-        `IGNORE` (zeros for annotators). `get_state()` is a small dictionary for JSON; `set_state()` resumes exactly
-        there.
+        float32 [batch, *patch, classes], without `majority`. Padding beyond a volume is background; in a data set
+        with `IGNORE` it is `IGNORE` (zeros for annotators). `get_state()` is a small dictionary for JSON;
+        `set_state()` resumes exactly there.
     """
     fill = IGNORE if dataset.has_ignore else 0
 
     def target(case: Case, crop: tuple[slice, ...], rng: np.random.Generator) -> np.ndarray:
-        if case.annotations is None:
+        if case.annotations is None or majority:
             return cut_patch(case.label, crop, patch, fill=fill).astype(np.int32)
         annotations = cut_patch(case.annotations, crop, patch, fill=fill)
         weights = rng.dirichlet(np.ones(annotations.shape[-1])) if random_annotators else None

@@ -1,7 +1,7 @@
 """Reads volume files of every format. One sentence says what is wrong with a file.
 
 NIfTI is recognised by its content, not by its name. SimpleITK reads `.mha`, `.mhd`, `.nrrd`, `.nhdr` and `.gipl`;
-nibabel reads everything else.
+pillow reads 2-D images, see `train.data.images`; nibabel reads everything else.
 """
 
 import gzip
@@ -25,6 +25,7 @@ from nibabel.nifti2 import Nifti2Header, Nifti2PairHeader
 from nibabel.spatialimages import HeaderDataError, SpatialImage
 from nibabel.tripwire import TripWireError
 
+from train.data.images import IMAGE_ENDINGS, is_image, open_image
 from train.data.shapes import Affine
 from train.errors import InputError
 from train.files import visible
@@ -93,6 +94,8 @@ def open_volume(path: Path) -> VolumeFile:
             raise InputError(f"{path} does not exist: check the path.")
         if path.name.lower().endswith(ITK_ENDINGS):
             return _open_itk(path)
+        if is_image(path):
+            return _volume(path, *open_image(path))
         header = _nifti_header(path)
         return _open_nibabel(path) if header is None else _open_nifti(path, header)
     except Exception as error:
@@ -109,14 +112,16 @@ def stem(path: Path) -> str:
 
 
 def ending_of(path: Path) -> str:
-    """The volume ending as the name spells it; empty if the name has none."""
-    found = next((ending for ending in ENDINGS if path.name.lower().endswith(ending)), "")
+    """The ending of a volume or image as the name spells it; empty if the name has none."""
+    found = next((ending for ending in (*ENDINGS, *IMAGE_ENDINGS) if path.name.lower().endswith(ending)), "")
     return path.name[len(path.name) - len(found) :]
 
 
 def volumes_in(folder: Path, pattern: str = "*") -> list[Path]:
     """The visible volume files in a folder, sorted."""
-    return [path for path in visible(folder, pattern) if ending_of(path) and path.is_file()]
+    return [
+        path for path in visible(folder, pattern) if path.name.lower().endswith(ENDINGS) and path.is_file()
+    ]
 
 
 def parts_of(path: Path) -> tuple[Path, ...]:

@@ -13,7 +13,8 @@ from train.data.case import Case, Source
 from train.data.faults import Fault, collected, refuse
 from train.data.geometry import Geometry
 from train.data.ignore import IGNORE
-from train.data.io import Grid, check_same_grid, read_label, read_scan
+from train.data.images import is_image
+from train.data.io import Grid, check_same_grid, open_label, read_label, read_scan
 from train.data.preprocess import preprocess
 from train.data.shapes import Annotations, Ids
 from train.data.volume_files import VolumeFile, open_volume, parts_of
@@ -58,6 +59,7 @@ class Layout:
         intensity_range: range that intensities are clipped to before they are normalised, as is usual for CT; None
             normalises over the non-zero voxels.
         ignore_values: values of unlabelled voxels in the files.
+        nearest_value: whether a value that is not declared stands for the nearest one that is.
     """
 
     name: str
@@ -69,11 +71,18 @@ class Layout:
     regions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     intensity_range: tuple[float, float] | None = None
     ignore_values: tuple[int, ...] = ()
+    nearest_value: bool = False
 
     @property
     def class_values(self) -> tuple[int, ...]:
         """Value of each class in the files."""
         return self.label_values or tuple(range(len(self.class_names)))
+
+    @property
+    def spatial_dims(self) -> int:
+        """2 if all scans are 2-D images, such as PNG, else 3."""
+        files = [file for entry in self.entries for file in entry.images]
+        return 2 if files and all(map(is_image, files)) else 3
 
 
 def reorder_channels(layout: Layout, channels: Sequence[int]) -> Layout:
@@ -100,6 +109,22 @@ def reorder_channels(layout: Layout, channels: Sequence[int]) -> Layout:
     return replace(layout, entries=entries, num_channels=len(channels))
 
 
+def replace_label_values(layout: Layout, values: Sequence[int]) -> Layout:
+    """The layout with other values of its classes in the files. No values keep the layout's own.
+
+    Raises:
+        InputError: there are more or fewer values than classes.
+    """
+    if not values:
+        return layout
+    if len(values) != len(layout.class_names):
+        raise InputError(
+            f"label_values is {tuple(values)}, but {layout.source} has the classes "
+            f"{', '.join(layout.class_names)}: give one value for each, in this order."
+        )
+    return replace(layout, label_values=tuple(values))
+
+
 def replace_range(layout: Layout, intensity_range: tuple[float, float] | None) -> Layout:
     """The layout with another intensity range. None keeps the layout's own.
 
@@ -116,6 +141,8 @@ def replace_range(layout: Layout, intensity_range: tuple[float, float] | None) -
 class VolumeDataset:
     """The cases of a `Layout` in RAS order, preprocessed by `train.data.preprocess.preprocess`.
 
+    2-D images are arrays `[x, y]`, x along the rows of pixels.
+
     Opening checks every header: existence, shapes, channels and affines. Loading checks the voxels.
 
     Args:
@@ -127,8 +154,6 @@ class VolumeDataset:
     Raises:
         InputError: names each faulty file and its fault.
     """
-
-    spatial_dims = 3
 
     def __init__(
         self,
@@ -142,6 +167,7 @@ class VolumeDataset:
         self.name = layout.name
         self.class_names = layout.class_names
         self.num_channels = layout.num_channels
+        self.spatial_dims = layout.spatial_dims
         self.regions = layout.regions
         self.has_ignore = bool(layout.ignore_values)
         self.intensity_range = layout.intensity_range
@@ -153,7 +179,8 @@ class VolumeDataset:
         affines = [grid.affine for grid in grids]
         self.geometry = (geometry or Geometry()).resolved(affines)
         shapes = [
-            self.geometry.shape_of(grid.shape, affine) for grid, affine in zip(grids, affines, strict=True)
+            self.geometry.shape_of(grid.shape[: self.spatial_dims], affine)
+            for grid, affine in zip(grids, affines, strict=True)
         ]
         self.largest_shape = tuple(max(sides) for sides in zip(*shapes, strict=True))
         self.all_annotators = all_annotators
@@ -194,18 +221,24 @@ class VolumeDataset:
         layout = self.layout
         voxels, grid = read_scan(entry.images)
         labels = [
-            grid.to_ras(grid.from_turned(read_class_ids(file, layout), Grid.of(open_volume(file))))
+            self._flat(
+                grid.to_ras(grid.from_turned(read_class_ids(file, layout), Grid.of(open_volume(file))))
+            )
             for file in self.label_files(entry)
         ]
         own = self._combined(labels)
         image, placement = preprocess(
-            voxels, grid.affine, intensity_range=layout.intensity_range, geometry=self.geometry
+            self._flat(voxels), grid.affine, intensity_range=layout.intensity_range, geometry=self.geometry
         )
         if not self.geometry:
             return Case(entry.name, image, own[0], grid.affine, annotations=own[1])
         label, annotations = self._combined([placement.label(label) for label in labels])
         source = Source(placement, *own)
         return Case(entry.name, image, label, placement.affine, annotations=annotations, source=source)
+
+    def _flat(self, array: np.ndarray) -> np.ndarray:
+        """Without the third axis, which has one voxel, if the data set has 2-D images."""
+        return array[:, :, 0] if self.spatial_dims == 2 else array
 
     def _combined(self, labels: Sequence[Ids]) -> tuple[Ids, Annotations | None]:
         """The label to train on; and the labels of all annotators, if the data set keeps them."""
@@ -223,6 +256,11 @@ def read_class_ids(file: Path, layout: Layout) -> Ids:
     """
     classes, ignored = layout.class_values, layout.ignore_values
     values = np.array((*classes, *ignored))
+    if layout.nearest_value:
+        order = np.argsort(values)
+        edges = (values[order][1:] + values[order][:-1]) / 2
+        ids = np.array((*range(len(classes)), *(IGNORE for _ in ignored)), np.uint8)
+        return ids[order][np.digitize(open_label(file).read()[..., 0], edges)]
     ids = np.zeros(np.ptp(values) + 1, np.uint8)
     ids[values - values.min()] = (*range(len(classes)), *(IGNORE for _ in ignored))
     return ids[read_label(file, values.tolist()) - values.min()]
@@ -288,9 +326,12 @@ def _check_labels(layout: Layout) -> None:
 def _checked_grid(entry: Entry, layout: Layout, faults: list[Fault]) -> Grid | None:
     """The grid of a case's image; None if the image is faulty. Adds the faults of all files to `faults`."""
     volumes: dict[Path, VolumeFile] = {}
-    for file in (*entry.images, *entry.labels):
+    for file in entry.images:
         with collected(faults, entry.name, file):
             volumes[file] = open_volume(file)
+    for file in entry.labels:
+        with collected(faults, entry.name, file):
+            volumes[file] = open_label(file)
     first = entry.images[0]
     image = volumes.pop(first, None)
     if image is None:
