@@ -20,7 +20,7 @@ _AGAIN = (
 
 
 class Batches:
-    """An iterable of `(logits, labels, where)`, or with `images` of `(logits, labels, where, image)`.
+    """An iterable of `(logits, labels, where)`, or `with_images` of `(logits, labels, where, image)`.
 
     Each pass reads and checks the batches anew.
 
@@ -30,11 +30,12 @@ class Batches:
         labels: labels of `logits`.
         where: mask of `logits`.
         image: image of `logits`, `[batch, *spatial, channels]`.
-        images: whether batches may hold an image.
+        with_images: whether batches may hold an image.
         least_classes: two for a softmax.
 
     Attributes:
         classes: number of classes, the same in all batches.
+        channels: number of channels of the first image; 0 without an image.
     """
 
     def __init__(
@@ -44,16 +45,18 @@ class Batches:
         where: Any,
         image: Any = None,
         *,
-        images: bool = False,
+        with_images: bool = False,
         least_classes: int = 2,
     ):
         self._begin = _passes(
-            logits, labels, {"where": where, "image": image} if images else {"where": where}
+            logits, labels, {"where": where, "image": image} if with_images else {"where": where}
         )
-        self._forms = _FORMS if images else _FORMS[:2]
+        self._forms = _FORMS if with_images else _FORMS[:2]
         self._least_classes = least_classes
         for batch in self._begin():
-            self.classes = self._checked(0, batch, None)[0].shape[-1]
+            logits, _, _, *images = self._checked(0, batch, None)
+            self.classes = logits.shape[-1]
+            self.channels = images[0].shape[-1] if images and images[0] is not None else 0
             return
         raise ValueError(
             "no batches to fit to: the list is empty, or the function returned an iterator without any."

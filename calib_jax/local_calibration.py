@@ -7,6 +7,7 @@ validation cases of any model, and can keep every label.
 
 import dataclasses
 import functools
+import itertools
 import math
 import warnings
 from collections.abc import Iterator, Sequence
@@ -80,6 +81,27 @@ class LocalCalibration:
     regions: bool = dataclasses.field(metadata={"static": True})
     spacing: tuple[float, ...] = dataclasses.field(metadata={"static": True})
 
+    @classmethod
+    def identity(
+        cls,
+        classes: int,
+        channels: int = 0,
+        *,
+        keeps_labels: bool = True,
+        regions: bool = False,
+        spacing: Sequence[float] = (),
+        seed: int = 0,
+    ) -> "LocalCalibration":
+        """A calibration that changes no probability, from which the fit starts.
+
+        Args:
+            classes: channels of the logits.
+            channels: of the image; 0 without an image.
+            keeps_labels, regions, spacing, seed: as for `fit_local_calibration`.
+        """
+        weights = _first_weights(jax.random.key(seed), classes, channels * _IMAGE_LEVELS)
+        return cls(weights, bool(keeps_labels), bool(regions), tuple(map(float, spacing)))
+
 
 def fit_local_calibration(
     logits: Float[AnyArray, "batch *spatial classes"] | Source,
@@ -151,13 +173,17 @@ def fit_local_calibration(
     check_size("max_steps", max_steps)
     if max_steps % _STEPS:
         raise ValueError(f"max_steps must be a multiple of {_STEPS}; got {max_steps}.")
-    batches = Batches(logits, labels, where, image, images=True, least_classes=1 if regions else 2)
-    samples = _collect(batches, regions, tuple(map(float, spacing)), seed)
-    start = _first_weights(jax.random.key(seed), batches.classes, samples.image.shape[-1])
-    like = LocalCalibration(start, bool(keeps_labels), bool(regions), tuple(map(float, spacing)))
+    batches = Batches(logits, labels, where, image, with_images=True, least_classes=1 if regions else 2)
+    options: dict[str, Any] = {"regions": regions, "spacing": spacing, "seed": seed}
+    like = LocalCalibration.identity(batches.classes, batches.channels, keeps_labels=keeps_labels, **options)
+    samples = _collect(batches, like, seed)
     everything = np.ones(len(samples.count), np.float32)
     steps, message = _cross_validated(like, samples, ace, max_steps, seed)
-    *_, params = [like, *_training(like, samples, everything, ace, max_steps, seed)][: 1 + steps // _STEPS]
+    params = like
+    for params in itertools.islice(
+        _training(like, samples, everything, ace, max_steps, seed), steps // _STEPS
+    ):
+        pass
     if message:
         warnings.warn(message, RuntimeWarning, stacklevel=2)
     return params
@@ -186,7 +212,10 @@ def apply_local_calibration(
         ValueError: if classes, channels or axes are not those of the fit.
 
     Example:
-        See `fit_local_calibration`.
+        >>> params = LocalCalibration.identity(classes=3)  # changes nothing yet
+        >>> logits = jnp.array([[[[2.0, 1.0, 0.0]]]])  # one image of one pixel
+        >>> jnp.allclose(jax.nn.softmax(apply_local_calibration(logits, params)), jax.nn.softmax(logits)).item()
+        True
 
     References:
         Ding et al., ICCV 2021, arXiv 2008.05105.
@@ -448,21 +477,16 @@ class _Samples(NamedTuple):
     rest: BinStatistics
 
 
-def _collect(batches: Batches, regions: bool, spacing: tuple[float, ...], seed: int) -> _Samples:
+def _collect(batches: Batches, like: LocalCalibration, seed: int) -> _Samples:
     """One pass over the batches."""
     rng = np.random.default_rng(seed)
-    like: LocalCalibration | None = None
     kept: list[Any] = []
     for number, (logits, labels, where, image) in enumerate(batches):
-        channels = 0 if image is None else image.shape[-1]
-        if like is None:
-            weights = _first_weights(jax.random.key(0), batches.classes, channels * _IMAGE_LEVELS)
-            like = LocalCalibration(weights, True, regions, spacing)
         try:
             _check_applicable(logits, like, image)
         except ValueError as error:
             raise ValueError(f"batch {number}: {error}") from error
-        if regions and not are_dense(labels, logits):
+        if like.regions and not are_dense(labels, logits):
             raise ValueError(
                 f"labels of regions must have the shape of logits, {logits.shape}; batch {number} has "
                 f"{labels.shape}."
