@@ -179,11 +179,8 @@ def fit_local_calibration(
     samples = _collect(batches, like, seed)
     everything = np.ones(len(samples.count), np.float32)
     steps, message = _cross_validated(like, samples, ace, max_steps, seed)
-    params = like
-    for params in itertools.islice(
-        _training(like, samples, everything, ace, max_steps, seed), steps // _STEPS
-    ):
-        pass
+    training = _training(like, samples, everything, ace, max_steps, seed)
+    *_, params = like, *itertools.islice(training, steps // _STEPS)
     if message:
         warnings.warn(message, RuntimeWarning, stacklevel=2)
     return params
