@@ -82,7 +82,7 @@ class CaseFigures:
         prob_inside: sum of probabilities over the voxels that are predicted to be of the class.
         voxel_ml: volume of a voxel in ml.
         sample: voxels that stand for all of them.
-        slice: the slice with the most wrong voxels.
+        slice: the slice with the most wrong voxels; None where it is not needed.
     """
 
     name: str
@@ -99,7 +99,7 @@ class CaseFigures:
     prob_inside: Float[np.ndarray, "classes"]
     voxel_ml: float
     sample: Sample
-    slice: Slice
+    slice: Slice | None
 
     def dice(self) -> Float[np.ndarray, "classes"]:
         """Dice of the label maps; NaN where neither has the class."""
@@ -119,7 +119,7 @@ class CaseFigures:
 
     def save(self, path: Path, key: str) -> None:
         """Writes the figures, whole or not at all; `key` says what they were computed from."""
-        arrays = {f"slice_{name}": value for name, value in vars(self.slice).items()}
+        arrays = {f"slice_{name}": value for name, value in vars(self.slice).items()} if self.slice else {}
         arrays |= {f"sample_{name}": value for name, value in vars(self.sample).items()}
         arrays |= {name: value for name, value in vars(self).items() if name not in ("sample", "slice")}
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -135,9 +135,22 @@ class CaseFigures:
             with np.load(path, allow_pickle=False) as file:
                 if int(file["format"]) != _FORMAT or str(file["key"]) != key:
                     return None
-                return _loaded(cls, {name: file[name] for name in file.files})
+                own = ("name", "sample", "slice")
+                fields = {field.name for field in dataclasses.fields(cls)} - set(own)
+                return cls(
+                    name=str(file["name"]),
+                    sample=Sample(**_read(file, Sample, "sample_")),
+                    slice=Slice(**_read(file, Slice, "slice_")),
+                    **{name: _scalar(file[name]) for name in fields},
+                )
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
             return None
+
+    @staticmethod
+    def load_slice(path: Path) -> Slice:
+        """The slice alone of a file that `save` wrote."""
+        with np.load(path, allow_pickle=False) as file:
+            return Slice(**_read(file, Slice, "slice_"))
 
 
 def measure(case: "Case", bins: Bins) -> CaseFigures:
@@ -222,7 +235,9 @@ class _Sums:
         classes = len(voxels.probs)
         self.of, self.bin_options = voxels, bins
         where = slice(None) if voxels.where is None else voxels.where
-        self.inner = [inner_edges(row if bins.binning != "adaptive" else row[where], bins) for row in voxels.probs]
+        self.inner = [
+            inner_edges(row if bins.binning != "adaptive" else row[where], bins) for row in voxels.probs
+        ]
         self.bins, self.boundary_bins = np.zeros((2, 3, classes, bins.num_bins))
         self.squared_error, self.prob_inside = np.zeros((2, classes))
         self.nll = np.zeros(classes if voxels.regions else 1)
@@ -245,9 +260,7 @@ class _Sums:
         near = np.flatnonzero(boundary)
         self.voxels += probs.shape[1]
         for c, (values, inner) in enumerate(zip(probs, self.inner, strict=True)):
-            member, chosen = (
-                (labels[c], prediction[c]) if self.of.regions else (labels == c, prediction == c)
-            )
+            member, chosen = (labels[c], prediction[c]) if self.of.regions else (labels == c, prediction == c)
             self.bins[:, c] += sums_in_bins(values, member, inner, self.bin_options)
             self.boundary_bins[:, c] += sums_in_bins(values[near], member[near], inner, self.bin_options)
             error = np.subtract(values, member, dtype=np.float64)
@@ -299,7 +312,9 @@ def near_border(
     spacing = spacing or (1.0,) * ndim
     axes = [axis for axis in range(ndim) if spacing[axis] <= 3 * min(spacing)]
     found = np.zeros(labels.shape[:ndim], bool)
-    box = _bounding_box(labels.reshape(*labels.shape[:ndim], -1).any(-1) if labels.dtype == bool else labels != 0)
+    box = _bounding_box(
+        labels.reshape(*labels.shape[:ndim], -1).any(-1) if labels.dtype == bool else labels != 0
+    )
     if box is None:
         return found
     box = tuple(slice(max(x.start - BORDER_VOXELS, 0), x.stop + BORDER_VOXELS) for x in box)
@@ -358,7 +373,9 @@ def _sample(voxels: _Voxels, sums: _Sums) -> Sample:
     most = max(_SAMPLED_VALUES // len(voxels.probs), 64)
     counted = np.ones(voxels.size, bool) if voxels.where is None else voxels.where
     picked, weights = [], []
-    for stratum, number in zip((sums.confidence < _CERTAIN, sums.confidence >= _CERTAIN), _SAMPLED, strict=True):
+    for stratum, number in zip(
+        (sums.confidence < _CERTAIN, sums.confidence >= _CERTAIN), _SAMPLED, strict=True
+    ):
         members = np.flatnonzero(stratum & counted)
         drawn = members[_drawn(rng, members.size, min(number, most))]
         picked.append(drawn)
@@ -433,13 +450,8 @@ def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> Float[np.ndarray, 
     return np.divide(numerator, denominator, out=np.full(numerator.shape, np.nan), where=denominator > 0)
 
 
-def _loaded(cls: type[CaseFigures], arrays: dict[str, Any]) -> CaseFigures:
-    def fields(of: type, prefix: str = "") -> dict[str, Any]:
-        names = [field.name for field in dataclasses.fields(of) if field.name not in ("sample", "slice")]
-        return {name: _scalar(arrays[prefix + name]) for name in names}
-
-    sample, one_slice = Sample(**fields(Sample, "sample_")), Slice(**fields(Slice, "slice_"))
-    return cls(**fields(cls), sample=sample, slice=one_slice)
+def _read(file: Any, of: type, prefix: str) -> dict[str, Any]:
+    return {field.name: _scalar(file[prefix + field.name]) for field in dataclasses.fields(of)}
 
 
 def _scalar(x: np.ndarray) -> Any:
