@@ -1,0 +1,97 @@
+"""Options that several commands share: which folders to read, and how to bin."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def add_folders(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say what to read."""
+    add = parser.add_argument_group("what to read").add_argument
+    add(
+        "--probs",
+        action="append",
+        required=True,
+        metavar="[NAME=]DIR",
+        help="folder of predicted probabilities (nnU-Net's .npz, NIfTI, .npy, .mha, .nrrd, PNG, TIFF); give it once "
+        "for each model, with a name",
+    )
+    add(
+        "--labels",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder of true label maps, matched by file name",
+    )
+    add("--images", type=Path, metavar="DIR", help="folder of images, to show behind the labels")
+    add("--logits", action="store_true", help="the files hold logits rather than probabilities")
+    add(
+        "--dataset-json",
+        type=Path,
+        metavar="FILE",
+        help="nnU-Net's dataset.json: class names, regions, ignore label (default: found beside the predictions)",
+    )
+    add("--class-names", nargs="+", metavar="NAME", help="names of all classes, background first")
+
+
+def add_jobs(parser: argparse.ArgumentParser) -> None:
+    """Adds the number of threads."""
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="cases to read at a time, each of them in memory (default: 1)",
+    )
+
+
+def named_folders(given: Sequence[str]) -> Path | dict[str, Path]:
+    """The folders of `--probs`: a single path without a name, or paths by name of the model.
+
+    Raises:
+        ValueError: if two models have one name.
+
+    Example:
+        >>> named_folders(["fold0"]).as_posix(), list(named_folders(["A=x", "runs/B"]))
+        ('fold0', ['A', 'B'])
+    """
+    pairs = []
+    for text in given:
+        name, equals, folder = text.partition("=")
+        is_named = bool(equals and name) and not Path(text).exists()
+        pairs.append((name, Path(folder)) if is_named else ("", Path(text)))
+    if len(pairs) == 1 and not pairs[0][0]:
+        return pairs[0][1]
+    folders: dict[str, Path] = {}
+    for name, folder in pairs:
+        name = name or folder.resolve().name
+        if name in folders:
+            raise ValueError(
+                f"--probs: two folders are called {name!r}: give each model a name, as in --probs {name}1={folder}."
+            )
+        folders[name] = folder
+    return folders
+
+
+def sources(options: argparse.Namespace) -> list[Path]:
+    """Every folder and file that the options name."""
+    folders = named_folders(options.probs)
+    probs = list(folders.values()) if isinstance(folders, Mapping) else [folders]
+    return [
+        path for path in (*probs, options.labels, options.images, options.dataset_json) if path is not None
+    ]
+
+
+def open_folders(options: argparse.Namespace) -> Any:
+    """`calib_jax.predictions.open_predictions` with the options of `add_folders`."""
+    from calib_jax.predictions import open_predictions
+
+    return open_predictions(
+        named_folders(options.probs),
+        options.labels,
+        images=options.images,
+        dataset_json=options.dataset_json,
+        logits=options.logits,
+        class_names=options.class_names,
+    )

@@ -1,0 +1,182 @@
+"""What post-hoc calibration would change, by cross-validation over the cases of a report.
+
+Calibrators are fitted to and judged on the samples of voxels that `measure` keeps, so no file is read again and memory
+stays within a few hundred kilobytes per case.
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, NamedTuple
+
+import jax
+import numpy as np
+
+from calib_jax import scaling
+from calib_jax._sums.bins import Bins
+from calib_jax._sums.host import inner_edges
+from calib_jax.binning import BinStatistics
+from calib_jax.report.measure import CaseFigures, Sample
+from calib_jax.report.table import ModelRow, compare_models
+from calib_jax.results import ModelResult
+
+FOLDS: Final = 5
+_MOST_FITTED = 1 << 20  # sampled probabilities that one fit reads
+_IN_BATCH = 1 << 13  # voxels of a batch; all batches have this size, so that one program is compiled
+_TINY = float(np.finfo(np.float32).tiny)
+
+
+class Calibrator(NamedTuple):
+    """A calibrator that treats every voxel alike.
+
+    Attributes:
+        fit: `batches -> params`; batches are tuples (log-probabilities, soft labels).
+        apply: `(log_probs, params) -> logits`.
+        describe: the parameters in words.
+    """
+
+    fit: Callable[[Any], Any]
+    apply: Callable[[Any, Any], Any]
+    describe: Callable[[Any], str]
+
+
+CALIBRATORS: Final[Mapping[str, Calibrator]] = {
+    "temperature": Calibrator(
+        scaling.fit_temperature,
+        scaling.apply_temperature,
+        lambda temperature: f"T = {float(temperature):.2f}",
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Gain:
+    """What a calibrator changes, on cases that it was not fitted to.
+
+    Attributes:
+        calibrator: name of the calibrator.
+        params: its parameters when fitted to all cases, in words.
+        folds: number of folds.
+        row: comparison with the probabilities as they are, on the same samples of voxels.
+    """
+
+    calibrator: str
+    params: str
+    folds: int
+    row: ModelRow
+
+
+def cross_validate(
+    cases: Sequence[CaseFigures], result: ModelResult, bins: Bins, *, first_class: int, regions: bool
+) -> list[Gain]:
+    """Cross-validates every calibrator over the cases of one model; [] for fewer than two cases.
+
+    Args:
+        cases: figures of the cases, in the order of `result`.
+        result: of the model, for names.
+        bins: how [0, 1] is divided into bins.
+        first_class: index of the first class that is reported.
+        regions: whether classes are regions, which overlap.
+    """
+    if len(cases) < 2:
+        return []
+    samples = [case.sample for case in cases]
+    folds = min(FOLDS, len(samples))
+    before = [_judge(sample, sample.probs, bins, first_class, regions) for sample in samples]
+    gains = []
+    for name, calibrator in CALIBRATORS.items():
+        after = {}
+        for fold in range(folds):
+            params = _fit(calibrator, [x for i, x in enumerate(samples) if i % folds != fold], regions)
+            for i in range(fold, len(samples), folds):
+                probs = _applied(calibrator, samples[i].probs, params, regions)
+                after[i] = _judge(samples[i], probs, bins, first_class, regions)
+        judged = [after[i] for i in range(len(samples))]
+        rows = compare_models(
+            [_result(result, "as it is", before), _result(result, name, judged)], resamples=2000
+        )
+        words = calibrator.describe(_fit(calibrator, samples, regions))
+        gains.append(Gain(name, words, folds, rows[1]))
+    return gains
+
+
+def _fit(calibrator: Calibrator, samples: Sequence[Sample], regions: bool) -> Any:
+    """Fits to samples: each voxel's labels are its weight times one-hot, so that it counts as often as it should."""
+    log_probs, labels = zip(*(_weighted(sample, regions) for sample in samples), strict=True)
+    log_probs, labels = np.concatenate(log_probs), np.concatenate(labels)
+    labels /= max(float(labels.max(initial=0)), _TINY)
+    step = -(-log_probs.size // _MOST_FITTED)
+    log_probs, labels = log_probs[::step], labels[::step].astype(np.float32)
+    missing = -len(labels) % _IN_BATCH
+    # Voxels without a label do not count.
+    log_probs, labels = (
+        np.concatenate([x, np.zeros((missing, x.shape[1]), x.dtype)]) for x in (log_probs, labels)
+    )
+    shape = (-1, 1, _IN_BATCH, labels.shape[-1])
+    batches = list(zip(log_probs.reshape(shape), labels.reshape(shape), strict=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a temperature at its bound is shown as it is
+        return jax.device_get(calibrator.fit(batches))
+
+
+def _weighted(sample: Sample, regions: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probabilities and weighted one-hot labels; each region of a voxel is a problem of two classes."""
+    probs, weight = _exclusive(sample.probs, regions), sample.weight[:, None]
+    ids = sample.labels.reshape(-1).astype(int)
+    if regions:
+        weight = np.repeat(weight, sample.probs.shape[1], axis=0)
+    return _log(probs), weight * (ids[:, None] == np.arange(probs.shape[1]))
+
+
+def _exclusive(probs: np.ndarray, regions: bool) -> np.ndarray:
+    """Probabilities of classes that exclude each other, one row per problem."""
+    return np.stack([1 - probs, probs], -1).reshape(-1, 2) if regions else probs
+
+
+def _log(probs: np.ndarray) -> np.ndarray:
+    return np.log(np.maximum(probs, np.float32(_TINY)), dtype=np.float32)
+
+
+def _applied(calibrator: Calibrator, probs: np.ndarray, params: Any, regions: bool) -> np.ndarray:
+    """Calibrated probabilities of a sample."""
+    log_probs = _log(_exclusive(probs, regions))
+    missing = -len(log_probs) % _IN_BATCH
+    padded = np.concatenate([log_probs, np.zeros((missing, log_probs.shape[1]), np.float32)])
+    logits = np.asarray(calibrator.apply(padded, params))[: len(log_probs)].astype(np.float64)
+    odds = np.exp(logits - logits.max(1, keepdims=True))
+    exclusive = (odds / odds.sum(1, keepdims=True)).astype(np.float32)
+    return exclusive[:, 1].reshape(probs.shape) if regions else exclusive
+
+
+class _Judged(NamedTuple):
+    """Weighted bins `[3, classes, bins]`, Brier scores and likelihoods of a case's sample."""
+
+    bins: np.ndarray
+    brier: np.ndarray
+    nll: np.ndarray
+
+
+def _judge(sample: Sample, probs: np.ndarray, bins: Bins, first_class: int, regions: bool) -> _Judged:
+    weight, total = sample.weight, max(float(sample.weight.sum()), _TINY)
+    classes = probs.shape[1]
+    member = sample.labels if regions else sample.labels[:, None] == np.arange(classes)
+    if bins.binning == "soft":
+        bins = dataclasses.replace(bins, binning="hard")
+    sums = np.zeros((3, classes, bins.num_bins))
+    for c in range(first_class, classes):
+        values = probs[:, c]
+        index = np.searchsorted(inner_edges(values, bins), values, side="left")
+        for row, column in enumerate((weight, weight * values, weight * member[:, c])):
+            sums[row, c] = np.bincount(index, column, bins.num_bins)
+    brier = weight @ np.square(probs.astype(np.float64) - member) / total
+    likelihood = np.where(member, probs, 1 - probs.astype(np.float64) if regions else 1)
+    nll = -weight @ np.log(np.maximum(likelihood, _TINY)) / total
+    if not regions:
+        nll = np.full(classes, nll.sum())
+    return _Judged(sums[:, first_class:], brier[first_class:], nll[first_class:])
+
+
+def _result(of: ModelResult, name: str, judged: Sequence[_Judged]) -> ModelResult:
+    stats = BinStatistics(*np.stack([one.bins for one in judged], 1))
+    brier, nll = (np.stack([getattr(one, field) for one in judged]) for field in ("brier", "nll"))
+    return ModelResult(name, of.case_names, of.class_names, stats, of.dice, brier, nll)
