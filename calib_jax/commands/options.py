@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 
-def add_folders(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that say what to read."""
+def add_folders(parser: argparse.ArgumentParser, *, labels: bool = True) -> None:
+    """Adds the options that say what to read; without `labels`, these are no option."""
     add = parser.add_argument_group("what to read").add_argument
     add(
         "--probs",
@@ -17,14 +17,20 @@ def add_folders(parser: argparse.ArgumentParser) -> None:
         help="folder of predicted probabilities (nnU-Net's .npz, NIfTI, .npy, .mha, .nrrd, PNG, TIFF); give it once "
         "for each model, with a name",
     )
-    add(
-        "--labels",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="folder of true label maps, matched by file name",
-    )
-    add("--images", type=Path, metavar="DIR", help="folder of images, to show behind the labels")
+    if labels:
+        add(
+            "--labels",
+            type=Path,
+            required=True,
+            metavar="DIR",
+            help="folder of true label maps, matched by file name",
+        )
+        add("--images", type=Path, metavar="DIR", help="folder of images, to show behind the labels")
+    else:
+        parser.set_defaults(labels=None)
+        add(
+            "--images", type=Path, metavar="DIR", help="folder of images, for the grid of .npz and .npy files"
+        )
     add("--logits", action="store_true", help="the files hold logits rather than probabilities")
     add(
         "--dataset-json",

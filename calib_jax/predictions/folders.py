@@ -100,6 +100,10 @@ class Predictions:
             self._load(case_name, model)
         return self._layouts[case_name, model]
 
+    def folder_of(self, model: str) -> Path:
+        """The folder of a model."""
+        return self._folders[model][0]
+
     # Reading.
 
     def _load(self, name: str, model: str) -> tuple[Case, PredictionFile]:
@@ -122,6 +126,8 @@ class Predictions:
         inner = label[1] if label is not None else None
         if beside is not None and (file.volume is None or inner is None):
             inner = Reference.of(beside)
+        if inner is None and file.volume is None and name in self._images:
+            inner = Reference.of(open_array(self._images[name]))
         layouts, notice = find_layouts(
             file, inner, 1 if entry.classes else self._channels, reorients=self._reorients
         )
@@ -212,9 +218,10 @@ class Predictions:
         """Labels of a case and where they count; those of the last case are kept for the next model."""
         if label is None:
             return None, None
-        if self._last_label[0] != name:
+        last_name, last = self._last_label
+        if last_name != name:
             declared = self.dataset.labels if self.dataset is not None else None
-            labels, where, notice = to_labels(
+            *last, notice = to_labels(
                 read_ids(label[0]),
                 path=label[0].path,
                 num_classes=len(declared.class_names) if declared is not None else self._channels,
@@ -222,8 +229,8 @@ class Predictions:
                 ignore_values=declared.ignore_values if declared is not None else (),
             )
             self._note("", "label", notice)
-            self._last_label = name, (labels, where)
-        return self._last_label[1]
+            self._last_label = name, last
+        return last[0], last[1]
 
     def _read_image(self, name: str, reference: Reference) -> np.ndarray | None:
         path = self._images.get(name)
@@ -250,7 +257,7 @@ class Predictions:
 
     def _note(self, model: str, about: str, notice: str) -> None:
         """Keeps the first notice of its kind about a model; the same about a second case adds nothing."""
-        if notice and (model, about) not in self._notices.values():
+        if notice and (model, about) not in list(self._notices.values()):
             self._notices[notice] = (model, about)
 
     # Classes.
@@ -281,6 +288,8 @@ class Predictions:
             open_array(entry.segmentation) if entry.segmentation is not None and file.volume is None else None
         )
         reference = Reference.of(beside) if beside is not None else label[1] if label is not None else None
+        if reference is None and file.volume is None and name in self._images:
+            reference = Reference.of(open_array(self._images[name]))
         declared = self.dataset.labels if self.dataset is not None else None
         expected = [(len(declared.regions), True)] if declared is not None and declared.regions else []
         expected += [(len(declared.class_names), False)] if declared is not None else []
@@ -346,7 +355,8 @@ def open_predictions(
     Args:
         probs: folder with the files of one model; or several by the models' names. Also a single file.
         labels: folder with label maps, or a single one. Without it, cases have no labels.
-        images: folder with the scans, of which the first channel is read.
+        images: folder with the scans, of which the first channel is read. Without labels, they tell the grid of
+            files that do not say where they lie, such as `.npz`.
         dataset_json: names the classes, regions and the ignore label, as in nnU-Net. By default `dataset.json` in
             one of these folders, or in the folder that it lies in.
         logits: whether the files hold logits: softmax, or for regions sigmoids, makes probabilities of them.
