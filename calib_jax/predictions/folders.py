@@ -21,6 +21,7 @@ from calib_jax.predictions.writing import PredictionFile
 
 AnyPath = str | os.PathLike[str]
 
+_COUNTED = 9  # cases whose headers tell the number of classes
 _LEAST_AGREEMENT = 0.5  # of probabilities with the label map beside them, among voxels of the foreground
 _LEAST_VOXELS = 20  # sampled voxels of the foreground that such a verdict needs
 
@@ -267,18 +268,45 @@ class Predictions:
         return self.dataset is not None and self.dataset.reorients
 
     def _find_channels(self, class_names: Sequence[str] | None) -> tuple[int, bool]:
-        """The number of channels and whether they are regions, from the first case that can be opened."""
+        """The number of channels and whether they are regions: those of most of the first cases.
+
+        One case with a class too few must not make the others look wrong.
+        """
         problem = None
+        found: list[tuple[int, bool]] = []
         entries = self._folders[self.models[0]][1].cases
         for name in self.case_names:
             try:
                 if entries[name].fault:
                     raise PredictionError(entries[name].fault)
-                return self._count_channels(name, entries[name], class_names)
+                found.append(self._count_channels(name, entries[name], class_names))
             except PredictionError as error:
                 problem = problem or error
-        assert problem is not None
-        raise problem
+            if len(found) == _COUNTED:
+                break
+        if not found:
+            assert problem is not None
+            raise problem
+        chosen = max(found, key=lambda one: (found.count(one), one))
+        if self.dataset is not None and chosen not in self._declared(None):
+            declared = len(self.dataset.labels.class_names)
+            self._note(
+                "",
+                "dataset",
+                f"{self.dataset.file} declares {declared} classes and predictions have {chosen[0]}: the file is "
+                "ignored.",
+            )
+            self.dataset = None
+        return chosen
+
+    def _declared(self, class_names: Sequence[str] | None) -> list[tuple[int, bool]]:
+        """Numbers of channels that dataset.json or the names allow, and whether channels are regions then."""
+        labels = self.dataset.labels if self.dataset is not None else None
+        expected = [(len(labels.regions), True)] if labels is not None and labels.regions else []
+        expected += [(len(labels.class_names), False)] if labels is not None else []
+        if class_names is None:
+            return expected
+        return [one for one in expected if one[0] == len(class_names)][:1] or [(len(class_names), False)]
 
     def _count_channels(
         self, name: str, entry: CaseFiles, class_names: Sequence[str] | None
@@ -290,13 +318,7 @@ class Predictions:
         reference = Reference.of(beside) if beside is not None else label[1] if label is not None else None
         if reference is None and file.volume is None and name in self._images:
             reference = Reference.of(open_array(self._images[name]))
-        declared = self.dataset.labels if self.dataset is not None else None
-        expected = [(len(declared.regions), True)] if declared is not None and declared.regions else []
-        expected += [(len(declared.class_names), False)] if declared is not None else []
-        if class_names is not None:
-            expected = [(n, is_regions) for n, is_regions in expected if n == len(class_names)][:1]
-            expected = expected or [(len(class_names), False)]
-        for channels, is_regions in expected:
+        for channels, is_regions in self._declared(class_names):
             if entry.classes:
                 if len(entry.classes) == channels - (0 if is_regions else entry.classes[0]):
                     return channels, is_regions
@@ -317,14 +339,6 @@ class Predictions:
                 f"{file.path} has {found} classes, but {len(class_names)} are named ({', '.join(class_names)}): "
                 "name each class, the background first."
             )
-        if self.dataset is not None:
-            self._note(
-                "",
-                "dataset",
-                f"{self.dataset.file} declares {len(self.dataset.labels.class_names)} classes and predictions have "
-                f"{found}: the file is ignored.",
-            )
-            self.dataset = None
         return found, False
 
     def _find_names(self, class_names: Sequence[str] | None) -> tuple[str, ...]:

@@ -69,7 +69,11 @@ def write_probabilities(
         PredictionError: the shape of `probs` is another than that of the case, or the file cannot be written.
     """
     path = Path(path)
-    stored = encode(np.asarray(probs, np.float32), like.encoding, like.dtype, regions=like.regions)
+    if like.encoding.scale == 1:
+        raise PredictionError(
+            f"{like.files[0]} holds whole numbers 0 and 1, which cannot hold other probabilities."
+        )
+    stored = encode(np.asarray(probs, np.float32), like.encoding, regions=like.regions)
     one_each = len(like.files) > 1
     channels = 1 if like.layout.class_axis is None else like.layout.stored[like.layout.class_axis]
     wanted = (*like.reference.shape, len(like.files) if one_each else channels)
