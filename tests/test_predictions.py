@@ -527,7 +527,7 @@ def test_folders_without_a_common_case_are_told(tmp_path, folders):
         (lambda probs: probs / 2, r"holds classes that sum to between 0\.5 and 0\.5"),
         (lambda probs: probs[..., :2], r"has shape \(2, 5, 6, 7\), but .*: export 3 classes"),
         (lambda probs: probs[1:], r"has shape \(3, 5, 6, 6\), but .* has \(7, 6, 5\)"),
-        (lambda probs: np.zeros_like(probs), "sum to between 0 and 0"),
+        (lambda probs: np.zeros_like(probs), "holds classes that sum to between 0 and 0"),
         (lambda probs: probs[..., None], r"has shape \(1, 3"),
     ],
 )

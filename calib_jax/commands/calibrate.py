@@ -1,6 +1,7 @@
 """`calib-jax calibrate`: better probabilities without training."""
 
 import argparse
+import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -126,7 +127,7 @@ class Calibration(NamedTuple):
         import numpy as np
 
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
                 if file["format"] != _FORMAT:
                     raise ValueError(f"its format is {file['format']}, and this version reads {_FORMAT}")
                 method = str(file["method"])
@@ -278,7 +279,7 @@ def _in_batches(log_probs: Any, ids: Any) -> list[tuple[Any, Any]]:
     """Batches of one size. The last is filled with voxels without a label, which do not count."""
     import numpy as np
 
-    size = min(_SLAB, 1 << (len(ids) - 1).bit_length())
+    size = min(_SLAB, _round_up(len(ids)))
     missing = -len(ids) % size
     log_probs = np.concatenate([log_probs, np.zeros((missing, log_probs.shape[1]), np.float32)])
     ids = np.concatenate([ids, np.full(missing, -1, ids.dtype)])
@@ -298,30 +299,42 @@ def _likelihood(log_probs: Any, ids: Any) -> float:
 
 def _calibrate(probs: Any, calibration: Calibration, entropy: Any) -> None:
     """Changes probabilities in place, slab by slab, and fills in their entropy unless it is None."""
-    import jax
     import numpy as np
 
-    from calib_jax.calibrators import CALIBRATORS
-
-    apply = CALIBRATORS[calibration.method].apply
-    calibrated = jax.jit(lambda log_probs, params: jax.nn.softmax(apply(log_probs, params)))
-    rows = max(_SLAB * len(probs) // max(probs[..., 0].size, 1), 1)
-    size = rows * (probs[..., 0].size // len(probs))
+    calibrated = _compiled(calibration.method)
+    plane = probs[0, ..., 0].size
+    rows = max(_SLAB // plane, 1)
+    size = _round_up(min(rows, len(probs)) * plane)
     for start in range(0, len(probs), rows):
         slab = probs[start : start + rows]
         flat = slab.reshape(-1, slab.shape[-1])
-        columns = [flat] if not calibration.regions else [np.stack([1 - p, p], -1) for p in flat.T]
+        columns = [np.stack([1 - p, p], -1) for p in flat.T] if calibration.regions else [flat]
         changed = []
         for column, params in zip(columns, calibration.params, strict=True):
-            padded = np.concatenate(
-                [_log(column), np.zeros((size - len(column), column.shape[1]), np.float32)]
-            )
+            padded = np.zeros((size, column.shape[1]), np.float32)
+            padded[: len(column)] = _log(column)
             changed.append(np.asarray(calibrated(padded, params))[: len(column)])
         new = np.stack([change[:, 1] for change in changed], -1) if calibration.regions else changed[0]
         slab[...] = new.reshape(slab.shape)
         if entropy is not None:
             nats = np.sum([-(change * _log(change)).sum(-1) for change in changed], axis=0)
             entropy[start : start + rows] = nats.reshape(slab.shape[:-1])
+
+
+@functools.cache
+def _compiled(method: str) -> Any:
+    """From log-probabilities and parameters to calibrated probabilities, compiled once for each size."""
+    import jax
+
+    from calib_jax.calibrators import CALIBRATORS
+
+    apply = CALIBRATORS[method].apply
+    return jax.jit(lambda log_probs, params: jax.nn.softmax(apply(log_probs, params)))
+
+
+def _round_up(size: int) -> int:
+    """The next power of two, so that cases of many sizes need few programs."""
+    return 1 << (size - 1).bit_length()
 
 
 def _log(probs: Any) -> Any:
