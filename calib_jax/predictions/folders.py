@@ -184,14 +184,14 @@ class Predictions:
         self, layouts: Sequence[Layout], probs: np.ndarray, file: ArrayFile, beside: ArrayFile
     ) -> Layout:
         """The layout in which probabilities agree best with the label map beside them; the first one of a tie."""
-        ids = read_ids(beside)
+        some_ids = read_ids(beside, sampled=True)
         order = self.dataset.class_order if self.dataset is not None else ()
         highest = max(order, default=0) if self.regions else self._channels - 1
-        if ids.ndim > 3 or int(ids.min()) < 0 or int(ids.max()) > highest:
+        if some_ids.ndim > 3 or int(some_ids.min()) < 0 or int(some_ids.max()) > highest:
             return layouts[0]
         shares = []
         for layout in layouts:
-            some_probs, some_ids = sample(layout.to_grid(probs)), sample(ids[..., None])[..., 0]
+            some_probs = sample(layout.to_grid(probs))
             predicted = predicted_ids(some_probs, regions=self.regions, class_order=order)
             if predicted is None or predicted.shape != some_ids.shape:
                 return layouts[0]
