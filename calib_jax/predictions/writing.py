@@ -12,6 +12,7 @@ from typing import Any, Literal
 import nibabel as nib
 import numpy as np
 from jaxtyping import Float
+from nibabel.imageglobals import LoggingOutputSuppressor
 
 from calib_jax.predictions.arrays import IMAGE_ENDINGS, ending_of
 from calib_jax.predictions.case import PredictionError
@@ -173,7 +174,8 @@ def _save_nifti(path: Path, voxels: np.ndarray, header: nib.Nifti1Header) -> Non
 
 def _save_like_nibabel(path: Path, stored: np.ndarray, dtype: np.dtype, source: Path) -> None:
     """A volume with the class and header of another. Integers with a scale get one that fits the new numbers."""
-    old: Any = nib.load(source)
+    with LoggingOutputSuppressor():  # repairs of the header are intended
+        old: Any = nib.load(source)
     scaled = old.dataobj.slope != 1 or old.dataobj.inter != 0
     array = stored.astype(np.float32) if dtype.kind in "iu" and scaled else stored.astype(dtype)
     _stream(path, type(old)(array, old.affine, old.header))
