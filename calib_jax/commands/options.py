@@ -14,8 +14,8 @@ def add_folders(parser: argparse.ArgumentParser) -> None:
         action="append",
         required=True,
         metavar="[NAME=]DIR",
-        help="folder of predicted probabilities (nnU-Net's .npz, NIfTI, .npy, .mha, .nrrd, PNG, TIFF); give it once "
-        "for each model, with a name",
+        help="folder of predicted probabilities (nnU-Net's .npz, NIfTI, .npy, .mha, .nrrd, PNG, TIFF); give it "
+        "once for each model, with a name",
     )
     add(
         "--labels",

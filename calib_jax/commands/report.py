@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from calib_jax.report.study import Study
 
 _DESCRIPTION = """\
-Measures how far predicted probabilities can be trusted, and writes a page that says it in words, numbers and figures.
+Measures how far predicted probabilities can be trusted, and writes a page that says it in words, numbers and
+figures.
 
 Each case is read once, one at a time. What was measured of a case is kept in OUT/cases, so that a report that was
 stopped goes on where it was, and a report over one more case reads this case alone.
@@ -22,7 +23,8 @@ examples:
   calib-jax report --probs predictions --labels labelsTs --out report
   calib-jax report --probs nnunet=fold0 --probs monai=out --labels labelsTs --images imagesTs --out report --jobs 4
 
-OUT gets index.html (one file with everything in it), metrics.csv, cases.csv, report.json and figures/ as SVG and PNG.
+OUT gets index.html (one file with everything in it), metrics.csv, cases.csv, report.json, and figures/ as SVG and
+PNG.
 """
 
 
@@ -120,7 +122,10 @@ def _write(options: argparse.Namespace, predictions: Any, study: "Study") -> Non
         details=details,
         provenance={"command": _command(), **_settings(options, names, regions), **_versions()},
     )
-    print(format_table(rows, per_class=True), "", *details.summary, "", f"Wrote {page}", sep="\n")
+    print(format_table(rows, per_class=True))
+    for model, sentences in details.summary.items():
+        print("", *([f"{model}:"] if len(shown) > 1 else []), *sentences, sep="\n")
+    print(f"\nWrote {page}")
 
 
 def _command() -> str:

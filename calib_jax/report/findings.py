@@ -21,7 +21,8 @@ from calib_jax.results import CALIBRATION_ERRORS, ModelResult, nan_mean
 _WORST = 3
 _MOST_POINTS = 3000  # dots of a scatter plot
 _FIRST = 15  # rows of the cases to look at first
-_HIGH = 0.8, 0.95  # mean probability of the bin that the summary quotes
+_QUOTED = (0.05, 0.2), (0.8, 0.95)  # ranges of probability, of which the summary quotes the worse one
+_FEWEST_QUOTED = 100  # voxels in such a range
 
 
 def over_confidence(stats: BinStatistics) -> Float[np.ndarray, "cases classes"]:
@@ -104,11 +105,12 @@ def details_of(
         _look_first(study, results, first_class),
     ]
     return Details(
-        summary=[
-            sentence
+        summary={
+            result.name: list(
+                _sentences(result, gains.get(result.name, ()), "The model" if len(results) == 1 else "It")
+            )
             for result in results
-            for sentence in _sentences(result, gains.get(result.name, ()), alone=len(results) == 1)
-        ],
+        },
         faults=list(study.faults),
         notices=list(notices),
         sections=[section for section in sections if len(section.lines) > 1],
@@ -122,19 +124,24 @@ def details_of(
 # The summary.
 
 
-def _sentences(result: ModelResult, gains: Sequence[Gain], *, alone: bool) -> Iterator[str]:
-    who = "The model" if alone else f"“{result.name}”"
+def _sentences(result: ModelResult, gains: Sequence[Gain], who: str) -> Iterator[str]:
     cases = wording.count(len(result.case_names), "case")
     by_case = nan_mean(over_confidence(result.stats), axis=1)
     mean, low, high = mean_interval(by_case)
     if math.isnan(mean):
-        yield f"{who}: nothing could be counted."
+        yield "Nothing could be counted."
         return
     size, interval = wording.number(abs(mean)), _interval(low, high, abs)
     if low > 0 or (math.isnan(low) and mean > 0):
-        yield f"{who} is over-confident: its probabilities are too close to 0 and 1, by {size} on average{interval} over {cases}."
+        yield (
+            f"{who} is over-confident: its probabilities are too close to 0 and 1, by {size} on average{interval} "
+            f"over {cases}."
+        )
     elif high < 0 or (math.isnan(high) and mean < 0):
-        yield f"{who} is under-confident: its probabilities are too close to 1/2, by {size} on average{interval} over {cases}."
+        yield (
+            f"{who} is under-confident: its probabilities are too close to 1/2, by {size} on average{interval} "
+            f"over {cases}."
+        )
     else:
         yield f"{who} is neither over- nor under-confident on the whole over {cases}: its errors go both ways."
     if quoted := _quoted(result):
@@ -152,18 +159,21 @@ def _interval(low: float, high: float, of: Any = float) -> str:
 
 
 def _quoted(result: ModelResult) -> str:
-    """The pooled bin of high probability that holds the most voxels, in words."""
+    """The range of probabilities, low or high, that is furthest from the truth over all voxels together."""
     count, prob_sum, label_sum = (np.asarray(x, np.float64).sum((0, 1)) for x in _fields(result.stats))
     with np.errstate(invalid="ignore", divide="ignore"):
         prob = prob_sum / count
-    chosen = np.flatnonzero((count >= 20) & (prob >= _HIGH[0]) & (prob <= _HIGH[1]))
-    if not chosen.size:
+    found = []
+    for low, high in _QUOTED:
+        chosen = (prob >= low) & (prob <= high)
+        if (total := count[chosen].sum()) >= _FEWEST_QUOTED:
+            found.append((prob_sum[chosen].sum() / total, label_sum[chosen].sum() / total))
+    if not found:
         return ""
-    total = count[chosen].sum()
-    stated, found = prob_sum[chosen].sum() / total, label_sum[chosen].sum() / total
+    stated, there = max(found, key=lambda pair: abs(pair[0] - pair[1]))
     return (
-        f"Where it gives a class between {_HIGH[0]:.0%} and {_HIGH[1]:.0%} ({stated:.0%} on average), the class is "
-        f"there in {found:.0%} of the voxels."
+        f"Where it says that a class has a probability of about {stated:.0%}, the class is there in {there:.0%} of "
+        "the voxels."
     )
 
 
@@ -188,8 +198,8 @@ def _where(result: ModelResult) -> Iterator[str]:
     if not (math.isnan(near[0]) or math.isnan(away[0])):
         where = "at borders" if near[0] > away[0] else "away from borders"
         yield (
-            f"The errors lie {where}: within two voxels of a border a probability is off by {near[0]:.1%} on average "
-            f"(ECE), elsewhere by {_percent(away[0])}."
+            f"The errors lie {where}: within two voxels of a border a probability is off by {_percent(near[0])} on "
+            f"average (ECE), elsewhere by {_percent(away[0])}."
         )
 
 
@@ -218,7 +228,7 @@ def _moved(metric: str, change: Any) -> str:
 
 def _changes_by_gain(gains: Mapping[str, Sequence[Gain]]) -> Section:
     names = ("NLL", "ACE", "ECE", "MCE", "Brier")
-    lines = [("Model", "Calibrator", *names)]
+    lines: list[Sequence[str]] = [("Model", "Calibrator", *names)]
     for model, found in gains.items():
         for gain in found:
             changes = [gain.row.metrics[name].change for name in names]
@@ -227,8 +237,8 @@ def _changes_by_gain(gains: Mapping[str, Sequence[Gain]]) -> Section:
     folds = max(gain.folds for found in gains.values() for gain in found)
     how = (
         f"Each case is judged with a calibrator that was fitted to other cases ({folds} folds), on a sample of its "
-        "voxels. The numbers are changes from the probabilities as they are. Temperature scaling divides the "
-        "logarithms of the probabilities by one number T, so labels stay; T above 1 makes probabilities less extreme."
+        "voxels. The numbers are changes from the probabilities as they are. A temperature divides the logarithms "
+        "of the probabilities by one number T, so that labels stay. T above 1 makes probabilities less extreme."
     )
     return Section("What calibration would change", how, lines, "results")
 
@@ -243,7 +253,7 @@ def _near_and_away(results: Sequence[ModelResult]) -> Section:
         "ECE near",
         "ECE elsewhere",
     )
-    lines = [header]
+    lines: list[Sequence[str]] = [header]
     for result in results:
         if result.boundary is None:
             continue
@@ -262,16 +272,8 @@ def _near_and_away(results: Sequence[ModelResult]) -> Section:
 
 
 def _volumes(results: Sequence[ModelResult], table: Sequence[Mapping[str, Any]]) -> Section:
-    header = (
-        "Model",
-        "Class",
-        "True (ml)",
-        "Predicted (ml)",
-        "Expected (ml)",
-        "Predicted − true",
-        "95% of cases within",
-    )
-    lines = [header]
+    volumes = ("True (ml)", "Predicted (ml)", "Expected (ml)")
+    lines: list[Sequence[str]] = [("Model", "Class", *volumes, "Predicted − true", "95% of cases within")]
     for result in results:
         for class_name in result.class_names:
             rows = [row for row in table if (row["model"], row["class"]) == (result.name, class_name)]
@@ -299,7 +301,7 @@ def _signed(x: float) -> str:
 
 
 def _look_first(study: Study, results: Sequence[ModelResult], first_class: int) -> Section:
-    lines = [("Case", "Model", "Expected Dice", "Dice", "ACE")]
+    lines: list[Sequence[str]] = [("Case", "Model", "Expected Dice", "Dice", "ACE")]
     found = []
     for result in results:
         ace, dice = (nan_mean(result.metrics()[name], axis=1) for name in ("ACE", "Dice"))

@@ -1,7 +1,7 @@
 """What post-hoc calibration would change, by cross-validation over the cases of a report.
 
-Calibrators are fitted to and judged on the samples of voxels that `measure` keeps, so no file is read again and memory
-stays within a few hundred kilobytes per case.
+Calibrators are fitted to and judged on the samples of voxels that `measure` keeps. So no file is read again, and
+memory stays within a few hundred kilobytes per case.
 """
 
 import dataclasses
@@ -101,7 +101,7 @@ def cross_validate(
 
 
 def _fit(calibrator: Calibrator, samples: Sequence[Sample], regions: bool) -> Any:
-    """Fits to samples: each voxel's labels are its weight times one-hot, so that it counts as often as it should."""
+    """Fits to samples. Labels are one-hot times the weight of a voxel, so that the voxel counts as often."""
     log_probs, labels = zip(*(_weighted(sample, regions) for sample in samples), strict=True)
     log_probs, labels = np.concatenate(log_probs), np.concatenate(labels)
     labels /= max(float(labels.max(initial=0)), _TINY)

@@ -1,7 +1,7 @@
 """Measures every case of a folder of predictions, one case in memory per job, and keeps what is done.
 
-Each case leaves a small file in the folder of the report. A second start uses the file unless the files of the case or
-the options have changed.
+Each case leaves a small file in the folder of the report. A second start uses this file, unless files of the case
+or options have changed.
 """
 
 import concurrent.futures
@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import numpy as np
 
@@ -25,6 +25,8 @@ from calib_jax.results import ModelResult
 
 if TYPE_CHECKING:
     from calib_jax.predictions import Predictions
+
+Value = TypeVar("Value")
 
 CASES = "cases"
 _DEPTH = 3  # folders below a folder of predictions that are looked at for changes
@@ -54,7 +56,7 @@ class Study:
 
 
 class Stopped(KeyboardInterrupt):
-    """Ctrl-C during `measure_cases`; says how many cases are kept."""
+    """Ctrl-C while cases are measured; says how many are."""
 
 
 def measure_cases(
@@ -84,10 +86,6 @@ def measure_cases(
         Stopped: on Ctrl-C, after the cases that were being measured are kept.
     """
     listed = _listed(sources)
-    tasks = [(model, name) for name in predictions.case_names for model in predictions.models]
-    found: dict[tuple[str, str], CaseFigures] = {}
-    faults: list[str] = []
-    reused = 0
 
     def one(model: str, name: str) -> tuple[CaseFigures, bool]:
         path = _path(folder, model, name)
@@ -100,14 +98,44 @@ def measure_cases(
         figures.save(path, key)
         return dataclasses.replace(figures, slice=None), False
 
+    try:
+        found, faults = for_each_case(predictions, one, jobs=jobs, progress=progress, fault=fault)
+    except Stopped as stopped:
+        message = f"{stopped} They are kept in {folder / CASES}, and the same command goes on from there."
+        raise Stopped(message) from None
+    reused = sum(old for _, old in found.values())
+    by_model = {
+        model: [found[model, name][0] for name in predictions.case_names if (model, name) in found]
+        for model in predictions.models
+    }
+    return Study(by_model, folder, faults, reused)
+
+
+def for_each_case(
+    predictions: "Predictions",
+    work: Callable[[str, str], Value],
+    *,
+    jobs: int = 1,
+    progress: Callable[[int, int], Any] | None = None,
+    fault: Callable[[str], Any] | None = None,
+) -> tuple[dict[tuple[str, str], Value], list[str]]:
+    """Calls `work(model, case name)` for every case of every model, in threads.
+
+    Returns:
+        What `work` returned, by model and case, and a sentence for each case whose files are at fault.
+
+    Raises:
+        Stopped: on Ctrl-C, after the calls that have begun.
+    """
+    tasks = [(model, name) for name in predictions.case_names for model in predictions.models]
+    found, faults = {}, []
     with concurrent.futures.ThreadPoolExecutor(jobs, "case") as pool:
-        pending = {pool.submit(one, *task): task for task in tasks}
+        pending = {pool.submit(work, *task): task for task in tasks}
         try:
             for done, future in enumerate(concurrent.futures.as_completed(pending), 1):
                 task = pending[future]
                 try:
-                    found[task], old = future.result()
-                    reused += old
+                    found[task] = future.result()
                 except (ValueError, OSError, MemoryError) as error:
                     faults.append(_sentence(error, *task))
                     if fault:
@@ -116,18 +144,10 @@ def measure_cases(
                     progress(done, len(tasks))
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
-            kept = sum(
-                future.done() and not future.cancelled() and not future.exception() for future in pending
-            )
-            raise Stopped(
-                f"stopped: {kept} of {len(tasks)} cases are measured and kept in {folder / CASES}; the same command "
-                "goes on from there."
-            ) from None
-    by_model = {
-        model: [found[model, name] for name in predictions.case_names if (model, name) in found]
-        for model in predictions.models
-    }
-    return Study(by_model, folder, sorted(faults), reused)
+            ended = [future for future in pending if future.done() and not future.cancelled()]
+            kept = sum(future.exception() is None for future in ended)
+            raise Stopped(f"stopped: {kept} of {len(tasks)} cases are measured.") from None
+    return found, sorted(faults)
 
 
 def results_of(
@@ -242,7 +262,7 @@ def _walk(source: Path) -> Iterator[tuple[str, os.stat_result]]:
 
 
 def _files_of(listed: Sequence[tuple[str, list[Any]]], name: str) -> list[list[Any]]:
-    """Entries that may belong to a case: part of their path starts with its name, or they are sources themselves."""
+    """Entries that may belong to a case: a part of the path starts with its name, or the source is a file."""
     return sorted(
         entry
         for relative, entry in listed
