@@ -2,7 +2,7 @@
 
 Arrays are batch first and channel last. Nothing here reads a file, holds state or looks at traced values,
 so every function may be called inside `jit`, `vmap`, `grad` and `shard_map`, on CPU, GPU and TPU. Fitting a
-scaling (`fit_temperature`, `fit_vector_scaling`) is the exception: it is a loop of its own.
+calibrator (`fit_temperature` and the others) is the exception: it is a loop of its own.
 
     loss = calib_jax.mL1_ace(jax.nn.softmax(logits), labels)
 """
@@ -18,6 +18,7 @@ from calib_jax.alternatives import (
 )
 from calib_jax.binning import BinStatistics, bin_edges, bin_index, bin_statistics
 from calib_jax.bootstrap import bootstrap_interval
+from calib_jax.calibrators import CALIBRATORS
 from calib_jax.errors import (
     average_calibration_error,
     debiased_calibration_error,
@@ -25,23 +26,34 @@ from calib_jax.errors import (
     maximum_calibration_error,
     top_label_statistics,
 )
+from calib_jax.isotonic import apply_isotonic, fit_isotonic
 from calib_jax.losses import mL1_ace, mL1_ece, mL1_mce
 from calib_jax.metrics import brier_score, dice_score, negative_log_likelihood
 from calib_jax.reliability import ReliabilityCurve, reliability_band, reliability_curve, reliability_histogram
 from calib_jax.scaling import (
+    DirichletCalibration,
     VectorScaling,
+    apply_class_temperature,
+    apply_dirichlet,
     apply_temperature,
     apply_vector_scaling,
+    fit_class_temperature,
+    fit_dirichlet,
     fit_temperature,
     fit_vector_scaling,
 )
 from calib_jax.segmentation import segmentation_loss, segmentation_loss_parts
 
 __all__ = [
+    "CALIBRATORS",
     "Accumulator",
     "BinStatistics",
+    "DirichletCalibration",
     "ReliabilityCurve",
     "VectorScaling",
+    "apply_class_temperature",
+    "apply_dirichlet",
+    "apply_isotonic",
     "apply_temperature",
     "apply_vector_scaling",
     "average_calibration_error",
@@ -56,6 +68,9 @@ __all__ = [
     "dice_score",
     "dsc_plus_plus_loss",
     "expected_calibration_error",
+    "fit_class_temperature",
+    "fit_dirichlet",
+    "fit_isotonic",
     "fit_temperature",
     "fit_vector_scaling",
     "focal_loss",

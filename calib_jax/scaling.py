@@ -1,4 +1,4 @@
-"""Post-hoc calibration: logits divided by a temperature, or scaled and shifted per class.
+"""Post-hoc calibration by few parameters: temperatures, vector scaling, Dirichlet calibration.
 
 Fits run on the host, by L-BFGS on the mean negative log-likelihood of a validation set, which may be larger than
 memory: each step is one or a few passes over its batches, each batch a compiled sum. Applying the parameters is a
@@ -20,13 +20,15 @@ from calib_jax import metrics
 from calib_jax._batches import Batches, Source
 from calib_jax._checks import AnyArray, Labels
 from calib_jax._eager import compiled
-from calib_jax._labels import have_class, one_hot
+from calib_jax._labels import have_class, memberships, one_hot
 from calib_jax._lbfgs import Evaluation, minimise
 from calib_jax._sums.voxels import count_voxels, sum_in_chunks, sum_voxels
 
 Logits = Float[AnyArray, "batch *spatial classes"]
 
+_BLOCK = 2**12  # voxels whose derivatives are added in plain float32
 _FURTHEST = 1e3  # where no optimum is finite: bound of 1 / T and T, and of the size of a scale or bias
+_PENALTY = 1e-5  # per squared unit of a parameter, in nats per voxel
 _SLOPE = 1e-6  # of the logits' spread: slopes below it are rounding, and the best temperature is infinite
 _FLAT = 1e-2  # squared spread of scaled logits, below which probabilities are nearly equal
 _UNSETTLED = 0.1  # of log T: how far from the optimum the fit may end without a warning
@@ -34,7 +36,7 @@ _SEPARATED = 1e-3  # mean NLL, below which an extra pass checks whether scaled l
 
 
 class VectorScaling(NamedTuple):
-    """Scaled logits are `scale * logits + bias`.
+    """Scaled logits are `scale * log_softmax(logits) + bias`.
 
     Attributes:
         scale: `[classes]`.
@@ -42,6 +44,18 @@ class VectorScaling(NamedTuple):
     """
 
     scale: Float[AnyArray, "classes"]
+    bias: Float[AnyArray, "classes"]
+
+
+class DirichletCalibration(NamedTuple):
+    """Calibrated logits are `weight @ log_softmax(logits) + bias`.
+
+    Attributes:
+        weight: `[classes, classes]`.
+        bias: `[classes]`.
+    """
+
+    weight: Float[AnyArray, "classes classes"]
     bias: Float[AnyArray, "classes"]
 
 
@@ -94,13 +108,7 @@ def fit_temperature(
         Ding et al., "Local Temperature Scaling for Probability Calibration", ICCV 2021.
     """
 
-    batches = Batches(logits, labels, where)
-
-    def scaling(log_temperature: Array) -> VectorScaling:
-        scale = jnp.broadcast_to(jnp.exp(-log_temperature), (batches.classes,))
-        return VectorScaling(scale, jnp.zeros(batches.classes, jnp.float32))
-
-    objective = _Objective(batches, scaling)
+    objective = _Objective(Batches(logits, labels, where), _over_temperature)
     log_temperature, end, unfinished = minimise(objective, jnp.zeros((), jnp.float32), tolerance, max_steps)
     temperature = jnp.exp(log_temperature)
     without = _without_best_temperature(objective, float(temperature), end)
@@ -117,10 +125,11 @@ def fit_vector_scaling(
     tolerance: float = 1e-6,
     max_steps: int = 100,
 ) -> VectorScaling:
-    """Scale and bias of each class that minimise the mean NLL of softmax(scale * logits + bias).
+    """Scale and bias of each class that minimise the mean NLL of softmax(scale * log p + bias).
 
-    There are twice as many parameters as classes, so predicted labels may change. A number added to all biases
-    changes nothing, so they are made to sum to zero.
+    p = softmax(logits), so that logits and log-probabilities give the same fit. There are twice as many parameters
+    as classes, so predicted labels may change. A number added to all biases changes nothing, so they are made to
+    sum to zero.
 
     Args:
         logits: `[batch, *spatial, classes]`, or batches, see `fit_temperature`.
@@ -149,7 +158,7 @@ def fit_vector_scaling(
         Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
     """
     batches = Batches(logits, labels, where)
-    objective = _Objective(batches, lambda params: params)
+    objective = _Objective(batches, _scaled_by_class)
     start = VectorScaling(*(jnp.full(batches.classes, x, jnp.float32) for x in (1, 0)))
     params, end, unfinished = minimise(objective, start, tolerance, max_steps)
     without = _without_best_scaling(objective, params, end, tolerance)
@@ -157,6 +166,96 @@ def fit_vector_scaling(
         warnings.warn(message, RuntimeWarning, stacklevel=2)
     params = params._replace(bias=params.bias - params.bias.mean())
     return jax.tree.map(lambda x: jnp.clip(x, -_FURTHEST, _FURTHEST), params) if without else params
+
+
+def fit_class_temperature(
+    logits: Logits | Source,
+    labels: Labels | None = None,
+    *,
+    where: Any = None,
+    tolerance: float = 1e-6,
+    max_steps: int = 100,
+) -> Float[Array, "classes"]:
+    """Temperature of each predicted class that minimises the mean NLL of softmax(logits / T[argmax logits]).
+
+    All logits of a voxel share the temperature of the class that is predicted there, so that their order and the
+    predicted label stay. A class that the model overrates gets a high temperature.
+
+    Args:
+        logits: `[batch, *spatial, classes]`, or batches, see `fit_temperature`.
+        labels: class ids or one-hot or soft labels, see `fit_temperature`.
+        where: voxels to count, boolean, `[batch, *spatial]`; None counts all. Elsewhere logits may be NaN.
+        tolerance: the fit ends where no component of the gradient of the mean with respect to log T exceeds it.
+        max_steps: number of steps after which the fit ends anyway, with a `RuntimeWarning`.
+
+    Returns:
+        Positive float32 temperatures `[classes]` for `apply_class_temperature`. A class that is never predicted
+        keeps T = 1, and a slight pull of all log T towards 0 keeps each temperature finite.
+
+    Raises:
+        TypeError, ValueError: as `fit_temperature`.
+
+    Example:
+        >>> labels = jnp.array([[0, 0, 0, 1]])
+        >>> logits = jnp.log(jnp.full((1, 4, 2), jnp.array([0.9, 0.1])))
+        >>> [round(float(t), 2) for t in fit_class_temperature(logits, labels)]
+        [2.0, 1.0]
+
+    References:
+        Frenkel and Goldberger, "Network Calibration by Class-based Temperature Scaling", EUSIPCO 2021.
+    """
+    batches = Batches(logits, labels, where)
+    objective = _with_penalty(_Objective(batches, _over_class_temperature), _sum_of_squares)
+    start = jnp.zeros(batches.classes, jnp.float32)
+    log_temperature, _, unfinished = minimise(objective, start, tolerance, max_steps)
+    if unfinished:
+        warnings.warn(unfinished, RuntimeWarning, stacklevel=2)
+    return jnp.exp(log_temperature)
+
+
+def fit_dirichlet(
+    logits: Logits | Source,
+    labels: Labels | None = None,
+    *,
+    where: Any = None,
+    tolerance: float = 1e-5,
+    max_steps: int = 100,
+) -> DirichletCalibration:
+    """Matrix W and bias b that minimise the mean NLL of softmax(W log p + b), with p = softmax(logits).
+
+    A slight penalty on the entries off W's diagonal and on b keeps all parameters finite. There are
+    classes * (classes + 1) of them, so predicted labels may change.
+
+    Args:
+        logits: `[batch, *spatial, classes]`, or batches, see `fit_temperature`.
+        labels: class ids or one-hot or soft labels, see `fit_temperature`.
+        where: voxels to count, boolean, `[batch, *spatial]`; None counts all. Elsewhere logits may be NaN.
+        tolerance: the fit ends where no component of the gradient of the mean exceeds it.
+        max_steps: number of steps after which the fit ends anyway, with a `RuntimeWarning`.
+
+    Returns:
+        `DirichletCalibration`, float32, for `apply_dirichlet`.
+
+    Raises:
+        TypeError, ValueError: as `fit_temperature`.
+
+    Example:
+        >>> labels = jnp.array([[0, 0, 0, 1]])
+        >>> params = fit_dirichlet(jnp.zeros((1, 4, 2)), labels)
+        >>> [round(float(p), 2) for p in jax.nn.softmax(apply_dirichlet(jnp.zeros(2), params))]
+        [0.75, 0.25]
+
+    References:
+        Kull et al., "Beyond Temperature Scaling: Obtaining Well-Calibrated Multi-Class Probabilities with Dirichlet
+        Calibration", NeurIPS 2019.
+    """
+    batches = Batches(logits, labels, where)
+    objective = _with_penalty(_Objective(batches, _by_matrix), _off_diagonal)
+    start = DirichletCalibration(jnp.eye(batches.classes), jnp.zeros(batches.classes))
+    params, _, unfinished = minimise(objective, _float32(start), tolerance, max_steps)
+    if unfinished:
+        warnings.warn(unfinished, RuntimeWarning, stacklevel=2)
+    return params
 
 
 def apply_temperature(
@@ -184,18 +283,18 @@ def apply_temperature(
     logits = jnp.asarray(logits)
     if jnp.ndim(temperature):
         raise ValueError(f"temperature must be a scalar; got shape {jnp.shape(temperature)}.")
-    if not isinstance(temperature, Tracer) and not 0 < float(temperature) < math.inf:
-        raise ValueError(f"temperature must be positive and finite; got {float(temperature)}.")
+    if not isinstance(temperature, Tracer):
+        _check_positive(temperature)
     return (logits.astype(jnp.float32) / jnp.asarray(temperature, jnp.float32)).astype(logits.dtype)
 
 
 def apply_vector_scaling(
     logits: Float[AnyArray, "*shape classes"], params: VectorScaling
 ) -> Float[Array, "*shape classes"]:
-    """Logits scaled and shifted by class: scale * logits + bias.
+    """Log-probabilities scaled and shifted by class: scale * log_softmax(logits) + bias.
 
     Args:
-        logits: logits `[..., classes]`.
+        logits: logits or log-probabilities `[..., classes]`.
         params: scale and bias of each class, such as those of `fit_vector_scaling`.
 
     Returns:
@@ -206,20 +305,137 @@ def apply_vector_scaling(
 
     Example:
         >>> params = VectorScaling(scale=jnp.array([1.0, 2.0]), bias=jnp.array([0.5, 0.0]))
-        >>> apply_vector_scaling(jnp.array([2.0, -1.0]), params).tolist()
-        [2.5, -2.0]
+        >>> [round(float(x), 4) for x in apply_vector_scaling(jnp.log(jnp.array([0.5, 0.5])), params)]
+        [-0.1931, -1.3863]
 
     References:
         Guo et al., ICML 2017.
     """
     logits = jnp.asarray(logits)
-    if params.scale.shape != logits.shape[-1:] or params.bias.shape != logits.shape[-1:]:
+    _check_per_class(logits, scale=params.scale, bias=params.bias)
+    return _scaled_by_class(logits.astype(jnp.float32), _float32(params)).astype(logits.dtype)
+
+
+def apply_class_temperature(
+    logits: Float[AnyArray, "*shape classes"], temperatures: Float[AnyArray, "classes"]
+) -> Float[Array, "*shape classes"]:
+    """Logits divided by the temperature of the class that has the largest one.
+
+    Args:
+        logits: logits or log-probabilities `[..., classes]`.
+        temperatures: positive, `[classes]`, such as those of `fit_class_temperature`.
+
+    Returns:
+        Scaled logits of the shape and dtype of `logits`. Their order in each voxel is that of `logits`.
+
+    Raises:
+        ValueError: if there are temperatures of another number of classes, or known ones that are not positive.
+
+    Example:
+        >>> apply_class_temperature(jnp.array([[2.0, 1.0], [1.0, 2.0]]), jnp.array([2.0, 1.0])).tolist()
+        [[1.0, 0.5], [1.0, 2.0]]
+
+    References:
+        Frenkel and Goldberger, EUSIPCO 2021.
+    """
+    logits = jnp.asarray(logits)
+    _check_per_class(logits, temperatures=temperatures)
+    if not isinstance(temperatures, Tracer):
+        for temperature in np.asarray(temperatures):
+            _check_positive(temperature)
+    log_temperature = jnp.log(jnp.asarray(temperatures, jnp.float32))
+    return _over_class_temperature(logits.astype(jnp.float32), log_temperature).astype(logits.dtype)
+
+
+def apply_dirichlet(
+    logits: Float[AnyArray, "*shape classes"], params: DirichletCalibration
+) -> Float[Array, "*shape classes"]:
+    """A linear map of the log-probabilities: W log_softmax(logits) + b.
+
+    Args:
+        logits: logits or log-probabilities `[..., classes]`.
+        params: such as those of `fit_dirichlet`.
+
+    Returns:
+        Logits of the shape and dtype of `logits`.
+
+    Raises:
+        ValueError: if `params` have another number of classes.
+
+    Example:
+        >>> params = DirichletCalibration(weight=jnp.eye(2), bias=jnp.array([0.5, 0.0]))
+        >>> [round(float(x), 4) for x in apply_dirichlet(jnp.log(jnp.array([0.5, 0.5])), params)]
+        [-0.1931, -0.6931]
+
+    References:
+        Kull et al., NeurIPS 2019.
+    """
+    logits = jnp.asarray(logits)
+    _check_per_class(logits, weight=params.weight[0], bias=params.bias)
+    return _by_matrix(logits.astype(jnp.float32), _float32(params)).astype(logits.dtype)
+
+
+def _check_positive(temperature: Any) -> None:
+    if not 0 < float(temperature) < math.inf:
+        raise ValueError(f"temperature must be positive and finite; got {float(temperature)}.")
+
+
+def _check_per_class(logits: Array, **params: AnyArray) -> None:
+    if any(param.shape != logits.shape[-1:] for param in params.values()):
         raise ValueError(
-            f"scale and bias must have shape {logits.shape[-1:]}, one entry for each class of logits of shape "
-            f"{logits.shape}; got {params.scale.shape} and {params.bias.shape}."
+            f"{' and '.join(params)} must have shape {logits.shape[-1:]}, one entry for each class of logits of "
+            f"shape {logits.shape}; got {' and '.join(str(param.shape) for param in params.values())}."
         )
-    scale, bias = (jnp.asarray(x, jnp.float32).reshape((1,) * (logits.ndim - 1) + (-1,)) for x in params)
-    return (logits.astype(jnp.float32) * scale + bias).astype(logits.dtype)
+
+
+def _float32(params: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+
+
+# From float32 logits and parameters to scaled logits.
+
+
+def _over_temperature(logits: Array, log_temperature: Array) -> Array:
+    return logits * jnp.exp(-log_temperature)
+
+
+def _scaled_by_class(logits: Array, params: VectorScaling) -> Array:
+    scale, bias = (x.reshape((1,) * (logits.ndim - 1) + (-1,)) for x in params)
+    return jax.nn.log_softmax(logits) * scale + bias
+
+
+def _over_class_temperature(logits: Array, log_temperature: Array) -> Array:
+    predicted = memberships(logits.argmax(-1), logits.shape[-1])
+    slope = jnp.exp(-log_temperature).reshape((1,) * (logits.ndim - 1) + (-1,))
+    return logits * jnp.where(predicted, slope, 0).sum(-1, keepdims=True)
+
+
+def _by_matrix(logits: Array, params: DirichletCalibration) -> Array:
+    bias = params.bias.reshape((1,) * (logits.ndim - 1) + (-1,))
+    return jnp.einsum("...c,dc->...d", jax.nn.log_softmax(logits), params.weight) + bias
+
+
+# Penalties. They are so small that they decide only where the likelihood does not.
+
+
+def _with_penalty(
+    objective: Callable[[Any], Evaluation], penalty: Callable[[Any], Array]
+) -> Callable[[Any], Evaluation]:
+    def penalised(params: Any) -> Evaluation:
+        value, slope = jax.value_and_grad(penalty)(params)
+        found = objective(params)
+        return Evaluation(found.value + float(value), jax.tree.map(jnp.add, found.gradient, slope))
+
+    return penalised
+
+
+def _sum_of_squares(log_temperature: Array) -> Array:
+    return _PENALTY * jnp.sum(log_temperature**2)
+
+
+def _off_diagonal(params: DirichletCalibration) -> Array:
+    off = params.weight * (1 - jnp.eye(len(params.bias), dtype=jnp.float32))
+    return _PENALTY * (jnp.sum(off**2) + jnp.sum(params.bias**2))
 
 
 # The objective: sums over each batch in JAX, added up over batches in float64.
@@ -230,23 +446,23 @@ class _Objective:
 
     Args:
         batches: the validation set.
-        scaling: differentiable function from parameters to scale and bias.
+        scaled: function from float32 logits and parameters to scaled logits. It is a key of the compiled programs,
+            so define it at module level.
 
     Attributes:
         facts: what the first pass found, `_Facts`.
         counted: number of voxels that the first pass counted.
     """
 
-    def __init__(self, batches: Batches, scaling: Callable[[Any], VectorScaling]):
-        self.batches, self.scaling = batches, scaling
+    def __init__(self, batches: Batches, scaled: Callable[[Array, Any], Array]):
+        self.batches, self.scaled = batches, scaled
         self.facts: Any = None
         self.counted: Any = None
 
     def __call__(self, params: Any) -> Evaluation:
-        scaling, pull_back = jax.vjp(self.scaling, params)
-        totals, count = [np.float64(0)] * 3, 0
+        totals, count = [np.float64(0)] * (1 + len(jax.tree.leaves(params))), 0
         for number, arrays in enumerate(self.batches):
-            sums, finite, voxels = jax.device_get(_batch_sums(scaling, *arrays))
+            sums, finite, voxels = jax.device_get(_batch_sums(params, *arrays, scaled=self.scaled))
             if not finite:
                 raise ValueError(
                     f"logits or soft labels of batch {number} are not finite where they are counted. Mask such "
@@ -256,7 +472,7 @@ class _Objective:
             totals = [total + _over_images(pair) for total, pair in zip(totals, sums, strict=True)]
             count += int(voxels.sum())
             if self.counted is None:
-                found = _batch_facts(scaling, *arrays)
+                found = _batch_facts(params, *arrays, scaled=self.scaled)
                 self.facts = found if self.facts is None else self.facts.merge(found)
         if self.counted not in (None, count):
             raise ValueError(
@@ -267,8 +483,9 @@ class _Objective:
             raise ValueError("no voxel to fit to: every one is masked by where, or has a label of no class.")
         self.counted = count
         loss, *slopes = (total / count for total in totals)
-        (gradient,) = pull_back(VectorScaling(*(jnp.asarray(slope, jnp.float32) for slope in slopes)))
-        return Evaluation(float(loss), gradient)
+        leaves, treedef = jax.tree.flatten(params)
+        gradient = [jnp.asarray(x, jnp.float32).reshape(y.shape) for x, y in zip(slopes, leaves, strict=True)]
+        return Evaluation(float(loss), treedef.unflatten(gradient))
 
     def spread(self) -> float:
         """Root mean square of the difference between a logit and the mean of its voxel, in the first pass."""
@@ -276,7 +493,9 @@ class _Objective:
 
     def separates(self, params: Any) -> bool:
         """Whether the scaled logits of every counted voxel are largest at its label: one more pass."""
-        return not any(_batch_facts(self.scaling(params), *arrays).short.any() for arrays in self.batches)
+        return not any(
+            _batch_facts(params, *arrays, scaled=self.scaled).short.any() for arrays in self.batches
+        )
 
 
 def _over_images(pair: Any) -> Any:
@@ -286,23 +505,30 @@ def _over_images(pair: Any) -> Any:
 
 
 @compiled()
-def _batch_sums(scaling: VectorScaling, logits: Any, labels: Any, where: Any) -> tuple[Any, Array, Array]:
-    """Sums of NLL and of its derivatives by scale and bias, as pairs; whether logits are finite; counted voxels."""
-    scale, bias = (x[None, None] for x in scaling)
+def _batch_sums(
+    params: Any, logits: Any, labels: Any, where: Any, *, scaled: Callable[[Array, Any], Array]
+) -> tuple[Any, Array, Array]:
+    """Sums of NLL and of its derivatives by each parameter, as pairs; whether logits are finite; counted voxels."""
 
     def sums(logits: Array, labels: Array, where: Array | None) -> tuple[Array, ...]:
         logits = logits.astype(jnp.float32)
         if where is not None:
             logits = jnp.where(where, logits, 0)
+        size = math.gcd(logits.shape[1], _BLOCK)
 
-        def of_scaled(scaled: Array) -> tuple[Array, Array]:
-            return metrics.voxel_likelihoods(scaled, labels, where)
+        def of_block(params: Any, *block: Any) -> tuple[Array, Any]:
+            logits, labels, where = (None if x is None else x[None] for x in block)
+            losses, counted = metrics.voxel_likelihoods(scaled(logits, params), labels, where)
+            return losses.sum(), (losses, counted)
 
-        losses, pull_back, counted = jax.vjp(of_scaled, scale * logits + bias, has_aux=True)
-        (slope,) = pull_back(jnp.ones_like(losses))
+        # Plain float32 sums within a block, exact ones over blocks.
+        blocks = [None if x is None else x.reshape(-1, size, *x.shape[2:]) for x in (logits, labels, where)]
+        gradient = jax.vmap(jax.grad(of_block, has_aux=True), in_axes=(None, 0, 0, 0))
+        slopes, (losses, counted) = gradient(params, *blocks)
+        losses, counted = (x.reshape(*logits.shape[:2], 1) for x in (losses, counted))
         broken = counted & ~jnp.isfinite(logits).all(-1, keepdims=True)
-        totals = sum_voxels(losses)[:, 0], sum_voxels(slope * logits), sum_voxels(slope)
-        return *totals, *count_voxels(broken, counted)
+        slopes = [sum_voxels(x.reshape(1, len(x), -1)) for x in jax.tree.leaves(slopes)]
+        return sum_voxels(losses)[:, 0], *slopes, *count_voxels(broken, counted)
 
     *totals, broken, counted = sum_in_chunks(sums, *metrics.flatten(logits, labels, where))
     return totals, (broken.sum() == 0) & jnp.isfinite(totals[0][0]).all(), counted
@@ -335,37 +561,36 @@ class _Facts(NamedTuple):
         return _Facts(*(add(a, b) for add, a, b in zip(adders, self, other, strict=True)))
 
 
-def _batch_facts(scaling: VectorScaling, logits: Any, labels: Any, where: Any) -> _Facts:
+def _batch_facts(params: Any, *arrays: Any, scaled: Callable[[Array, Any], Array]) -> _Facts:
     """Facts of a batch after its logits are scaled."""
-    totals, *extremes = jax.device_get(_batch_facts_program(scaling, logits, labels, where))
+    totals, *extremes = jax.device_get(_batch_facts_program(params, *arrays, scaled=scaled))
     return _Facts(*map(_over_images, totals), *extremes)
 
 
 @compiled()
 def _batch_facts_program(
-    scaling: VectorScaling, logits: Any, labels: Any, where: Any
+    params: Any, logits: Any, labels: Any, where: Any, *, scaled: Callable[[Array, Any], Array]
 ) -> tuple[list[Any], Array, Array]:
     """Sums of each class, as pairs, and extremes of its logits."""
-    scale, bias = (x[None, None] for x in scaling)
 
     def scaled_and_dense(logits: Array, labels: Array, where: Array | None) -> tuple[Array, Array]:
         dense = one_hot(labels, logits)
         dense = dense if where is None else jnp.where(where, dense, 0)
         counted = have_class(dense, logits)[..., None]
-        return jnp.where(counted, scale * logits.astype(jnp.float32) + bias, 0), dense
+        return jnp.where(counted, scaled(logits.astype(jnp.float32), params), 0), dense
 
     def sums(*chunk: Any) -> tuple[Array, ...]:
-        scaled, dense = scaled_and_dense(*chunk)
-        short, _ = metrics.below_largest(scaled)
+        values, dense = scaled_and_dense(*chunk)
+        short, _ = metrics.below_largest(values)
         excess = short - short.mean(-1, keepdims=True)
         return tuple(map(sum_voxels, (dense * short, dense * excess, excess**2, dense)))
 
     flat = metrics.flatten(logits, labels, where)
     totals = sum_in_chunks(sums, *flat)
-    scaled, dense = scaled_and_dense(*flat)
+    values, dense = scaled_and_dense(*flat)
     others = dense.sum(-1, keepdims=True) - dense
-    least = jnp.where(dense > 0, scaled, jnp.inf).min((0, 1))
-    return list(totals), least, jnp.where(others > 0, scaled, -jnp.inf).max((0, 1))
+    least = jnp.where(dense > 0, values, jnp.inf).min((0, 1))
+    return list(totals), least, jnp.where(others > 0, values, -jnp.inf).max((0, 1))
 
 
 _MORE_CASES = "Fit on more cases, with errors, that the model was not trained on."

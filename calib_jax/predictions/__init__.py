@@ -1,7 +1,7 @@
 """Reads predictions that other programs wrote: nnU-Net, MONAI, or any folder of probabilities.
 
-`open_predictions` matches the files of one or several models with label maps by their names. `Predictions` then reads
-one case at a time. This package needs the extra `report`.
+`open_predictions` matches the files of one or several models with label maps by their names. `Predictions` then
+reads one case at a time. This package needs the extra `report`.
 """
 
 from calib_jax.predictions.case import Case, PredictionError
