@@ -1,12 +1,13 @@
 """Options that several commands share: which folders to read, and how to bin."""
 
 import argparse
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 
-def add_folders(parser: argparse.ArgumentParser) -> None:
+def add_folders(parser: argparse.ArgumentParser, *, images: bool = True) -> None:
     """Adds the options that say what to read."""
     add = parser.add_argument_group("what to read").add_argument
     add(
@@ -24,7 +25,8 @@ def add_folders(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder of true label maps, matched by file name",
     )
-    add("--images", type=Path, metavar="DIR", help="folder of images, to show behind the labels")
+    if images:
+        add("--images", type=Path, metavar="DIR", help="folder of images, to show behind the labels")
     add("--logits", action="store_true", help="the files hold logits rather than probabilities")
     add(
         "--dataset-json",
@@ -44,6 +46,18 @@ def add_jobs(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="cases to read at a time, each of them in memory (default: 1)",
     )
+
+
+def check_jobs(options: argparse.Namespace) -> None:
+    """Raises ValueError unless there is at least one job."""
+    if options.jobs < 1:
+        raise ValueError(f"--jobs must be at least 1; got {options.jobs}.")
+
+
+def first_class(options: argparse.Namespace, predictions: Any) -> int:
+    """Index of the first class that is reported: the background is left out unless it is asked for."""
+    everything = predictions.regions or options.include_background or len(predictions.class_names) == 1
+    return 0 if everything else 1
 
 
 def named_folders(given: Sequence[str]) -> Path | dict[str, Path]:
@@ -74,13 +88,10 @@ def named_folders(given: Sequence[str]) -> Path | dict[str, Path]:
     return folders
 
 
-def sources(options: argparse.Namespace) -> list[Path]:
-    """Every folder and file that the options name."""
-    folders = named_folders(options.probs)
-    probs = list(folders.values()) if isinstance(folders, Mapping) else [folders]
-    return [
-        path for path in (*probs, options.labels, options.images, options.dataset_json) if path is not None
-    ]
+def print_notices(predictions: Any) -> None:
+    """Prints what a reader should know about the files."""
+    for notice in predictions.notices:
+        print(f"note: {notice}", file=sys.stderr)
 
 
 def open_folders(options: argparse.Namespace) -> Any:
@@ -90,7 +101,7 @@ def open_folders(options: argparse.Namespace) -> Any:
     return open_predictions(
         named_folders(options.probs),
         options.labels,
-        images=options.images,
+        images=getattr(options, "images", None),
         dataset_json=options.dataset_json,
         logits=options.logits,
         class_names=options.class_names,

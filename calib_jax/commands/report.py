@@ -51,8 +51,7 @@ def run(options: argparse.Namespace) -> int:
     """Measures the cases and writes the report."""
     if options.num_bins < 1:
         raise ValueError(f"--num-bins must be at least 1; got {options.num_bins}.")
-    if options.jobs < 1:
-        raise ValueError(f"--jobs must be at least 1; got {options.jobs}.")
+    shared.check_jobs(options)
     from calib_jax._sums.bins import Bins
     from calib_jax.report.study import Progress, measure_cases
 
@@ -61,16 +60,12 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(
             f"--baseline {options.baseline!r} is no model: there are {', '.join(predictions.models)}."
         )
-    if not predictions.case_names:
-        raise ValueError(" ".join(["no case has both a prediction and a label.", *predictions.notices]))
-    for notice in predictions.notices:
-        print(f"note: {notice}", file=sys.stderr)
+    shared.print_notices(predictions)
     with Progress() as progress:
         study = measure_cases(
             predictions,
             Bins(options.binning, options.num_bins),
             options.out,
-            sources=shared.sources(options),
             options={"logits": options.logits, "images": options.images is not None},
             jobs=options.jobs,
             progress=progress,
@@ -90,7 +85,7 @@ def _write(options: argparse.Namespace, predictions: Any, study: "Study") -> Non
 
     bins = Bins(options.binning, options.num_bins)
     regions, names = predictions.regions, predictions.class_names
-    first = 0 if regions or options.include_background or len(names) == 1 else 1
+    first = shared.first_class(options, predictions)
     results = results_of(study, names, first_class=first, integer_counts=options.binning != "soft")
     shown = [result.name for result in results]
     baseline = options.baseline if options.baseline in shown else shown[0]

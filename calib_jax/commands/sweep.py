@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 _NUMBERS = (5, 10, 15, 20, 25, 30, 40, 50, 75, 100)
 _DESCRIPTION = """\
-Shows how ACE, ECE and MCE depend on the number of bins and on their kind: bins of equal width, or of equal mass, which
-hold the same number of voxels of a case and class. Each case is read once.
+Shows how ACE, ECE and MCE depend on the number of bins and on their kind: bins of equal width, or of equal mass,
+which hold the same number of voxels of a case and class. Each case is read once.
 """
 _EXAMPLE = """\
 example:
@@ -55,6 +55,7 @@ def run(options: argparse.Namespace) -> int:
 
     numbers = sorted(set(options.num_bins))
     predictions = shared.open_folders(options)
+    shared.print_notices(predictions)
     with Progress() as progress:
         found, faults = for_each_case(
             predictions,

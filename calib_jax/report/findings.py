@@ -22,6 +22,8 @@ _WORST = 3
 _MOST_POINTS = 3000  # dots of a scatter plot
 _FIRST = 15  # rows of the cases to look at first
 _QUOTED = (0.05, 0.2), (0.8, 0.95)  # ranges of probability, of which the summary quotes the worse one
+_WORTH_IT = 0.05  # a smaller change of ACE and NLL is called little
+_ALIKE = 0.1  # classes whose ACE differs by less than this share are called alike
 _FEWEST_QUOTED = 100  # voxels in such a range
 
 
@@ -131,7 +133,7 @@ def _sentences(result: ModelResult, gains: Sequence[Gain], who: str) -> Iterator
     if math.isnan(mean):
         yield "Nothing could be counted."
         return
-    size, interval = wording.number(abs(mean)), _interval(low, high, abs)
+    size, interval = wording.number(abs(mean)), _interval(low, high)
     if low > 0 or (math.isnan(low) and mean > 0):
         yield (
             f"{who} is over-confident: its probabilities are too close to 0 and 1, by {size} on average{interval} "
@@ -147,15 +149,15 @@ def _sentences(result: ModelResult, gains: Sequence[Gain], who: str) -> Iterator
     if quoted := _quoted(result):
         yield quoted
     yield from _where(result)
-    for gain in gains:
-        yield _gain_sentence(gain)
+    if gains:
+        yield _gain_sentence(gains)
 
 
-def _interval(low: float, high: float, of: Any = float) -> str:
+def _interval(low: float, high: float, *, brackets: str = "()") -> str:
     if math.isnan(low) or math.isnan(high):
         return ""
-    ends = sorted((of(low), of(high)))
-    return f" (95% interval {wording.number(ends[0])} to {wording.number(ends[1])})"
+    ends = " to ".join(wording.number(x) for x in sorted((abs(low), abs(high))))
+    return f" (95% interval {ends})" if brackets else f", 95% interval {ends}"
 
 
 def _quoted(result: ModelResult) -> str:
@@ -187,11 +189,11 @@ def _where(result: ModelResult) -> Iterator[str]:
     ]
     if len(classes) > 1:
         worst, best = max(classes), min(classes)
-        yield (
-            f"Its probabilities are worst for {worst[3]} (ACE {wording.number(worst[0])}"
-            f"{_interval(worst[1], worst[2])}) and best for {best[3]} (ACE {wording.number(best[0])}"
-            f"{_interval(best[1], best[2])})."
-        )
+        if worst[0] - best[0] < _ALIKE * worst[0]:
+            values = " to ".join(wording.number(x[0]) for x in (best, worst))
+            yield f"All classes are about equally calibrated (ACE {values})."
+        else:
+            yield f"Calibration is worst for {_class(*worst)} and best for {_class(*best)}."
     near, away = (
         mean_interval(nan_mean(_error("ECE", x), axis=1)) for x in (result.boundary, result.interior)
     )
@@ -203,42 +205,56 @@ def _where(result: ModelResult) -> Iterator[str]:
         )
 
 
+def _class(mean: float, low: float, high: float, name: str) -> str:
+    return f"{name} (ACE {wording.number(mean)}{_interval(low, high, brackets='')})"
+
+
 def _percent(share: float) -> str:
     return f"{share:.1%}" if share >= 0.001 else f"{share:.2%}" if share >= 0.0001 else "less than 0.01%"
 
 
-def _gain_sentence(gain: Gain) -> str:
-    ace, nll = (gain.row.metrics[name].change for name in ("ACE", "NLL"))
-    assert ace is not None and nll is not None  # noqa: PT018, it is no test
+def _gain_sentence(gains: Sequence[Gain]) -> str:
+    """The gain of the calibrator that cuts ACE most among those that keep labels."""
+    gain = min((x for x in gains if x.keeps_labels), key=lambda x: _relative(x, "ACE"))
+    if _relative(gain, "ACE") > -_WORTH_IT and _relative(gain, "NLL") > -_WORTH_IT:
+        return "A temperature would change little: that is not where the errors come from."
+    params = f" ({gain.params})" if gain.params else ""
     return (
-        f"Calibration with one {gain.calibrator} ({gain.params}) would {_moved('ACE', ace)} and "
-        f"{_moved('NLL', nll)}, and leave every label as it is ({gain.folds}-fold cross-validation over the cases)."
+        f"Calibration by {gain.calibrator}{params} would {_moved(gain, 'ACE')} and {_moved(gain, 'NLL')}, and "
+        f"leave every label as it is ({gain.folds}-fold cross-validation over the cases)."
     )
 
 
-def _moved(metric: str, change: Any) -> str:
-    if math.isnan(change.relative) or abs(change.relative) < 0.005:
+def _relative(gain: Gain, metric: str) -> float:
+    change = gain.row.metrics[metric].change
+    return 0.0 if change is None or math.isnan(change.relative) else change.relative
+
+
+def _moved(gain: Gain, metric: str) -> str:
+    relative = _relative(gain, metric)
+    if abs(relative) < 0.005:
         return f"leave {metric} as it is"
-    verb = "cut" if change.relative < 0 else "raise"
-    return f"{verb} {metric} by {wording.percent(change.relative)}"
+    return f"{'cut' if relative < 0 else 'raise'} {metric} by {wording.percent(relative)}"
 
 
 # Tables.
 
 
 def _changes_by_gain(gains: Mapping[str, Sequence[Gain]]) -> Section:
-    names = ("NLL", "ACE", "ECE", "MCE", "Brier")
-    lines: list[Sequence[str]] = [("Model", "Calibrator", *names)]
+    names = ("ACE", "ECE", "MCE", "NLL", "Brier")
+    lines: list[Sequence[str]] = [("Model", "Calibrator", *names, "Labels")]
     for model, found in gains.items():
         for gain in found:
             changes = [gain.row.metrics[name].change for name in names]
             cells = [wording.change(change) if change else "" for change in changes]
-            lines.append((model, f"{gain.calibrator}, {gain.params}", *cells))
+            name = f"{gain.calibrator}, {gain.params}".removesuffix(", ")
+            lines.append((model, name, *cells, "stay" if gain.keeps_labels else "may change"))
     folds = max(gain.folds for found in gains.values() for gain in found)
     how = (
         f"Each case is judged with a calibrator that was fitted to other cases ({folds} folds), on a sample of its "
         "voxels. The numbers are changes from the probabilities as they are. A temperature divides the logarithms "
-        "of the probabilities by one number T, so that labels stay. T above 1 makes probabilities less extreme."
+        "of the probabilities by one number T, or by one for each predicted class. T above 1 makes probabilities "
+        "less extreme. Isotonic calibration draws a rising curve for each class."
     )
     return Section("What calibration would change", how, lines, "results")
 

@@ -12,7 +12,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 Value = TypeVar("Value")
 
 CASES = "cases"
-_DEPTH = 3  # folders below a folder of predictions that are looked at for changes
 _LINE_EVERY = 10.0  # seconds between lines of progress where output is no terminal
 
 
@@ -64,7 +63,6 @@ def measure_cases(
     bins: Bins,
     folder: Path,
     *,
-    sources: Sequence[Path],
     options: Mapping[str, Any],
     jobs: int = 1,
     progress: Callable[[int, int], Any] | None = None,
@@ -76,7 +74,6 @@ def measure_cases(
         predictions: return value of `calib_jax.predictions.open_predictions`.
         bins: how [0, 1] is divided into bins.
         folder: folder of the report; figures of cases go to `cases/MODEL/CASE.npz` in it.
-        sources: folders and files that the predictions are read from, to notice changes.
         options: what the figures depend on beside the files; JSON.
         jobs: number of threads, each of which holds a case.
         progress: called with the number of finished cases and of all cases, from this thread.
@@ -85,12 +82,11 @@ def measure_cases(
     Raises:
         Stopped: on Ctrl-C, after the cases that were being measured are kept.
     """
-    listed = _listed(sources)
 
     def one(model: str, name: str) -> tuple[CaseFigures, bool]:
         path = _path(folder, model, name)
-        facts = {"options": options, "bins": dataclasses.asdict(bins), "files": _files_of(listed, name)}
-        key = json.dumps([facts, list(predictions.class_names), model, name], sort_keys=True)
+        facts = [options, dataclasses.asdict(bins), list(predictions.class_names), model, name]
+        key = json.dumps([*facts, _versions_of(predictions.files(name, model))], sort_keys=True)
         kept = CaseFigures.load(path, key)
         if kept is not None:
             return dataclasses.replace(kept, slice=None), True
@@ -237,34 +233,13 @@ def _sentence(error: BaseException, model: str, name: str) -> str:
     return text if name in text else f"{name} of {model}: {text}"
 
 
-def _listed(sources: Iterable[Path]) -> list[tuple[str, list[Any]]]:
-    """Path, size and time of change of every file in the sources."""
-    return [
-        (relative, [os.fspath(source), relative, info.st_size, info.st_mtime_ns])
-        for source in sources
-        for relative, info in _walk(source)
-    ]
-
-
-def _walk(source: Path) -> Iterator[tuple[str, os.stat_result]]:
-    if source.is_file():
-        yield "", source.stat()
-        return
-    for folder, folders, files in os.walk(source):
-        if len(Path(folder).relative_to(source).parts) >= _DEPTH:
-            folders.clear()
-        for file in sorted(files):
-            path = Path(folder) / file
-            try:
-                yield path.relative_to(source).as_posix(), path.stat()
-            except OSError:
-                continue
-
-
-def _files_of(listed: Sequence[tuple[str, list[Any]]], name: str) -> list[list[Any]]:
-    """Entries that may belong to a case: a part of the path starts with its name, or the source is a file."""
-    return sorted(
-        entry
-        for relative, entry in listed
-        if not relative or any(x.startswith(name) for x in relative.split("/"))
-    )
+def _versions_of(files: Iterable[Path]) -> list[list[Any]]:
+    """Path, size and time of change of files; a file that is missing has only its path."""
+    entries = []
+    for file in files:
+        try:
+            info = file.stat()
+            entries.append([os.fspath(file), info.st_size, info.st_mtime_ns])
+        except OSError:
+            entries.append([os.fspath(file)])
+    return entries
