@@ -22,7 +22,7 @@ _WORST = 3
 _MOST_POINTS = 3000  # dots of a scatter plot
 _FIRST = 15  # rows of the cases to look at first
 _QUOTED = (0.05, 0.2), (0.8, 0.95)  # ranges of probability, of which the summary quotes the worse one
-_WORTH_IT = 0.05  # a smaller change of ACE and NLL is called little
+_WORTH_IT = 0.1  # a smaller change of ACE and NLL is called little
 _ALIKE = 0.1  # classes whose ACE differs by less than this share are called alike
 _FEWEST_QUOTED = 100  # voxels in such a range
 
@@ -190,7 +190,7 @@ def _where(result: ModelResult) -> Iterator[str]:
     if len(classes) > 1:
         worst, best = max(classes), min(classes)
         if worst[0] - best[0] < _ALIKE * worst[0]:
-            values = " to ".join(wording.number(x[0]) for x in (best, worst))
+            values = " to ".join(dict.fromkeys(wording.number(x[0]) for x in (best, worst)))
             yield f"All classes are about equally calibrated (ACE {values})."
         else:
             yield f"Calibration is worst for {_class(*worst)} and best for {_class(*best)}."
@@ -216,12 +216,16 @@ def _percent(share: float) -> str:
 def _gain_sentence(gains: Sequence[Gain]) -> str:
     """The gain of the calibrator that cuts ACE most among those that keep labels."""
     gain = min((x for x in gains if x.keeps_labels), key=lambda x: _relative(x, "ACE"))
-    if _relative(gain, "ACE") > -_WORTH_IT and _relative(gain, "NLL") > -_WORTH_IT:
-        return "A temperature would change little: that is not where the errors come from."
+    ace, nll = _moved(gain, "ACE"), _moved(gain, "NLL")
+    if min(_relative(gain, "ACE"), _relative(gain, "NLL")) > -_WORTH_IT:
+        return f"A temperature would change little: at best, it would {ace} and {nll}."
+    if ace.split()[0] == nll.split()[0] == "cut":
+        nll = nll.removeprefix("cut ")
+    method = {"temperature": "one temperature", "class-temperature": "a temperature for each predicted class"}
     params = f" ({gain.params})" if gain.params else ""
     return (
-        f"Calibration by {gain.calibrator}{params} would {_moved(gain, 'ACE')} and {_moved(gain, 'NLL')}, and "
-        f"leave every label as it is ({gain.folds}-fold cross-validation over the cases)."
+        f"Calibration by {method.get(gain.calibrator, gain.calibrator)}{params} would {ace} and {nll}, and leave "
+        f"every label as it is ({gain.folds}-fold cross-validation over the cases)."
     )
 
 

@@ -23,8 +23,8 @@ from calib_jax.results import ModelResult
 FOLDS: Final = 5
 SHOWN: Final = ("temperature", "class-temperature", "isotonic")
 """Names in `CALIBRATORS` of those that treat every voxel alike and have few parameters."""
-_MOST_FITTED = 1 << 19  # voxels that one fit reads
-_IN_BATCH = 1 << 13  # voxels of a batch; all batches have this size, so that one program is compiled
+_MOST_FITTED = 1 << 17  # voxels that one fit reads
+_IN_BATCH = 1 << 15  # voxels of a batch; all batches have this size, so that one program is compiled
 _TINY = float(np.finfo(np.float32).tiny)
 
 
@@ -69,9 +69,10 @@ def cross_validate(
         calibrator, after = CALIBRATORS[name], {}
         for fold in range(folds):
             params = _fit(calibrator, [x for i, x in enumerate(samples) if i % folds != fold], regions)
-            for i in range(fold, len(samples), folds):
-                probs = _applied(calibrator, samples[i].probs, params, regions)
-                after[i] = _judge(samples[i], probs, bins, first_class, regions)
+            held_out = range(fold, len(samples), folds)
+            probs = _applied(calibrator, [samples[i].probs for i in held_out], params, regions)
+            for i, calibrated in zip(held_out, probs, strict=True):
+                after[i] = _judge(samples[i], calibrated, bins, first_class, regions)
         judged = [after[i] for i in range(len(samples))]
         rows = compare_models(
             [_result(result, "as it is", before), _result(result, name, judged)], resamples=2000
@@ -105,7 +106,11 @@ def _redrawn(sample: Sample, most: int) -> Sample:
 
 def _in_words(params: Any) -> str:
     numbers = np.ravel(jax.tree.leaves(params)[0])
-    return "" if numbers.size > 6 else f"T = {', '.join(f'{x:.3g}' for x in numbers)}"
+    return (
+        ""
+        if numbers.size > 6
+        else f"T\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{', '.join(f'{x:.3g}' for x in numbers)}"
+    )
 
 
 def _exclusive(probs: np.ndarray, regions: bool) -> np.ndarray:
@@ -117,15 +122,18 @@ def _log(probs: np.ndarray) -> np.ndarray:
     return np.log(np.maximum(probs, np.float32(_TINY)), dtype=np.float32)
 
 
-def _applied(calibrator: Calibrator, probs: np.ndarray, params: Any, regions: bool) -> np.ndarray:
-    """Calibrated probabilities of a sample."""
-    log_probs = _log(_exclusive(probs, regions))
-    missing = -len(log_probs) % _IN_BATCH
-    padded = np.concatenate([log_probs, np.zeros((missing, log_probs.shape[1]), np.float32)])
-    logits = np.asarray(calibrator.apply(padded, params))[: len(log_probs)].astype(np.float64)
+def _applied(
+    calibrator: Calibrator, samples: Sequence[np.ndarray], params: Any, regions: bool
+) -> list[np.ndarray]:
+    """Calibrated probabilities of samples."""
+    log_probs = _log(_exclusive(np.concatenate(samples), regions))
+    size, classes = log_probs.shape
+    padded = np.pad(log_probs, ((0, -size % _IN_BATCH), (0, 0))).reshape(-1, _IN_BATCH, classes)
+    logits = np.concatenate([np.asarray(calibrator.apply(x, params), np.float64) for x in padded])[:size]
     odds = np.exp(logits - logits.max(1, keepdims=True))
     exclusive = (odds / odds.sum(1, keepdims=True)).astype(np.float32)
-    return exclusive[:, 1].reshape(probs.shape) if regions else exclusive
+    probs = exclusive[:, 1].reshape(-1, samples[0].shape[1]) if regions else exclusive
+    return np.split(probs, np.cumsum([len(sample) for sample in samples])[:-1])
 
 
 class _Judged(NamedTuple):

@@ -132,7 +132,7 @@ class CaseFigures:
     def load(cls, path: Path, key: str) -> "CaseFigures | None":
         """Reads figures that `save` wrote; None if there are none, or they were computed from something else."""
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
                 if int(file["format"]) != _FORMAT or str(file["key"]) != key:
                     return None
                 own = ("name", "sample", "slice")
