@@ -44,8 +44,9 @@ def write_folders(root, models=("a",), cases=4, **options):
 
 @pytest.fixture
 def no_figures(monkeypatch):
-    """Pages without figures, which take seconds to draw."""
+    """Pages without figures and cross-validation, which take seconds."""
     monkeypatch.setattr("calib_jax.report.figures.report_figures", lambda *_, **__: [])
+    monkeypatch.setattr("calib_jax.report.gains.SHOWN", ())
 
 
 @pytest.fixture
@@ -63,7 +64,7 @@ def in_memory(monkeypatch):
 def written(tmp_path_factory):
     """A report with everything in it, to look at and not to change: folder, and status."""
     root = tmp_path_factory.mktemp("whole")
-    status = cli.main(["report", *write_folders(root, ("first", NASTY), cases=5), "--out", str(root / "out")])
+    status = cli.main(["report", *write_folders(root, ("first", NASTY), cases=5, classes=2), "--out", str(root / "out")])
     return root / "out", status
 
 
@@ -140,27 +141,27 @@ class TestReport:
 
     def test_cases_have_all_digits_and_are_the_librarys_figures(self, written):
         rows = table(written[0] / "cases.csv")
-        assert len(rows) == 2 * 5 * 2
-        case = noisy_case(seed=3)
+        assert len(rows) == 2 * 5
+        case = noisy_case(seed=3, classes=2)
         stats = calib_jax.bin_statistics(case.probs[None], case.labels[None])
-        row = next(x for x in rows if (x["model"], x["case"], x["class"]) == ("first", "case_3", "class 2"))
+        row = next(x for x in rows if (x["model"], x["case"], x["class"]) == ("first", "case_3", "foreground"))
         for column, name in (("ace", "average"), ("ece", "expected"), ("mce", "maximum")):
-            error = getattr(calib_jax, f"{name}_calibration_error")(stats)[0, 2]
+            error = getattr(calib_jax, f"{name}_calibration_error")(stats)[0, 1]
             assert float(row[column]) == pytest.approx(float(error), rel=1e-6)
-        brier = calib_jax.brier_score(case.probs[None], case.labels[None])[0, 2]
+        brier = calib_jax.brier_score(case.probs[None], case.labels[None])[0, 1]
         assert float(row["brier"]) == pytest.approx(float(brier), rel=1e-6)
-        assert int(row["true_voxels"]) == (case.labels == 2).sum()
+        assert int(row["true_voxels"]) == (case.labels == 1).sum()
         assert float(row["true_ml"]) == pytest.approx(int(row["true_voxels"]) / 1000)
-        assert float(row["expected_voxels"]) == pytest.approx(float(case.probs[..., 2].sum(dtype=float)))
+        assert float(row["expected_voxels"]) == pytest.approx(float(case.probs[..., 1].sum(dtype=float)))
 
     def test_metrics_are_the_means_of_the_cases(self, written):
         rows, cases = table(written[0] / "metrics.csv"), table(written[0] / "cases.csv")
         for metric in ("ACE", "Brier", "NLL", "Dice"):
             (row,) = [
-                x for x in rows if (x["model"], x["metric"], x["class"]) == ("first", metric, "class 1")
+                x for x in rows if (x["model"], x["metric"], x["class"]) == ("first", metric, "foreground")
             ]
             values = [
-                float(x[metric.lower()]) for x in cases if (x["model"], x["class"]) == ("first", "class 1")
+                float(x[metric.lower()]) for x in cases if (x["model"], x["class"]) == ("first", "foreground")
             ]
             assert float(row["mean"]) == pytest.approx(np.mean(values), rel=1e-12)
 
