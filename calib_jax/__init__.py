@@ -27,6 +27,11 @@ from calib_jax.errors import (
     top_label_statistics,
 )
 from calib_jax.isotonic import apply_isotonic, fit_isotonic
+from calib_jax.local_calibration import (
+    LocalCalibration,
+    apply_local_calibration,
+    fit_local_calibration,
+)
 from calib_jax.losses import mL1_ace, mL1_ece, mL1_mce
 from calib_jax.metrics import brier_score, dice_score, negative_log_likelihood
 from calib_jax.reliability import ReliabilityCurve, reliability_band, reliability_curve, reliability_histogram
@@ -49,11 +54,13 @@ __all__ = [
     "Accumulator",
     "BinStatistics",
     "DirichletCalibration",
+    "LocalCalibration",
     "ReliabilityCurve",
     "VectorScaling",
     "apply_class_temperature",
     "apply_dirichlet",
     "apply_isotonic",
+    "apply_local_calibration",
     "apply_temperature",
     "apply_vector_scaling",
     "average_calibration_error",
@@ -71,6 +78,7 @@ __all__ = [
     "fit_class_temperature",
     "fit_dirichlet",
     "fit_isotonic",
+    "fit_local_calibration",
     "fit_temperature",
     "fit_vector_scaling",
     "focal_loss",

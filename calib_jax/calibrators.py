@@ -4,10 +4,12 @@ params = CALIBRATORS["isotonic"].fit(batches)
 calibrated = jax.nn.softmax(CALIBRATORS["isotonic"].apply(logits, params))
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
 
 from calib_jax import isotonic, scaling
+from calib_jax.local_calibration import apply_local_calibration, fit_local_calibration
 
 
 class Calibrator(NamedTuple):
@@ -45,6 +47,18 @@ CALIBRATORS: Final[Mapping[str, Calibrator]] = {
     ),
     "isotonic": Calibrator(
         isotonic.fit_isotonic, isotonic.apply_isotonic, False, "A rising curve for each class."
+    ),
+    "local": Calibrator(
+        fit_local_calibration,
+        apply_local_calibration,
+        True,
+        "A small network corrects each voxel from the probabilities around it.",
+    ),
+    "local-free": Calibrator(
+        functools.partial(fit_local_calibration, keeps_labels=False),
+        apply_local_calibration,
+        False,
+        "The same, and probabilities may contradict the label map, which stays.",
     ),
 }
 """Methods by name, from the fewest parameters to the most."""

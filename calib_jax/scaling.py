@@ -517,7 +517,8 @@ def _batch_sums(
         size = math.gcd(logits.shape[1], _BLOCK)
 
         def of_block(params: Any, *block: Any) -> tuple[Array, Any]:
-            logits, labels, where = (None if x is None else x[None] for x in block)
+            arrays: Any = (None if x is None else x[None] for x in block)
+            logits, labels, where = arrays
             losses, counted = metrics.voxel_likelihoods(scaled(logits, params), labels, where)
             return losses.sum(), (losses, counted)
 

@@ -13,7 +13,7 @@ from flax import nnx
 
 from calib_jax.results import ModelResult, nan_mean
 from train.config import DataInfo, TrainingConfig, to_json
-from train.data.case import region_ids
+from train.data.case import ids_of
 from train.data.pipeline import train_batches
 from train.errors import InputError, NotFinite, Stopped
 from train.evaluate import evaluate
@@ -145,13 +145,12 @@ def _train(
 
 
 def _train_step(task: Task, graphdef: nnx.GraphDef) -> TrainStep:
-    ids = region_ids(task.dataset)
     return make_train_step(
         graphdef,
         make_optimizer(task.config.training),
         task.config,
         task.mesh,
-        regions=tuple(ids[name] for name in task.config.model.regions),
+        regions=ids_of(task.dataset, task.config.model.regions),
         accumulate=task.devices.accumulate,
         remat=task.devices.remat,
         has_ignore=task.dataset.has_ignore,

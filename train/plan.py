@@ -25,7 +25,7 @@ from train.config import (
     to_json,
 )
 from train.console import format_table
-from train.data.case import region_ids
+from train.data.case import ids_of
 from train.errors import InputError
 from train.hlo import compile_and_describe
 from train.losses import Regions, parse_loss
@@ -133,8 +133,7 @@ def _open_run(command: "Plan") -> Run:
     config = command.config(command.loss)
     dataset = _described(command) if command.class_names else open_cases(config.data)
     config = resolve_config(config, dataset)
-    ids = region_ids(dataset)
-    regions = tuple(ids[name] for name in config.model.regions)
+    regions = ids_of(dataset, config.model.regions)
     return Run(config, DataInfo.of(dataset), command.devices, regions, dataset.has_ignore)
 
 

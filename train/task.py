@@ -20,7 +20,7 @@ from train.config import (
     resolve_regions,
 )
 from train.data import Dataset
-from train.data.case import region_ids
+from train.data.case import ids_of
 from train.data.open import open_dataset
 from train.data.protocols import PROTOCOLS
 from train.data.splits import Splits, chosen_splits, split_cases, write_splits
@@ -85,8 +85,7 @@ def resolve_config(config: RunConfig, dataset: Dataset) -> RunConfig:
 def check_task_loss(task: Task, loss: Loss) -> None:
     """Raises `InputError` if a term of the loss cannot be computed for the task's images."""
     config, dataset = task.config, task.dataset
-    ids = region_ids(dataset)
-    regions = tuple(ids[name] for name in config.model.regions)
+    regions = ids_of(dataset, config.model.regions)
     check_loss(
         dataclasses.replace(loss, regions=regions),
         task.mesh,

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32, UInt8
 import calib_jax
 from train import cpu
 from train.data import Dataset
-from train.data.case import region_ids
+from train.data.case import ids_of
 from train.data.ignore import mask_ignored
 from train.data.pipeline import CachedCases
 from train.data.transforms import pad_to_hold
@@ -58,8 +58,7 @@ def fit_temperature(
     """
     assert isinstance(predict.forward, Network)
     cases = CachedCases(dataset, case_names)
-    ids = region_ids(dataset)
-    regions = tuple(ids[name] for name in predict.regions)
+    regions = ids_of(dataset, predict.regions)
     program = _window_logits(predict.forward, predict.patch, dataset.has_ignore, regions)
 
     def batches() -> Iterator[tuple[Array, Array, Array]]:

@@ -1,6 +1,6 @@
 """A data set is a sequence of cases: the types of both."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -140,3 +140,9 @@ def region_ids(dataset: Dataset) -> dict[str, tuple[int, ...]]:
     """Class ids of each region by its name. Without regions, each foreground class is one."""
     classes = {name: (index,) for index, name in enumerate(dataset.class_names)}
     return dict(dataset.regions) or dict(list(classes.items())[1:])
+
+
+def ids_of(dataset: Dataset, regions: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """Class ids of each of the named regions."""
+    known = region_ids(dataset)
+    return tuple(known[name] for name in regions)
