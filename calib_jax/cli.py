@@ -21,8 +21,8 @@ _EXAMPLE = """\
 example:
   calib-jax report --probs predictions --labels labelsTs --out report
 
-`calib-jax COMMAND --help` explains a command. Exit status: 0 if all went well, 1 if some case could not be used, 2 if
-nothing could be done, 130 after Ctrl-C.
+`calib-jax COMMAND --help` explains a command. Exit status: 0 if all went well, 1 if some case could not be used,
+2 if nothing could be done, 130 after Ctrl-C.
 """
 
 
@@ -57,7 +57,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     """The parser of all commands, with the options of the command that is given."""
     parser = argparse.ArgumentParser(
         prog="calib-jax",
-        description="Tells how far to trust predicted probabilities of a segmentation, and mends them without training.",
+        description="Tells how far to trust predicted probabilities of a segmentation, and mends them.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

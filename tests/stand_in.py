@@ -25,6 +25,9 @@ class InMemory:
     def case_names(self):
         return tuple(sorted({name for cases in self.cases.values() for name in cases}))
 
+    def files(self, case_name, model=None):
+        return ()
+
     def read(self, case_name, model=None):
         self.read_cases.append((model, case_name))
         found = self.cases[model or self.models[0]][case_name]

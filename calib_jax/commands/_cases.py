@@ -1,25 +1,25 @@
 """What commands that write a file for each case share."""
 
+import argparse
 import shutil
-import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from calib_jax.commands import options as shared
 
-def check_out(out: Path, sources: Iterable[Path]) -> None:
+
+def check_out(options: argparse.Namespace) -> None:
     """Raises ValueError if the output folder is one of the folders that are read, or lies in one or around one."""
-    inside = out.expanduser().resolve()
-    for source in sources:
-        folder = source.expanduser().resolve()
-        if inside == folder or folder in inside.parents or inside in folder.parents:
-            raise ValueError(f"--out {out} and {source} lie in each other: choose another output folder.")
-
-
-def note(sentences: Iterable[str]) -> None:
-    """Prints what the user should know of the input."""
-    for sentence in sentences:
-        print(f"note: {sentence}", file=sys.stderr)
+    folders = shared.named_folders(options.probs)
+    probs = list(folders.values()) if isinstance(folders, Mapping) else [folders]
+    inside = options.out.expanduser().resolve()
+    for source in (*probs, options.images):
+        folder = source.expanduser().resolve() if source is not None else None
+        if folder and (inside == folder or folder in inside.parents or inside in folder.parents):
+            raise ValueError(
+                f"--out {options.out} and {source} lie in each other: choose another output folder."
+            )
 
 
 def for_each_case(names: Sequence[str], work: Callable[[str], None]) -> tuple[int, int]:

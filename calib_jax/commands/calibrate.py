@@ -205,7 +205,7 @@ def _apply(options: argparse.Namespace) -> int:
     from calib_jax.predictions.writing import write_volume
 
     calibration = Calibration.load(options.params)
-    _cases.check_out(options.out, shared.sources(options))
+    _cases.check_out(options)
     predictions = _one_model(options)
     if (
         len(predictions.class_names) != len(calibration.class_names)
@@ -242,12 +242,10 @@ def _apply(options: argparse.Namespace) -> int:
 
 
 def _one_model(options: argparse.Namespace) -> "Predictions":
-    from calib_jax.commands import _cases
-
     if len(options.probs) > 1:
         raise ValueError("--probs names several folders: calibrate one after the other.")
     predictions = shared.open_folders(options)
-    _cases.note(predictions.notices)
+    shared.print_notices(predictions)
     return predictions
 
 

@@ -30,12 +30,12 @@ def run(options: argparse.Namespace) -> int:
     from calib_jax.commands import _cases
     from calib_jax.predictions import PredictionError, write_probabilities
 
-    _cases.check_out(options.out, shared.sources(options))
+    _cases.check_out(options)
     predictions = shared.open_folders(options)
     models = predictions.models
     if len(models) < 2:
         raise ValueError("--probs names one folder: give it once for each model or fold, at least twice.")
-    _cases.note(predictions.notices)
+    shared.print_notices(predictions)
 
     def work(name: str) -> None:
         total = None

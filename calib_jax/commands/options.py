@@ -1,21 +1,22 @@
 """Options that several commands share: which folders to read, and how to bin."""
 
 import argparse
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 
-def add_folders(parser: argparse.ArgumentParser, *, labels: bool = True) -> None:
-    """Adds the options that say what to read; without `labels`, these are no option."""
+def add_folders(parser: argparse.ArgumentParser, *, labels: bool = True, images: bool = True) -> None:
+    """Adds the options that say what to read; without `labels` or `images`, these are no option."""
     add = parser.add_argument_group("what to read").add_argument
     add(
         "--probs",
         action="append",
         required=True,
         metavar="[NAME=]DIR",
-        help="folder of predicted probabilities (nnU-Net's .npz, NIfTI, .npy, .mha, .nrrd, PNG, TIFF); give it once "
-        "for each model, with a name",
+        help="folder of predicted probabilities (nnU-Net's .npz, NIfTI, .npy, .mha, .nrrd, PNG, TIFF); give it "
+        "once for each model, with a name",
     )
     if labels:
         add(
@@ -25,12 +26,11 @@ def add_folders(parser: argparse.ArgumentParser, *, labels: bool = True) -> None
             metavar="DIR",
             help="folder of true label maps, matched by file name",
         )
-        add("--images", type=Path, metavar="DIR", help="folder of images, to show behind the labels")
     else:
         parser.set_defaults(labels=None)
-        add(
-            "--images", type=Path, metavar="DIR", help="folder of images, for the grid of .npz and .npy files"
-        )
+    if images:
+        used = "to show behind the labels" if labels else "for the grid of .npz and .npy files"
+        add("--images", type=Path, metavar="DIR", help=f"folder of images, {used}")
     add("--logits", action="store_true", help="the files hold logits rather than probabilities")
     add(
         "--dataset-json",
@@ -50,6 +50,18 @@ def add_jobs(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="cases to read at a time, each of them in memory (default: 1)",
     )
+
+
+def check_jobs(options: argparse.Namespace) -> None:
+    """Raises ValueError unless there is at least one job."""
+    if options.jobs < 1:
+        raise ValueError(f"--jobs must be at least 1; got {options.jobs}.")
+
+
+def first_class(options: argparse.Namespace, predictions: Any) -> int:
+    """Index of the first class that is reported: the background is left out unless it is asked for."""
+    everything = predictions.regions or options.include_background or len(predictions.class_names) == 1
+    return 0 if everything else 1
 
 
 def named_folders(given: Sequence[str]) -> Path | dict[str, Path]:
@@ -80,13 +92,10 @@ def named_folders(given: Sequence[str]) -> Path | dict[str, Path]:
     return folders
 
 
-def sources(options: argparse.Namespace) -> list[Path]:
-    """Every folder and file that the options name."""
-    folders = named_folders(options.probs)
-    probs = list(folders.values()) if isinstance(folders, Mapping) else [folders]
-    return [
-        path for path in (*probs, options.labels, options.images, options.dataset_json) if path is not None
-    ]
+def print_notices(predictions: Any) -> None:
+    """Prints what a reader should know about the files."""
+    for notice in predictions.notices:
+        print(f"note: {notice}", file=sys.stderr)
 
 
 def open_folders(options: argparse.Namespace) -> Any:
@@ -96,7 +105,7 @@ def open_folders(options: argparse.Namespace) -> Any:
     return open_predictions(
         named_folders(options.probs),
         options.labels,
-        images=options.images,
+        images=getattr(options, "images", None),
         dataset_json=options.dataset_json,
         logits=options.logits,
         class_names=options.class_names,

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from calib_jax.report.study import Study
 
 _DESCRIPTION = """\
-Measures how far predicted probabilities can be trusted, and writes a page that says it in words, numbers and figures.
+Measures how far predicted probabilities can be trusted, and writes a page that says it in words, numbers and
+figures.
 
 Each case is read once, one at a time. What was measured of a case is kept in OUT/cases, so that a report that was
 stopped goes on where it was, and a report over one more case reads this case alone.
@@ -22,7 +23,8 @@ examples:
   calib-jax report --probs predictions --labels labelsTs --out report
   calib-jax report --probs nnunet=fold0 --probs monai=out --labels labelsTs --images imagesTs --out report --jobs 4
 
-OUT gets index.html (one file with everything in it), metrics.csv, cases.csv, report.json and figures/ as SVG and PNG.
+OUT gets index.html (one file with everything in it), metrics.csv, cases.csv, report.json, and figures/ as SVG and
+PNG.
 """
 
 
@@ -49,8 +51,7 @@ def run(options: argparse.Namespace) -> int:
     """Measures the cases and writes the report."""
     if options.num_bins < 1:
         raise ValueError(f"--num-bins must be at least 1; got {options.num_bins}.")
-    if options.jobs < 1:
-        raise ValueError(f"--jobs must be at least 1; got {options.jobs}.")
+    shared.check_jobs(options)
     from calib_jax._sums.bins import Bins
     from calib_jax.report.study import Progress, measure_cases
 
@@ -59,16 +60,12 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(
             f"--baseline {options.baseline!r} is no model: there are {', '.join(predictions.models)}."
         )
-    if not predictions.case_names:
-        raise ValueError(" ".join(["no case has both a prediction and a label.", *predictions.notices]))
-    for notice in predictions.notices:
-        print(f"note: {notice}", file=sys.stderr)
+    shared.print_notices(predictions)
     with Progress() as progress:
         study = measure_cases(
             predictions,
             Bins(options.binning, options.num_bins),
             options.out,
-            sources=shared.sources(options),
             options={"logits": options.logits, "images": options.images is not None},
             jobs=options.jobs,
             progress=progress,
@@ -88,7 +85,7 @@ def _write(options: argparse.Namespace, predictions: Any, study: "Study") -> Non
 
     bins = Bins(options.binning, options.num_bins)
     regions, names = predictions.regions, predictions.class_names
-    first = 0 if regions or options.include_background or len(names) == 1 else 1
+    first = shared.first_class(options, predictions)
     results = results_of(study, names, first_class=first, integer_counts=options.binning != "soft")
     shown = [result.name for result in results]
     baseline = options.baseline if options.baseline in shown else shown[0]
@@ -120,7 +117,10 @@ def _write(options: argparse.Namespace, predictions: Any, study: "Study") -> Non
         details=details,
         provenance={"command": _command(), **_settings(options, names, regions), **_versions()},
     )
-    print(format_table(rows, per_class=True), "", *details.summary, "", f"Wrote {page}", sep="\n")
+    print(format_table(rows, per_class=True))
+    for model, sentences in details.summary.items():
+        print("", *([f"{model}:"] if len(shown) > 1 else []), *sentences, sep="\n")
+    print(f"\nWrote {page}")
 
 
 def _command() -> str:

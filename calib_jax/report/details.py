@@ -51,7 +51,7 @@ class Details:
     """What `write_report` shows beside its results.
 
     Attributes:
-        summary: the findings in plain words, one sentence or two each.
+        summary: the findings in plain words, a few sentences for each model by its name.
         faults: what went wrong, one sentence each: cases that are not in the report.
         notices: what a reader should know about the files.
         sections: further tables.
@@ -61,7 +61,7 @@ class Details:
         expected: expected and true Dice of cases: (model, class, case, expected, true).
     """
 
-    summary: Sequence[str] = ()
+    summary: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     faults: Sequence[str] = ()
     notices: Sequence[str] = ()
     sections: Sequence[Section] = ()

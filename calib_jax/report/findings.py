@@ -21,7 +21,10 @@ from calib_jax.results import CALIBRATION_ERRORS, ModelResult, nan_mean
 _WORST = 3
 _MOST_POINTS = 3000  # dots of a scatter plot
 _FIRST = 15  # rows of the cases to look at first
-_HIGH = 0.8, 0.95  # mean probability of the bin that the summary quotes
+_QUOTED = (0.05, 0.2), (0.8, 0.95)  # ranges of probability, of which the summary quotes the worse one
+_WORTH_IT = 0.1  # a smaller change of ACE and NLL is called little
+_ALIKE = 0.1  # classes whose ACE differs by less than this share are called alike
+_FEWEST_QUOTED = 100  # voxels in such a range
 
 
 def over_confidence(stats: BinStatistics) -> Float[np.ndarray, "cases classes"]:
@@ -104,11 +107,12 @@ def details_of(
         _look_first(study, results, first_class),
     ]
     return Details(
-        summary=[
-            sentence
+        summary={
+            result.name: list(
+                _sentences(result, gains.get(result.name, ()), "The model" if len(results) == 1 else "It")
+            )
             for result in results
-            for sentence in _sentences(result, gains.get(result.name, ()), alone=len(results) == 1)
-        ],
+        },
         faults=list(study.faults),
         notices=list(notices),
         sections=[section for section in sections if len(section.lines) > 1],
@@ -122,48 +126,56 @@ def details_of(
 # The summary.
 
 
-def _sentences(result: ModelResult, gains: Sequence[Gain], *, alone: bool) -> Iterator[str]:
-    who = "The model" if alone else f"“{result.name}”"
+def _sentences(result: ModelResult, gains: Sequence[Gain], who: str) -> Iterator[str]:
     cases = wording.count(len(result.case_names), "case")
     by_case = nan_mean(over_confidence(result.stats), axis=1)
     mean, low, high = mean_interval(by_case)
     if math.isnan(mean):
-        yield f"{who}: nothing could be counted."
+        yield "Nothing could be counted."
         return
-    size, interval = wording.number(abs(mean)), _interval(low, high, abs)
+    size, interval = wording.number(abs(mean)), _interval(low, high)
     if low > 0 or (math.isnan(low) and mean > 0):
-        yield f"{who} is over-confident: its probabilities are too close to 0 and 1, by {size} on average{interval} over {cases}."
+        yield (
+            f"{who} is over-confident: its probabilities are too close to 0 and 1, by {size} on average{interval} "
+            f"over {cases}."
+        )
     elif high < 0 or (math.isnan(high) and mean < 0):
-        yield f"{who} is under-confident: its probabilities are too close to 1/2, by {size} on average{interval} over {cases}."
+        yield (
+            f"{who} is under-confident: its probabilities are too close to 1/2, by {size} on average{interval} "
+            f"over {cases}."
+        )
     else:
         yield f"{who} is neither over- nor under-confident on the whole over {cases}: its errors go both ways."
     if quoted := _quoted(result):
         yield quoted
     yield from _where(result)
-    for gain in gains:
-        yield _gain_sentence(gain)
+    if gains:
+        yield _gain_sentence(gains)
 
 
-def _interval(low: float, high: float, of: Any = float) -> str:
+def _interval(low: float, high: float, *, brackets: str = "()") -> str:
     if math.isnan(low) or math.isnan(high):
         return ""
-    ends = sorted((of(low), of(high)))
-    return f" (95% interval {wording.number(ends[0])} to {wording.number(ends[1])})"
+    ends = " to ".join(wording.number(x) for x in sorted((abs(low), abs(high))))
+    return f" (95% interval {ends})" if brackets else f", 95% interval {ends}"
 
 
 def _quoted(result: ModelResult) -> str:
-    """The pooled bin of high probability that holds the most voxels, in words."""
+    """The range of probabilities, low or high, that is furthest from the truth over all voxels together."""
     count, prob_sum, label_sum = (np.asarray(x, np.float64).sum((0, 1)) for x in _fields(result.stats))
     with np.errstate(invalid="ignore", divide="ignore"):
         prob = prob_sum / count
-    chosen = np.flatnonzero((count >= 20) & (prob >= _HIGH[0]) & (prob <= _HIGH[1]))
-    if not chosen.size:
+    found = []
+    for low, high in _QUOTED:
+        chosen = (prob >= low) & (prob <= high)
+        if (total := count[chosen].sum()) >= _FEWEST_QUOTED:
+            found.append((prob_sum[chosen].sum() / total, label_sum[chosen].sum() / total))
+    if not found:
         return ""
-    total = count[chosen].sum()
-    stated, found = prob_sum[chosen].sum() / total, label_sum[chosen].sum() / total
+    stated, there = max(found, key=lambda pair: abs(pair[0] - pair[1]))
     return (
-        f"Where it gives a class between {_HIGH[0]:.0%} and {_HIGH[1]:.0%} ({stated:.0%} on average), the class is "
-        f"there in {found:.0%} of the voxels."
+        f"Where it says that a class has a probability of about {stated:.0%}, the class is there in {there:.0%} of "
+        "the voxels."
     )
 
 
@@ -177,58 +189,76 @@ def _where(result: ModelResult) -> Iterator[str]:
     ]
     if len(classes) > 1:
         worst, best = max(classes), min(classes)
-        yield (
-            f"Its probabilities are worst for {worst[3]} (ACE {wording.number(worst[0])}"
-            f"{_interval(worst[1], worst[2])}) and best for {best[3]} (ACE {wording.number(best[0])}"
-            f"{_interval(best[1], best[2])})."
-        )
+        if worst[0] - best[0] < _ALIKE * worst[0]:
+            values = " to ".join(dict.fromkeys(wording.number(x[0]) for x in (best, worst)))
+            yield f"All classes are about equally calibrated (ACE {values})."
+        else:
+            yield f"Calibration is worst for {_class(*worst)} and best for {_class(*best)}."
     near, away = (
         mean_interval(nan_mean(_error("ECE", x), axis=1)) for x in (result.boundary, result.interior)
     )
     if not (math.isnan(near[0]) or math.isnan(away[0])):
         where = "at borders" if near[0] > away[0] else "away from borders"
         yield (
-            f"The errors lie {where}: within two voxels of a border a probability is off by {near[0]:.1%} on average "
-            f"(ECE), elsewhere by {_percent(away[0])}."
+            f"The errors lie {where}: within two voxels of a border a probability is off by {_percent(near[0])} on "
+            f"average (ECE), elsewhere by {_percent(away[0])}."
         )
+
+
+def _class(mean: float, low: float, high: float, name: str) -> str:
+    return f"{name} (ACE {wording.number(mean)}{_interval(low, high, brackets='')})"
 
 
 def _percent(share: float) -> str:
     return f"{share:.1%}" if share >= 0.001 else f"{share:.2%}" if share >= 0.0001 else "less than 0.01%"
 
 
-def _gain_sentence(gain: Gain) -> str:
-    ace, nll = (gain.row.metrics[name].change for name in ("ACE", "NLL"))
-    assert ace is not None and nll is not None  # noqa: PT018, it is no test
+def _gain_sentence(gains: Sequence[Gain]) -> str:
+    """The gain of the calibrator that cuts ACE most among those that keep labels."""
+    gain = min((x for x in gains if x.keeps_labels), key=lambda x: _relative(x, "ACE"))
+    ace, nll = _moved(gain, "ACE"), _moved(gain, "NLL")
+    if min(_relative(gain, "ACE"), _relative(gain, "NLL")) > -_WORTH_IT:
+        return f"A temperature would change little: at best, it would {ace} and {nll}."
+    if ace.split()[0] == nll.split()[0] == "cut":
+        nll = nll.removeprefix("cut ")
+    method = {"temperature": "one temperature", "class-temperature": "a temperature for each predicted class"}
+    params = f" ({gain.params})" if gain.params else ""
     return (
-        f"Calibration with one {gain.calibrator} ({gain.params}) would {_moved('ACE', ace)} and "
-        f"{_moved('NLL', nll)}, and leave every label as it is ({gain.folds}-fold cross-validation over the cases)."
+        f"Calibration by {method.get(gain.calibrator, gain.calibrator)}{params} would {ace} and {nll}, and leave "
+        f"every label as it is ({gain.folds}-fold cross-validation over the cases)."
     )
 
 
-def _moved(metric: str, change: Any) -> str:
-    if math.isnan(change.relative) or abs(change.relative) < 0.005:
+def _relative(gain: Gain, metric: str) -> float:
+    change = gain.row.metrics[metric].change
+    return 0.0 if change is None or math.isnan(change.relative) else change.relative
+
+
+def _moved(gain: Gain, metric: str) -> str:
+    relative = _relative(gain, metric)
+    if abs(relative) < 0.005:
         return f"leave {metric} as it is"
-    verb = "cut" if change.relative < 0 else "raise"
-    return f"{verb} {metric} by {wording.percent(change.relative)}"
+    return f"{'cut' if relative < 0 else 'raise'} {metric} by {wording.percent(relative)}"
 
 
 # Tables.
 
 
 def _changes_by_gain(gains: Mapping[str, Sequence[Gain]]) -> Section:
-    names = ("NLL", "ACE", "ECE", "MCE", "Brier")
-    lines = [("Model", "Calibrator", *names)]
+    names = ("ACE", "ECE", "MCE", "NLL", "Brier")
+    lines: list[Sequence[str]] = [("Model", "Calibrator", *names, "Labels")]
     for model, found in gains.items():
         for gain in found:
             changes = [gain.row.metrics[name].change for name in names]
             cells = [wording.change(change) if change else "" for change in changes]
-            lines.append((model, f"{gain.calibrator}, {gain.params}", *cells))
+            name = f"{gain.calibrator}, {gain.params}".removesuffix(", ")
+            lines.append((model, name, *cells, "stay" if gain.keeps_labels else "may change"))
     folds = max(gain.folds for found in gains.values() for gain in found)
     how = (
         f"Each case is judged with a calibrator that was fitted to other cases ({folds} folds), on a sample of its "
-        "voxels. The numbers are changes from the probabilities as they are. Temperature scaling divides the "
-        "logarithms of the probabilities by one number T, so labels stay; T above 1 makes probabilities less extreme."
+        "voxels. The numbers are changes from the probabilities as they are. A temperature divides the logarithms "
+        "of the probabilities by one number T, or by one for each predicted class. T above 1 makes probabilities "
+        "less extreme. Isotonic calibration draws a rising curve for each class."
     )
     return Section("What calibration would change", how, lines, "results")
 
@@ -243,7 +273,7 @@ def _near_and_away(results: Sequence[ModelResult]) -> Section:
         "ECE near",
         "ECE elsewhere",
     )
-    lines = [header]
+    lines: list[Sequence[str]] = [header]
     for result in results:
         if result.boundary is None:
             continue
@@ -262,16 +292,8 @@ def _near_and_away(results: Sequence[ModelResult]) -> Section:
 
 
 def _volumes(results: Sequence[ModelResult], table: Sequence[Mapping[str, Any]]) -> Section:
-    header = (
-        "Model",
-        "Class",
-        "True (ml)",
-        "Predicted (ml)",
-        "Expected (ml)",
-        "Predicted − true",
-        "95% of cases within",
-    )
-    lines = [header]
+    volumes = ("True (ml)", "Predicted (ml)", "Expected (ml)")
+    lines: list[Sequence[str]] = [("Model", "Class", *volumes, "Predicted − true", "95% of cases within")]
     for result in results:
         for class_name in result.class_names:
             rows = [row for row in table if (row["model"], row["class"]) == (result.name, class_name)]
@@ -299,7 +321,7 @@ def _signed(x: float) -> str:
 
 
 def _look_first(study: Study, results: Sequence[ModelResult], first_class: int) -> Section:
-    lines = [("Case", "Model", "Expected Dice", "Dice", "ACE")]
+    lines: list[Sequence[str]] = [("Case", "Model", "Expected Dice", "Dice", "ACE")]
     found = []
     for result in results:
         ace, dice = (nan_mean(result.metrics()[name], axis=1) for name in ("ACE", "Dice"))

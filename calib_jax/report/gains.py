@@ -1,52 +1,31 @@
 """What post-hoc calibration would change, by cross-validation over the cases of a report.
 
-Calibrators are fitted to and judged on the samples of voxels that `measure` keeps, so no file is read again and memory
-stays within a few hundred kilobytes per case.
+Calibrators are fitted to and judged on the samples of voxels that `measure` keeps. So no file is read again, and
+memory stays within a few hundred kilobytes per case.
 """
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 import jax
 import numpy as np
 
-from calib_jax import scaling
 from calib_jax._sums.bins import Bins
 from calib_jax._sums.host import inner_edges
 from calib_jax.binning import BinStatistics
+from calib_jax.calibrators import CALIBRATORS, Calibrator
 from calib_jax.report.measure import CaseFigures, Sample
 from calib_jax.report.table import ModelRow, compare_models
 from calib_jax.results import ModelResult
 
 FOLDS: Final = 5
-_MOST_FITTED = 1 << 20  # sampled probabilities that one fit reads
-_IN_BATCH = 1 << 13  # voxels of a batch; all batches have this size, so that one program is compiled
+SHOWN: Final = ("temperature", "class-temperature", "isotonic")
+"""Names in `CALIBRATORS` of those that treat every voxel alike and have few parameters."""
+_MOST_FITTED = 1 << 17  # voxels that one fit reads
+_IN_BATCH = 1 << 15  # voxels of a batch; all batches have this size, so that one program is compiled
 _TINY = float(np.finfo(np.float32).tiny)
-
-
-class Calibrator(NamedTuple):
-    """A calibrator that treats every voxel alike.
-
-    Attributes:
-        fit: `batches -> params`; batches are tuples (log-probabilities, soft labels).
-        apply: `(log_probs, params) -> logits`.
-        describe: the parameters in words.
-    """
-
-    fit: Callable[[Any], Any]
-    apply: Callable[[Any, Any], Any]
-    describe: Callable[[Any], str]
-
-
-CALIBRATORS: Final[Mapping[str, Calibrator]] = {
-    "temperature": Calibrator(
-        scaling.fit_temperature,
-        scaling.apply_temperature,
-        lambda temperature: f"T = {float(temperature):.2f}",
-    ),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,13 +34,15 @@ class Gain:
 
     Attributes:
         calibrator: name of the calibrator.
-        params: its parameters when fitted to all cases, in words.
+        params: its parameters when fitted to all cases, in words, if they are few.
+        keeps_labels: whether no predicted label changes.
         folds: number of folds.
         row: comparison with the probabilities as they are, on the same samples of voxels.
     """
 
     calibrator: str
     params: str
+    keeps_labels: bool
     folds: int
     row: ModelRow
 
@@ -84,48 +65,52 @@ def cross_validate(
     folds = min(FOLDS, len(samples))
     before = [_judge(sample, sample.probs, bins, first_class, regions) for sample in samples]
     gains = []
-    for name, calibrator in CALIBRATORS.items():
-        after = {}
+    for name in SHOWN:
+        calibrator, after = CALIBRATORS[name], {}
         for fold in range(folds):
             params = _fit(calibrator, [x for i, x in enumerate(samples) if i % folds != fold], regions)
-            for i in range(fold, len(samples), folds):
-                probs = _applied(calibrator, samples[i].probs, params, regions)
-                after[i] = _judge(samples[i], probs, bins, first_class, regions)
+            held_out = range(fold, len(samples), folds)
+            probs = _applied(calibrator, [samples[i].probs for i in held_out], params, regions)
+            for i, calibrated in zip(held_out, probs, strict=True):
+                after[i] = _judge(samples[i], calibrated, bins, first_class, regions)
         judged = [after[i] for i in range(len(samples))]
         rows = compare_models(
             [_result(result, "as it is", before), _result(result, name, judged)], resamples=2000
         )
-        words = calibrator.describe(_fit(calibrator, samples, regions))
-        gains.append(Gain(name, words, folds, rows[1]))
+        words = _in_words(_fit(calibrator, samples, regions))
+        gains.append(Gain(name, words, calibrator.keeps_labels, folds, rows[1]))
     return gains
 
 
 def _fit(calibrator: Calibrator, samples: Sequence[Sample], regions: bool) -> Any:
-    """Fits to samples: each voxel's labels are its weight times one-hot, so that it counts as often as it should."""
-    log_probs, labels = zip(*(_weighted(sample, regions) for sample in samples), strict=True)
-    log_probs, labels = np.concatenate(log_probs), np.concatenate(labels)
-    labels /= max(float(labels.max(initial=0)), _TINY)
-    step = -(-log_probs.size // _MOST_FITTED)
-    log_probs, labels = log_probs[::step], labels[::step].astype(np.float32)
-    missing = -len(labels) % _IN_BATCH
-    # Voxels without a label do not count.
-    log_probs, labels = (
-        np.concatenate([x, np.zeros((missing, x.shape[1]), x.dtype)]) for x in (log_probs, labels)
-    )
-    shape = (-1, 1, _IN_BATCH, labels.shape[-1])
-    batches = list(zip(log_probs.reshape(shape), labels.reshape(shape), strict=True))
+    """Fits to voxels that are drawn from the samples, each as often as the voxels that it stands for."""
+    most = max(_MOST_FITTED // len(samples) // (samples[0].probs.shape[1] if regions else 1), 64)
+    drawn = [_redrawn(sample, most) for sample in samples]
+    log_probs = _log(np.concatenate([_exclusive(sample.probs, regions) for sample in drawn]))
+    labels = np.concatenate([sample.labels.reshape(-1).astype(np.int32) for sample in drawn])
+    missing = -len(labels) % _IN_BATCH  # filled up with voxels of no class, which do not count
+    log_probs = np.pad(log_probs, ((0, missing), (0, 0))).reshape(-1, 1, _IN_BATCH, log_probs.shape[1])
+    labels = np.pad(labels, (0, missing), constant_values=-1).reshape(-1, 1, _IN_BATCH)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a temperature at its bound is shown as it is
-        return jax.device_get(calibrator.fit(batches))
+        return jax.device_get(calibrator.fit(list(zip(log_probs, labels, strict=True))))
 
 
-def _weighted(sample: Sample, regions: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Log-probabilities and weighted one-hot labels; each region of a voxel is a problem of two classes."""
-    probs, weight = _exclusive(sample.probs, regions), sample.weight[:, None]
-    ids = sample.labels.reshape(-1).astype(int)
-    if regions:
-        weight = np.repeat(weight, sample.probs.shape[1], axis=0)
-    return _log(probs), weight * (ids[:, None] == np.arange(probs.shape[1]))
+def _redrawn(sample: Sample, most: int) -> Sample:
+    """At most `most` voxels of equal weight: systematic sampling in proportion to the weights."""
+    ends = sample.weight.cumsum()
+    number = min(most, round(ends[-1]))
+    index = np.searchsorted(ends, (np.arange(number) + 0.5) * ends[-1] / number)
+    return Sample(sample.probs[index], sample.labels[index], np.ones(number))
+
+
+def _in_words(params: Any) -> str:
+    numbers = np.ravel(jax.tree.leaves(params)[0])
+    return (
+        ""
+        if numbers.size > 6
+        else f"T\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{', '.join(f'{x:.3g}' for x in numbers)}"
+    )
 
 
 def _exclusive(probs: np.ndarray, regions: bool) -> np.ndarray:
@@ -137,15 +122,18 @@ def _log(probs: np.ndarray) -> np.ndarray:
     return np.log(np.maximum(probs, np.float32(_TINY)), dtype=np.float32)
 
 
-def _applied(calibrator: Calibrator, probs: np.ndarray, params: Any, regions: bool) -> np.ndarray:
-    """Calibrated probabilities of a sample."""
-    log_probs = _log(_exclusive(probs, regions))
-    missing = -len(log_probs) % _IN_BATCH
-    padded = np.concatenate([log_probs, np.zeros((missing, log_probs.shape[1]), np.float32)])
-    logits = np.asarray(calibrator.apply(padded, params))[: len(log_probs)].astype(np.float64)
+def _applied(
+    calibrator: Calibrator, samples: Sequence[np.ndarray], params: Any, regions: bool
+) -> list[np.ndarray]:
+    """Calibrated probabilities of samples."""
+    log_probs = _log(_exclusive(np.concatenate(samples), regions))
+    size, classes = log_probs.shape
+    padded = np.pad(log_probs, ((0, -size % _IN_BATCH), (0, 0))).reshape(-1, _IN_BATCH, classes)
+    logits = np.concatenate([np.asarray(calibrator.apply(x, params), np.float64) for x in padded])[:size]
     odds = np.exp(logits - logits.max(1, keepdims=True))
     exclusive = (odds / odds.sum(1, keepdims=True)).astype(np.float32)
-    return exclusive[:, 1].reshape(probs.shape) if regions else exclusive
+    probs = exclusive[:, 1].reshape(-1, samples[0].shape[1]) if regions else exclusive
+    return np.split(probs, np.cumsum([len(sample) for sample in samples])[:-1])
 
 
 class _Judged(NamedTuple):

@@ -1,7 +1,7 @@
 """Every figure of one predicted case, in one pass over its voxels.
 
-`measure` works in NumPy: cases differ in shape, and a compiled program for each shape would take longer than the sums.
-Sums are float64, counts are exact. `CaseFigures` is what a report keeps of a case, a few hundred kilobytes at most.
+`measure` works in NumPy: cases differ in shape, and to compile a program for each shape would take longer than the
+sums. Sums are float64, counts are exact. `CaseFigures` is what a report keeps of a case, a few hundred kilobytes.
 """
 
 import dataclasses
@@ -132,7 +132,7 @@ class CaseFigures:
     def load(cls, path: Path, key: str) -> "CaseFigures | None":
         """Reads figures that `save` wrote; None if there are none, or they were computed from something else."""
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
                 if int(file["format"]) != _FORMAT or str(file["key"]) != key:
                     return None
                 own = ("name", "sample", "slice")
@@ -312,9 +312,7 @@ def near_border(
     spacing = spacing or (1.0,) * ndim
     axes = [axis for axis in range(ndim) if spacing[axis] <= 3 * min(spacing)]
     found = np.zeros(labels.shape[:ndim], bool)
-    box = _bounding_box(
-        labels.reshape(*labels.shape[:ndim], -1).any(-1) if labels.dtype == bool else labels != 0
-    )
+    box = _bounding_box(np.any(labels, -1) if labels.dtype == bool else np.not_equal(labels, 0))
     if box is None:
         return found
     box = tuple(slice(max(x.start - BORDER_VOXELS, 0), x.stop + BORDER_VOXELS) for x in box)

@@ -1,7 +1,7 @@
 """Measures every case of a folder of predictions, one case in memory per job, and keeps what is done.
 
-Each case leaves a small file in the folder of the report. A second start uses the file unless the files of the case or
-the options have changed.
+Each case leaves a small file in the folder of the report. A second start uses this file, unless files of the case
+or options have changed.
 """
 
 import concurrent.futures
@@ -12,9 +12,9 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import numpy as np
 
@@ -26,8 +26,9 @@ from calib_jax.results import ModelResult
 if TYPE_CHECKING:
     from calib_jax.predictions import Predictions
 
+Value = TypeVar("Value")
+
 CASES = "cases"
-_DEPTH = 3  # folders below a folder of predictions that are looked at for changes
 _LINE_EVERY = 10.0  # seconds between lines of progress where output is no terminal
 
 
@@ -54,7 +55,7 @@ class Study:
 
 
 class Stopped(KeyboardInterrupt):
-    """Ctrl-C during `measure_cases`; says how many cases are kept."""
+    """Ctrl-C while cases are measured; says how many are."""
 
 
 def measure_cases(
@@ -62,7 +63,6 @@ def measure_cases(
     bins: Bins,
     folder: Path,
     *,
-    sources: Sequence[Path],
     options: Mapping[str, Any],
     jobs: int = 1,
     progress: Callable[[int, int], Any] | None = None,
@@ -74,7 +74,6 @@ def measure_cases(
         predictions: return value of `calib_jax.predictions.open_predictions`.
         bins: how [0, 1] is divided into bins.
         folder: folder of the report; figures of cases go to `cases/MODEL/CASE.npz` in it.
-        sources: folders and files that the predictions are read from, to notice changes.
         options: what the figures depend on beside the files; JSON.
         jobs: number of threads, each of which holds a case.
         progress: called with the number of finished cases and of all cases, from this thread.
@@ -83,16 +82,11 @@ def measure_cases(
     Raises:
         Stopped: on Ctrl-C, after the cases that were being measured are kept.
     """
-    listed = _listed(sources)
-    tasks = [(model, name) for name in predictions.case_names for model in predictions.models]
-    found: dict[tuple[str, str], CaseFigures] = {}
-    faults: list[str] = []
-    reused = 0
 
     def one(model: str, name: str) -> tuple[CaseFigures, bool]:
         path = _path(folder, model, name)
-        facts = {"options": options, "bins": dataclasses.asdict(bins), "files": _files_of(listed, name)}
-        key = json.dumps([facts, list(predictions.class_names), model, name], sort_keys=True)
+        facts = [options, dataclasses.asdict(bins), list(predictions.class_names), model, name]
+        key = json.dumps([*facts, _versions_of(predictions.files(name, model))], sort_keys=True)
         kept = CaseFigures.load(path, key)
         if kept is not None:
             return dataclasses.replace(kept, slice=None), True
@@ -100,14 +94,44 @@ def measure_cases(
         figures.save(path, key)
         return dataclasses.replace(figures, slice=None), False
 
+    try:
+        found, faults = for_each_case(predictions, one, jobs=jobs, progress=progress, fault=fault)
+    except Stopped as stopped:
+        message = f"{stopped} They are kept in {folder / CASES}, and the same command goes on from there."
+        raise Stopped(message) from None
+    reused = sum(old for _, old in found.values())
+    by_model = {
+        model: [found[model, name][0] for name in predictions.case_names if (model, name) in found]
+        for model in predictions.models
+    }
+    return Study(by_model, folder, faults, reused)
+
+
+def for_each_case(
+    predictions: "Predictions",
+    work: Callable[[str, str], Value],
+    *,
+    jobs: int = 1,
+    progress: Callable[[int, int], Any] | None = None,
+    fault: Callable[[str], Any] | None = None,
+) -> tuple[dict[tuple[str, str], Value], list[str]]:
+    """Calls `work(model, case name)` for every case of every model, in threads.
+
+    Returns:
+        What `work` returned, by model and case, and a sentence for each case whose files are at fault.
+
+    Raises:
+        Stopped: on Ctrl-C, after the calls that have begun.
+    """
+    tasks = [(model, name) for name in predictions.case_names for model in predictions.models]
+    found, faults = {}, []
     with concurrent.futures.ThreadPoolExecutor(jobs, "case") as pool:
-        pending = {pool.submit(one, *task): task for task in tasks}
+        pending = {pool.submit(work, *task): task for task in tasks}
         try:
             for done, future in enumerate(concurrent.futures.as_completed(pending), 1):
                 task = pending[future]
                 try:
-                    found[task], old = future.result()
-                    reused += old
+                    found[task] = future.result()
                 except (ValueError, OSError, MemoryError) as error:
                     faults.append(_sentence(error, *task))
                     if fault:
@@ -116,18 +140,10 @@ def measure_cases(
                     progress(done, len(tasks))
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
-            kept = sum(
-                future.done() and not future.cancelled() and not future.exception() for future in pending
-            )
-            raise Stopped(
-                f"stopped: {kept} of {len(tasks)} cases are measured and kept in {folder / CASES}; the same command "
-                "goes on from there."
-            ) from None
-    by_model = {
-        model: [found[model, name] for name in predictions.case_names if (model, name) in found]
-        for model in predictions.models
-    }
-    return Study(by_model, folder, sorted(faults), reused)
+            ended = [future for future in pending if future.done() and not future.cancelled()]
+            kept = sum(future.exception() is None for future in ended)
+            raise Stopped(f"stopped: {kept} of {len(tasks)} cases are measured.") from None
+    return found, sorted(faults)
 
 
 def results_of(
@@ -217,34 +233,13 @@ def _sentence(error: BaseException, model: str, name: str) -> str:
     return text if name in text else f"{name} of {model}: {text}"
 
 
-def _listed(sources: Iterable[Path]) -> list[tuple[str, list[Any]]]:
-    """Path, size and time of change of every file in the sources."""
-    return [
-        (relative, [os.fspath(source), relative, info.st_size, info.st_mtime_ns])
-        for source in sources
-        for relative, info in _walk(source)
-    ]
-
-
-def _walk(source: Path) -> Iterator[tuple[str, os.stat_result]]:
-    if source.is_file():
-        yield "", source.stat()
-        return
-    for folder, folders, files in os.walk(source):
-        if len(Path(folder).relative_to(source).parts) >= _DEPTH:
-            folders.clear()
-        for file in sorted(files):
-            path = Path(folder) / file
-            try:
-                yield path.relative_to(source).as_posix(), path.stat()
-            except OSError:
-                continue
-
-
-def _files_of(listed: Sequence[tuple[str, list[Any]]], name: str) -> list[list[Any]]:
-    """Entries that may belong to a case: part of their path starts with its name, or they are sources themselves."""
-    return sorted(
-        entry
-        for relative, entry in listed
-        if not relative or any(x.startswith(name) for x in relative.split("/"))
-    )
+def _versions_of(files: Iterable[Path]) -> list[list[Any]]:
+    """Path, size and time of change of files; a file that is missing has only its path."""
+    entries = []
+    for file in files:
+        try:
+            info = file.stat()
+            entries.append([os.fspath(file), info.st_size, info.st_mtime_ns])
+        except OSError:
+            entries.append([os.fspath(file)])
+    return entries
