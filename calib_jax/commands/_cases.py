@@ -39,13 +39,30 @@ def for_each_case(names: Sequence[str], work: Callable[[str], None]) -> tuple[in
             try:
                 work(name)
             except (ValueError, OSError, MemoryError) as error:
-                sentence = " ".join(str(error).split()) or type(error).__name__
-                progress.say(f"fault: {sentence if name in sentence else f'{name}: {sentence}'}")
+                progress.say(f"fault: {sentence(error, name)}")
                 faults += 1
             progress(done, len(names))
     if faults == len(names):
         raise ValueError("no case could be used, see the sentences above.")
     return len(names) - faults, 1 if faults else 0
+
+
+def sentence(error: Exception, name: str) -> str:
+    """The message of an exception on one line, with the name of the case."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if name in text else f"{name}: {text}"
+
+
+def image_of(case: Any, images: Path | None) -> Any:
+    """The image of a case, `[1, *spatial, 1]`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if case.image is None:
+        where = f"{images} has none that fits" if images is not None else "give --images"
+        raise ValueError(f"{case.name} needs an image, which this calibration sees too: {where}.")
+    return case.image[None, ..., None]
 
 
 def path_in(out: Path, template: Any) -> Path:
