@@ -77,11 +77,11 @@ def path_in(out: Path, template: Any) -> Path:
     return path
 
 
-def copy_dataset_json(folder: Path, out: Path) -> None:
-    """Copies `dataset.json`, so that the output folder can be read like the folder that it came from."""
-    if (folder / "dataset.json").is_file():
+def copy_dataset_json(predictions: Any, out: Path) -> None:
+    """Copies the `dataset.json` that was used, so that the output folder is read like the one that it came from."""
+    if predictions.dataset is not None:
         out.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(folder / "dataset.json", out / "dataset.json")
+        shutil.copyfile(predictions.dataset.file, out / "dataset.json")
 
 
 def copy_or_write_label(template: Any, path: Path, probs: Any, predictions: Any) -> None:

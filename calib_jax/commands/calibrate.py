@@ -294,7 +294,7 @@ def _apply(options: argparse.Namespace) -> int:
             write_volume(target, entropy, template.reference)
 
     done, status = _cases.for_each_case(predictions.case_names, work)
-    _cases.copy_dataset_json(predictions.folder_of(predictions.models[0]), options.out)
+    _cases.copy_dataset_json(predictions, options.out)
     print(f"Wrote {done} cases to {options.out}")
     return status
 
@@ -382,7 +382,8 @@ def _calibrate_locally(probs: Any, calibration: Calibration, image: Any) -> None
     calibrated = np.asarray(CALIBRATORS[calibration.method].apply(logits, params, **options))[0]
     for (slab, _), (new, _) in zip(_slabs(probs), _slabs(calibrated), strict=True):
         if calibration.regions:
-            slab[...] = 1 / (1 + np.exp(-new))
+            with np.errstate(over="ignore"):  # 1 / infinity is the 0 that is wanted
+                slab[...] = 1 / (1 + np.exp(-new))
         else:
             odds = np.exp(new - new.max(-1, keepdims=True))
             slab[...] = odds / odds.sum(-1, keepdims=True)

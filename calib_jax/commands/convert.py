@@ -71,6 +71,6 @@ def run(options: argparse.Namespace) -> int:
             shutil.copyfile(template.segmentation, path.with_name(template.segmentation.name))
 
     done, status = _cases.for_each_case(predictions.case_names, work)
-    _cases.copy_dataset_json(predictions.folder_of(predictions.models[0]), options.out)
+    _cases.copy_dataset_json(predictions, options.out)
     print(f"Wrote {done} cases to {options.out}")
     return status

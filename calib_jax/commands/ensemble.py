@@ -58,6 +58,6 @@ def run(options: argparse.Namespace) -> int:
         _cases.write_label(template, path, total, predictions)
 
     done, status = _cases.for_each_case(predictions.case_names, work)
-    _cases.copy_dataset_json(predictions.folder_of(models[0]), options.out)
+    _cases.copy_dataset_json(predictions, options.out)
     print(f"Wrote the mean of {len(models)} predictions of {done} cases to {options.out}")
     return status

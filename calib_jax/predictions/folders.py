@@ -101,10 +101,6 @@ class Predictions:
             self._load(case_name, model)
         return self._layouts[case_name, model]
 
-    def folder_of(self, model: str) -> Path:
-        """The folder of a model."""
-        return self._folders[model][0]
-
     def files(self, case_name: str, model: str | None = None) -> tuple[Path, ...]:
         """Every file that `read` opens for a case."""
         entry = self._folders[self.models[0] if model is None else model][1].cases[case_name]

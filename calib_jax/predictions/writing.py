@@ -21,6 +21,8 @@ from calib_jax.predictions.layout import Layout, Reference
 from calib_jax.predictions.values import Encoding, encode
 from calib_jax.predictions.volumes import ITK_ENDINGS
 
+_DETACHED = (".hdr", ".mhd", ".nhdr")  # headers whose voxels are in another file
+
 
 @dataclass(frozen=True)
 class PredictionFile:
@@ -111,7 +113,7 @@ def written_whole(path: Path) -> Iterator[Path]:
     """A temporary name with the ending of a file, which gets its own name when the context ends well.
 
     Raises:
-        PredictionError: for any OSError in the context.
+        PredictionError: for any exception in the context.
     """
     partial = None
     try:
@@ -124,9 +126,16 @@ def written_whole(path: Path) -> Iterator[Path]:
         yield partial
         os.chmod(partial, 0o666 & ~_umask())
         os.replace(partial, path)
+    except (PredictionError, MemoryError):
+        raise
     except OSError as error:
         raise PredictionError(
             f"{path} cannot be written ({error.strerror or error}): make room, or choose another folder."
+        ) from error
+    except Exception as error:  # of the library that writes the format
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise PredictionError(
+            f"{path} cannot be written ({reason}): convert it to .nii.gz or .npz."
         ) from error
     finally:
         if partial is not None:
@@ -143,6 +152,10 @@ def _write(path: Path, stored: np.ndarray, like: PredictionFile, source: Path) -
     if ending_of(path).lower() != ending_of(source).lower():
         raise PredictionError(
             f"{path} has another ending than {source.name}: keep the ending {ending_of(source)}."
+        )
+    if path.name.lower().endswith(_DETACHED):
+        raise PredictionError(
+            f"{path} is one of two files, which are not written: convert it to .nii.gz or .npz."
         )
     with written_whole(path) as partial:
         if like.kind == "npz":
