@@ -305,7 +305,7 @@ def test_local_calibration_sees_regions_and_images(tmp_path, capsys, monkeypatch
         str(tmp_path / "out"),
     ]
     assert main(apply) == 1
-    assert files(tmp_path / "out") == ["a.npy", "b.npy"]
+    assert files(tmp_path / "out") == ["a.npy", "b.npy", "dataset.json"]
     log_odds = np.log(regions / (1 - regions))[None]
     image = ids.astype(np.float32)[None, ..., None]
     expected = np.asarray(CALIBRATORS["local"].apply(log_odds, params, image=image))[0]
