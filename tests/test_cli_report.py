@@ -64,7 +64,9 @@ def in_memory(monkeypatch):
 def written(tmp_path_factory):
     """A report with everything in it, to look at and not to change: folder, and status."""
     root = tmp_path_factory.mktemp("whole")
-    status = cli.main(["report", *write_folders(root, ("first", NASTY), cases=5, classes=2), "--out", str(root / "out")])
+    status = cli.main(
+        ["report", *write_folders(root, ("first", NASTY), cases=5, classes=2), "--out", str(root / "out")]
+    )
     return root / "out", status
 
 
@@ -144,7 +146,9 @@ class TestReport:
         assert len(rows) == 2 * 5
         case = noisy_case(seed=3, classes=2)
         stats = calib_jax.bin_statistics(case.probs[None], case.labels[None])
-        row = next(x for x in rows if (x["model"], x["case"], x["class"]) == ("first", "case_3", "foreground"))
+        row = next(
+            x for x in rows if (x["model"], x["case"], x["class"]) == ("first", "case_3", "foreground")
+        )
         for column, name in (("ace", "average"), ("ece", "expected"), ("mce", "maximum")):
             error = getattr(calib_jax, f"{name}_calibration_error")(stats)[0, 1]
             assert float(row[column]) == pytest.approx(float(error), rel=1e-6)

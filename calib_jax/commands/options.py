@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 
-def add_folders(parser: argparse.ArgumentParser, *, images: bool = True) -> None:
-    """Adds the options that say what to read."""
+def add_folders(parser: argparse.ArgumentParser, *, labels: bool = True, images: bool = True) -> None:
+    """Adds the options that say what to read; without `labels` or `images`, these are no option."""
     add = parser.add_argument_group("what to read").add_argument
     add(
         "--probs",
@@ -18,15 +18,19 @@ def add_folders(parser: argparse.ArgumentParser, *, images: bool = True) -> None
         help="folder of predicted probabilities (nnU-Net's .npz, NIfTI, .npy, .mha, .nrrd, PNG, TIFF); give it "
         "once for each model, with a name",
     )
-    add(
-        "--labels",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="folder of true label maps, matched by file name",
-    )
+    if labels:
+        add(
+            "--labels",
+            type=Path,
+            required=True,
+            metavar="DIR",
+            help="folder of true label maps, matched by file name",
+        )
+    else:
+        parser.set_defaults(labels=None)
     if images:
-        add("--images", type=Path, metavar="DIR", help="folder of images, to show behind the labels")
+        use = "to show behind the labels" if labels else "for the grid of .npz and .npy files"
+        add("--images", type=Path, metavar="DIR", help=f"folder of images, {use}")
     add("--logits", action="store_true", help="the files hold logits rather than probabilities")
     add(
         "--dataset-json",
@@ -86,6 +90,14 @@ def named_folders(given: Sequence[str]) -> Path | dict[str, Path]:
             )
         folders[name] = folder
     return folders
+
+
+def sources(options: argparse.Namespace) -> list[Path]:
+    """Every folder and file that the options name."""
+    folders = named_folders(options.probs)
+    probs = list(folders.values()) if isinstance(folders, dict) else [folders]
+    further = (options.labels, getattr(options, "images", None), options.dataset_json)
+    return [*probs, *(path for path in further if path is not None)]
 
 
 def print_notices(predictions: Any) -> None:

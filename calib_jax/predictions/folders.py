@@ -21,6 +21,7 @@ from calib_jax.predictions.writing import PredictionFile
 
 AnyPath = str | os.PathLike[str]
 
+_COUNTED = 9  # cases whose headers tell the number of classes
 _LEAST_AGREEMENT = 0.5  # of probabilities with the label map beside them, among voxels of the foreground
 _LEAST_VOXELS = 20  # sampled voxels of the foreground that such a verdict needs
 
@@ -111,6 +112,10 @@ class Predictions:
         )
         return (*entry.files, *label, *(path for path in others if path is not None))
 
+    def folder_of(self, model: str) -> Path:
+        """The folder of a model."""
+        return self._folders[model][0]
+
     # Reading.
 
     def _load(self, name: str, model: str) -> tuple[Case, PredictionFile]:
@@ -133,6 +138,8 @@ class Predictions:
         inner = label[1] if label is not None else None
         if beside is not None and (file.volume is None or inner is None):
             inner = Reference.of(beside)
+        if inner is None and file.volume is None and name in self._images:
+            inner = Reference.of(open_array(self._images[name]))
         layouts, notice = find_layouts(
             file, inner, 1 if entry.classes else self._channels, reorients=self._reorients
         )
@@ -188,14 +195,14 @@ class Predictions:
         self, layouts: Sequence[Layout], probs: np.ndarray, file: ArrayFile, beside: ArrayFile
     ) -> Layout:
         """The layout in which probabilities agree best with the label map beside them; the first one of a tie."""
-        ids = read_ids(beside)
+        some_ids = read_ids(beside, sampled=True)
         order = self.dataset.class_order if self.dataset is not None else ()
         highest = max(order, default=0) if self.regions else self._channels - 1
-        if ids.ndim > 3 or int(ids.min()) < 0 or int(ids.max()) > highest:
+        if some_ids.ndim > 3 or int(some_ids.min()) < 0 or int(some_ids.max()) > highest:
             return layouts[0]
         shares = []
         for layout in layouts:
-            some_probs, some_ids = sample(layout.to_grid(probs)), sample(ids[..., None])[..., 0]
+            some_probs = sample(layout.to_grid(probs))
             predicted = predicted_ids(some_probs, regions=self.regions, class_order=order)
             if predicted is None or predicted.shape != some_ids.shape:
                 return layouts[0]
@@ -223,10 +230,10 @@ class Predictions:
         """Labels of a case and where they count; those of the last case are kept for the next model."""
         if label is None:
             return None, None
-        kept_name, kept = self._last_label  # read once: another thread may replace it
-        if kept_name != name:
+        last_name, last = self._last_label
+        if last_name != name:
             declared = self.dataset.labels if self.dataset is not None else None
-            labels, where, notice = to_labels(
+            *last, notice = to_labels(
                 read_ids(label[0]),
                 path=label[0].path,
                 num_classes=len(declared.class_names) if declared is not None else self._channels,
@@ -234,9 +241,8 @@ class Predictions:
                 ignore_values=declared.ignore_values if declared is not None else (),
             )
             self._note("", "label", notice)
-            kept = labels, where
-            self._last_label = name, kept
-        return kept
+            self._last_label = name, last
+        return last[0], last[1]
 
     def _read_image(self, name: str, reference: Reference) -> np.ndarray | None:
         path = self._images.get(name)
@@ -263,7 +269,7 @@ class Predictions:
 
     def _note(self, model: str, about: str, notice: str) -> None:
         """Keeps the first notice of its kind about a model; the same about a second case adds nothing."""
-        if notice and (model, about) not in self._notices.values():
+        if notice and (model, about) not in list(self._notices.values()):
             self._notices[notice] = (model, about)
 
     # Classes.
@@ -273,18 +279,45 @@ class Predictions:
         return self.dataset is not None and self.dataset.reorients
 
     def _find_channels(self, class_names: Sequence[str] | None) -> tuple[int, bool]:
-        """The number of channels and whether they are regions, from the first case that can be opened."""
+        """The number of channels and whether they are regions: those of most of the first cases.
+
+        One case with a class too few must not make the others look wrong.
+        """
         problem = None
+        found: list[tuple[int, bool]] = []
         entries = self._folders[self.models[0]][1].cases
         for name in self.case_names:
             try:
                 if entries[name].fault:
                     raise PredictionError(entries[name].fault)
-                return self._count_channels(name, entries[name], class_names)
+                found.append(self._count_channels(name, entries[name], class_names))
             except PredictionError as error:
                 problem = problem or error
-        assert problem is not None
-        raise problem
+            if len(found) == _COUNTED:
+                break
+        if not found:
+            assert problem is not None
+            raise problem
+        chosen = max(found, key=lambda one: (found.count(one), one))
+        if self.dataset is not None and chosen not in self._declared(None):
+            declared = len(self.dataset.labels.class_names)
+            self._note(
+                "",
+                "dataset",
+                f"{self.dataset.file} declares {declared} classes and predictions have {chosen[0]}: the file is "
+                "ignored.",
+            )
+            self.dataset = None
+        return chosen
+
+    def _declared(self, class_names: Sequence[str] | None) -> list[tuple[int, bool]]:
+        """Numbers of channels that dataset.json or the names allow, and whether channels are regions then."""
+        labels = self.dataset.labels if self.dataset is not None else None
+        expected = [(len(labels.regions), True)] if labels is not None and labels.regions else []
+        expected += [(len(labels.class_names), False)] if labels is not None else []
+        if class_names is None:
+            return expected
+        return [one for one in expected if one[0] == len(class_names)][:1] or [(len(class_names), False)]
 
     def _count_channels(
         self, name: str, entry: CaseFiles, class_names: Sequence[str] | None
@@ -294,13 +327,9 @@ class Predictions:
             open_array(entry.segmentation) if entry.segmentation is not None and file.volume is None else None
         )
         reference = Reference.of(beside) if beside is not None else label[1] if label is not None else None
-        declared = self.dataset.labels if self.dataset is not None else None
-        expected = [(len(declared.regions), True)] if declared is not None and declared.regions else []
-        expected += [(len(declared.class_names), False)] if declared is not None else []
-        if class_names is not None:
-            expected = [(n, is_regions) for n, is_regions in expected if n == len(class_names)][:1]
-            expected = expected or [(len(class_names), False)]
-        for channels, is_regions in expected:
+        if reference is None and file.volume is None and name in self._images:
+            reference = Reference.of(open_array(self._images[name]))
+        for channels, is_regions in self._declared(class_names):
             if entry.classes:
                 if len(entry.classes) == channels - (0 if is_regions else entry.classes[0]):
                     return channels, is_regions
@@ -321,14 +350,6 @@ class Predictions:
                 f"{file.path} has {found} classes, but {len(class_names)} are named ({', '.join(class_names)}): "
                 "name each class, the background first."
             )
-        if self.dataset is not None:
-            self._note(
-                "",
-                "dataset",
-                f"{self.dataset.file} declares {len(self.dataset.labels.class_names)} classes and predictions have "
-                f"{found}: the file is ignored.",
-            )
-            self.dataset = None
         return found, False
 
     def _find_names(self, class_names: Sequence[str] | None) -> tuple[str, ...]:
@@ -359,7 +380,8 @@ def open_predictions(
     Args:
         probs: folder with the files of one model; or several by the models' names. Also a single file.
         labels: folder with label maps, or a single one. Without it, cases have no labels.
-        images: folder with the scans, of which the first channel is read.
+        images: folder with the scans, of which the first channel is read. Without labels, they tell the grid of
+            files that do not say where they lie, such as `.npz`.
         dataset_json: names the classes, regions and the ignore label, as in nnU-Net. By default `dataset.json` in
             one of these folders, or in the folder that it lies in.
         logits: whether the files hold logits: softmax, or for regions sigmoids, makes probabilities of them.

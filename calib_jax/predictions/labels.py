@@ -7,6 +7,7 @@ from jaxtyping import Bool, Int32
 
 from calib_jax.predictions.arrays import ArrayFile
 from calib_jax.predictions.case import PredictionError
+from calib_jax.predictions.values import sample
 
 LABEL_TOLERANCE = 1e-3
 """Largest distance of a label from a whole number. Float32 copies and scaled headers round labels."""
@@ -14,16 +15,20 @@ LABEL_TOLERANCE = 1e-3
 _MOST = 2**20  # values up to which a table is kept
 
 
-def read_ids(file: ArrayFile) -> Int32[np.ndarray, "*shape"]:
+def read_ids(file: ArrayFile, *, sampled: bool = False) -> Int32[np.ndarray, "*shape"]:
     """The whole numbers of a label map, `[*spatial]`, or `[*spatial, channels]` if it has several channels.
+
+    Args:
+        file: with the label map.
+        sampled: return every few voxels only.
 
     Raises:
         PredictionError: the file is corrupt, holds other numbers, or is an image in colour.
     """
     values = file.read()
     if file.kind == "image" and values.ndim == 3:
-        grey, alpha = values[..., :1], 2 if values.shape[-1] in (2, 4) else None
-        if (values[..., 1 : (-1 if alpha else None)] != grey).any():
+        colours = values[..., :-1] if values.shape[-1] in (2, 4) else values  # without the alpha channel
+        if (colours != colours[..., :1]).any():
             raise PredictionError(
                 f"{file.path} is a picture in colour: give label maps with one number per pixel."
             )
@@ -31,22 +36,22 @@ def read_ids(file: ArrayFile) -> Int32[np.ndarray, "*shape"]:
     if file.volume is not None:
         channels = file.volume.channels
         values = values.reshape(*file.volume.shape, *([channels] if channels > 1 else []))
-    if values.dtype.kind in "bui" and values.dtype.itemsize < 4:
-        return values.astype(np.int32)
+    if sampled:
+        values = sample(values[..., None])[..., 0] if values.ndim < 4 else sample(values)
     low, high = float(values.min()), float(values.max())
     if not max(abs(low), abs(high)) < 2**23:
         raise PredictionError(
             f"{file.path} holds labels from {low:g} to {high:g}: labels must be small whole numbers."
         )
-    ids = np.rint(values).astype(np.int32)
-    if values.dtype.kind == "f":
-        apart = np.abs(values - ids)
-        if float(apart.max()) > LABEL_TOLERANCE:
-            raise PredictionError(
-                f"{file.path} holds the label value {values.flat[int(apart.argmax())]:g}: labels must be whole "
-                "numbers."
-            )
-    return ids
+    if file.dtype.kind in "bui" and not file.is_scaled:
+        return values.astype(np.int32)
+    whole = np.rint(values)
+    apart = np.abs(values - whole)
+    if float(apart.max()) > LABEL_TOLERANCE:
+        raise PredictionError(
+            f"{file.path} holds the label value {values.flat[int(apart.argmax())]:g}: labels must be whole numbers."
+        )
+    return whole.astype(np.int32)
 
 
 def to_labels(
@@ -75,6 +80,10 @@ def to_labels(
     """
     if ids.ndim == 4:
         return _dense(ids, path, num_classes, bool(regions), len(regions)), None, ""
+    low, high = int(ids.min()), int(ids.max())
+    is_plain = low >= 0 and high < num_classes and not any(low <= value <= high for value in ignore_values)
+    if is_plain and not regions:
+        return ids, None, ""
     known = [*range(num_classes), *ignore_values]
     notice = ""
     found = _values(ids)
@@ -117,7 +126,7 @@ def _values(ids: np.ndarray) -> Int32[np.ndarray, "values"]:
     low, high = int(ids.min()), int(ids.max())
     if high - low > _MOST:
         return np.unique(ids)
-    return np.flatnonzero(np.bincount((ids - low).ravel())).astype(np.int32) + np.int32(low)
+    return np.flatnonzero(np.bincount((ids - low).ravel(order="K"))).astype(np.int32) + np.int32(low)
 
 
 def _some(values: np.ndarray) -> str:

@@ -26,12 +26,12 @@ class Encoding:
     """How probabilities are stored as numbers.
 
     Attributes:
-        scale: that stored integers are divided by; 1 for floating point.
+        scale: that stored integers are divided by; None for other numbers.
         is_logits: whether logits are stored.
         first: the first class that is stored: 1 if the background is what is left to 1, else 0.
     """
 
-    scale: int = 1
+    scale: int | None = None
     is_logits: bool = False
     first: int = 0
 
@@ -65,11 +65,11 @@ def decode(
     """
     if channels == "classes" and values.shape[-1] == 1:
         channels = "foreground"
-    notice, scale = "", 1
+    notice, scale = "", None
     if is_integer and not logits:
         scale = _scale(values, path, dtype, channels)
     values = values.astype(np.float32, order="K", copy=False)
-    if scale != 1:
+    if scale not in (None, 1):
         values = values / np.float32(scale)
     low, high = float(values.min()), float(values.max())
     if not np.isfinite([low, high]).all():
@@ -108,22 +108,20 @@ def decode(
             )
         values = np.concatenate([np.maximum(1 - total, 0), values], axis=-1)
     elif channels == "classes":
-        _check_sums(values, path)
+        _check_sums(values, path, max(SUM_TOLERANCE, values.shape[-1] / (2 * scale) if scale else 0))
     return values, Encoding(scale, logits, int(channels == "foreground")), notice or _if_hard(values, path)
 
 
 def encode(
-    probs: Float32[np.ndarray, "*spatial classes"], encoding: Encoding, dtype: np.dtype, *, regions: bool
-):
+    probs: Float32[np.ndarray, "*spatial classes"], encoding: Encoding, *, regions: bool
+) -> Float32[np.ndarray, "*spatial channels"]:
     """The inverse of `decode`; integers are rounded to the nearest."""
     values = probs[..., encoding.first :]
     if encoding.is_logits:
         tiny = np.finfo(np.float32).tiny
         logs = np.log(np.maximum(values, tiny))
-        values = logs - np.log(np.maximum(1 - values, tiny)) if regions or encoding.first else logs
-    if encoding.scale != 1 or (dtype.kind in "iu" and not encoding.is_logits):
-        values = np.rint(values * np.float32(encoding.scale))
-    return values
+        return logs - np.log(np.maximum(1 - values, tiny)) if regions or encoding.first else logs
+    return values if encoding.scale is None else np.rint(values * np.float32(encoding.scale))
 
 
 def sample(values: np.ndarray) -> np.ndarray:
@@ -167,10 +165,10 @@ def _sigmoid(values: np.ndarray) -> np.ndarray:
     return np.where(values >= 0, 1, small) / (1 + small)
 
 
-def _check_sums(values: np.ndarray, path: object) -> None:
+def _check_sums(values: np.ndarray, path: object, tolerance: float) -> None:
     sums = values.sum(-1)
     low, high = float(sums.min()), float(sums.max())
-    if max(1 - low, high - 1) > SUM_TOLERANCE:
+    if max(1 - low, high - 1) > tolerance:
         raise PredictionError(
             f"{path} holds classes that sum to between {low:.4g} and {high:.4g} in a voxel: export softmax "
             "probabilities of all classes, or declare overlapping regions in dataset.json."

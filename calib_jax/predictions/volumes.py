@@ -37,6 +37,7 @@ _DETACHED = (".hdr", ".mhd", ".nhdr")
 _VOXEL_ENDINGS = (".img", ".img.gz", ".raw", ".raw.gz", ".zraw")
 
 _GZIP = b"\x1f\x8b"
+_CHUNK = 1 << 20  # bytes that are read or decompressed at a time
 _APPLE_DOUBLE = b"\x00\x05\x16\x07"
 DEFLATE = 1100
 """Bytes that one compressed byte stands for at most: a header that claims more is wrong."""
@@ -190,8 +191,14 @@ def _open_nifti(path: Path, header: Any) -> VolumeFile:
 
     def decode() -> np.ndarray:
         with source.open("rb") as file:
-            stream = io.BytesIO(_gunzip(file.read())) if _is_gzip(file) else file
-            return np.asanyarray(ArrayProxy(stream, header, mmap=False), dtype=np.float32)
+            if not _is_gzip(file):
+                return np.asanyarray(ArrayProxy(file, header, mmap=False), dtype=np.float32)
+            content = _gunzip(file, needed)
+        if is_scaled:
+            return np.asanyarray(ArrayProxy(io.BytesIO(content), header, mmap=False), dtype=np.float32)
+        # No copy of the largest of all volumes: unscaled voxels lie in the buffer as they are.
+        voxels = np.frombuffer(content, header.get_data_dtype(), math.prod(shape), header.get_data_offset())
+        return voxels.reshape(shape, order="F").astype(np.float32, copy=False)
 
     is_plain = type(header) is Nifti1Header
     kept = header.as_byteswapped("<") if is_plain else _new_header(spatial, header.get_best_affine())
@@ -365,21 +372,32 @@ def _is_gzip(file: IO[bytes]) -> bool:
     return start == _GZIP
 
 
-def _gunzip(content: bytes) -> bytes:
-    """Decompresses all members of a gzip file and checks their checksums. Bytes behind the last member are ignored.
+def _gunzip(file: IO[bytes], needed: int) -> bytearray:
+    """The first bytes of all members of a gzip file, whose checksums are checked to the end.
+
+    Bytes behind the last member are ignored. Memory holds little more than the result.
 
     Raises:
-        EOFError: a member is cut off.
+        EOFError: a member is cut off, or there are fewer bytes than needed.
         zlib.error: a member is corrupt.
     """
-    members = []
-    while not members or content.startswith(_GZIP):
+    content, filled = bytearray(needed), 0
+    view, chunk = memoryview(content), file.read(_CHUNK)
+    while chunk.startswith(_GZIP):
         member = zlib.decompressobj(16 + zlib.MAX_WBITS)
-        members.append(member.decompress(content))
-        if not member.eof:
-            raise EOFError("the end of the compressed data is missing")
-        content = member.unused_data.lstrip(b"\0")
-    return members[0] if len(members) == 1 else b"".join(members)
+        while not member.eof:
+            if not chunk:
+                raise EOFError("the end of the compressed data is missing")
+            found = member.decompress(chunk, _CHUNK)[: needed - filled]
+            view[filled : filled + len(found)] = found
+            filled += len(found)
+            chunk = member.unconsumed_tail or (b"" if member.eof else file.read(_CHUNK))
+        chunk = member.unused_data.lstrip(b"\0")
+        while len(chunk) < len(_GZIP) and (more := file.read(_CHUNK)):
+            chunk = (chunk + more).lstrip(b"\0")
+    if filled < needed:
+        raise EOFError("the voxels are cut off")
+    return content
 
 
 def _corrupt(path: Path, error: Exception) -> Exception:

@@ -13,8 +13,9 @@ import nibabel as nib
 import numpy as np
 from jaxtyping import Float
 
-from calib_jax.predictions.arrays import ending_of
+from calib_jax.predictions.arrays import IMAGE_ENDINGS, ending_of
 from calib_jax.predictions.case import PredictionError
+from calib_jax.predictions.grids import affine_of
 from calib_jax.predictions.layout import Layout, Reference
 from calib_jax.predictions.values import Encoding, encode
 from calib_jax.predictions.volumes import ITK_ENDINGS
@@ -68,7 +69,11 @@ def write_probabilities(
         PredictionError: the shape of `probs` is another than that of the case, or the file cannot be written.
     """
     path = Path(path)
-    stored = encode(np.asarray(probs, np.float32), like.encoding, like.dtype, regions=like.regions)
+    if like.encoding.scale == 1:
+        raise PredictionError(
+            f"{like.files[0]} holds whole numbers 0 and 1, which cannot hold other probabilities."
+        )
+    stored = encode(np.asarray(probs, np.float32), like.encoding, regions=like.regions)
     one_each = len(like.files) > 1
     channels = 1 if like.layout.class_axis is None else like.layout.stored[like.layout.class_axis]
     wanted = (*like.reference.shape, len(like.files) if one_each else channels)
@@ -86,16 +91,18 @@ def write_probabilities(
 
 
 def write_volume(path: Path, voxels: np.ndarray, reference: Reference) -> None:
-    """Writes an array on the grid of a reference: NIfTI for a volume, else what NumPy or Pillow write."""
+    """Writes an array on a grid, in the format that the name says: a volume, an image, or `.npy`."""
+    name = path.name.lower()
     with written_whole(path) as partial:
-        if reference.grid is not None:
-            header = reference.grid.header.copy()
-            _save_nifti(partial, voxels, header)
-        elif path.name.lower().endswith((".tif", ".tiff", ".png")):
+        if name.endswith(IMAGE_ENDINGS):
             _save_image(partial, voxels)
-        else:
+        elif name.endswith(".npy") or reference.grid is None:
             with open(partial, "wb") as file:
                 np.save(file, voxels)
+        elif name.endswith(ITK_ENDINGS):
+            _save_itk(partial, voxels, affine_of(reference.grid.header))
+        else:
+            _save_nifti(partial, voxels, reference.grid.header.copy())
 
 
 @contextlib.contextmanager
@@ -145,7 +152,7 @@ def _write(path: Path, stored: np.ndarray, like: PredictionFile, source: Path) -
         elif like.kind == "image":
             _save_image(partial, stored.astype(like.dtype))
         elif source.name.lower().endswith(ITK_ENDINGS):
-            _save_itk(partial, stored.astype(like.dtype), source)
+            _save_like_itk(partial, stored.astype(like.dtype), source)
         else:
             _save_like_nibabel(partial, stored, like.dtype, source)
 
@@ -180,18 +187,32 @@ def _stream(path: Path, volume: Any) -> None:
         nib.save(volume, path)
 
 
-def _save_itk(path: Path, stored: np.ndarray, source: Path) -> None:
+def _save_itk(path: Path, voxels: np.ndarray, affine: np.ndarray) -> None:
+    """Writes three axes, perhaps with channels behind them, on the grid of an affine."""
+    import SimpleITK as sitk
+
+    volume = sitk.GetImageFromArray(
+        np.ascontiguousarray(voxels.transpose(2, 1, 0, *range(3, voxels.ndim))), isVector=voxels.ndim > 3
+    )
+    in_lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+    spacing = np.linalg.norm(in_lps[:3, :3], axis=0)
+    volume.SetSpacing(spacing.tolist())
+    volume.SetOrigin(in_lps[:3, 3].tolist())
+    volume.SetDirection((in_lps[:3, :3] / spacing).ravel().tolist())
+    sitk.WriteImage(volume, str(path), useCompression=True)
+
+
+def _save_like_itk(path: Path, stored: np.ndarray, source: Path) -> None:
+    """A volume with the grid of another, whatever the number of its axes."""
     import SimpleITK as sitk
 
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(source))
     reader.ReadImageInformation()
-    dims = reader.GetDimension()
-    is_vector = reader.GetNumberOfComponents() > 1
-    spatial = range(dims)
-    array = stored.reshape(stored.shape[:dims] if not is_vector else (*stored.shape[:dims], -1))
+    dims, is_vector = reader.GetDimension(), reader.GetNumberOfComponents() > 1
+    array = stored.reshape(*reader.GetSize(), *([reader.GetNumberOfComponents()] if is_vector else []))
     volume = sitk.GetImageFromArray(
-        np.ascontiguousarray(array.transpose(*reversed(spatial), *range(dims, array.ndim))),
+        np.ascontiguousarray(array.transpose(*reversed(range(dims)), *range(dims, array.ndim))),
         isVector=is_vector,
     )
     volume.SetSpacing(reader.GetSpacing())

@@ -27,6 +27,11 @@ class Section:
     lines: Sequence[Sequence[str]]
     place: str = ""
 
+    def is_text(self, column: int) -> bool:
+        """Whether a column holds words rather than numbers."""
+        cells = [line[column] for line in self.lines[1:]]
+        return not any(cell[:1] in {*"0123456789+-", "\N{MINUS SIGN}"} for cell in cells if cell)
+
 
 @dataclasses.dataclass(frozen=True)
 class CasePicture:

@@ -329,7 +329,9 @@ def _look_first(study: Study, results: Sequence[ModelResult], first_class: int) 
             expected = float(nan_mean(case.expected_dice()[first_class:]))
             if not math.isnan(expected):
                 found.append((expected, case.name, result.name, float(dice[i]), float(ace[i])))
-    for expected, case, model, dice, ace in sorted(found)[:_FIRST]:
+    most = max(_FIRST // max(len(results), 1), 3)
+    first = [one for result in results for one in sorted(x for x in found if x[2] == result.name)[:most]]
+    for expected, case, model, dice, ace in sorted(first):
         lines.append((case, model, *(wording.number(x) for x in (expected, dice, ace))))
     how = "The cases of which the probabilities themselves expect the lowest Dice, without any label."
     return Section("Cases to look at first", how, lines, "volumes")
