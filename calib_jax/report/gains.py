@@ -156,9 +156,10 @@ def _judge(sample: Sample, probs: np.ndarray, bins: Bins, first_class: int, regi
         index = np.searchsorted(inner_edges(values, bins), values, side="left")
         for row, column in enumerate((weight, weight * values, weight * member[:, c])):
             sums[row, c] = np.bincount(index, column, bins.num_bins)
-    brier = weight @ np.square(probs.astype(np.float64) - member) / total
+    column = weight[:, None]
+    brier = (column * np.square(probs.astype(np.float64) - member)).sum(0) / total
     likelihood = np.where(member, probs, 1 - probs.astype(np.float64) if regions else 1)
-    nll = -weight @ np.log(np.maximum(likelihood, _TINY)) / total
+    nll = -(column * np.log(np.maximum(likelihood, _TINY))).sum(0) / total
     if not regions:
         nll = np.full(classes, nll.sum())
     return _Judged(sums[:, first_class:], brier[first_class:], nll[first_class:])
