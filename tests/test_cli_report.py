@@ -64,9 +64,10 @@ def in_memory(monkeypatch):
 def written(tmp_path_factory):
     """A report with everything in it, to look at and not to change: folder, and status."""
     root = tmp_path_factory.mktemp("whole")
-    status = cli.main(
-        ["report", *write_folders(root, ("first", NASTY), cases=5, classes=2), "--out", str(root / "out")]
-    )
+    arguments = write_folders(root, ("first", NASTY), cases=5, classes=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("calib_jax.report.gains.SHOWN", ("temperature",))
+        status = cli.main(["report", *arguments, "--out", str(root / "out")])
     return root / "out", status
 
 

@@ -3,6 +3,7 @@
 import argparse
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,7 +112,7 @@ def _write(options: argparse.Namespace, predictions: Any, study: "Study") -> Non
     page = write_report(
         options.out,
         results,
-        title=options.title or f"Calibration of {', '.join(shown)} on {number} cases",
+        title=options.title or _title(shown, number),
         baseline=baseline,
         rows=rows,
         details=details,
@@ -121,6 +122,11 @@ def _write(options: argparse.Namespace, predictions: Any, study: "Study") -> Non
     for model, sentences in details.summary.items():
         print("", *([f"{model}:"] if len(shown) > 1 else []), *sentences, sep="\n")
     print(f"\nWrote {page}")
+
+
+def _title(models: Sequence[str], cases: int) -> str:
+    what = f" of {', '.join(models)}" if len(models) > 1 else ""
+    return f"Calibration{what} on {cases} {'case' if cases == 1 else 'cases'}"
 
 
 def _command() -> str:
