@@ -42,6 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="hard",
         help="bins of equal width, the same with soft borders, or bins of equal mass (default: hard)",
     )
+    add(
+        "--local",
+        action="store_true",
+        help="also cross-validate local calibration, which reads each case twice more and takes minutes",
+    )
     add("--include-background", action="store_true", help="report the background as a class too")
     add("--baseline", metavar="NAME", help="model that the others are compared with (default: the first)")
     add("--title", help="title of the page")
@@ -81,8 +86,8 @@ def run(options: argparse.Namespace) -> int:
 def _write(options: argparse.Namespace, predictions: Any, study: "Study") -> None:
     from calib_jax._sums.bins import Bins
     from calib_jax.report import compare_models, findings, format_table, write_report
-    from calib_jax.report.gains import cross_validate
-    from calib_jax.report.study import results_of
+    from calib_jax.report.gains import cross_validate, cross_validate_local
+    from calib_jax.report.study import Progress, results_of
 
     bins = Bins(options.binning, options.num_bins)
     regions, names = predictions.regions, predictions.class_names
@@ -99,6 +104,12 @@ def _write(options: argparse.Namespace, predictions: Any, study: "Study") -> Non
         )
         for result in results
     }
+    if options.local:
+        with Progress(noun="read case") as progress:
+            for result in results:
+                gains[result.name] += cross_validate_local(
+                    predictions, result, bins, first_class=first, progress=progress
+                )
     details = findings.details_of(
         study,
         results,

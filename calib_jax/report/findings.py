@@ -253,7 +253,11 @@ def _gain_sentence(gains: Sequence[Gain]) -> str:
         return f"A temperature would change little: at best, it would {ace} and {nll}."
     if ace.split()[0] == nll.split()[0] == "cut":
         nll = nll.removeprefix("cut ")
-    method = {"temperature": "one temperature", "class-temperature": "a temperature for each predicted class"}
+    method = {
+        "temperature": "one temperature",
+        "class-temperature": "a temperature for each predicted class",
+        "local": "a correction of each voxel from the probabilities around it (local calibration)",
+    }
     params = f" ({gain.params})" if gain.params else ""
     return (
         f"Calibration by {method.get(gain.calibrator, gain.calibrator)}{params} would {ace} and {nll}, and leave "
@@ -287,10 +291,11 @@ def _changes_by_gain(gains: Mapping[str, Sequence[Gain]]) -> Section:
             lines.append((model, name, *cells, "stay" if gain.keeps_labels else "may change"))
     folds = max(gain.folds for found in gains.values() for gain in found)
     how = (
-        f"Each case is judged with a calibrator that was fitted to other cases ({folds} folds), on a sample of its "
-        "voxels. The numbers are changes from the probabilities as they are. A temperature divides the logarithms "
-        "of the probabilities by one number T, or by one for each predicted class. T above 1 makes probabilities "
-        "less extreme. Isotonic calibration draws a rising curve for each class."
+        f"Each case is judged with a calibrator that was fitted to other cases, in {folds} folds; local calibration "
+        "in 2. The numbers are changes from the probabilities as they are. A temperature divides the logarithms of "
+        "the probabilities by one number T, or by one for each predicted class. T above 1 makes probabilities less "
+        "extreme. Isotonic calibration draws a rising curve for each class. Local calibration corrects each voxel "
+        "from the probabilities around it."
     )
     return Section("What calibration would change", how, lines, "results")
 
