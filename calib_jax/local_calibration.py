@@ -207,7 +207,7 @@ def apply_local_calibration(
             logits[number], None if image is None else np.asarray(image)[number], params.regions
         ):
             calibrated[number, inner] = np.asarray(_corrected_block(params, *arrays))[block]
-    return jnp.asarray(calibrated)
+    return jax.device_put(calibrated)  # `jnp.asarray` compiles a copy for each new shape
 
 
 # From logits to features.
@@ -475,7 +475,7 @@ def _collect(batches: Batches, regions: bool, spacing: tuple[float, ...], seed: 
         raise ValueError(
             "no voxel to fit to: every one is certain, is masked by where, or has a label of no class."
         )
-    most = max(len(sample.labels) for sample in kept)
+    most = 1 << (max(len(sample.labels) for sample in kept) - 1).bit_length()  # few sizes, few programs
 
     def filled(*leaves: Any) -> np.ndarray:
         if np.ndim(leaves[0]) == 0:
@@ -580,7 +580,9 @@ def _train_for_a_while(
 
     def step(carry: Any, key: Array) -> tuple[Any, None]:
         params, state = carry
-        updates, state = _optimizer(max_steps).update(jax.grad(loss)(params, key), state, params)
+        gradient = jax.grad(loss)(params, key)
+        with jax.numpy_dtype_promotion("standard"):  # optax multiplies a number by the int32 of a step
+            updates, state = _optimizer(max_steps).update(gradient, state, params)
         return (jax.tree.map(jnp.add, params, updates), state), None
 
     (params, state), _ = lax.scan(step, (params, state), jax.random.split(key, _STEPS))

@@ -83,6 +83,9 @@ class Compare(_Options):
     """Seeds to train every loss with, for means and spreads over them; left out, the one of --seed."""
     temperature: bool = False
     """Show each network with temperature scaling as well, fitted on its validation cases, in a row `LOSS+T`."""
+    local_calibration: bool = False
+    """Show each network with local calibration as well, fitted on its validation cases, in a row `LOSS+L`. The
+    labels stay those of the network."""
     checkpoint: Literal["last", "best"] = "last"
     """Evaluate each network's newest weights, or the best ones by --keep-best on the validation cases."""
     recipe: tuple[str, ...] = ()
@@ -102,6 +105,7 @@ class Compare(_Options):
             folder,
             seeds=self.seeds,
             temperature=self.temperature,
+            local=self.local_calibration,
             which=self.checkpoint,
             devices=self.devices,
             resume=self.resume,
@@ -227,6 +231,8 @@ class Evaluate:
     """Weights of the newest checkpoint, or the best one's of a run with --keep-best."""
     temperature: bool = False
     """Show it with temperature scaling as well, fitted on its run's validation cases."""
+    local_calibration: bool = False
+    """Show it with local calibration as well, fitted on its run's validation cases. The labels stay."""
 
     def run(self) -> None:
         from train.compare import evaluate_run
@@ -238,6 +244,7 @@ class Evaluate:
             self.out,
             self.checkpoint,
             temperature=self.temperature,
+            local=self.local_calibration,
         )
         print(f"\nPage with figures: {page}")
 

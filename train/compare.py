@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from calib_jax import LocalCalibration
 from calib_jax.report import compare_models, format_table, write_report
 from calib_jax.results import ModelResult, RepeatedResult, Result
 from train.check import check_cases
@@ -19,6 +20,7 @@ from train.evaluate import evaluate, evaluate_posterior
 from train.files import parsing, read_json, visible
 from train.fit import fit
 from train.inference import VolumePredictor
+from train.local_calibration import fit_local_calibration
 from train.losses import parse_loss
 from train.processes import is_first, on_first
 from train.published import HEADER, Row, rows_of, to_markdown, write_table
@@ -40,6 +42,7 @@ from train.temperature import fit_temperature, temper
 
 _TEMPERATURE = "temperatures (+T), fitted on validation cases"
 TEMPERED = "+T"  # ends the name of a network whose logits are divided by its temperature
+LOCAL = "+L"  # ends the name of a network whose probabilities are locally calibrated
 # What an evaluation writes before its page.
 _UNFINISHED = {
     *("config.json", "published.md", "published.json", "report.json", "results", "cases", "figures"),
@@ -54,6 +57,7 @@ def compare(
     *,
     seeds: Sequence[int] = (),
     temperature: bool = False,
+    local: bool = False,
     which: Which = "last",
     devices: DeviceConfig = DeviceConfig(),  # noqa: B008, it is frozen
     resume: bool = False,
@@ -71,6 +75,7 @@ def compare(
             `index.html` and `figures/`.
         seeds: to train every loss with; empty for the configuration's seed alone.
         temperature: also show each network with temperature scaling, fitted on the validation cases.
+        local: also show each network with local calibration, fitted on the validation cases.
         which: weights to evaluate: the last or the best by `keep_best`.
         devices: to train on.
         resume: continue the comparison in `folder`.
@@ -95,13 +100,14 @@ def compare(
     task = open_task(config, devices)
     for loss in parsed:
         check_task_loss(task, loss)
-    if temperature and not task.splits.val:
-        raise InputError("--temperature is fitted on validation cases, but num_val is 0: hold some back.")
+    for option, wanted in (("--temperature", temperature), ("--local-calibration", local)):
+        if wanted and not task.splits.val:
+            raise InputError(f"{option} is fitted on validation cases, but num_val is 0: hold some back.")
     if which == "best" and (config.training.keep_best == "none" or not task.splits.val):
         raise InputError("--checkpoint best needs --keep-best and validation cases (--num-val): give both.")
     if not published:
         check_best_is_known(task)
-    plan = Plan(tuple(names), task.config, tuple(seeds), temperature, which)
+    plan = Plan(tuple(names), task.config, tuple(seeds), temperature, which, local)
     kept = as_kept(task.config, folder, task.dataset, task.splits) if resume else task.config
     check = partial(check_task, task)
     open_run(folder, dataclasses.replace(plan, run=kept), resume=resume, check=check)
@@ -113,7 +119,7 @@ def compare(
         for name in names:
             runs = plan.runs(folder, name)
             evaluated = [_evaluated(task, plan, seed, *run, resume=resume) for seed, run in runs.items()]
-            for ending, repeats in zip(("", TEMPERED), zip(*evaluated, strict=True), strict=False):
+            for ending, repeats in zip(plan.endings, zip(*evaluated, strict=True), strict=True):
                 by_seed = dict(zip(runs, repeats, strict=True))
                 results.append(by_seed[""] if "" in by_seed else RepeatedResult(name + ending, by_seed))
             histories[name] = _mean_history([_history(run, task) for _, run in runs.values()])
@@ -133,6 +139,12 @@ class Plan:
     seeds: tuple[int, ...] = ()
     temperature: bool = False
     which: Which = "last"
+    local: bool = False
+
+    @property
+    def endings(self) -> list[str]:
+        """What ends the names of a network's rows."""
+        return ["", *([TEMPERED] if self.temperature else []), *([LOCAL] if self.local else [])]
 
     def runs(self, folder: Path, loss: str) -> dict[str, tuple[RunConfig, Path]]:
         """Configuration and folder of each run of a loss, by seed (`seed 3`); a single run has the key ""."""
@@ -153,6 +165,7 @@ def evaluate_run(
     which: Which = "last",
     *,
     temperature: bool = False,
+    local: bool = False,
     published: Sequence[Row] = (),
     resume: bool = False,
 ) -> Path:
@@ -167,6 +180,7 @@ def evaluate_run(
             run's.
         which: weights to evaluate, the last or the best.
         temperature: also show the network with temperature scaling, fitted on the run's validation cases.
+        local: also show the network with local calibration, fitted on the run's validation cases.
         published: figures to show beside its own.
         resume: replace a finished evaluation in the folder.
 
@@ -187,15 +201,16 @@ def evaluate_run(
     resolve_regions(config.model, dataset)
     cases = read_cases(run)
     chosen = choose_cases(run, cases, dataset, split, given=None if resolved(spec) == own else spec)
-    if temperature and not chosen.own:
-        raise InputError("--temperature is fitted on the run's own validation cases: leave out --data.")
-    if temperature and not chosen.val:
-        raise InputError(
-            f"{run} has no validation cases to fit a temperature on, or {spec} lacks some: leave out --temperature."
-        )
+    for option, wanted in (("--temperature", temperature), ("--local-calibration", local)):
+        if wanted and not chosen.own:
+            raise InputError(f"{option} is fitted on the run's own validation cases: leave out --data.")
+        if wanted and not chosen.val:
+            raise InputError(
+                f"{run} has no validation cases to fit to, or {spec} lacks some: leave out {option}."
+            )
     ending = f"{split if chosen.own else found.name}{'' if which == 'last' else f'-{which}'}"
     folder = out or run / f"evaluate-{ending}"
-    check = partial(check_cases, dataset, (*chosen.names, *(chosen.val if temperature else ())))
+    check = partial(check_cases, dataset, (*chosen.names, *(chosen.val if temperature or local else ())))
     unfinished = folder.exists() and {path.name for path in visible(folder)} <= _UNFINISHED
     open_run(folder, config, resume=resume or unfinished, check=check, data=to_json(found))
     if is_first():
@@ -209,6 +224,9 @@ def evaluate_run(
         value = fit_temperature(predict, dataset, chosen.val)
         remarks[_TEMPERATURE] = f"{float(value):.3f}"
         results.append(evaluate(config.loss + TEMPERED, temper(predict, value), dataset, chosen.names))
+    if local:
+        calibration = fit_local_calibration(predict, dataset, chosen.val)
+        results.append(evaluate(config.loss + LOCAL, predict, dataset, chosen.names, calibration))
     kind = KINDS[split] if cases.complete or split != "test" else ""
     return _report(dataset, chosen.names, folder, results, {}, remarks, published, kind)
 
@@ -226,11 +244,12 @@ def slug(loss: str) -> str:
 def _evaluated(
     task: Task, plan: Plan, seed: str, config: RunConfig, run: Path, *, resume: bool
 ) -> list[ModelResult]:
-    """Trains a network and evaluates it on the test cases, also at its temperature if the plan says so.
+    """Trains a network and evaluates it on the test cases, also calibrated if the plan says so.
 
     A resumed comparison reads the evaluations that are there.
     """
-    files = [run / "test.npz", *([run / "test-temperature.npz"] if plan.temperature else [])]
+    names = {"": "test.npz", TEMPERED: "test-temperature.npz", LOCAL: "test-local.npz"}
+    files = [run / names[ending] for ending in plan.endings]
     if not (resume and all(file.exists() for file in files)):
         predict = fit(dataclasses.replace(task, config=config), run, resume=resume, check=False)
         if plan.which == "best":
@@ -241,15 +260,21 @@ def _evaluated(
             kept = {"temperature": float(found)}
             on_first(lambda: write_json(run / "temperature.json", kept))
             name = f"{config.loss}{TEMPERED} {seed}".rstrip()
-            _evaluate_into(files[1], name, temper(predict, found), task)
+            _evaluate_into(run / names[TEMPERED], name, temper(predict, found), task)
+        if plan.local:
+            calibration = fit_local_calibration(predict, task.dataset, task.splits.val)
+            name = f"{config.loss}{LOCAL} {seed}".rstrip()
+            _evaluate_into(run / names[LOCAL], name, predict, task, calibration)
     return [ModelResult.load(file) for file in files]
 
 
-def _evaluate_into(file: Path, name: str, predict: VolumePredictor, task: Task) -> None:
+def _evaluate_into(
+    file: Path, name: str, predict: VolumePredictor, task: Task, local: LocalCalibration | None = None
+) -> None:
     """Evaluates a network on the test cases, unless the file exists. Prints what cannot be saved."""
     if file.exists():
         return
-    result = evaluate(name, predict, task.dataset, task.splits.test)
+    result = evaluate(name, predict, task.dataset, task.splits.test, local)
 
     def save() -> None:
         try:

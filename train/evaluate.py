@@ -10,15 +10,16 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Integer, Num, UInt8
 
 import calib_jax
-from calib_jax import BinStatistics, metrics
+from calib_jax import BinStatistics, LocalCalibration, metrics
 from calib_jax._eager import fill_up, filled_size
 from calib_jax._labels import are_dense, memberships
 from calib_jax.results import ModelResult
 from train.data import Case, Dataset
 from train.data.case import region_ids
 from train.data.ignore import mask_ignored
-from train.data.shapes import Ids
+from train.data.shapes import Ids, Shares
 from train.inference import VolumePredictor
+from train.local_calibration import calibrate
 from train.processes import is_first, join_shares, own_share
 from train.progress import progress
 
@@ -130,7 +131,13 @@ class CaseStatistics:
 _statistics = jax.jit(CaseStatistics.__call__, static_argnums=0)
 
 
-def evaluate(name: str, predict: VolumePredictor, dataset: Dataset, case_names: Sequence[str]) -> ModelResult:
+def evaluate(
+    name: str,
+    predict: VolumePredictor,
+    dataset: Dataset,
+    case_names: Sequence[str],
+    local: LocalCalibration | None = None,
+) -> ModelResult:
     """Evaluates whole volumes: bin statistics (20 bins) and Dice per case and foreground class or region.
 
     A scan is evaluated on its original grid, to which the probabilities of a resampled scan are interpolated,
@@ -142,14 +149,21 @@ def evaluate(name: str, predict: VolumePredictor, dataset: Dataset, case_names: 
         predict: the model.
         dataset: the data set of the cases.
         case_names: the cases to evaluate.
+        local: calibrates the probabilities. Dice stays that of the network's labels.
     """
     regions, names = regions_of(dataset, predict.regions, predicted=bool(predict.regions))
     summary = CaseStatistics(regions, dataset.has_ignore)
 
     def statistics(case: Case) -> tuple[BinStatistics, Array]:
-        if case.source is None and case.annotations is None:
+        if case.source is None and case.annotations is None and local is None:
             return predict.summary(summary, case.image, case.label)
         probs = predict(case.image)
+        stats, dice = of_probs(case, probs)
+        if local is not None:
+            stats, _ = of_probs(case, calibrate(probs, case.image, local))
+        return stats, dice
+
+    def of_probs(case: Case, probs: Shares) -> tuple[BinStatistics, Array]:
         if case.source is not None:
             probs = case.source.placement.back(probs, background=not predict.regions)
         truth = case.truth(len(dataset.class_names))

@@ -1,0 +1,86 @@
+"""Local calibration of a trained network, fitted on cases that the network was not trained on."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from nibabel.affines import voxel_sizes
+
+import calib_jax
+from calib_jax import LocalCalibration
+from train.data import Dataset
+from train.data.case import Case, ids_of
+from train.data.ignore import IGNORE
+from train.data.pipeline import CachedCases
+from train.data.shapes import Image, Shares
+from train.errors import InputError
+from train.inference import VolumePredictor
+
+
+def fit_local_calibration(
+    predict: VolumePredictor, dataset: Dataset, case_names: Sequence[str]
+) -> LocalCalibration:
+    """Fits a local calibration to the probabilities and images of whole cases, on the network's grid.
+
+    Probabilities are free: evaluation keeps the network's labels. Voxels without a label are left out.
+
+    Args:
+        predict: a trained network.
+        dataset: the data set of the cases.
+        case_names: cases that the network was not trained on. They are kept in memory.
+
+    Raises:
+        InputError: if no voxel can be fitted.
+    """
+    cases = CachedCases(dataset, case_names)
+    regions = ids_of(dataset, predict.regions)
+    _, first = cases[0]
+
+    def batches() -> Iterator[tuple[np.ndarray, ...]]:
+        for index in range(len(cases)):
+            _, case = cases[index]
+            labels = case.label.astype(np.int32)
+            where = labels != IGNORE
+            if regions:
+                labels = np.stack([np.isin(labels, ids) for ids in regions], -1)
+            logits = _logits(predict(case.image), bool(regions))
+            yield logits[None], labels[None], where[None], case.image[None]
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", RuntimeWarning)
+        try:
+            params = calib_jax.fit_local_calibration(
+                batches, keeps_labels=False, regions=bool(regions), spacing=_spacing(first)
+            )
+        except ValueError as error:
+            raise InputError(f"Nothing can be calibrated on {', '.join(case_names)}: {error}") from error
+    for warning in caught:
+        if issubclass(warning.category, RuntimeWarning):
+            print(f"note: {warning.message}")
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    return params
+
+
+def calibrate(probs: Shares, image: Image, params: LocalCalibration) -> Shares:
+    """The probabilities of a case, locally calibrated."""
+    logits = _logits(probs, params.regions)
+    calibrated = np.asarray(
+        calib_jax.apply_local_calibration(logits[None], params, image=image[None])[0], np.float32
+    )
+    if params.regions:
+        return 1 / (1 + np.exp(-calibrated))
+    powers = np.exp(calibrated - calibrated.max(-1, keepdims=True))
+    return powers / powers.sum(-1, keepdims=True)
+
+
+def _logits(probs: Shares, regions: bool) -> np.ndarray:
+    least = np.finfo(np.float32).tiny
+    logits = np.log(np.maximum(probs, least))
+    return logits - np.log(np.maximum(1 - probs, least)) if regions else logits
+
+
+def _spacing(case: Case) -> tuple[float, ...]:
+    sizes: Any = voxel_sizes(case.affine)
+    return tuple(float(size) for size in sizes[: case.label.ndim])
