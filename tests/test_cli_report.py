@@ -17,10 +17,11 @@ from stand_in import InMemory, noisy_case
 
 import calib_jax
 from calib_jax import cli
+from calib_jax.calibrators import Calibrator
 from calib_jax.commands import options as shared
-from calib_jax.report import ModelResult, study
+from calib_jax.report import ModelResult, gains, study
 from calib_jax.report.__main__ import main as make_again
-from calib_jax.report.gains import cross_validate
+from calib_jax.report.gains import cross_validate, cross_validate_local
 from calib_jax.report.measure import measure
 from calib_jax.report.study import Progress, Stopped, measure_cases, safe_name
 
@@ -64,9 +65,10 @@ def in_memory(monkeypatch):
 def written(tmp_path_factory):
     """A report with everything in it, to look at and not to change: folder, and status."""
     root = tmp_path_factory.mktemp("whole")
-    status = cli.main(
-        ["report", *write_folders(root, ("first", NASTY), cases=5, classes=2), "--out", str(root / "out")]
-    )
+    arguments = write_folders(root, ("first", NASTY), cases=5, classes=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("calib_jax.report.gains.SHOWN", ("temperature",))
+        status = cli.main(["report", *arguments, "--out", str(root / "out")])
     return root / "out", status
 
 
@@ -351,14 +353,56 @@ def test_cross_validation_finds_the_temperature():
     (result,) = study.results_of(
         study.Study({"m": cases}, Path(), [], 0), ("background", "a", "b"), first_class=1
     )
-    gains = cross_validate(cases, result, study.Bins("hard", 20), first_class=1, regions=False)
-    temperature = next(gain for gain in gains if gain.calibrator == "temperature")
+    found = cross_validate(cases, result, study.Bins("hard", 20), first_class=1, regions=False)
+    temperature = next(gain for gain in found if gain.calibrator == "temperature")
     assert temperature.keeps_labels
     probs = np.concatenate([noisy_case(f"c{i}", seed=i, shape=(14, 14, 14)).probs for i in range(4)])
     labels = np.concatenate([noisy_case(f"c{i}", seed=i, shape=(14, 14, 14)).labels for i in range(4)])
     exact = float(calib_jax.fit_temperature(np.log(probs)[None], labels[None]))
     assert float(temperature.params.split("\N{NO-BREAK SPACE}")[-1]) == pytest.approx(exact, rel=0.05)
     assert temperature.row.metrics["NLL"].change.difference < 0
+
+
+@pytest.mark.parametrize("regions", [False, True])
+def test_local_calibration_is_judged_on_cases_that_it_was_not_fitted_to(regions, monkeypatch):
+    cases = {f"c{i}": noisy_case(f"c{i}", "m", seed=i) for i in range(4)}
+    names = ("background", "a", "b")
+    if regions:
+        cases = {
+            name: dataclasses.replace(
+                case, labels=np.stack([case.labels > 0, case.labels > 1], -1), probs=case.probs[..., 1:]
+            )
+            for name, case in cases.items()
+        }
+        names = ("a", "b")
+    first = 0 if regions else 1
+    predictions = InMemory({"m": cases}, names, regions=regions)
+    measured = [measure(case, study.Bins("hard", 20)) for case in cases.values()]
+    (result,) = study.results_of(study.Study({"m": measured}, Path(), [], 0), names, first_class=first)
+    fitted, applied = [], []
+
+    def fit(batches, *, regions, spacing):
+        fitted.append([logits for logits, _, _ in batches()])
+        assert spacing == (1.0, 1.0, 1.0)
+        return 1.5
+
+    def apply(logits, params):
+        applied.append((len(fitted), logits))
+        return logits / params
+
+    monkeypatch.setattr(gains, "CALIBRATORS", {"local": Calibrator(fit, apply, True, "")})
+    (gain,) = cross_validate_local(predictions, result, study.Bins("hard", 20), first_class=first)
+    assert gain.row.metrics["NLL"].change.difference != 0
+    if not regions:
+        likelihoods = [
+            calib_jax.negative_log_likelihood(np.log(case.probs)[None] / 1.5, case.labels[None])
+            for case in cases.values()
+        ]
+        assert gain.row.metrics["NLL"].mean == pytest.approx(float(np.mean(likelihoods)), rel=1e-5)
+    assert gain.row.metrics["Dice"].change.difference == 0
+    assert len(applied) == 4
+    for fold, logits in applied:
+        assert not any(np.array_equal(logits, other) for other in fitted[fold - 1])
 
 
 class TestProgress:

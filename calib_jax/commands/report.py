@@ -3,6 +3,7 @@
 import argparse
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("hard", "soft", "adaptive"),
         default="hard",
         help="bins of equal width, the same with soft borders, or bins of equal mass (default: hard)",
+    )
+    add(
+        "--local",
+        action="store_true",
+        help="also cross-validate local calibration, which reads each case twice more and takes minutes",
     )
     add("--include-background", action="store_true", help="report the background as a class too")
     add("--baseline", metavar="NAME", help="model that the others are compared with (default: the first)")
@@ -80,8 +86,8 @@ def run(options: argparse.Namespace) -> int:
 def _write(options: argparse.Namespace, predictions: Any, study: "Study") -> None:
     from calib_jax._sums.bins import Bins
     from calib_jax.report import compare_models, findings, format_table, write_report
-    from calib_jax.report.gains import cross_validate
-    from calib_jax.report.study import results_of
+    from calib_jax.report.gains import cross_validate, cross_validate_local
+    from calib_jax.report.study import Progress, results_of
 
     bins = Bins(options.binning, options.num_bins)
     regions, names = predictions.regions, predictions.class_names
@@ -98,6 +104,12 @@ def _write(options: argparse.Namespace, predictions: Any, study: "Study") -> Non
         )
         for result in results
     }
+    if options.local:
+        with Progress(noun="read case") as progress:
+            for result in results:
+                gains[result.name] += cross_validate_local(
+                    predictions, result, bins, first_class=first, progress=progress
+                )
     details = findings.details_of(
         study,
         results,
@@ -111,7 +123,7 @@ def _write(options: argparse.Namespace, predictions: Any, study: "Study") -> Non
     page = write_report(
         options.out,
         results,
-        title=options.title or f"Calibration of {', '.join(shown)} on {number} cases",
+        title=options.title or _title(shown, number),
         baseline=baseline,
         rows=rows,
         details=details,
@@ -121,6 +133,11 @@ def _write(options: argparse.Namespace, predictions: Any, study: "Study") -> Non
     for model, sentences in details.summary.items():
         print("", *([f"{model}:"] if len(shown) > 1 else []), *sentences, sep="\n")
     print(f"\nWrote {page}")
+
+
+def _title(models: Sequence[str], cases: int) -> str:
+    what = f" of {', '.join(models)}" if len(models) > 1 else ""
+    return f"Calibration{what} on {cases} {'case' if cases == 1 else 'cases'}"
 
 
 def _command() -> str:

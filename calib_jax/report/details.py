@@ -27,6 +27,11 @@ class Section:
     lines: Sequence[Sequence[str]]
     place: str = ""
 
+    def is_text(self, column: int) -> bool:
+        """Whether a column holds words rather than numbers."""
+        cells = [line[column] for line in self.lines[1:]]
+        return not any(cell[:1] in {*"0123456789+-", "\N{MINUS SIGN}"} for cell in cells if cell)
+
 
 @dataclasses.dataclass(frozen=True)
 class CasePicture:
@@ -51,6 +56,7 @@ class Details:
     """What `write_report` shows beside its results.
 
     Attributes:
+        headline: the main finding; "" for the comparison of the models.
         summary: the findings in plain words, a few sentences for each model by its name.
         faults: what went wrong, one sentence each: cases that are not in the report.
         notices: what a reader should know about the files.
@@ -61,6 +67,7 @@ class Details:
         expected: expected and true Dice of cases: (model, class, case, expected, true).
     """
 
+    headline: str = ""
     summary: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     faults: Sequence[str] = ()
     notices: Sequence[str] = ()

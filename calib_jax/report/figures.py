@@ -131,7 +131,8 @@ def _box_plots(results: Sequence[Result]) -> Figure:
 
 
 def _reliability_diagrams(results: Sequence[Result], index: int | None) -> Figure:
-    figure, panels = _square_panels([result.name for result in results], below=0.72, footer=0.3)
+    rows = 1 if len(results) > 1 else 2  # of the legend, which is wider than one panel
+    figure, panels = _square_panels([result.name for result in results], below=0.72, footer=0.1 + 0.2 * rows)
     for result, (square, below) in zip(results, panels, strict=True):
         # The band resamples rows of the statistics as cases, and the repeats of a case are not independent.
         band = None if result.repeats else 0.95
@@ -141,7 +142,7 @@ def _reliability_diagrams(results: Sequence[Result], index: int | None) -> Figur
         below.set_xlabel("mean predicted probability")
         square.set(xlabel="", xticklabels=[])
     _share_y_labels(figure, panels)
-    figure.legend(handles=plots.gap_legend(), loc="lower center", ncols=2, frameon=False)
+    figure.legend(handles=plots.gap_legend(), loc="lower center", ncols=3 - rows, frameon=False)
     return figure
 
 

@@ -1,6 +1,7 @@
 """What a folder of predictions shows: sentences, tables and pictures from the figures of its cases."""
 
 import csv
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -107,6 +108,7 @@ def details_of(
         _look_first(study, results, first_class),
     ]
     return Details(
+        headline=_headline(results[0]) if len(results) == 1 else "",
         summary={
             result.name: list(
                 _sentences(result, gains.get(result.name, ()), "The model" if len(results) == 1 else "It")
@@ -115,7 +117,11 @@ def details_of(
         },
         faults=list(study.faults),
         notices=list(notices),
-        sections=[section for section in sections if len(section.lines) > 1],
+        sections=[
+            section if len(results) > 1 else _without_model(section)
+            for section in sections
+            if len(section.lines) > 1
+        ],
         pictures=_pictures(study, results, label_names),
         legend={name: class_color(i) for i, name in enumerate(label_names)},
         volumes=_points(table, "true_ml", "predicted_ml"),
@@ -123,7 +129,32 @@ def details_of(
     )
 
 
+def _without_model(section: Section) -> Section:
+    """The table of a single model without the column that names it."""
+    column = list(section.lines[0]).index("Model")
+    lines = [[cell for i, cell in enumerate(line) if i != column] for line in section.lines]
+    return dataclasses.replace(section, lines=lines)
+
+
 # The summary.
+
+
+def _headline(result: ModelResult) -> str:
+    """The main finding about a single model."""
+    words = {1: "Over-confident", -1: "Under-confident", 0: "Neither over- nor under-confident"}
+    ace, dice = (float(nan_mean(nan_mean(result.metrics()[name], axis=1))) for name in ("ACE", "Dice"))
+    return (
+        f"{words[_direction(result)]}: over {wording.count(len(result.case_names), 'case')}, ACE is "
+        f"{wording.number(ace)} and Dice {wording.number(dice)}."
+    )
+
+
+def _direction(result: ModelResult) -> int:
+    """1 if the model is over-confident beyond chance, -1 if it is under-confident, else 0."""
+    mean, low, high = mean_interval(nan_mean(over_confidence(result.stats), axis=1))
+    if math.isnan(low) or math.isnan(high):
+        low = high = 0.0 if math.isnan(mean) else mean
+    return 1 if low > 0 else -1 if high < 0 else 0
 
 
 def _sentences(result: ModelResult, gains: Sequence[Gain], who: str) -> Iterator[str]:
@@ -134,12 +165,13 @@ def _sentences(result: ModelResult, gains: Sequence[Gain], who: str) -> Iterator
         yield "Nothing could be counted."
         return
     size, interval = wording.number(abs(mean)), _interval(low, high)
-    if low > 0 or (math.isnan(low) and mean > 0):
+    direction = _direction(result)
+    if direction > 0:
         yield (
             f"{who} is over-confident: its probabilities are too close to 0 and 1, by {size} on average{interval} "
             f"over {cases}."
         )
-    elif high < 0 or (math.isnan(high) and mean < 0):
+    elif direction < 0:
         yield (
             f"{who} is under-confident: its probabilities are too close to 1/2, by {size} on average{interval} "
             f"over {cases}."
@@ -221,7 +253,11 @@ def _gain_sentence(gains: Sequence[Gain]) -> str:
         return f"A temperature would change little: at best, it would {ace} and {nll}."
     if ace.split()[0] == nll.split()[0] == "cut":
         nll = nll.removeprefix("cut ")
-    method = {"temperature": "one temperature", "class-temperature": "a temperature for each predicted class"}
+    method = {
+        "temperature": "one temperature",
+        "class-temperature": "a temperature for each predicted class",
+        "local": "a correction of each voxel from the probabilities around it (local calibration)",
+    }
     params = f" ({gain.params})" if gain.params else ""
     return (
         f"Calibration by {method.get(gain.calibrator, gain.calibrator)}{params} would {ace} and {nll}, and leave "
@@ -255,10 +291,11 @@ def _changes_by_gain(gains: Mapping[str, Sequence[Gain]]) -> Section:
             lines.append((model, name, *cells, "stay" if gain.keeps_labels else "may change"))
     folds = max(gain.folds for found in gains.values() for gain in found)
     how = (
-        f"Each case is judged with a calibrator that was fitted to other cases ({folds} folds), on a sample of its "
-        "voxels. The numbers are changes from the probabilities as they are. A temperature divides the logarithms "
-        "of the probabilities by one number T, or by one for each predicted class. T above 1 makes probabilities "
-        "less extreme. Isotonic calibration draws a rising curve for each class."
+        f"Each case is judged with a calibrator that was fitted to other cases, in {folds} folds; local "
+        "calibration in 2. The numbers are changes from the probabilities as they are. A temperature divides the logarithms of "
+        "the probabilities by one number T, or by one for each predicted class. T above 1 makes probabilities less "
+        "extreme. Isotonic calibration draws a rising curve for each class. Local calibration corrects each voxel "
+        "from the probabilities around it."
     )
     return Section("What calibration would change", how, lines, "results")
 
@@ -329,7 +366,9 @@ def _look_first(study: Study, results: Sequence[ModelResult], first_class: int) 
             expected = float(nan_mean(case.expected_dice()[first_class:]))
             if not math.isnan(expected):
                 found.append((expected, case.name, result.name, float(dice[i]), float(ace[i])))
-    for expected, case, model, dice, ace in sorted(found)[:_FIRST]:
+    most = max(_FIRST // max(len(results), 1), 3)
+    first = [one for result in results for one in sorted(x for x in found if x[2] == result.name)[:most]]
+    for expected, case, model, dice, ace in sorted(first):
         lines.append((case, model, *(wording.number(x) for x in (expected, dice, ace))))
     how = "The cases of which the probabilities themselves expect the lowest Dice, without any label."
     return Section("Cases to look at first", how, lines, "volumes")

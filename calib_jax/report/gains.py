@@ -1,13 +1,17 @@
 """What post-hoc calibration would change, by cross-validation over the cases of a report.
 
-Calibrators are fitted to and judged on the samples of voxels that `measure` keeps. So no file is read again, and
-memory stays within a few hundred kilobytes per case.
+Calibrators that treat every voxel alike are fitted to and judged on the samples of voxels that `measure` keeps. So
+no file is read again, and memory stays within a few hundred kilobytes per case. Local calibration looks at the voxels
+around each one, so it reads the cases again.
 """
 
 import dataclasses
+import functools
+import itertools
 import warnings
-from collections.abc import Sequence
-from typing import Any, Final, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import jax
 import numpy as np
@@ -16,15 +20,20 @@ from calib_jax._sums.bins import Bins
 from calib_jax._sums.host import inner_edges
 from calib_jax.binning import BinStatistics
 from calib_jax.calibrators import CALIBRATORS, Calibrator
-from calib_jax.report.measure import CaseFigures, Sample
+from calib_jax.report.measure import CaseFigures, Sample, measure
+from calib_jax.report.study import Study, results_of
 from calib_jax.report.table import ModelRow, compare_models
 from calib_jax.results import ModelResult
+
+if TYPE_CHECKING:
+    from calib_jax.predictions import Case, Predictions
 
 FOLDS: Final = 5
 SHOWN: Final = ("temperature", "class-temperature", "isotonic")
 """Names in `CALIBRATORS` of those that treat every voxel alike and have few parameters."""
 _MOST_FITTED = 1 << 17  # voxels that one fit reads
 _IN_BATCH = 1 << 15  # voxels of a batch; all batches have this size, so that one program is compiled
+_LOCAL_FOLDS = 2
 _TINY = float(np.finfo(np.float32).tiny)
 
 
@@ -80,6 +89,65 @@ def cross_validate(
         words = _in_words(_fit(calibrator, samples, regions))
         gains.append(Gain(name, words, calibrator.keeps_labels, folds, rows[1]))
     return gains
+
+
+def cross_validate_local(
+    predictions: "Predictions",
+    result: ModelResult,
+    bins: Bins,
+    *,
+    first_class: int,
+    progress: Callable[[int, int], Any] | None = None,
+) -> list[Gain]:
+    """Cross-validates local calibration in two folds, on whole cases; [] for fewer than two cases.
+
+    Args:
+        predictions: to read the cases of `result` from, each of them twice.
+        result: of a model.
+        bins: how [0, 1] is divided into bins.
+        first_class: index of the first class that is reported.
+        progress: called with the number of cases read and to read.
+    """
+    calibrator, names, regions = CALIBRATORS["local"], result.case_names, predictions.regions
+    if len(names) < 2:
+        return []
+    figures: dict[str, CaseFigures] = {}
+    read = itertools.count(1)
+
+    def cases(chosen: Sequence[str]) -> Iterator["Case"]:
+        for name in chosen:
+            yield predictions.read(name, result.name)
+            if progress:
+                progress(next(read), 2 * len(names))
+
+    def batches(chosen: Sequence[str]) -> Iterator[tuple[np.ndarray, ...]]:
+        for case in cases(chosen):
+            assert case.labels is not None
+            where = np.ones(case.probs.shape[:-1], bool) if case.where is None else case.where
+            yield _logits(case.probs, regions)[None], case.labels[None], where[None]
+
+    for fold in range(_LOCAL_FOLDS):
+        fitted = [name for i, name in enumerate(names) if i % _LOCAL_FOLDS != fold]
+        spacing = predictions.read(fitted[0], result.name).spacing
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", RuntimeWarning
+            )  # a fit without gain leaves probabilities as they are
+            params = calibrator.fit(functools.partial(batches, fitted), regions=regions, spacing=spacing)
+        for case in cases(names[fold::_LOCAL_FOLDS]):
+            logits = np.asarray(calibrator.apply(_logits(case.probs, regions)[None], params))[0]
+            probs = 1 / (1 + np.exp(-logits)) if regions else np.asarray(jax.nn.softmax(logits))
+            figures[case.name] = measure(dataclasses.replace(case, probs=probs), bins)
+    study = Study({"local": [figures[name] for name in names]}, Path(), (), 0)
+    all_names = [*[""] * first_class, *result.class_names]
+    (after,) = results_of(study, all_names, first_class=first_class, integer_counts=bins.binning != "soft")
+    rows = compare_models([result, after], resamples=2000)
+    return [Gain("local", "", calibrator.keeps_labels, _LOCAL_FOLDS, rows[1])]
+
+
+def _logits(probs: np.ndarray, regions: bool) -> np.ndarray:
+    """Log-probabilities; log-odds of regions."""
+    return _log(probs) - _log(1 - probs) if regions else _log(probs)
 
 
 def _fit(calibrator: Calibrator, samples: Sequence[Sample], regions: bool) -> Any:
@@ -156,9 +224,10 @@ def _judge(sample: Sample, probs: np.ndarray, bins: Bins, first_class: int, regi
         index = np.searchsorted(inner_edges(values, bins), values, side="left")
         for row, column in enumerate((weight, weight * values, weight * member[:, c])):
             sums[row, c] = np.bincount(index, column, bins.num_bins)
-    brier = weight @ np.square(probs.astype(np.float64) - member) / total
+    column = weight[:, None]
+    brier = (column * np.square(probs.astype(np.float64) - member)).sum(0) / total
     likelihood = np.where(member, probs, 1 - probs.astype(np.float64) if regions else 1)
-    nll = -weight @ np.log(np.maximum(likelihood, _TINY)) / total
+    nll = -(column * np.log(np.maximum(likelihood, _TINY))).sum(0) / total
     if not regions:
         nll = np.full(classes, nll.sum())
     return _Judged(sums[:, first_class:], brier[first_class:], nll[first_class:])

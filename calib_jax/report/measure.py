@@ -264,7 +264,7 @@ class _Sums:
             self.bins[:, c] += sums_in_bins(values, member, inner, self.bin_options)
             self.boundary_bins[:, c] += sums_in_bins(values[near], member[near], inner, self.bin_options)
             error = np.subtract(values, member, dtype=np.float64)
-            self.squared_error[c] += error @ error
+            self.squared_error[c] += np.square(error, out=error).sum()  # a dot product would start threads
             self.prob_inside[c] += values[chosen].sum(dtype=np.float64)
             self.overlap[c] += np.count_nonzero(member & chosen)
             self.predicted[c] += np.count_nonzero(chosen)
