@@ -24,7 +24,7 @@ from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
 from calib_jax import reliability
 from calib_jax._checks import check_number
@@ -297,6 +297,46 @@ def paired_cases(
     ax.set(xlim=(-0.5, len(names) - 0.5), ylabel=ylabel)
     ax.set_xticks(at, names)
     ax.grid(axis="y", color=_GRID, linewidth=0.8)
+    return _finish(ax)
+
+
+def agreement(
+    points: Mapping[str, Float[np.ndarray, "points 2"]],
+    *,
+    logarithmic: bool = False,
+    ax: Axes | None = None,
+) -> Axes:
+    """Scatter plot of a prediction against the truth, around the diagonal on which they agree.
+
+    Args:
+        points: x and y of each point, by name of the model.
+        logarithmic: whether both axes are logarithmic; points with a zero are left out.
+        ax: axes to draw on; None opens a figure.
+
+    Returns:
+        The axes.
+    """
+    ax = _axes(ax)
+    shown = []
+    for (_, xy), color in zip(points.items(), model_colors(len(points)), strict=True):
+        xy = xy[(xy > 0).all(1)] if logarithmic else xy
+        alpha = float(np.clip(30 / max(len(xy), 1), 0.25, 0.8))
+        ax.scatter(*xy.T, s=14, color=color, alpha=alpha, linewidths=0, zorder=2)
+        shown.append(xy)
+    values = np.concatenate([np.zeros((0, 2)), *shown])
+    if values.size:
+        low, high = float(values.min()), float(values.max())
+        low, high = (low / 1.3, high * 1.3) if logarithmic else (low - 0.03, high + 0.03)
+        if logarithmic:
+            ax.set(xscale="log", yscale="log")
+            for axis in (ax.xaxis, ax.yaxis):
+                axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+                axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+                axis.set_minor_formatter(NullFormatter())
+        ax.plot([low, high], [low, high], color=_MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1.5)
+        ax.set(xlim=(low, high), ylim=(low, high))
+    ax.set_aspect("equal")
+    ax.grid(color=_GRID, linewidth=0.8)
     return _finish(ax)
 
 

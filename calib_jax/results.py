@@ -29,6 +29,8 @@ CALIBRATION_ERRORS: Final[Mapping[str, Callable[[BinStatistics], Any]]] = {
     "MCE": maximum_calibration_error,
 }
 METRICS: Final = ("Dice", *CALIBRATION_ERRORS)
+"""Metrics that every result has. A result may also have those of `SCORES`."""
+SCORES: Final = ("Brier", "NLL")
 HIGHER_IS_BETTER: Final = frozenset({"Dice"})
 
 History = Mapping[str, Sequence[float | int | None] | np.ndarray]
@@ -36,7 +38,8 @@ History = Mapping[str, Sequence[float | int | None] | np.ndarray]
 
 _FORMAT: Final = 1
 _BIN_FIELDS: Final = tuple(field.name for field in dataclasses.fields(BinStatistics))
-_CASE_COLUMNS: Final = ("case", "class", *(name.lower() for name in METRICS))
+_OPTIONAL: Final = ("brier", "nll")
+_BOUNDARY: Final = "boundary_"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,6 +52,11 @@ class ModelResult:
         class_names: one name per reported class; the background is usually left out.
         stats: bin statistics `[cases, classes, bins]`, stored as NumPy arrays.
         dice: Dice coefficient `[cases, classes]`, NaN where it is undefined.
+        brier: Brier score `[cases, classes]`; None if it was not measured.
+        nll: negative log-likelihood per voxel `[cases, classes]`, with the case's own in every class where classes
+            exclude each other; None if it was not measured.
+        boundary: bin statistics of the voxels near a border of the labels, of the shape of `stats`; None if they
+            were not measured.
 
     Raises:
         ValueError: if the shapes do not match the names, or a case or class name occurs twice.
@@ -66,12 +74,22 @@ class ModelResult:
     class_names: tuple[str, ...]
     stats: BinStatistics
     dice: Float[np.ndarray, "cases classes"]
+    brier: Float[np.ndarray, "cases classes"] | None = None
+    nll: Float[np.ndarray, "cases classes"] | None = None
+    boundary: BinStatistics | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stats", jax.tree.map(np.asarray, self.stats))
-        object.__setattr__(self, "dice", np.asarray(self.dice, np.float64))
+        shapes = {}
+        for field in ("stats", "boundary"):
+            if (stats := getattr(self, field)) is not None:
+                object.__setattr__(self, field, jax.tree.map(np.asarray, stats))
+                shapes[field] = getattr(self, field).count.shape[:-1]
+        for field in ("dice", *_OPTIONAL):
+            if (values := getattr(self, field)) is not None:
+                object.__setattr__(self, field, np.asarray(values, np.float64))
+                shapes[field] = getattr(self, field).shape
         expected = (len(self.case_names), len(self.class_names))
-        for field, shape in (("stats", self.stats.count.shape[:-1]), ("dice", self.dice.shape)):
+        for field, shape in shapes.items():
             if shape != expected:
                 raise ValueError(
                     f"{field} of {self.name!r} has shape {shape} over cases and classes, but there are "
@@ -87,9 +105,20 @@ class ModelResult:
         return {}
 
     def metrics(self) -> Mapping[str, Float[np.ndarray, "cases classes"]]:
-        """Every metric of `METRICS`, per case and class; NaN where nothing was counted."""
+        """Every metric of `METRICS`, and those of `SCORES` that were measured, per case and class.
+
+        A metric is NaN where nothing was counted.
+        """
         errors = {name: np.asarray(f(self.stats), np.float64) for name, f in CALIBRATION_ERRORS.items()}
-        return {"Dice": self.dice} | errors
+        scores = {name: getattr(self, name.lower()) for name in SCORES}
+        return {"Dice": self.dice} | errors | {name: x for name, x in scores.items() if x is not None}
+
+    @property
+    def interior(self) -> BinStatistics | None:
+        """Bin statistics of the voxels away from borders; None if those near them were not measured."""
+        if self.boundary is None:
+            return None
+        return jax.tree.map(lambda whole, part: whole - part, self.stats, self.boundary)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the result to `path`, usually `*.npz`, for `load` and `python -m calib_jax.report`."""
@@ -102,7 +131,15 @@ class ModelResult:
                 class_names=np.array(self.class_names, dtype=np.str_),
                 dice=self.dice,
                 **{field: getattr(self.stats, field) for field in _BIN_FIELDS},
+                **self._optional_arrays(),
             )
+
+    def _optional_arrays(self) -> dict[str, Any]:
+        """What may be missing from a file. Versions that do not know these arrays ignore them."""
+        arrays = {name: getattr(self, name) for name in _OPTIONAL}
+        if self.boundary is not None:
+            arrays |= {_BOUNDARY + field: getattr(self.boundary, field) for field in _BIN_FIELDS}
+        return {name: values for name, values in arrays.items() if values is not None}
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "ModelResult":
@@ -116,12 +153,15 @@ class ModelResult:
             with np.load(path, allow_pickle=False) as file:
                 if file["format"] != _FORMAT:
                     raise ValueError(f"its format is {file['format']}, and this version reads {_FORMAT}")
+                boundary = [file[_BOUNDARY + x] for x in _BIN_FIELDS if _BOUNDARY + x in file.files]
                 return cls(
                     name=str(file["name"]),
                     case_names=tuple(file["case_names"].tolist()),
                     class_names=tuple(file["class_names"].tolist()),
                     stats=BinStatistics(*(file[field] for field in _BIN_FIELDS)),
                     dice=file["dice"],
+                    **{name: file[name] for name in _OPTIONAL if name in file.files},
+                    boundary=BinStatistics(*boundary) if boundary else None,
                 )
         except FileNotFoundError:
             raise
@@ -132,7 +172,7 @@ class ModelResult:
 
     def write_case_csv(self, path: str | os.PathLike[str]) -> None:
         """Writes one row per case and class: case, class and every metric (`nan` where undefined)."""
-        write_rows(path, _CASE_COLUMNS, _case_rows(self))
+        write_rows(path, _case_columns(self), _case_rows(self))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -189,14 +229,15 @@ class RepeatedResult:
         return jax.tree.map(lambda *parts: np.concatenate(parts), *stats)
 
     def metrics(self) -> Mapping[str, Float[np.ndarray, "cases classes"]]:
-        """Every metric of `METRICS`, per case and class: its mean over the repeats in which it is defined."""
+        """Every metric that all repeats have, per case and class: its mean over the repeats that define it."""
         repeats = [result.metrics() for result in self.repeats.values()]
-        return {name: nan_mean(np.stack([metrics[name] for metrics in repeats]), axis=0) for name in METRICS}
+        shared = [name for name in repeats[0] if all(name in metrics for metrics in repeats)]
+        return {name: nan_mean(np.stack([metrics[name] for metrics in repeats]), axis=0) for name in shared}
 
     def write_case_csv(self, path: str | os.PathLike[str]) -> None:
         """Writes one row per repeat, case and class: repeat, case, class and every metric."""
         rows = ({"repeat": repeat, **row} for repeat, one in self.repeats.items() for row in _case_rows(one))
-        write_rows(path, ("repeat", *_CASE_COLUMNS), rows)
+        write_rows(path, ("repeat", *_case_columns(self)), rows)
 
 
 Result = ModelResult | RepeatedResult
@@ -225,9 +266,13 @@ def write_rows(
         writer.writerows(rows)
 
 
+def _case_columns(result: "Result") -> tuple[str, ...]:
+    return ("case", "class", *(name.lower() for name in result.metrics()))
+
+
 def _case_rows(result: ModelResult) -> Iterator[dict[str, str]]:
     metrics = result.metrics()
     for i, case in enumerate(result.case_names):
         for j, class_name in enumerate(result.class_names):
-            figures = {name.lower(): f"{metrics[name][i, j]:.6g}" for name in METRICS}
+            figures = {name.lower(): f"{values[i, j]:.6g}" for name, values in metrics.items()}
             yield {"case": case, "class": class_name, **figures}

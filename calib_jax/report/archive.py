@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from calib_jax.report.details import Details
 from calib_jax.results import History, ModelResult, RepeatedResult, Result
 
 Table = Sequence[Sequence[str]]
@@ -31,6 +32,7 @@ class ReportInputs:
         reference: a further result that is shown but not tested.
         baseline: name of the model that the others are compared with.
         tables: further tables by title, each a list of rows of cells with the header first.
+        details: findings and pictures of cases; None for a comparison alone.
     """
 
     results: tuple[Result, ...]
@@ -40,6 +42,7 @@ class ReportInputs:
     reference: Result | None
     baseline: str
     tables: Mapping[str, Table] = dataclasses.field(default_factory=dict)
+    details: Details | None = None
 
     @property
     def shown(self) -> tuple[Result, ...]:
@@ -47,8 +50,14 @@ class ReportInputs:
         return self.results if self.reference is None else (*self.results, self.reference)
 
 
-def save_inputs(folder: Path, inputs: ReportInputs) -> None:
-    """Writes `report.json`, and one `results/*.npz` per model or repeat, into `folder`."""
+def save_inputs(folder: Path, inputs: ReportInputs, figures: Mapping[str, Any] | None = None) -> None:
+    """Writes `report.json`, and one `results/*.npz` per model or repeat, into `folder`.
+
+    Args:
+        folder: of the report.
+        inputs: what the page can be made from again.
+        figures: further entries of `report.json`, for other programs to read.
+    """
     (folder / _RESULTS).mkdir(parents=True, exist_ok=True)
     saved = [_save(folder, i, model) for i, model in enumerate(inputs.shown)]
     index = {
@@ -59,6 +68,8 @@ def save_inputs(folder: Path, inputs: ReportInputs) -> None:
         "histories": without_nan(inputs.histories),
         "provenance": {key: str(value) for key, value in inputs.provenance.items()},
         "tables": inputs.tables,
+        **({"details": without_nan(inputs.details.to_json())} if inputs.details else {}),
+        **(figures or {}),
     }
     # A file name may hold surrogates: they become escapes, which JSON reads back.
     text = json.dumps(index, indent=1, ensure_ascii=False)
@@ -92,6 +103,7 @@ def load_inputs(folder: Path) -> ReportInputs:
             reference=_load(folder, index["reference"]) if index["reference"] else None,
             baseline=index["baseline"],
             tables=index.get("tables", {}),
+            details=Details.from_json(index["details"]) if "details" in index else None,
         )
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / _INDEX} is not an index written by write_report: {error!r}") from error
@@ -126,9 +138,11 @@ def _load(folder: Path, entry: str | dict[str, Any]) -> Result:
 
 
 def without_nan(value: Any) -> Any:
-    """Mappings of numbers as JSON can hold them: None where nothing finite was measured."""
+    """Mappings and lists of numbers as JSON can hold them: None where nothing finite was measured."""
     if isinstance(value, Mapping):
         return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str):
+        if any(isinstance(x, str | Mapping | list | tuple) for x in value):
+            return [without_nan(x) for x in value]
         return [without_nan(x) for x in np.asarray(value, np.float64).tolist()]
     return None if isinstance(value, float) and not math.isfinite(value) else value

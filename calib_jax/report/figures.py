@@ -21,8 +21,9 @@ from matplotlib.figure import Figure
 from calib_jax._matplotlib import figure_style
 from calib_jax.report import wording
 from calib_jax.report.archive import ReportInputs
+from calib_jax.report.details import Details
 from calib_jax.report.table import case_means
-from calib_jax.results import METRICS, History, Result
+from calib_jax.results import METRICS, History, ModelResult, Result
 
 _WIDTH = 11.0  # inches: 1056 CSS pixels, the width of the page's column, so that type keeps its size
 _PANEL = 3.4
@@ -78,20 +79,30 @@ def report_figures(inputs: ReportInputs) -> Iterator[ReportFigure]:
         alt = f"Dataset reliability histograms of {', '.join(all_names)}: {title}."
         drawing = functools.partial(_reliability_histograms, shown, index)
         yield ReportFigure(f"histogram-{suffix}", title, alt, drawing)
+    if all(isinstance(result, ModelResult) and result.boundary is not None for result in results):
+        alt = f"Reliability near borders and away from them of {', '.join(names)}."
+        yield ReportFigure("boundary", "", alt, lambda: _near_borders_and_away(results))
+    if (details := inputs.details) and (details.volumes or details.expected):
+        alt = (
+            f"Scatter plots of {', '.join(names)}: predicted against true volume, true against expected Dice."
+        )
+        yield ReportFigure("volumes", "", alt, functools.partial(_agreement, names, details))
     if _measured_metrics(histories):
         alt = f"Training and validation curves of {', '.join(histories)}."
         yield ReportFigure("training", "", alt, lambda: _training_curves(names, histories))
 
 
-def draw(figure: ReportFigure, png_folder: Path) -> str:
-    """Draws a figure, saves it as PNG in `png_folder`, and returns it as a data URI of SVG."""
+def draw(figure: ReportFigure, folder: Path, *, save_svg: bool = False) -> str:
+    """Draws a figure, saves it in `folder` as PNG and perhaps as SVG, and returns it as a data URI of SVG."""
     png, svg = io.BytesIO(), io.BytesIO()
     with style():
         drawing = figure.draw()
         drawing.savefig(png, format="png", backend="agg", dpi=200)
         drawing.savefig(svg, format="svg", backend="svg", metadata={"Date": None})
-    png_folder.mkdir(parents=True, exist_ok=True)
-    (png_folder / f"{figure.name}.png").write_bytes(png.getvalue())
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{figure.name}.png").write_bytes(png.getvalue())
+    if save_svg:
+        (folder / f"{figure.name}.svg").write_bytes(svg.getvalue())
     return f"data:image/svg+xml;base64,{base64.b64encode(svg.getvalue()).decode('ascii')}"
 
 
@@ -120,7 +131,8 @@ def _box_plots(results: Sequence[Result]) -> Figure:
 
 
 def _reliability_diagrams(results: Sequence[Result], index: int | None) -> Figure:
-    figure, panels = _square_panels([result.name for result in results], below=0.72, footer=0.3)
+    rows = 1 if len(results) > 1 else 2  # of the legend, which is wider than one panel
+    figure, panels = _square_panels([result.name for result in results], below=0.72, footer=0.1 + 0.2 * rows)
     for result, (square, below) in zip(results, panels, strict=True):
         # The band resamples rows of the statistics as cases, and the repeats of a case are not independent.
         band = None if result.repeats else 0.95
@@ -130,7 +142,7 @@ def _reliability_diagrams(results: Sequence[Result], index: int | None) -> Figur
         below.set_xlabel("mean predicted probability")
         square.set(xlabel="", xticklabels=[])
     _share_y_labels(figure, panels)
-    figure.legend(handles=plots.gap_legend(), loc="lower center", ncols=2, frameon=False)
+    figure.legend(handles=plots.gap_legend(), loc="lower center", ncols=3 - rows, frameon=False)
     return figure
 
 
@@ -145,6 +157,45 @@ def _reliability_histograms(results: Sequence[Result], index: int | None) -> Fig
     last, inch = panels[_columns(len(panels)) - 1][0].get_position(), 1 / figure.get_figwidth()
     bar = figure.add_axes((last.x1 + 0.15 * inch, last.y0, 0.13 * inch, last.height))
     plots.style_colorbar(figure.colorbar(panels[0][0].images[0], cax=bar))
+    return figure
+
+
+def _near_borders_and_away(results: Sequence[Result]) -> Figure:
+    """Two reliability diagrams for each model, each over all of its classes."""
+    parts = [
+        (
+            part if len(results) == 1 else f"{textwrap.shorten(result.name, 30, placeholder='…')}, {part}",
+            stats,
+        )
+        for result in results
+        if isinstance(result, ModelResult)
+        for part, stats in (("near borders", result.boundary), ("elsewhere", result.interior))
+        if stats is not None
+    ]
+    figure, panels = _square_panels([name for name, _ in parts], below=0.72, footer=0.3)
+    for (name, stats), (square, below) in zip(parts, panels, strict=True):
+        plots.reliability_diagram(stats, label=_in_title(name), band=None, ax=square)
+        plots.bin_counts(stats, ax=below)
+        below.set_xlabel("mean predicted probability")
+        square.set(xlabel="", xticklabels=[])
+    _share_y_labels(figure, panels)
+    figure.legend(handles=plots.gap_legend(), loc="lower center", ncols=2, frameon=False)
+    return figure
+
+
+def _agreement(names: Sequence[str], details: Details) -> Figure:
+    """Predicted against true volume, and true against expected Dice: a dot for each model, class and case."""
+    figure = Figure(figsize=(min(_WIDTH, 9.6), 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for ax, points, logarithmic in ((left, details.volumes, True), (right, details.expected, False)):
+        by_model = {name: [point[3:] for point in points if point[0] == name] for name in names}
+        drawn = {name: np.array(xy, float).reshape(-1, 2) for name, xy in by_model.items()}
+        plots.agreement(drawn, logarithmic=logarithmic, ax=ax)
+    left.set(xlabel="true volume (ml)", ylabel="predicted volume (ml)")
+    right.set(xlabel="expected Dice, from the probabilities alone", ylabel="Dice")
+    if len(names) > 1:
+        handles = plots.model_legend([_in_legend(name) for name in names])
+        figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 

@@ -1,5 +1,6 @@
 """The report as one self-contained HTML page, with its figures, tables and inputs beside it."""
 
+import base64
 import json
 import math
 import os
@@ -12,8 +13,9 @@ import numpy as np
 
 from calib_jax.report import archive, wording
 from calib_jax.report.archive import ReportInputs, Table
+from calib_jax.report.details import CasePicture, Details
 from calib_jax.report.table import ModelRow, check_comparable, compare_models, to_json, write_csv
-from calib_jax.results import HIGHER_IS_BETTER, METRICS, History, Result
+from calib_jax.results import HIGHER_IS_BETTER, METRICS, SCORES, History, Result
 
 _WORST = 10
 _WORST_METRICS = ("ACE", "MCE", "Dice")
@@ -30,12 +32,14 @@ def write_report(
     baseline: int | str = 0,
     tables: Mapping[str, Table] | None = None,
     rows: Sequence[ModelRow] | None = None,
+    details: Details | None = None,
 ) -> Path:
     """Writes a report that compares models on a data set.
 
     `index.html` contains its style and figures and loads nothing from the network. The folder also gets
     `figures/*.png`, the table as `table.csv` and `table.json`, every case in `cases/*.csv`, and the inputs
-    (`report.json`, `results/*.npz`), from which `python -m calib_jax.report FOLDER` makes the page again.
+    (`report.json`, `results/*.npz`), from which `python -m calib_jax.report FOLDER` makes the page again. With
+    `details`, the table is `metrics.csv`, a part of `report.json`, and figures are saved as SVG too.
 
     Args:
         folder: output folder; it is created if needed, and older files of the same names are replaced.
@@ -50,6 +54,7 @@ def write_report(
             header first.
         rows: return value of `compare_models` for the same `results`, `baseline` and `reference`, to save the
             time of computing it again; None computes it.
+        details: findings, further tables and pictures of cases, whose files lie in the folder already.
 
     Returns:
         Path of `index.html`.
@@ -62,7 +67,7 @@ def write_report(
     if rows is None:
         rows = compare_models(results, baseline=base.name, reference=reference)
     inputs = ReportInputs(
-        tuple(results), title, histories or {}, provenance or {}, reference, base.name, tables or {}
+        tuple(results), title, histories or {}, provenance or {}, reference, base.name, tables or {}, details
     )
     shown = [result.name for result in inputs.shown]
     if [row.name for row in rows] != shown or wording.base_and_best(rows)[0].name != base.name:
@@ -70,21 +75,25 @@ def write_report(
             f"rows are of {', '.join(row.name for row in rows)}, and the report is of {', '.join(shown)} with the "
             f"baseline {base.name}: give compare_models the same results, baseline and reference."
         )
-    archive.save_inputs(folder, inputs)
-    _write_tables(folder, rows, results)
+    if details is None:
+        archive.save_inputs(folder, inputs)
+        _write_tables(folder, rows, results)
+    else:
+        archive.save_inputs(folder, inputs, to_json(rows))
+        write_csv(rows, folder / "metrics.csv")
     page = folder / "index.html"
-    html = render(inputs, rows, png_folder=folder / "figures")
+    html = render(inputs, rows, folder)
     page.write_text(html, encoding="utf-8", errors="backslashreplace")  # a file name may hold surrogates
     return page
 
 
-def render(inputs: ReportInputs, rows: Sequence[ModelRow], *, png_folder: Path) -> str:
+def render(inputs: ReportInputs, rows: Sequence[ModelRow], folder: Path) -> str:
     """The page as a string of HTML.
 
     Args:
         inputs: arguments of `write_report`.
         rows: the table, from `compare_models`.
-        png_folder: folder to which every figure is also saved as PNG.
+        folder: folder of the report, to which every figure is also saved.
     """
     import jinja2
 
@@ -106,7 +115,10 @@ def render(inputs: ReportInputs, rows: Sequence[ModelRow], *, png_folder: Path) 
         tiles=[_tile(name, base, best) for name in METRICS],
         rows=rows,
         leaders=_leaders(rows),
-        figures=_drawn(inputs, png_folder),
+        figures=_drawn(inputs, folder / "figures"),
+        details=inputs.details,
+        pictures=_pictures(inputs.details, folder),
+        same_in_classes=_same_in_classes(rows),
         worst=_worst_cases(beside, best.name),
         worst_of=best.name,
         worst_models=[result.name for result in beside],
@@ -125,14 +137,40 @@ def _write_tables(folder: Path, rows: Sequence[ModelRow], results: Sequence[Resu
         result.write_case_csv(folder / "cases" / f"{archive.file_stem(i, result.name)}.csv")
 
 
-def _drawn(inputs: ReportInputs, png_folder: Path) -> dict[str, list[dict[str, Any]]]:
+def _pictures(details: Details | None, folder: Path) -> list[tuple[CasePicture, list[tuple[str, str]]]]:
+    """Every picture of a case with its panels: title and data URI. A panel whose file is gone is left out."""
+    if details is None:
+        return []
+    files = details.picture_files(folder)
+    uris = {
+        file: f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"
+        for file, path in files.items()
+        if path.is_file()
+    }
+    return [
+        (picture, [(title, uris[file]) for title, file in picture.panels.items() if file in uris])
+        for picture in details.pictures
+    ]
+
+
+def _same_in_classes(rows: Sequence[ModelRow]) -> set[str]:
+    """Scores of a whole case, such as the likelihood of classes that exclude each other."""
+    return {
+        name
+        for name in rows[0].metrics
+        if name in SCORES and all(len(set(row.metrics[name].per_class.values())) == 1 for row in rows)
+    }
+
+
+def _drawn(inputs: ReportInputs, figure_folder: Path) -> dict[str, list[dict[str, Any]]]:
     """The figures by kind, each with its picture as a data URI."""
     drawn: dict[str, list[dict[str, Any]]] = {}
     try:
         from calib_jax.report import figures
 
         for figure in figures.report_figures(inputs):
-            entry = {"title": figure.title, "alt": figure.alt, "uri": figures.draw(figure, png_folder)}
+            uri = figures.draw(figure, figure_folder, save_svg=inputs.details is not None)
+            entry = {"title": figure.title, "alt": figure.alt, "uri": uri}
             drawn.setdefault(figure.name.partition("-")[0], []).append(entry)
     except OSError:  # such as a full disk
         raise
@@ -159,7 +197,7 @@ def _tile(metric: str, base: ModelRow, best: ModelRow) -> dict[str, Any]:
 def _leaders(rows: Sequence[ModelRow]) -> dict[str, str]:
     """Name of the best model for each metric, without the reference; "" if there is only one model."""
     leaders = {}
-    for metric in METRICS:
+    for metric in rows[0].metrics:
         means = {row.name: row.metrics[metric].mean for row in rows if row.role != "reference"}
         means = {name: mean for name, mean in means.items() if not math.isnan(mean)}
         best = max if metric in HIGHER_IS_BETTER else min

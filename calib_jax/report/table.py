@@ -110,7 +110,7 @@ def compare_models(
         seed: seed of the bootstrap; equal input gives an equal table.
 
     Returns:
-        One row per model in the order of `results`, then the reference.
+        One row per model in the order of `results`, then the reference, with the metrics that all of them have.
 
     Raises:
         ValueError: if there is no result, two results share a name, classes differ, or no result is the baseline.
@@ -128,13 +128,15 @@ def compare_models(
     """
     check_size("resamples", resamples)
     base = results[check_comparable(results, baseline=baseline, reference=reference)]
-    base_cases = _cases_by_metric(base)
+    shown = [*results, *([reference] if reference is not None else [])]
+    shared = [name for name in base.metrics() if all(name in result.metrics() for result in shown)]
+    base_cases = _cases_by_metric(base, shared)
     bootstrap = functools.partial(_bootstrap, resamples=resamples, seed=seed)
     rows = []
     for result in results:
         role, compared = ("baseline", {}) if result is base else ("model", base_cases)
-        rows.append(_row(result, role, compared, bootstrap))
-    return rows if reference is None else [*rows, _row(reference, "reference", {}, bootstrap)]
+        rows.append(_row(result, role, shared, compared, bootstrap))
+    return rows if reference is None else [*rows, _row(reference, "reference", shared, {}, bootstrap)]
 
 
 def check_comparable(
@@ -169,6 +171,15 @@ def case_means(case_names: Sequence[str], values: Float[np.ndarray, "cases class
     return {name: mean for name, mean in means.items() if not math.isnan(mean)}
 
 
+def mean_interval(
+    values: Float[np.ndarray, " cases"], *, resamples: int = 9999, seed: int = 0
+) -> tuple[float, float, float]:
+    """Mean over the defined cases, with the ends of its bootstrap interval; NaN where there is none."""
+    defined = values[~np.isnan(values)]
+    ((low, high),) = _bootstrap([defined], resamples=resamples, seed=seed)
+    return float(nan_mean(values)), low, high
+
+
 def write_csv(rows: Sequence[ModelRow], path: str | os.PathLike[str]) -> None:
     """Writes one row per model, metric and class; the class `mean` is the mean over classes.
 
@@ -193,14 +204,17 @@ def to_json(rows: Sequence[ModelRow]) -> dict[str, Any]:
     return {"models": [without_nan(dataclasses.asdict(row)) for row in rows]}
 
 
-def _row(result: Result, role: Role, base_cases: _Cases, bootstrap: _Bootstrap) -> ModelRow:
-    """Summarises one model; without `base_cases` it is not compared with the baseline."""
-    cases = _cases_by_metric(result)
-    repeats = {repeat: _cases_by_metric(one) for repeat, one in result.repeats.items()}
+def _row(
+    result: Result, role: Role, shared: Sequence[str], base_cases: _Cases, bootstrap: _Bootstrap
+) -> ModelRow:
+    """Summarises one model in the `shared` metrics; without `base_cases` it is not compared with the baseline."""
+    cases = _cases_by_metric(result, shared)
+    repeats = {repeat: _cases_by_metric(one, shared) for repeat, one in result.repeats.items()}
     intervals = bootstrap([np.array(list(means.values())) for means in cases.values()])
     changes = _changes(cases, base_cases, bootstrap)
     summaries = {}
-    for (metric, values), (low, high) in zip(result.metrics().items(), intervals, strict=True):
+    metrics = result.metrics()
+    for metric, (low, high) in zip(shared, intervals, strict=True):
         per_repeat = {repeat: _mean(means[metric]) for repeat, means in repeats.items()}
         summaries[metric] = Summary(
             mean=_mean(cases[metric]),
@@ -209,7 +223,7 @@ def _row(result: Result, role: Role, base_cases: _Cases, bootstrap: _Bootstrap) 
             cases=len(cases[metric]),
             per_class={
                 name: float(nan_mean(column))
-                for name, column in zip(result.class_names, values.T, strict=True)
+                for name, column in zip(result.class_names, metrics[metric].T, strict=True)
             },
             change=changes.get(metric),
             per_repeat=per_repeat,
@@ -218,8 +232,9 @@ def _row(result: Result, role: Role, base_cases: _Cases, bootstrap: _Bootstrap) 
     return ModelRow(result.name, role, summaries)
 
 
-def _cases_by_metric(result: Result) -> _Cases:
-    return {metric: case_means(result.case_names, values) for metric, values in result.metrics().items()}
+def _cases_by_metric(result: Result, shared: Sequence[str]) -> _Cases:
+    metrics = result.metrics()
+    return {metric: case_means(result.case_names, metrics[metric]) for metric in shared}
 
 
 def _mean(cases: Mapping[str, float]) -> float:

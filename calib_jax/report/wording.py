@@ -1,12 +1,46 @@
 """Numbers and comparisons in words, the same in the terminal and on the page."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Final
 
 from calib_jax.report.table import CONFIDENCE, Change, ModelRow, Summary
 from calib_jax.results import HIGHER_IS_BETTER
 
 MINUS = "\N{MINUS SIGN}"
+
+
+DEFINITIONS: Final[Mapping[str, str]] = {
+    "Dice": "Twice the number of voxels in both label maps, divided by the sum of their sizes: "
+    "2 |A ∩ B| / (|A| + |B|). The prediction is the class of the largest probability or, for regions that overlap, "
+    "every region above 1/2.",
+    "ACE": "Average calibration error. Voxels are sorted into bins by their probability. The gap of a bin is the "
+    "difference between its mean probability and the share of its voxels that have the class. ACE is the mean gap "
+    "of all bins that are not empty, for one case and class.",
+    "ECE": "Expected calibration error: the mean gap over voxels, so that full bins count more. Most voxels are "
+    "easy background, and so it is small.",
+    "MCE": "Maximum calibration error: the largest gap of a bin that is not empty.",
+    "Brier": "Brier score of a class: the mean over voxels of (probability − truth)², where the truth is 1 inside "
+    "of the class and 0 outside. It falls with better calibration and with better separation of the classes.",
+    "NLL": "Negative log-likelihood: the mean over voxels of −log of the probability that the true class got, in "
+    "nats. Classes that exclude each other share one value per case. Regions that overlap have one each.",
+    "Over-confidence": "The mean over bins that are not empty of how much further the mean probability lies from "
+    "1/2 than the observed frequency does. Positive: probabilities are too close to 0 and 1. Negative: they are "
+    "too close to 1/2.",
+    "Near borders": "Voxels within two voxels of a border between labels, stepping from face to face.",
+    "Expected Dice": "Soft Dice confidence (arXiv 2402.10665): 2 Σ p ŷ / (Σ p + Σ ŷ) with the probabilities p and "
+    "the predicted mask ŷ. It needs no label.",
+    "Expected volume": "The sum of the probabilities of a class, times the volume of a voxel.",
+    "Interval": "95% bootstrap over cases: the range of the mean over samples of cases drawn with replacement. "
+    "Voxels of one case depend on each other, so cases are drawn and not voxels.",
+    "p": "Wilcoxon signed-rank test over the cases that both models have.",
+}
+_FURTHER: Final = ("Over-confidence", "Near borders", "Expected Dice", "Expected volume", "Interval", "p")
+
+
+def definitions(rows: Sequence[ModelRow]) -> dict[str, str]:
+    """Definition of every number on the page."""
+    return {name: text for name, text in DEFINITIONS.items() if name in rows[0].metrics or name in _FURTHER}
 
 
 def number(value: float) -> str:

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Shaped
 
-from train.errors import InputError
-from train.files import visible
+from calib_jax.predictions.case import PredictionError
+from calib_jax.predictions.volumes import visible
 
 IMAGE_ENDINGS = (".png", ".bmp", ".tif", ".tiff", ".jpg", ".jpeg")
 
@@ -34,11 +34,11 @@ def open_image(path: Path) -> tuple[tuple[int, ...], np.ndarray, Callable[[], np
         in pixels; and the function that reads the array of this shape.
 
     Raises:
-        InputError: pillow is not installed, or the file holds several images.
+        PredictionError: pillow is not installed, or the file holds several images.
     """
     with _opened(path) as image:
         if (frames := getattr(image, "n_frames", 1)) > 1:
-            raise InputError(f"{path} holds {frames} images: give a 2-D image, or a volume as NIfTI.")
+            raise PredictionError(f"{path} holds {frames} images: give a 2-D image, or a volume as NIfTI.")
         bands = _mode(image) or image.getbands()
         channels = len(bands)
         shape = (*image.size, 1, *([channels] if channels > 1 else []))
@@ -56,11 +56,11 @@ def grey_of(path: Path, pixels: Shaped[np.ndarray, "x y one channels"]) -> Shape
     """The one channel of a grey image that is stored in colours, without its transparency.
 
     Raises:
-        InputError: a pixel has a colour.
+        PredictionError: a pixel has a colour.
     """
     colours = pixels[..., :3] if pixels.shape[-1] > 2 else pixels[..., :1]
     if (colours != colours[..., :1]).any():
-        raise InputError(
+        raise PredictionError(
             f"{path} has pixels of a colour: a label must be grey, with one value for each class."
         )
     return colours[..., 0]
@@ -70,7 +70,7 @@ def _opened(path: Path) -> Any:
     try:
         from PIL import Image
     except ImportError as error:
-        raise InputError(
+        raise PredictionError(
             f"{path} is read by pillow, which is not installed: pip install 'calib_jax[train]'."
         ) from error
     return Image.open(path)

@@ -5,23 +5,22 @@ function and decorate it with `register_layout`. `VolumeDataset` then checks and
 """
 
 import dataclasses
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from calib_jax.predictions.dataset_json import declared_labels
 from train.data.images import IMAGE_ENDINGS, images_in
 from train.data.names import name_cases
-from train.data.volume_files import ENDINGS, ending_of, open_volume, stem, volumes_in
+from train.data.volume_files import ENDINGS, as_input_error, ending_of, open_volume, stem, volumes_in
 from train.data.volumes import Entry, Layout
 from train.errors import InputError
 from train.files import read_json, visible
 
 # Soft tissue, in Hounsfield units.
 CT_RANGE = (-200.0, 300.0)
-_NUMBER = re.compile(r"\s*[+-]?[0-9]+\s*")
 _ANNOTATOR = re.compile(r"_annotator\d+$")
 _ANNOTATOR_FOLDER = re.compile(r"annotator[-_ ]?(\d+)", re.IGNORECASE)
 # The modalities of BraTS in the papers' order, in the file names of 2021 and of 2023 and later.
@@ -447,71 +446,7 @@ def _paths(root: Path, listed: Any) -> tuple[Path, ...]:
     )
 
 
-class _Label(NamedTuple):
-    """An entry of "labels".
-
-    Attributes:
-        name: of a class or a region, or "ignore".
-        numbers: its different values in the files.
-        is_region: whether the entry is a list, and not the background's.
-    """
-
-    name: str
-    numbers: tuple[int, ...]
-    is_region: bool
-
-
 def _declared_labels(description: _Description) -> dict[str, Any]:
-    """The fields of a `Layout` that "labels" declares: {"0": "background"} (MSD) or {"background": 0} (nnU-Net).
-
-    A list among the labels makes the data set region-based, as in nnU-Net: every label but the background is a
-    region. The label "ignore" is no class; its number marks voxels without a label.
-    """
-    file, declared = description.file, description.filled("labels", dict)
-    by_number = all(isinstance(name, str) and _NUMBER.fullmatch(number) for number, name in declared.items())
-    pairs = [(name, number) for number, name in declared.items()] if by_number else declared.items()
-    labels = [_label(file, name, value) for name, value in pairs]
-    ignored = [label for label in labels if label.name.strip().lower() == "ignore"]
-    labels = [label for label in labels if label not in ignored]
-    has_regions = any(label.is_region for label in labels)
-    # The name of a class that only regions name is its number.
-    names = {number: f"label {number}" for label in labels for number in label.numbers}
-    names |= {label.numbers[0]: label.name for label in reversed(labels) if not label.is_region}
-    ignore_values = tuple(dict.fromkeys(number for label in ignored for number in label.numbers))
-    singles = [label.numbers[0] for label in labels if not label.is_region]
-    twice = len(set(singles)) < len(singles) and not has_regions
-    if twice or not names.keys().isdisjoint(ignore_values):
-        raise InputError(f"{file} declares the labels {declared}: give each a number of its own.")
-    if sorted(names) != list(range(len(names))) or len(names) < 2:
-        raise InputError(
-            f"{file} declares the labels {declared}: give 0 for the background, then 1, 2, ... without a gap"
-            f"{', and any other number for ignore' if ignored else ''}."
-        )
-    regions = {label.name: label.numbers for label in labels if label.numbers != (0,)}
-    return {
-        "class_names": tuple(names[number] for number in range(len(names))),
-        "regions": regions if has_regions else {},
-        "ignore_values": ignore_values,
-    }
-
-
-def _label(file: Path, name: str, value: Any) -> _Label:
-    try:
-        numbers = _numbers(value)
-    except ValueError as error:
-        raise InputError(
-            f"{file} declares the label {name!r} as {json.dumps(value)}: give a whole number, or for a region "
-            "a list of them."
-        ) from error
-    return _Label(name, numbers, isinstance(value, list) and numbers != (0,))
-
-
-def _numbers(value: Any) -> tuple[int, ...]:
-    """One number, or the different numbers of a list, which may hold lists."""
-    if isinstance(value, list) and value:
-        return tuple(dict.fromkeys(number for part in value for number in _numbers(part)))
-    if isinstance(value, str) and _NUMBER.fullmatch(value):
-        return (int(value),)
-    if type(value) is int or (isinstance(value, float) and value.is_integer()):
-        return (int(value),)
-    raise ValueError(value)
+    """The fields of a `Layout` that "labels" declares."""
+    with as_input_error():
+        return vars(declared_labels(description.file, description.filled("labels", dict)))

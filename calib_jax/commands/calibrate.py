@@ -1,0 +1,471 @@
+"""`calib-jax calibrate`: better probabilities without training."""
+
+import argparse
+import dataclasses
+import functools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from calib_jax.commands import options as shared
+
+if TYPE_CHECKING:
+    from calib_jax.predictions import Case, Predictions
+
+_DESCRIPTION = """\
+Mends probabilities without training. `fit` finds the parameters of a calibrator on cases with labels that the model
+was not trained on, such as a validation fold. `apply` changes the probabilities of other cases and writes them in
+the format that they came in. Label maps stay as they are.
+"""
+_EXAMPLE = """\
+examples:
+  calib-jax calibrate fit --probs fold_0/validation --labels labelsTr --out calibration.npz
+  calib-jax calibrate apply --probs predictions --params calibration.npz --out calibrated --uncertainty
+
+`calib-jax calibrate fit --help` and `calib-jax calibrate apply --help` explain the options.
+"""
+_FIT = """\
+examples:
+  calib-jax calibrate fit --probs fold_0/validation --labels labelsTr --out calibration.npz
+  calib-jax calibrate fit --probs monai_out --labels labelsTr --method local-free --out calibration.npz
+
+methods:
+  temperature        one number for all voxels
+  class-temperature  one number for each predicted class
+  vector             scale and offset of each class
+  dirichlet          a linear map of the log-probabilities
+  isotonic           a rising curve for each class
+  local              a small network that sees the probabilities around a voxel (and the images, if given)
+  local-free         the same; it calibrates best, and its probabilities may contradict the label map, which stays
+"""
+_APPLY = """\
+example:
+  calib-jax calibrate apply --probs predictions --params calibration.npz --out calibrated --uncertainty
+"""
+METHODS = ("temperature", "class-temperature", "vector", "dirichlet", "isotonic", "local", "local-free")
+"""The names in `calib_jax.calibrators.CALIBRATORS`, which takes long to import."""
+
+_FORMAT = 1
+_SLAB = (
+    1 << 18
+)  # voxels that are calibrated at a time; all slabs have this size, so that one program is compiled
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of both commands."""
+    parser.description, parser.epilog = _DESCRIPTION, _EXAMPLE
+    actions = parser.add_subparsers(dest="action", metavar="fit | apply", required=True)
+    raw = argparse.RawDescriptionHelpFormatter
+    fit = actions.add_parser(
+        "fit", help="find the parameters on cases with labels", epilog=_FIT, formatter_class=raw
+    )
+    fit.add_argument("--out", type=Path, required=True, metavar="FILE", help="file of the parameters, .npz")
+    fit.add_argument("--method", choices=METHODS, default="temperature", help="default: temperature")
+    fit.add_argument(
+        "--max-values",
+        type=int,
+        default=1 << 26,
+        metavar="N",
+        help="probabilities to keep in memory; of more, a random part of each case's voxels is used "
+        "(default: 2^26)",
+    )
+    shared.add_folders(fit)
+    apply = actions.add_parser(
+        "apply", help="mend the probabilities of cases", epilog=_APPLY, formatter_class=raw
+    )
+    apply.add_argument("--params", type=Path, required=True, metavar="FILE", help="file that `fit` wrote")
+    apply.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the new files")
+    apply.add_argument(
+        "--uncertainty",
+        action="store_true",
+        help="also write CASE_uncertainty: the entropy of the classes in nats, for regions summed over them",
+    )
+    shared.add_folders(apply, labels=False)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Fits or applies a calibrator."""
+    return _fit(options) if options.action == "fit" else _apply(options)
+
+
+class Calibration(NamedTuple):
+    """A fitted calibrator.
+
+    Attributes:
+        method: its name.
+        class_names: of the predictions.
+        regions: whether these are regions, each with parameters of its own for region and rest.
+        params: one pytree of arrays; of regions one for each, or one for all if the calibration is local.
+    """
+
+    method: str
+    class_names: tuple[str, ...]
+    regions: bool
+    params: tuple[Any, ...]
+
+    def save(self, path: Path) -> None:
+        """Writes the parameters as `.npz`."""
+        import numpy as np
+
+        import calib_jax
+        from calib_jax.predictions.writing import written_whole
+
+        arrays: list[Any] = []
+        tree = json.dumps([_as_json(params, arrays) for params in self.params])
+        with written_whole(path) as partial, open(partial, "wb") as file:
+            np.savez(
+                file,
+                format=np.array(_FORMAT),
+                version=np.array(calib_jax.__version__),
+                method=np.array(self.method),
+                class_names=np.array(self.class_names, np.str_),
+                regions=np.array(self.regions),
+                tree=np.array(tree),
+                **{f"param_{number}": array for number, array in enumerate(arrays)},
+            )
+
+    @classmethod
+    def load(cls, path: Path) -> "Calibration":
+        """Reads a file that `save` wrote.
+
+        Raises:
+            ValueError: it is none.
+        """
+        import numpy as np
+
+        try:
+            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+                if file["format"] != _FORMAT:
+                    raise ValueError(f"its format is {file['format']}, and this version reads {_FORMAT}")
+                method = str(file["method"])
+                if method not in METHODS:
+                    raise ValueError(f"its method is {method!r}, and this version knows {', '.join(METHODS)}")
+                params = tuple(_from_json(tree, file) for tree in json.loads(str(file["tree"])))
+                return cls(method, tuple(file["class_names"].tolist()), bool(file["regions"]), params)
+        except FileNotFoundError as error:
+            raise ValueError(f"{path} does not exist: give a file that `calibrate fit` wrote.") from error
+        except Exception as error:  # whatever a broken file raises
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(f"{path} was not written by `calibrate fit` ({reason}): fit again.") from error
+
+
+def _fit(options: argparse.Namespace) -> int:
+    import jax
+    import numpy as np
+
+    from calib_jax.calibrators import CALIBRATORS
+    from calib_jax.commands import _cases
+    from calib_jax.predictions.arrays import stem
+
+    if options.out.suffix.lower() != ".npz" or options.out.is_dir():
+        raise ValueError(f"--out {options.out} must be the name of a file that ends in .npz.")
+    if options.max_values < 1:
+        raise ValueError(f"--max-values must be at least 1; got {options.max_values}.")
+    predictions = _one_model(options)
+    if options.method.startswith("local"):
+        return _fit_local(options, predictions)
+    method, names = CALIBRATORS[options.method], predictions.class_names
+    per_case = options.max_values // len(predictions.case_names) // len(names)
+    found: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def work(name: str) -> None:
+        found.append(_sampled(predictions.read(name), max(per_case, 1), seed=len(found)))
+
+    done, status = _cases.for_each_case(predictions.case_names, work)
+    probs = np.concatenate([probs for probs, _ in found])
+    labels = np.concatenate([labels for _, labels in found])
+    found.clear()
+    if not len(probs):
+        raise ValueError(f"{options.labels} has a label in no voxel: there is nothing to fit to.")
+    problems = list(_problems(probs, labels, regions=predictions.regions))
+    params, before, after = [], 0.0, 0.0
+    for log_probs, ids in problems:
+        batches = _in_batches(log_probs, ids)
+        params.append(jax.device_get(method.fit(batches)))
+        before += _likelihood(log_probs, ids)
+        after += sum(
+            _likelihood(np.asarray(jax.nn.log_softmax(method.apply(logits, params[-1]))), labels)
+            * (labels >= 0).sum()
+            for logits, labels in batches
+        ) / len(ids)
+    Calibration(options.method, names, predictions.regions, tuple(params)).save(options.out)
+    print(
+        f"{stem(options.out)}: {options.method}{_in_words(params[0]) if len(params) == 1 else ''}, "
+        f"negative log-likelihood {before:.5f} -> {after:.5f} on {done} cases\n"
+        f"Wrote {options.out}"
+    )
+    return status
+
+
+def _fit_local(options: argparse.Namespace, predictions: "Predictions") -> int:
+    """Fits a local calibration, which sees whole cases, one after the other."""
+    import numpy as np
+
+    from calib_jax.calibrators import CALIBRATORS
+    from calib_jax.commands import _cases
+    from calib_jax.report.study import Progress
+
+    regions, names = predictions.regions, predictions.case_names
+    faults: dict[str, str] = {}
+    spacings: list[tuple[float, ...]] = []
+
+    def batches() -> Iterator[tuple[Any, ...]]:
+        for done, name in enumerate(names, 1):
+            if name in faults:
+                continue
+            try:
+                case = predictions.read(name)
+                image = _cases.image_of(case, options.images) if options.images is not None else None
+            except (ValueError, OSError, MemoryError) as error:
+                faults[name] = _cases.sentence(error, name)
+                progress.say(f"fault: {faults[name]}")
+                continue
+            spacings.append(case.spacing)
+            labels = np.asarray(case.labels, np.float32 if regions else np.int32)
+            where = None if case.where is None else case.where[None]
+            yield _logits(case.probs, regions=regions)[None], labels[None], where, image
+            progress(done, len(names))
+
+    with Progress() as progress:
+        for _ in batches():  # the first case that can be read tells the spacing
+            break
+        if not spacings:
+            raise ValueError("no case could be used, see the sentences above.")
+        spacing = spacings[0] if max(spacings[0]) > 1.01 * min(spacings[0]) else ()
+        params = CALIBRATORS[options.method].fit(batches, regions=regions, spacing=spacing)
+    Calibration(options.method, predictions.class_names, regions, (params,)).save(options.out)
+    print(f"{options.method} calibration of {len(names) - len(faults)} cases\nWrote {options.out}")
+    return 1 if faults else 0
+
+
+def _apply(options: argparse.Namespace) -> int:
+    import numpy as np
+
+    from calib_jax.commands import _cases
+    from calib_jax.predictions import PredictionError, write_probabilities
+    from calib_jax.predictions.names import UNCERTAINTY, case_name
+    from calib_jax.predictions.writing import write_volume
+
+    calibration = Calibration.load(options.params)
+    _cases.check_out(options)
+    predictions = _one_model(options)
+    if (
+        len(predictions.class_names) != len(calibration.class_names)
+        or predictions.regions != calibration.regions
+    ):
+        kinds = {True: "regions", False: "classes"}
+        raise ValueError(
+            f"{options.params} was fitted to {len(calibration.class_names)} {kinds[calibration.regions]} "
+            f"({', '.join(calibration.class_names)}), and the predictions have {len(predictions.class_names)} "
+            f"{kinds[predictions.regions]} ({', '.join(predictions.class_names)}): fit to predictions of this kind."
+        )
+
+    def work(name: str) -> None:
+        case, template = predictions.read(name), predictions.template(name)
+        path = _cases.path_in(options.out, template)
+        _cases.copy_or_write_label(template, path, case.probs, predictions)
+        probs = case.probs if case.probs.flags.writeable else case.probs.copy(order="K")
+        if calibration.method.startswith("local"):
+            (params,) = calibration.params
+            image = _cases.image_of(case, options.images) if len(params.weights.image) else None
+            _calibrate_locally(probs, calibration, image)
+        else:
+            _calibrate(probs, calibration)
+        if not np.isfinite(probs).all():
+            raise PredictionError(f"{template.files[0]} gets probabilities that are not finite: fit again.")
+        write_probabilities(path, probs, template)
+        if options.uncertainty:
+            entropy = _entropy(probs, regions=calibration.regions)
+            ending = (
+                ".nii.gz" if template.reference.grid is not None else ".tif" if entropy.ndim == 2 else ".npy"
+            )
+            target = path.with_name(f"{case_name(path) or path.parent.name}{UNCERTAINTY}{ending}")
+            write_volume(target, entropy, template.reference)
+
+    done, status = _cases.for_each_case(predictions.case_names, work)
+    _cases.copy_dataset_json(predictions, options.out)
+    print(f"Wrote {done} cases to {options.out}")
+    return status
+
+
+def _one_model(options: argparse.Namespace) -> "Predictions":
+    if len(options.probs) > 1:
+        raise ValueError("--probs names several folders: calibrate one after the other.")
+    predictions = shared.open_folders(options)
+    shared.print_notices(predictions)
+    return predictions
+
+
+def _sampled(case: "Case", most: int, *, seed: int) -> tuple[Any, Any]:
+    """Probabilities and labels `[voxels, ...]` of a case's labelled voxels, or of a random part of them."""
+    import numpy as np
+
+    assert case.labels is not None
+    where = np.ones(case.probs.shape[:-1], bool) if case.where is None else case.where
+    if (voxels := int(where.sum())) > most:
+        where = where & (np.random.default_rng(seed).random(where.shape, np.float32) < most / voxels)
+    probs = np.stack([case.probs[..., index][where] for index in range(case.probs.shape[-1])], axis=-1)
+    return probs, case.labels[where]
+
+
+def _problems(probs: Any, labels: Any, *, regions: bool) -> Iterator[tuple[Any, Any]]:
+    """Log-probabilities `[voxels, classes]` and class ids: one problem, or one of two classes for each region."""
+    if not regions:
+        yield _log(probs), labels
+        return
+    import numpy as np
+
+    for index in range(probs.shape[-1]):
+        inside = probs[:, index]
+        yield _log(np.stack([1 - inside, inside], -1)), labels[:, index].astype(np.int32)
+
+
+def _in_batches(log_probs: Any, ids: Any) -> list[tuple[Any, Any]]:
+    """Batches of one size. The last is filled with voxels without a label, which do not count."""
+    import numpy as np
+
+    size = min(_SLAB, _round_up(len(ids)))
+    missing = -len(ids) % size
+    log_probs = np.concatenate([log_probs, np.zeros((missing, log_probs.shape[1]), np.float32)])
+    ids = np.concatenate([ids, np.full(missing, -1, ids.dtype)])
+    return list(
+        zip(log_probs.reshape(-1, 1, size, log_probs.shape[1]), ids.reshape(-1, 1, size), strict=True)
+    )
+
+
+def _likelihood(log_probs: Any, ids: Any) -> float:
+    """Mean negative log-likelihood of the labelled voxels."""
+    import numpy as np
+
+    log_probs, ids = log_probs.reshape(-1, log_probs.shape[-1]), ids.reshape(-1)
+    counted = np.flatnonzero(ids >= 0)
+    return -float(log_probs[counted, ids[counted]].mean(dtype=np.float64)) if len(counted) else 0.0
+
+
+def _calibrate(probs: Any, calibration: Calibration) -> None:
+    """Changes probabilities in place, slab by slab: each voxel by itself."""
+    import numpy as np
+
+    calibrated = _compiled(calibration.method)
+    for slab, size in _slabs(probs):
+        flat = slab.reshape(-1, slab.shape[-1])
+        columns = [np.stack([1 - p, p], -1) for p in flat.T] if calibration.regions else [flat]
+        changed = []
+        for column, params in zip(columns, calibration.params, strict=True):
+            padded = np.zeros((size, column.shape[1]), np.float32)
+            padded[: len(column)] = _log(column)
+            changed.append(np.asarray(calibrated(padded, params))[: len(column)])
+        new = np.stack([change[:, 1] for change in changed], -1) if calibration.regions else changed[0]
+        slab[...] = new.reshape(slab.shape)
+
+
+def _calibrate_locally(probs: Any, calibration: Calibration, image: Any) -> None:
+    """Changes probabilities in place, from those around each voxel."""
+    import numpy as np
+
+    from calib_jax.calibrators import CALIBRATORS
+
+    (params,) = calibration.params
+    options = {} if image is None else {"image": image}
+    logits = _logits(probs, regions=calibration.regions)[None]
+    calibrated = np.asarray(CALIBRATORS[calibration.method].apply(logits, params, **options))[0]
+    for (slab, _), (new, _) in zip(_slabs(probs), _slabs(calibrated), strict=True):
+        if calibration.regions:
+            with np.errstate(over="ignore"):  # 1 / infinity is the 0 that is wanted
+                slab[...] = 1 / (1 + np.exp(-new))
+        else:
+            odds = np.exp(new - new.max(-1, keepdims=True))
+            slab[...] = odds / odds.sum(-1, keepdims=True)
+
+
+def _entropy(probs: Any, *, regions: bool) -> Any:
+    """Entropy of each voxel in nats: of its classes, or the sum over its regions."""
+    import numpy as np
+
+    entropy = np.empty(probs.shape[:-1], np.float32)
+    for (slab, _), (to, _) in zip(_slabs(probs), _slabs(entropy[..., None]), strict=True):
+        nats = -slab * _log(slab)
+        if regions:
+            nats -= (1 - slab) * _log(1 - slab)
+        to[..., 0] = nats.sum(-1)
+    return entropy
+
+
+def _slabs(array: Any) -> Iterator[tuple[Any, int]]:
+    """Views of some rows of an array `[*spatial, channels]`, and a size in voxels that fits all of them."""
+    plane = array[0, ..., 0].size
+    rows = max(_SLAB // plane, 1)
+    size = _round_up(min(rows, len(array)) * plane)
+    for start in range(0, len(array), rows):
+        yield array[start : start + rows], size
+
+
+@functools.cache
+def _compiled(method: str) -> Any:
+    """From log-probabilities and parameters to calibrated probabilities, compiled once for each size."""
+    import jax
+
+    from calib_jax.calibrators import CALIBRATORS
+
+    apply = CALIBRATORS[method].apply
+    return jax.jit(lambda log_probs, params: jax.nn.softmax(apply(log_probs, params)))
+
+
+def _round_up(size: int) -> int:
+    """The next power of two, so that cases of many sizes need few programs."""
+    return 1 << (size - 1).bit_length()
+
+
+def _log(probs: Any) -> Any:
+    import numpy as np
+
+    return np.log(np.maximum(probs, np.finfo(np.float32).tiny), dtype=np.float32)
+
+
+def _logits(probs: Any, *, regions: bool) -> Any:
+    """Log-probabilities, or for regions log-odds."""
+    return _log(probs) - _log(1 - probs) if regions else _log(probs)
+
+
+# Parameters as JSON and arrays: a local calibration, or a pytree of tuples with or without names.
+
+
+def _as_json(params: Any, arrays: list[Any]) -> Any:
+    import numpy as np
+
+    if dataclasses.is_dataclass(params):
+        local: Any = params
+        static = {"keeps_labels": local.keeps_labels, "regions": local.regions, "spacing": local.spacing}
+        return {"local": static, "weights": _as_json(local.weights, arrays)}
+    if hasattr(params, "_fields"):
+        return {"fields": [[name, _as_json(getattr(params, name), arrays)] for name in params._fields]}
+    if isinstance(params, Sequence):
+        return [_as_json(value, arrays) for value in params]
+    arrays.append(np.asarray(params))
+    return len(arrays) - 1
+
+
+def _from_json(tree: Any, arrays: Mapping[str, Any]) -> Any:
+    from collections import namedtuple
+
+    if isinstance(tree, int):
+        return arrays[f"param_{tree}"]
+    if isinstance(tree, list):
+        return tuple(_from_json(value, arrays) for value in tree)
+    if "local" in tree:
+        from calib_jax.local_calibration import LocalCalibration, LocalWeights
+
+        static, weights = tree["local"], LocalWeights(*_from_json(tree["weights"], arrays))
+        return LocalCalibration(
+            weights, bool(static["keeps_labels"]), bool(static["regions"]), tuple(static["spacing"])
+        )
+    names = [name for name, _ in tree["fields"]]
+    return namedtuple("Parameters", names)(*(_from_json(value, arrays) for _, value in tree["fields"]))
+
+
+def _in_words(params: Any) -> str:
+    """The parameter, if there is only one."""
+    import numpy as np
+
+    return f" {float(params):.4g}" if not isinstance(params, tuple | dict) and np.ndim(params) == 0 else ""

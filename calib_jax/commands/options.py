@@ -1,0 +1,112 @@
+"""Options that several commands share: which folders to read, and how to bin."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def add_folders(parser: argparse.ArgumentParser, *, labels: bool = True, images: bool = True) -> None:
+    """Adds the options that say what to read; without `labels` or `images`, these are no option."""
+    add = parser.add_argument_group("what to read").add_argument
+    add(
+        "--probs",
+        action="append",
+        required=True,
+        metavar="[NAME=]DIR",
+        help="folder of predicted probabilities (nnU-Net's .npz, NIfTI, .npy, .mha, .nrrd, PNG, TIFF); give it "
+        "once for each model, with a name",
+    )
+    if labels:
+        add(
+            "--labels",
+            type=Path,
+            required=True,
+            metavar="DIR",
+            help="folder of true label maps, matched by file name",
+        )
+    else:
+        parser.set_defaults(labels=None)
+    if images:
+        used = "to show behind the labels" if labels else "for the grid of .npz and .npy files"
+        add("--images", type=Path, metavar="DIR", help=f"folder of images, {used}")
+    add("--logits", action="store_true", help="the files hold logits rather than probabilities")
+    add(
+        "--dataset-json",
+        type=Path,
+        metavar="FILE",
+        help="nnU-Net's dataset.json: class names, regions, ignore label (default: found beside the predictions)",
+    )
+    add("--class-names", nargs="+", metavar="NAME", help="names of all classes, background first")
+
+
+def add_jobs(parser: argparse.ArgumentParser) -> None:
+    """Adds the number of threads."""
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="cases to read at a time, each of them in memory (default: 1)",
+    )
+
+
+def check_jobs(options: argparse.Namespace) -> None:
+    """Raises ValueError unless there is at least one job."""
+    if options.jobs < 1:
+        raise ValueError(f"--jobs must be at least 1; got {options.jobs}.")
+
+
+def first_class(options: argparse.Namespace, predictions: Any) -> int:
+    """Index of the first class that is reported: the background is left out unless it is asked for."""
+    everything = predictions.regions or options.include_background or len(predictions.class_names) == 1
+    return 0 if everything else 1
+
+
+def named_folders(given: Sequence[str]) -> Path | dict[str, Path]:
+    """The folders of `--probs`: a single path without a name, or paths by name of the model.
+
+    Raises:
+        ValueError: if two models have one name.
+
+    Example:
+        >>> named_folders(["fold0"]).as_posix(), list(named_folders(["A=x", "runs/B"]))
+        ('fold0', ['A', 'B'])
+    """
+    pairs = []
+    for text in given:
+        name, equals, folder = text.partition("=")
+        is_named = bool(equals and name) and not Path(text).exists()
+        pairs.append((name, Path(folder)) if is_named else ("", Path(text)))
+    if len(pairs) == 1 and not pairs[0][0]:
+        return pairs[0][1]
+    folders: dict[str, Path] = {}
+    for name, folder in pairs:
+        name = name or folder.resolve().name
+        if name in folders:
+            raise ValueError(
+                f"--probs: two folders are called {name!r}: give each model a name, as in --probs {name}1={folder}."
+            )
+        folders[name] = folder
+    return folders
+
+
+def print_notices(predictions: Any) -> None:
+    """Prints what a reader should know about the files."""
+    for notice in predictions.notices:
+        print(f"note: {notice}", file=sys.stderr)
+
+
+def open_folders(options: argparse.Namespace) -> Any:
+    """`calib_jax.predictions.open_predictions` with the options of `add_folders`."""
+    from calib_jax.predictions import open_predictions
+
+    return open_predictions(
+        named_folders(options.probs),
+        options.labels,
+        images=getattr(options, "images", None),
+        dataset_json=options.dataset_json,
+        logits=options.logits,
+        class_names=options.class_names,
+    )

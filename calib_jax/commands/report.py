@@ -1,0 +1,175 @@
+"""`calib-jax report`: how far to trust predictions."""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calib_jax.commands import options as shared
+
+if TYPE_CHECKING:
+    from calib_jax.report.study import Study
+
+_DESCRIPTION = """\
+Measures how far predicted probabilities can be trusted, and writes a page that says it in words, numbers and
+figures.
+
+Each case is read once, one at a time. What was measured of a case is kept in OUT/cases, so that a report that was
+stopped goes on where it was, and a report over one more case reads this case alone.
+"""
+_EXAMPLE = """\
+examples:
+  calib-jax report --probs predictions --labels labelsTs --out report
+  calib-jax report --probs nnunet=fold0 --probs monai=out --labels labelsTs --images imagesTs --out report --jobs 4
+
+OUT gets index.html (one file with everything in it), metrics.csv, cases.csv, report.json, and figures/ as SVG and
+PNG.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the command."""
+    parser.description, parser.epilog = _DESCRIPTION, _EXAMPLE
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the report")
+    shared.add_folders(parser)
+    add = parser.add_argument_group("what to measure").add_argument
+    add("--num-bins", type=int, default=20, metavar="N", help="number of bins (default: 20)")
+    add(
+        "--binning",
+        choices=("hard", "soft", "adaptive"),
+        default="hard",
+        help="bins of equal width, the same with soft borders, or bins of equal mass (default: hard)",
+    )
+    add(
+        "--local",
+        action="store_true",
+        help="also cross-validate local calibration, which reads each case twice more and takes minutes",
+    )
+    add("--include-background", action="store_true", help="report the background as a class too")
+    add("--baseline", metavar="NAME", help="model that the others are compared with (default: the first)")
+    add("--title", help="title of the page")
+    shared.add_jobs(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measures the cases and writes the report."""
+    if options.num_bins < 1:
+        raise ValueError(f"--num-bins must be at least 1; got {options.num_bins}.")
+    shared.check_jobs(options)
+    from calib_jax._sums.bins import Bins
+    from calib_jax.report.study import Progress, measure_cases
+
+    predictions = shared.open_folders(options)
+    if options.baseline is not None and options.baseline not in predictions.models:
+        raise ValueError(
+            f"--baseline {options.baseline!r} is no model: there are {', '.join(predictions.models)}."
+        )
+    shared.print_notices(predictions)
+    with Progress() as progress:
+        study = measure_cases(
+            predictions,
+            Bins(options.binning, options.num_bins),
+            options.out,
+            options={"logits": options.logits, "images": options.images is not None},
+            jobs=options.jobs,
+            progress=progress,
+            fault=lambda sentence: progress.say(f"fault: {sentence}"),
+        )
+    if not any(study.cases.values()):
+        raise ValueError("no case could be read, see the sentences above.")
+    _write(options, predictions, study)
+    return 1 if study.faults else 0
+
+
+def _write(options: argparse.Namespace, predictions: Any, study: "Study") -> None:
+    from calib_jax._sums.bins import Bins
+    from calib_jax.report import compare_models, findings, format_table, write_report
+    from calib_jax.report.gains import cross_validate, cross_validate_local
+    from calib_jax.report.study import Progress, results_of
+
+    bins = Bins(options.binning, options.num_bins)
+    regions, names = predictions.regions, predictions.class_names
+    first = shared.first_class(options, predictions)
+    results = results_of(study, names, first_class=first, integer_counts=options.binning != "soft")
+    shown = [result.name for result in results]
+    baseline = options.baseline if options.baseline in shown else shown[0]
+    rows = compare_models(results, baseline=baseline)
+    table = list(findings.case_table(study, results, first_class=first))
+    findings.write_case_table(table, options.out / "cases.csv")
+    gains = {
+        result.name: cross_validate(
+            study.cases[result.name], result, bins, first_class=first, regions=regions
+        )
+        for result in results
+    }
+    if options.local:
+        with Progress(noun="read case") as progress:
+            for result in results:
+                gains[result.name] += cross_validate_local(
+                    predictions, result, bins, first_class=first, progress=progress
+                )
+    details = findings.details_of(
+        study,
+        results,
+        table,
+        gains,
+        first_class=first,
+        label_names=findings.label_names_of(names, regions=regions),
+        notices=predictions.notices,
+    )
+    number = len({case for result in results for case in result.case_names})
+    page = write_report(
+        options.out,
+        results,
+        title=options.title or _title(shown, number),
+        baseline=baseline,
+        rows=rows,
+        details=details,
+        provenance={"command": _command(), **_settings(options, names, regions), **_versions()},
+    )
+    print(format_table(rows, per_class=True))
+    for model, sentences in details.summary.items():
+        print("", *([f"{model}:"] if len(shown) > 1 else []), *sentences, sep="\n")
+    print(f"\nWrote {page}")
+
+
+def _title(models: Sequence[str], cases: int) -> str:
+    what = f" of {', '.join(models)}" if len(models) > 1 else ""
+    return f"Calibration{what} on {cases} {'case' if cases == 1 else 'cases'}"
+
+
+def _command() -> str:
+    return shlex.join(["calib-jax", *sys.argv[1:]])
+
+
+def _settings(options: argparse.Namespace, class_names: Any, regions: bool) -> dict[str, str]:
+    kinds = {"hard": "equal width", "soft": "equal width with soft borders", "adaptive": "equal mass"}
+    folders = shared.named_folders(options.probs)
+    probs = (
+        "\n".join(f"{name}: {path}" for name, path in folders.items())
+        if isinstance(folders, dict)
+        else folders
+    )
+    return {
+        "predictions": str(probs),
+        "labels": str(options.labels),
+        "bins": f"{options.num_bins} of {kinds[options.binning]}",
+        "regions" if regions else "classes": ", ".join(class_names),
+        "background": "reported" if options.include_background or regions else "left out of the averages",
+    }
+
+
+def _versions() -> dict[str, str]:
+    import platform
+
+    import jax
+    import numpy as np
+
+    import calib_jax
+
+    return {
+        "versions": f"calib_jax {calib_jax.__version__}, NumPy {np.__version__}, JAX {jax.__version__}, Python "
+        f"{platform.python_version()}"
+    }
