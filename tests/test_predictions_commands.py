@@ -2,12 +2,14 @@
 
 import shutil
 
+import jax
 import nibabel as nib
 import numpy as np
 import pytest
 from test_predictions import AFFINE, LPS, SHAPE, make_case, save_dataset_json, save_nifti, save_nnunet
 
 import calib_jax
+from calib_jax import local_calibration
 from calib_jax.calibrators import CALIBRATORS
 from calib_jax.cli import main
 from calib_jax.commands.calibrate import METHODS, Calibration
@@ -258,3 +260,53 @@ def test_figures_are_those_of_monai(tmp_path, folders):
         stats = calib_jax.bin_statistics(case.probs[None], case.labels[None])
         found.append(np.asarray(calib_jax.expected_calibration_error(stats)))
     np.testing.assert_allclose(np.concatenate(found), metric.get_buffer().numpy(), atol=1e-6)
+
+
+def test_local_calibration_sees_regions_and_images(tmp_path, capsys, monkeypatch):
+    """The network works on whole cases, of which those without an image are told. Here it is not trained."""
+    fitted = []
+
+    def fit(batches, *, regions, spacing):
+        fitted.extend(batches())
+        key = jax.random.key(0)
+        weights = local_calibration._first_weights(key, fitted[0][0].shape[-1], 3)
+        weights = weights._replace(factor=jax.random.normal(key, weights.factor.shape))
+        return local_calibration.LocalCalibration(weights, True, regions, spacing)
+
+    monkeypatch.setitem(CALIBRATORS, "local", CALIBRATORS["local"]._replace(fit=fit))
+    probs, ids = make_case(shape=(8, 8), sharpness=1.0)
+    regions = np.stack([1 - probs[..., 0], probs[..., 2]], -1)
+    save_dataset_json(tmp_path, {"background": 0, "whole": [1, 2], "core": 2})
+    for folder in ("probs", "labels", "images"):
+        (tmp_path / folder).mkdir()
+    for name in ("a", "b", "c"):
+        np.save(tmp_path / "probs" / f"{name}.npy", regions)
+        np.save(tmp_path / "labels" / f"{name}.npy", ids)
+        if name != "c":
+            np.save(tmp_path / "images" / f"{name}.npy", ids.astype(np.float32))
+    given = ["--probs", str(tmp_path / "probs"), "--dataset-json", str(tmp_path / "dataset.json")]
+    given += ["--images", str(tmp_path / "images")]
+    fit = ["calibrate", "fit", *given, "--labels", str(tmp_path / "labels"), "--method", "local"]
+    assert main([*fit, "--out", str(tmp_path / "fit.npz")]) == 1
+    assert [[x if x is None else x.shape for x in batch] for batch in fitted] == 2 * [
+        [(1, 8, 8, 2), (1, 8, 8, 2), None, (1, 8, 8, 1)]
+    ]
+    assert "c needs an image" in capsys.readouterr().err
+    (params,) = Calibration.load(tmp_path / "fit.npz").params
+    assert params.regions
+    assert params.keeps_labels
+    apply = [
+        "calibrate",
+        "apply",
+        *given,
+        "--params",
+        str(tmp_path / "fit.npz"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert main(apply) == 1
+    assert files(tmp_path / "out") == ["a.npy", "b.npy", "dataset.json"]
+    log_odds = np.log(regions / (1 - regions))[None]
+    image = ids.astype(np.float32)[None, ..., None]
+    expected = np.asarray(CALIBRATORS["local"].apply(log_odds, params, image=image))[0]
+    np.testing.assert_allclose(np.load(tmp_path / "out" / "a.npy"), 1 / (1 + np.exp(-expected)), atol=1e-5)

@@ -1,25 +1,25 @@
 """What commands that write a file for each case share."""
 
+import argparse
 import shutil
-import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from calib_jax.commands import options as shared
 
-def check_out(out: Path, sources: Iterable[Path]) -> None:
+
+def check_out(options: argparse.Namespace) -> None:
     """Raises ValueError if the output folder is one of the folders that are read, or lies in one or around one."""
-    inside = out.expanduser().resolve()
-    for source in sources:
-        folder = source.expanduser().resolve()
-        if inside == folder or folder in inside.parents or inside in folder.parents:
-            raise ValueError(f"--out {out} and {source} lie in each other: choose another output folder.")
-
-
-def note(sentences: Iterable[str]) -> None:
-    """Prints what the user should know of the input."""
-    for sentence in sentences:
-        print(f"note: {sentence}", file=sys.stderr)
+    folders = shared.named_folders(options.probs)
+    probs = list(folders.values()) if isinstance(folders, Mapping) else [folders]
+    inside = options.out.expanduser().resolve()
+    for source in (*probs, options.images):
+        folder = source.expanduser().resolve() if source is not None else None
+        if folder and (inside == folder or folder in inside.parents or inside in folder.parents):
+            raise ValueError(
+                f"--out {options.out} and {source} lie in each other: choose another output folder."
+            )
 
 
 def for_each_case(names: Sequence[str], work: Callable[[str], None]) -> tuple[int, int]:
@@ -39,13 +39,30 @@ def for_each_case(names: Sequence[str], work: Callable[[str], None]) -> tuple[in
             try:
                 work(name)
             except (ValueError, OSError, MemoryError) as error:
-                sentence = " ".join(str(error).split()) or type(error).__name__
-                progress.say(f"fault: {sentence if name in sentence else f'{name}: {sentence}'}")
+                progress.say(f"fault: {sentence(error, name)}")
                 faults += 1
             progress(done, len(names))
     if faults == len(names):
         raise ValueError("no case could be used, see the sentences above.")
     return len(names) - faults, 1 if faults else 0
+
+
+def sentence(error: Exception, name: str) -> str:
+    """The message of an exception on one line, with the name of the case."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if name in text else f"{name}: {text}"
+
+
+def image_of(case: Any, images: Path | None) -> Any:
+    """The image of a case, `[1, *spatial, 1]`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if case.image is None:
+        where = f"{images} has none that fits" if images is not None else "give --images"
+        raise ValueError(f"{case.name} needs an image, which this calibration sees too: {where}.")
+    return case.image[None, ..., None]
 
 
 def path_in(out: Path, template: Any) -> Path:
@@ -60,11 +77,11 @@ def path_in(out: Path, template: Any) -> Path:
     return path
 
 
-def copy_dataset_json(folder: Path, out: Path) -> None:
-    """Copies `dataset.json`, so that the output folder can be read like the folder that it came from."""
-    if (folder / "dataset.json").is_file():
+def copy_dataset_json(predictions: Any, out: Path) -> None:
+    """Copies the `dataset.json` that was used, so that the output folder is read like the one that it came from."""
+    if predictions.dataset is not None:
         out.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(folder / "dataset.json", out / "dataset.json")
+        shutil.copyfile(predictions.dataset.file, out / "dataset.json")
 
 
 def copy_or_write_label(template: Any, path: Path, probs: Any, predictions: Any) -> None:

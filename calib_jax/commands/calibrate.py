@@ -1,6 +1,7 @@
 """`calib-jax calibrate`: better probabilities without training."""
 
 import argparse
+import dataclasses
 import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,13 +28,22 @@ examples:
 _FIT = """\
 examples:
   calib-jax calibrate fit --probs fold_0/validation --labels labelsTr --out calibration.npz
-  calib-jax calibrate fit --probs monai_out --labels labelsTr --method isotonic --out calibration.npz
+  calib-jax calibrate fit --probs monai_out --labels labelsTr --method local-free --out calibration.npz
+
+methods:
+  temperature        one number for all voxels
+  class-temperature  one number for each predicted class
+  vector             scale and offset of each class
+  dirichlet          a linear map of the log-probabilities
+  isotonic           a rising curve for each class
+  local              a small network that sees the probabilities around a voxel (and the images, if given)
+  local-free         the same; it calibrates best, and its probabilities may contradict the label map, which stays
 """
 _APPLY = """\
 example:
   calib-jax calibrate apply --probs predictions --params calibration.npz --out calibrated --uncertainty
 """
-METHODS = ("temperature", "class-temperature", "vector", "dirichlet", "isotonic")
+METHODS = ("temperature", "class-temperature", "vector", "dirichlet", "isotonic", "local", "local-free")
 """The names in `calib_jax.calibrators.CALIBRATORS`, which takes long to import."""
 
 _FORMAT = 1
@@ -86,7 +96,7 @@ class Calibration(NamedTuple):
         method: its name.
         class_names: of the predictions.
         regions: whether these are regions, each with parameters of its own for region and rest.
-        params: one pytree of arrays, or one for each region.
+        params: one pytree of arrays; of regions one for each, or one for all if the calibration is local.
     """
 
     method: str
@@ -163,6 +173,8 @@ def _fit(options: argparse.Namespace) -> int:
     if options.max_values < 1:
         raise ValueError(f"--max-values must be at least 1; got {options.max_values}.")
     predictions = _one_model(options)
+    if options.method.startswith("local"):
+        return _fit_local(options, predictions)
     method, names = CALIBRATORS[options.method], predictions.class_names
     per_case = options.max_values // len(predictions.case_names) // len(names)
     found: list[tuple[np.ndarray, np.ndarray]] = []
@@ -196,6 +208,47 @@ def _fit(options: argparse.Namespace) -> int:
     return status
 
 
+def _fit_local(options: argparse.Namespace, predictions: "Predictions") -> int:
+    """Fits a local calibration, which sees whole cases, one after the other."""
+    import numpy as np
+
+    from calib_jax.calibrators import CALIBRATORS
+    from calib_jax.commands import _cases
+    from calib_jax.report.study import Progress
+
+    regions, names = predictions.regions, predictions.case_names
+    faults: dict[str, str] = {}
+    spacings: list[tuple[float, ...]] = []
+
+    def batches() -> Iterator[tuple[Any, ...]]:
+        for done, name in enumerate(names, 1):
+            if name in faults:
+                continue
+            try:
+                case = predictions.read(name)
+                image = _cases.image_of(case, options.images) if options.images is not None else None
+            except (ValueError, OSError, MemoryError) as error:
+                faults[name] = _cases.sentence(error, name)
+                progress.say(f"fault: {faults[name]}")
+                continue
+            spacings.append(case.spacing)
+            labels = np.asarray(case.labels, np.float32 if regions else np.int32)
+            where = None if case.where is None else case.where[None]
+            yield _logits(case.probs, regions=regions)[None], labels[None], where, image
+            progress(done, len(names))
+
+    with Progress() as progress:
+        for _ in batches():  # the first case that can be read tells the spacing
+            break
+        if not spacings:
+            raise ValueError("no case could be used, see the sentences above.")
+        spacing = spacings[0] if max(spacings[0]) > 1.01 * min(spacings[0]) else ()
+        params = CALIBRATORS[options.method].fit(batches, regions=regions, spacing=spacing)
+    Calibration(options.method, predictions.class_names, regions, (params,)).save(options.out)
+    print(f"{options.method} calibration of {len(names) - len(faults)} cases\nWrote {options.out}")
+    return 1 if faults else 0
+
+
 def _apply(options: argparse.Namespace) -> int:
     import numpy as np
 
@@ -205,7 +258,7 @@ def _apply(options: argparse.Namespace) -> int:
     from calib_jax.predictions.writing import write_volume
 
     calibration = Calibration.load(options.params)
-    _cases.check_out(options.out, shared.sources(options))
+    _cases.check_out(options)
     predictions = _one_model(options)
     if (
         len(predictions.class_names) != len(calibration.class_names)
@@ -223,12 +276,17 @@ def _apply(options: argparse.Namespace) -> int:
         path = _cases.path_in(options.out, template)
         _cases.copy_or_write_label(template, path, case.probs, predictions)
         probs = case.probs if case.probs.flags.writeable else case.probs.copy(order="K")
-        entropy = np.zeros(probs.shape[:-1], np.float32) if options.uncertainty else None
-        _calibrate(probs, calibration, entropy)
+        if calibration.method.startswith("local"):
+            (params,) = calibration.params
+            image = _cases.image_of(case, options.images) if len(params.weights.image) else None
+            _calibrate_locally(probs, calibration, image)
+        else:
+            _calibrate(probs, calibration)
         if not np.isfinite(probs).all():
             raise PredictionError(f"{template.files[0]} gets probabilities that are not finite: fit again.")
         write_probabilities(path, probs, template)
-        if entropy is not None:
+        if options.uncertainty:
+            entropy = _entropy(probs, regions=calibration.regions)
             ending = (
                 ".nii.gz" if template.reference.grid is not None else ".tif" if entropy.ndim == 2 else ".npy"
             )
@@ -236,18 +294,16 @@ def _apply(options: argparse.Namespace) -> int:
             write_volume(target, entropy, template.reference)
 
     done, status = _cases.for_each_case(predictions.case_names, work)
-    _cases.copy_dataset_json(predictions.folder_of(predictions.models[0]), options.out)
+    _cases.copy_dataset_json(predictions, options.out)
     print(f"Wrote {done} cases to {options.out}")
     return status
 
 
 def _one_model(options: argparse.Namespace) -> "Predictions":
-    from calib_jax.commands import _cases
-
     if len(options.probs) > 1:
         raise ValueError("--probs names several folders: calibrate one after the other.")
     predictions = shared.open_folders(options)
-    _cases.note(predictions.notices)
+    shared.print_notices(predictions)
     return predictions
 
 
@@ -297,16 +353,12 @@ def _likelihood(log_probs: Any, ids: Any) -> float:
     return -float(log_probs[counted, ids[counted]].mean(dtype=np.float64)) if len(counted) else 0.0
 
 
-def _calibrate(probs: Any, calibration: Calibration, entropy: Any) -> None:
-    """Changes probabilities in place, slab by slab, and fills in their entropy unless it is None."""
+def _calibrate(probs: Any, calibration: Calibration) -> None:
+    """Changes probabilities in place, slab by slab: each voxel by itself."""
     import numpy as np
 
     calibrated = _compiled(calibration.method)
-    plane = probs[0, ..., 0].size
-    rows = max(_SLAB // plane, 1)
-    size = _round_up(min(rows, len(probs)) * plane)
-    for start in range(0, len(probs), rows):
-        slab = probs[start : start + rows]
+    for slab, size in _slabs(probs):
         flat = slab.reshape(-1, slab.shape[-1])
         columns = [np.stack([1 - p, p], -1) for p in flat.T] if calibration.regions else [flat]
         changed = []
@@ -316,9 +368,47 @@ def _calibrate(probs: Any, calibration: Calibration, entropy: Any) -> None:
             changed.append(np.asarray(calibrated(padded, params))[: len(column)])
         new = np.stack([change[:, 1] for change in changed], -1) if calibration.regions else changed[0]
         slab[...] = new.reshape(slab.shape)
-        if entropy is not None:
-            nats = np.sum([-(change * _log(change)).sum(-1) for change in changed], axis=0)
-            entropy[start : start + rows] = nats.reshape(slab.shape[:-1])
+
+
+def _calibrate_locally(probs: Any, calibration: Calibration, image: Any) -> None:
+    """Changes probabilities in place, from those around each voxel."""
+    import numpy as np
+
+    from calib_jax.calibrators import CALIBRATORS
+
+    (params,) = calibration.params
+    options = {} if image is None else {"image": image}
+    logits = _logits(probs, regions=calibration.regions)[None]
+    calibrated = np.asarray(CALIBRATORS[calibration.method].apply(logits, params, **options))[0]
+    for (slab, _), (new, _) in zip(_slabs(probs), _slabs(calibrated), strict=True):
+        if calibration.regions:
+            with np.errstate(over="ignore"):  # 1 / infinity is the 0 that is wanted
+                slab[...] = 1 / (1 + np.exp(-new))
+        else:
+            odds = np.exp(new - new.max(-1, keepdims=True))
+            slab[...] = odds / odds.sum(-1, keepdims=True)
+
+
+def _entropy(probs: Any, *, regions: bool) -> Any:
+    """Entropy of each voxel in nats: of its classes, or the sum over its regions."""
+    import numpy as np
+
+    entropy = np.empty(probs.shape[:-1], np.float32)
+    for (slab, _), (to, _) in zip(_slabs(probs), _slabs(entropy[..., None]), strict=True):
+        nats = -slab * _log(slab)
+        if regions:
+            nats -= (1 - slab) * _log(1 - slab)
+        to[..., 0] = nats.sum(-1)
+    return entropy
+
+
+def _slabs(array: Any) -> Iterator[tuple[Any, int]]:
+    """Views of some rows of an array `[*spatial, channels]`, and a size in voxels that fits all of them."""
+    plane = array[0, ..., 0].size
+    rows = max(_SLAB // plane, 1)
+    size = _round_up(min(rows, len(array)) * plane)
+    for start in range(0, len(array), rows):
+        yield array[start : start + rows], size
 
 
 @functools.cache
@@ -343,16 +433,23 @@ def _log(probs: Any) -> Any:
     return np.log(np.maximum(probs, np.finfo(np.float32).tiny), dtype=np.float32)
 
 
-# Parameters as JSON and arrays: a pytree of tuples with or without names, lists, dictionaries.
+def _logits(probs: Any, *, regions: bool) -> Any:
+    """Log-probabilities, or for regions log-odds."""
+    return _log(probs) - _log(1 - probs) if regions else _log(probs)
+
+
+# Parameters as JSON and arrays: a local calibration, or a pytree of tuples with or without names.
 
 
 def _as_json(params: Any, arrays: list[Any]) -> Any:
     import numpy as np
 
+    if dataclasses.is_dataclass(params):
+        local: Any = params
+        static = {"keeps_labels": local.keeps_labels, "regions": local.regions, "spacing": local.spacing}
+        return {"local": static, "weights": _as_json(local.weights, arrays)}
     if hasattr(params, "_fields"):
         return {"fields": [[name, _as_json(getattr(params, name), arrays)] for name in params._fields]}
-    if isinstance(params, Mapping):
-        return {"items": [[name, _as_json(value, arrays)] for name, value in params.items()]}
     if isinstance(params, Sequence):
         return [_as_json(value, arrays) for value in params]
     arrays.append(np.asarray(params))
@@ -366,8 +463,13 @@ def _from_json(tree: Any, arrays: Mapping[str, Any]) -> Any:
         return arrays[f"param_{tree}"]
     if isinstance(tree, list):
         return tuple(_from_json(value, arrays) for value in tree)
-    if "items" in tree:
-        return {name: _from_json(value, arrays) for name, value in tree["items"]}
+    if "local" in tree:
+        from calib_jax.local_calibration import LocalCalibration, LocalWeights
+
+        static, weights = tree["local"], LocalWeights(*_from_json(tree["weights"], arrays))
+        return LocalCalibration(
+            weights, bool(static["keeps_labels"]), bool(static["regions"]), tuple(static["spacing"])
+        )
     names = [name for name, _ in tree["fields"]]
     return namedtuple("Parameters", names)(*(_from_json(value, arrays) for _, value in tree["fields"]))
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from calib_jax.commands import options as shared
 
 _DESCRIPTION = """\
-Writes predictions in another format: nnU-Net's .npz as NIfTI with the classes along the fourth axis, which viewers
-open; NIfTI or anything else as nnU-Net's .npz. Axes and affine are those of the label map beside the file, or of the
-image. Label maps are copied.
+Writes predictions in another format: nnU-Net's .npz as NIfTI with the classes along the fourth axis, which
+viewers open; NIfTI or anything else as nnU-Net's .npz. Axes and affine are those of the label map beside the
+file, or of the image. Label maps are copied.
 """
 _EXAMPLE = """\
 examples:
@@ -44,11 +44,11 @@ def run(options: argparse.Namespace) -> int:
     from calib_jax.predictions.arrays import NNUNET_KEYS
     from calib_jax.predictions.writing import write_volume, written_whole
 
-    _cases.check_out(options.out, shared.sources(options))
+    _cases.check_out(options)
     predictions = shared.open_folders(options)
     if len(predictions.models) > 1:
         raise ValueError("--probs names several folders: convert one after the other.")
-    _cases.note(predictions.notices)
+    shared.print_notices(predictions)
 
     def work(name: str) -> None:
         case, template = predictions.read(name), predictions.template(name)
@@ -71,6 +71,6 @@ def run(options: argparse.Namespace) -> int:
             shutil.copyfile(template.segmentation, path.with_name(template.segmentation.name))
 
     done, status = _cases.for_each_case(predictions.case_names, work)
-    _cases.copy_dataset_json(predictions.folder_of(predictions.models[0]), options.out)
+    _cases.copy_dataset_json(predictions, options.out)
     print(f"Wrote {done} cases to {options.out}")
     return status

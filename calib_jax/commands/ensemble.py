@@ -30,12 +30,12 @@ def run(options: argparse.Namespace) -> int:
     from calib_jax.commands import _cases
     from calib_jax.predictions import PredictionError, write_probabilities
 
-    _cases.check_out(options.out, shared.sources(options))
+    _cases.check_out(options)
     predictions = shared.open_folders(options)
     models = predictions.models
     if len(models) < 2:
         raise ValueError("--probs names one folder: give it once for each model or fold, at least twice.")
-    _cases.note(predictions.notices)
+    shared.print_notices(predictions)
 
     def work(name: str) -> None:
         total = None
@@ -58,6 +58,6 @@ def run(options: argparse.Namespace) -> int:
         _cases.write_label(template, path, total, predictions)
 
     done, status = _cases.for_each_case(predictions.case_names, work)
-    _cases.copy_dataset_json(predictions.folder_of(models[0]), options.out)
+    _cases.copy_dataset_json(predictions, options.out)
     print(f"Wrote the mean of {len(models)} predictions of {done} cases to {options.out}")
     return status

@@ -29,8 +29,8 @@ def add_folders(parser: argparse.ArgumentParser, *, labels: bool = True, images:
     else:
         parser.set_defaults(labels=None)
     if images:
-        use = "to show behind the labels" if labels else "for the grid of .npz and .npy files"
-        add("--images", type=Path, metavar="DIR", help=f"folder of images, {use}")
+        used = "to show behind the labels" if labels else "for the grid of .npz and .npy files"
+        add("--images", type=Path, metavar="DIR", help=f"folder of images, {used}")
     add("--logits", action="store_true", help="the files hold logits rather than probabilities")
     add(
         "--dataset-json",
@@ -90,14 +90,6 @@ def named_folders(given: Sequence[str]) -> Path | dict[str, Path]:
             )
         folders[name] = folder
     return folders
-
-
-def sources(options: argparse.Namespace) -> list[Path]:
-    """Every folder and file that the options name."""
-    folders = named_folders(options.probs)
-    probs = list(folders.values()) if isinstance(folders, dict) else [folders]
-    further = (options.labels, getattr(options, "images", None), options.dataset_json)
-    return [*probs, *(path for path in further if path is not None)]
 
 
 def print_notices(predictions: Any) -> None:

@@ -112,10 +112,6 @@ class Predictions:
         )
         return (*entry.files, *label, *(path for path in others if path is not None))
 
-    def folder_of(self, model: str) -> Path:
-        """The folder of a model."""
-        return self._folders[model][0]
-
     # Reading.
 
     def _load(self, name: str, model: str) -> tuple[Case, PredictionFile]:
@@ -230,10 +226,10 @@ class Predictions:
         """Labels of a case and where they count; those of the last case are kept for the next model."""
         if label is None:
             return None, None
-        last_name, last = self._last_label
-        if last_name != name:
+        kept_name, kept = self._last_label  # read once: another thread may replace it
+        if kept_name != name:
             declared = self.dataset.labels if self.dataset is not None else None
-            *last, notice = to_labels(
+            labels, where, notice = to_labels(
                 read_ids(label[0]),
                 path=label[0].path,
                 num_classes=len(declared.class_names) if declared is not None else self._channels,
@@ -241,8 +237,9 @@ class Predictions:
                 ignore_values=declared.ignore_values if declared is not None else (),
             )
             self._note("", "label", notice)
-            self._last_label = name, last
-        return last[0], last[1]
+            kept = labels, where
+            self._last_label = name, kept
+        return kept
 
     def _read_image(self, name: str, reference: Reference) -> np.ndarray | None:
         path = self._images.get(name)

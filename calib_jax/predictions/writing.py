@@ -12,6 +12,7 @@ from typing import Any, Literal
 import nibabel as nib
 import numpy as np
 from jaxtyping import Float
+from nibabel.imageglobals import LoggingOutputSuppressor
 
 from calib_jax.predictions.arrays import IMAGE_ENDINGS, ending_of
 from calib_jax.predictions.case import PredictionError
@@ -19,6 +20,8 @@ from calib_jax.predictions.grids import affine_of
 from calib_jax.predictions.layout import Layout, Reference
 from calib_jax.predictions.values import Encoding, encode
 from calib_jax.predictions.volumes import ITK_ENDINGS
+
+_DETACHED = (".hdr", ".mhd", ".nhdr")  # headers whose voxels are in another file
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ def written_whole(path: Path) -> Iterator[Path]:
     """A temporary name with the ending of a file, which gets its own name when the context ends well.
 
     Raises:
-        PredictionError: for any OSError in the context.
+        PredictionError: for any exception in the context.
     """
     partial = None
     try:
@@ -123,9 +126,16 @@ def written_whole(path: Path) -> Iterator[Path]:
         yield partial
         os.chmod(partial, 0o666 & ~_umask())
         os.replace(partial, path)
+    except (PredictionError, MemoryError):
+        raise
     except OSError as error:
         raise PredictionError(
             f"{path} cannot be written ({error.strerror or error}): make room, or choose another folder."
+        ) from error
+    except Exception as error:  # of the library that writes the format
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise PredictionError(
+            f"{path} cannot be written ({reason}): convert it to .nii.gz or .npz."
         ) from error
     finally:
         if partial is not None:
@@ -142,6 +152,10 @@ def _write(path: Path, stored: np.ndarray, like: PredictionFile, source: Path) -
     if ending_of(path).lower() != ending_of(source).lower():
         raise PredictionError(
             f"{path} has another ending than {source.name}: keep the ending {ending_of(source)}."
+        )
+    if path.name.lower().endswith(_DETACHED):
+        raise PredictionError(
+            f"{path} is one of two files, which are not written: convert it to .nii.gz or .npz."
         )
     with written_whole(path) as partial:
         if like.kind == "npz":
@@ -173,7 +187,8 @@ def _save_nifti(path: Path, voxels: np.ndarray, header: nib.Nifti1Header) -> Non
 
 def _save_like_nibabel(path: Path, stored: np.ndarray, dtype: np.dtype, source: Path) -> None:
     """A volume with the class and header of another. Integers with a scale get one that fits the new numbers."""
-    old: Any = nib.load(source)
+    with LoggingOutputSuppressor():  # repairs of the header are intended
+        old: Any = nib.load(source)
     scaled = old.dataobj.slope != 1 or old.dataobj.inter != 0
     array = stored.astype(np.float32) if dtype.kind in "iu" and scaled else stored.astype(dtype)
     _stream(path, type(old)(array, old.affine, old.header))
