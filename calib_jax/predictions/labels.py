@@ -84,7 +84,7 @@ def to_labels(
     is_plain = low >= 0 and high < num_classes and not any(low <= value <= high for value in ignore_values)
     if is_plain and not regions:
         return ids, None, ""
-    known = [*range(num_classes), *ignore_values]
+    known = [*range(num_classes), *(value for value in ignore_values if abs(value) < 2**31)]
     notice = ""
     found = _values(ids)
     if num_classes == 2 and found.tolist() in ([0, 255], [255]) and 255 not in ignore_values:
@@ -95,7 +95,7 @@ def to_labels(
             f"{path} holds the label value {unknown[0]} (found: {_some(found)}), but there are {num_classes} "
             'classes: correct it, or declare it as "ignore" in dataset.json.'
         )
-    ignored = np.intersect1d(found, np.array(ignore_values, np.int32))
+    ignored = np.array([value for value in found.tolist() if value in ignore_values], np.int32)
     where = ~np.isin(ids, ignored) if ignored.size else None
     if regions:
         highest = max(int(found[-1]), 0)
