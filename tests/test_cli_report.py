@@ -437,6 +437,23 @@ class TestProgress:
         assert found.faults == ["b of m: b.npz: broken."] or found.faults == ["b.npz: broken."]
 
 
+def test_a_case_that_fails_among_others_is_tried_alone():
+    predictions, calls = InMemory({"m": {name: None for name in "abc"}}), []
+
+    def work(model, name):
+        calls.append(name)
+        if name == "b" and calls.count("b") == 1:
+            raise SystemError("AST constructor recursion depth mismatch")
+        if name == "c":
+            raise ValueError("c.npz is truncated: write it again.")
+        return name
+
+    found, faults = study.for_each_case(predictions, work, jobs=2)
+    assert found == {("m", "a"): "a", ("m", "b"): "b"}
+    assert faults == ["c.npz is truncated: write it again."]
+    assert sorted(calls) == ["a", "b", "b", "c", "c"]
+
+
 def test_safe_names_differ():
     names = ["a", "A b", "A-b", "../a", "a/", "", ".", "..", "é", "CON", "x" * 90, "x" * 91]
     safe = [safe_name(name) for name in names]
