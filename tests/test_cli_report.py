@@ -438,7 +438,7 @@ class TestProgress:
 
 
 def test_a_case_that_fails_among_others_is_tried_alone():
-    predictions, calls = InMemory({"m": {name: None for name in "abc"}}), []
+    predictions, calls = InMemory({"m": dict.fromkeys("abc")}), []
 
     def work(model, name):
         calls.append(name)
