@@ -308,6 +308,21 @@ class TestFaults:
         assert error.startswith("error: ")
         assert error.count("\n") == 1
 
+    @pytest.mark.parametrize("command", ["report", "sweep"])
+    def test_no_report_among_the_files_that_it_is_about(self, command, tmp_path, capsys):
+        arguments = write_folders(tmp_path, cases=1)
+        assert cli.main([command, *arguments, "--out", str(tmp_path / "model0")]) == 2
+        assert "is a folder to read: choose another output folder." in capsys.readouterr().err
+        assert [path.name for path in (tmp_path / "model0").iterdir()] == ["case_0.npy"]
+
+    def test_what_was_noticed_when_a_case_was_read_stays_on_the_page(self, tmp_path, in_memory):
+        predictions = InMemory({"m": {"a": noisy_case("a", "m")}}, notices=("a.npz holds logits.",))
+        arguments = ["report", *in_memory(predictions), "--out", str(tmp_path / "out")]
+        assert cli.main(arguments) == 0
+        predictions.notices = ()
+        assert cli.main(arguments) == 0
+        assert "a.npz holds logits." in (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+
     def test_one_case_of_a_folder(self, tmp_path, in_memory, capsys):
         """No interval, no cross-validation, no second picture: and still a page."""
         arguments = in_memory(InMemory({"m": {"a": noisy_case("a", "m", image=True)}}))
@@ -420,6 +435,23 @@ class TestProgress:
         found = measure_cases(predictions, study.Bins("hard", 5), tmp_path, options={})
         assert [case.name for case in found.cases["m"]] == ["a"]
         assert found.faults == ["b of m: b.npz: broken."] or found.faults == ["b.npz: broken."]
+
+
+def test_a_case_that_fails_among_others_is_tried_alone():
+    predictions, calls = InMemory({"m": dict.fromkeys("abc")}), []
+
+    def work(model, name):
+        calls.append(name)
+        if name == "b" and calls.count("b") == 1:
+            raise SystemError("AST constructor recursion depth mismatch")
+        if name == "c":
+            raise ValueError("c.npz is truncated: write it again.")
+        return name
+
+    found, faults = study.for_each_case(predictions, work, jobs=2)
+    assert found == {("m", "a"): "a", ("m", "b"): "b"}
+    assert faults == ["c.npz is truncated: write it again."]
+    assert sorted(calls) == ["a", "b", "b", "c", "c"]
 
 
 def test_safe_names_differ():

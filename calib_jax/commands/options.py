@@ -92,10 +92,20 @@ def named_folders(given: Sequence[str]) -> Path | dict[str, Path]:
     return folders
 
 
-def print_notices(predictions: Any) -> None:
-    """Prints what a reader should know about the files."""
+def check_report_folder(options: argparse.Namespace) -> None:
+    """Raises ValueError if the report would be written among the files that it is about."""
+    folders = named_folders(options.probs)
+    read = [*(folders.values() if isinstance(folders, dict) else [folders]), options.labels]
+    for folder in read:
+        if folder.resolve() == options.out.resolve():
+            raise ValueError(f"--out {options.out} is a folder to read: choose another output folder.")
+
+
+def print_notices(predictions: Any, *, printed: Sequence[str] = ()) -> None:
+    """Prints what a reader should know about the files and has not been `printed`."""
     for notice in predictions.notices:
-        print(f"note: {notice}", file=sys.stderr)
+        if notice not in printed:
+            print(f"note: {notice}", file=sys.stderr)
 
 
 def open_folders(options: argparse.Namespace) -> Any:

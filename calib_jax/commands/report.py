@@ -1,6 +1,8 @@
 """`calib-jax report`: how far to trust predictions."""
 
 import argparse
+import contextlib
+import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -58,6 +60,7 @@ def run(options: argparse.Namespace) -> int:
     if options.num_bins < 1:
         raise ValueError(f"--num-bins must be at least 1; got {options.num_bins}.")
     shared.check_jobs(options)
+    shared.check_report_folder(options)
     from calib_jax._sums.bins import Bins
     from calib_jax.report.study import Progress, measure_cases
 
@@ -66,6 +69,7 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(
             f"--baseline {options.baseline!r} is no model: there are {', '.join(predictions.models)}."
         )
+    before = predictions.notices
     shared.print_notices(predictions)
     with Progress() as progress:
         study = measure_cases(
@@ -77,6 +81,7 @@ def run(options: argparse.Namespace) -> int:
             progress=progress,
             fault=lambda sentence: progress.say(f"fault: {sentence}"),
         )
+    shared.print_notices(predictions, printed=before)
     if not any(study.cases.values()):
         raise ValueError("no case could be read, see the sentences above.")
     _write(options, predictions, study)
@@ -117,7 +122,7 @@ def _write(options: argparse.Namespace, predictions: Any, study: "Study") -> Non
         gains,
         first_class=first,
         label_names=findings.label_names_of(names, regions=regions),
-        notices=predictions.notices,
+        notices=_all_notices(options.out / "cases" / "notices.json", predictions.notices, study.reused > 0),
     )
     number = len({case for result in results for case in result.case_names})
     page = write_report(
@@ -133,6 +138,17 @@ def _write(options: argparse.Namespace, predictions: Any, study: "Study") -> Non
     for model, sentences in details.summary.items():
         print("", *([f"{model}:"] if len(shown) > 1 else []), *sentences, sep="\n")
     print(f"\nWrote {page}")
+
+
+def _all_notices(file: Path, notices: Sequence[str], reused: bool) -> list[str]:
+    """The notices, and those of the starts in which reused cases were read; kept in `file`."""
+    found = list(notices)
+    if reused and file.is_file():
+        with contextlib.suppress(ValueError):
+            found += [x for x in json.loads(file.read_text(encoding="utf-8")) if isinstance(x, str)]
+    found = list(dict.fromkeys(found))
+    file.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    return found
 
 
 def _title(models: Sequence[str], cases: int) -> str:

@@ -50,11 +50,13 @@ def run(options: argparse.Namespace) -> int:
     if min(options.num_bins) < 1:
         raise ValueError(f"--num-bins must be at least 1; got {min(options.num_bins)}.")
     shared.check_jobs(options)
+    shared.check_report_folder(options)
     from calib_jax.report import sweeping
     from calib_jax.report.study import Progress, for_each_case
 
     numbers = sorted(set(options.num_bins))
     predictions = shared.open_folders(options)
+    before = predictions.notices
     shared.print_notices(predictions)
     with Progress() as progress:
         found, faults = for_each_case(
@@ -64,6 +66,7 @@ def run(options: argparse.Namespace) -> int:
             progress=progress,
             fault=lambda sentence: progress.say(f"fault: {sentence}"),
         )
+    shared.print_notices(predictions, printed=before)
     if not found:
         raise ValueError("no case could be read, see the sentences above.")
     first = shared.first_class(options, predictions)

@@ -1,8 +1,8 @@
 """What post-hoc calibration would change, by cross-validation over the cases of a report.
 
 Calibrators that treat every voxel alike are fitted to and judged on the samples of voxels that `measure` keeps. So
-no file is read again, and memory stays within a few hundred kilobytes per case. Local calibration looks at the voxels
-around each one, so it reads the cases again.
+no file is read again, and memory stays within a few hundred kilobytes per case. Local calibration looks at the
+voxels around each one, so it reads the cases again.
 """
 
 import dataclasses

@@ -24,6 +24,7 @@ BORDER_VOXELS: Final = 2
 _CERTAIN = 0.999  # voxels whose largest probability is below it are sampled first
 _SAMPLED = 6144, 2048  # so many uncertain and certain voxels
 _SAMPLED_VALUES = 1 << 18  # fewer voxels where there are many classes
+_LISTED = 1 << 23  # voxels from which a sample is drawn
 _TINY = float(np.finfo(np.float32).tiny)
 _LARGEST_SLICE = 256  # pixels
 _MARGIN = 8  # pixels around what is shown of a slice
@@ -369,15 +370,18 @@ def _sample(voxels: _Voxels, sums: _Sums) -> Sample:
     """A stratified sample: uncertain voxels, which decide about calibration, and some of the others."""
     rng = np.random.default_rng(voxels.size)
     most = max(_SAMPLED_VALUES // len(voxels.probs), 64)
-    counted = np.ones(voxels.size, bool) if voxels.where is None else voxels.where
     picked, weights = [], []
-    for stratum, number in zip(
-        (sums.confidence < _CERTAIN, sums.confidence >= _CERTAIN), _SAMPLED, strict=True
-    ):
-        members = np.flatnonzero(stratum & counted)
+    certain = sums.confidence >= _CERTAIN
+    for is_certain, number in zip((False, True), _SAMPLED, strict=True):
+        stratum = certain if is_certain else ~certain
+        if voxels.where is not None:
+            stratum = stratum & voxels.where
+        size = int(np.count_nonzero(stratum))
+        step = max(size // _LISTED, 1)  # the indices of all voxels of a large volume need gigabytes
+        members = np.flatnonzero(stratum[::step]) * step
         drawn = members[_drawn(rng, members.size, min(number, most))]
         picked.append(drawn)
-        weights.append(np.full(drawn.size, members.size / max(drawn.size, 1)))
+        weights.append(np.full(drawn.size, size / max(drawn.size, 1)))
     index = np.concatenate(picked)
     return Sample(
         np.ascontiguousarray(voxels.probs[:, index].T, np.float32),

@@ -6,6 +6,7 @@ or options have changed.
 
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 Value = TypeVar("Value")
 
 CASES = "cases"
+_FAULTS = (ValueError, OSError, MemoryError, SystemError)
 _LINE_EVERY = 10.0  # seconds between lines of progress where output is no terminal
 
 
@@ -124,20 +126,32 @@ def for_each_case(
         Stopped: on Ctrl-C, after the calls that have begun.
     """
     tasks = [(model, name) for name in predictions.case_names for model in predictions.models]
-    found, faults = {}, []
+    found: dict[tuple[str, str], Value] = {}
+    faults: list[str] = []
+    again: list[tuple[str, str]] = []
+
+    def take(task: tuple[str, str], result: Callable[[], Value], *, may_repeat: bool) -> None:
+        try:
+            found[task] = result()
+        except _FAULTS as error:
+            if may_repeat:
+                again.append(task)
+                return
+            faults.append(_sentence(error, *task))
+            if fault:
+                fault(faults[-1])
+
     with concurrent.futures.ThreadPoolExecutor(jobs, "case") as pool:
         pending = {pool.submit(work, *task): task for task in tasks}
         try:
             for done, future in enumerate(concurrent.futures.as_completed(pending), 1):
-                task = pending[future]
-                try:
-                    found[task] = future.result()
-                except (ValueError, OSError, MemoryError) as error:
-                    faults.append(_sentence(error, *task))
-                    if fault:
-                        fault(faults[-1])
+                take(pending[future], future.result, may_repeat=jobs > 1)
                 if progress:
                     progress(done, len(tasks))
+            # Some faults go away when a case is alone: too little memory, and Python 3.11's parser, which NumPy
+            # reads headers with and which may fail in threads (CPython issue 106905).
+            for task in again:
+                take(task, functools.partial(work, *task), may_repeat=False)
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
             ended = [future for future in pending if future.done() and not future.cancelled()]
