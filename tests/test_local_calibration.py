@@ -133,7 +133,7 @@ def test_regions_images_and_soft_labels():
 
 def test_a_coarse_axis_takes_no_part_in_fine_smoothing():
     weights = module._first_weights(jax.random.key(0), 3, 0)
-    weights = weights._replace(factor=jnp.linspace(-1, 1, len(weights.factor)))
+    weights = weights._replace(factor=jnp.linspace(-1, 1, len(weights.factor), dtype=jnp.float32))
     logits, _ = overconfident(8, size=(12, 12, 3))
     changed = logits.copy()
     changed[:, :, :, 2] = 0
