@@ -91,6 +91,14 @@ class TestMeasure:
         nll = calib_jax.negative_log_likelihood(jnp.log(probs), labels)
         np.testing.assert_allclose(found.mean_nll(), [nll[0]] * 3, rtol=1e-6)
 
+    def test_a_label_map_beside_the_probabilities_is_the_prediction(self):
+        case = noisy_case()
+        given = np.roll(case.labels, 1, axis=0)
+        found = measure(dataclasses.replace(case, predicted=given.astype(np.uint8)), Bins("hard", 20))
+        dice = calib_jax.dice_score(given[None], case.labels[None], num_classes=3)
+        np.testing.assert_allclose(found.dice(), dice[0], rtol=1e-6)
+        np.testing.assert_array_equal(found.bins, measure(case, Bins("hard", 20)).bins)
+
     def test_ignored_voxels_do_not_count(self):
         case = noisy_case()
         where = np.random.default_rng(1).random(case.labels.shape) < 0.6

@@ -119,6 +119,20 @@ def test_a_label_in_another_orientation_is_on_the_grid_of_the_case(tmp_path):
     np.testing.assert_array_equal(case.labels, ids[::-1, ::-1])
 
 
+@pytest.mark.parametrize("affine", [AFFINE, LPS])
+def test_the_label_map_beside_a_prediction_is_read_on_the_grid_of_the_label(tmp_path, affine):
+    """Calibrated probabilities may contradict the label map, which stays the prediction."""
+    probs, ids = make_case()
+    save_nnunet(tmp_path / "probs", "a", probs, affine)
+    nib.save(nib.as_closest_canonical(nib.Nifti1Image(ids, affine)), tmp_path / "a.nii.gz")
+    case = read_one(tmp_path / "probs", tmp_path / "a.nii.gz")
+    np.testing.assert_array_equal(case.predicted, case.probs.argmax(-1))
+    save_nifti(tmp_path / "probs" / "a.nii.gz", np.full(ids.shape, 7, np.uint8), affine)
+    predictions = open_predictions(tmp_path / "probs", tmp_path / "a.nii.gz")
+    assert predictions.read("a").predicted is None
+    assert any("predicted label map is left out" in notice for notice in predictions.notices)
+
+
 def test_the_reader_in_dataset_json_decides_without_a_label_map(tmp_path):
     probs, ids = make_case()
     save_nnunet(tmp_path / "probs", "a", probs, LPS, reader="ras", segmentation=False)

@@ -3,7 +3,7 @@
 import dataclasses
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int32
+from jaxtyping import Bool, Float32, Int32, Integer
 
 
 class PredictionError(ValueError):
@@ -25,6 +25,7 @@ class Case:
         where: False where the label is the ignore label; None if the case has none.
         image: intensities, if an image folder was given.
         spacing: millimetres per voxel along each spatial axis; 1 where the files do not say.
+        predicted: the label map that lies beside the probabilities, in the form of `labels`; None if there is none.
     """
 
     name: str
@@ -34,3 +35,4 @@ class Case:
     where: Bool[np.ndarray, "*spatial"] | None
     image: Float32[np.ndarray, "*spatial"] | None
     spacing: tuple[float, ...]
+    predicted: Integer[np.ndarray, "*spatial"] | Bool[np.ndarray, "*spatial regions"] | None = None

@@ -184,7 +184,16 @@ class Predictions:
         )
         self._layouts[name, model] = template
         labels, where = self._read_label(name, label)
-        case = Case(name, model, probs, labels, where, self._read_image(name, reference), _spacing(reference))
+        case = Case(
+            name,
+            model,
+            probs,
+            labels,
+            where,
+            self._read_image(name, reference),
+            _spacing(reference),
+            self._read_predicted(model, entry.segmentation, reference),
+        )
         return case, template
 
     def _most_alike(
@@ -241,6 +250,38 @@ class Predictions:
             self._last_label = name, kept
         return kept
 
+    def _read_predicted(self, model: str, path: Path | None, reference: Reference) -> np.ndarray | None:
+        """The label map beside probabilities; None, with a notice, if it cannot be used."""
+        if path is None:
+            return None
+        declared = self.dataset.labels if self.dataset is not None else None
+        try:
+            ids = self._on_grid(path, read_ids(open_array(path)), reference)
+            labels, _, _ = to_labels(
+                ids,
+                path=path,
+                num_classes=len(declared.class_names) if declared is not None else self._channels,
+                regions=tuple(declared.regions.values()) if declared is not None and self.regions else (),
+                ignore_values=(),
+            )
+            return labels if self.regions else labels.astype(np.min_scalar_type(self._channels))
+        except PredictionError as error:
+            self._note(model, "predicted", f"The predicted label map is left out: {error}")
+            return None
+
+    def _on_grid(self, path: Path, values: np.ndarray, reference: Reference) -> np.ndarray:
+        """Values of a file `[*spatial]`, turned to the grid of the reference."""
+        volume = open_array(path).volume
+        if volume is not None and values.ndim == 3:
+            layout = Layout(values.shape, None, False, values.shape)
+            layout, _ = turn_to(layout, Grid.of(volume), reference, str(path))
+            values = layout.from_stored(values)[..., 0]
+        if values.shape != reference.shape:
+            raise PredictionError(
+                f"{path} has shape {values.shape}, but {reference.name} has {reference.shape}."
+            )
+        return values
+
     def _read_image(self, name: str, reference: Reference) -> np.ndarray | None:
         path = self._images.get(name)
         if path is None:
@@ -248,18 +289,11 @@ class Predictions:
         try:
             file = open_array(path)
             if file.volume is not None:
-                values = file.volume.read()[..., 0]
-                layout = Layout(values.shape, None, False, values.shape)
-                layout, _ = turn_to(layout, Grid.of(file.volume), reference, str(path))
-                return layout.from_stored(values)[..., 0]
+                return self._on_grid(path, file.volume.read()[..., 0], reference)
             values = file.read().astype(np.float32)
             if file.kind == "image" and values.ndim == 3:
                 values = values[..., :3].mean(-1)
-            if values.shape != reference.shape:
-                raise PredictionError(
-                    f"{path} has shape {values.shape}, but {reference.name} has {reference.shape}."
-                )
-            return values
+            return self._on_grid(path, values, reference)
         except PredictionError as error:
             self._note("", "image", f"An image is left out: {error}")
             return None

@@ -205,6 +205,7 @@ class _Voxels:
         axes: spatial axes in this order.
         shape: spatial shape in this order.
         probs: `[classes, voxels]`; labels: `[voxels]` or `[regions, voxels]`; where, boundary: `[voxels]`.
+        predicted: the label map beside the probabilities, like the labels; None if there is none.
     """
 
     def __init__(self, case: "Case"):
@@ -216,6 +217,7 @@ class _Voxels:
         self.regions = case.labels.ndim == probs.ndim
         self.labels = self.in_order(case.labels)
         self.where = None if case.where is None else self.in_order(case.where)
+        self.predicted = None if case.predicted is None else self.in_order(case.predicted)
         self.boundary = self.in_order(near_border(case.labels, case.where, case.spacing))
         self.size = self.probs.shape[1]
 
@@ -253,7 +255,8 @@ class _Sums:
         part = slice(start, stop)
         probs = np.ascontiguousarray(self.of.probs[:, part], np.float32)
         labels, boundary = self.of.labels[..., part], self.of.boundary[part]
-        prediction, confidence = _predicted(probs, regions=self.of.regions)
+        given = None if self.of.predicted is None else self.of.predicted[..., part]
+        prediction, confidence = _predicted(probs, given, regions=self.of.regions)
         self.prediction[..., part], self.confidence[part] = prediction, confidence
         if self.of.where is not None and not (keep := self.of.where[part]).all():
             probs, labels, boundary = probs[:, keep], labels[..., keep], boundary[keep]
@@ -353,11 +356,18 @@ def _bounding_box(mask: Bool[np.ndarray, "*spatial"]) -> tuple[slice, ...] | Non
     return tuple(box)
 
 
-def _predicted(probs: Float[np.ndarray, "classes voxels"], *, regions: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Prediction, class ids or memberships, and its probability; of regions, the least certain one's."""
+def _predicted(
+    probs: Float[np.ndarray, "classes voxels"], given: np.ndarray | None, *, regions: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Prediction, class ids or memberships, and its probability; of regions, the least certain one's.
+
+    The prediction is the given label map; without one, the most probable class, or the regions above 1/2.
+    """
     if regions:
-        chosen = probs > 0.5
+        chosen = probs > 0.5 if given is None else given
         return chosen, np.where(chosen, probs, 1 - probs).min(0)
+    if given is not None:
+        return given, np.take_along_axis(probs, given[None], 0)[0]
     best, winner = probs[0].copy(), np.zeros(probs.shape[1], np.min_scalar_type(len(probs)))
     for c, values in enumerate(probs[1:], 1):
         better = values > best
