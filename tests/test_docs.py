@@ -76,7 +76,7 @@ def test_the_pages_have_a_snippet_for_each_way_of_use():
 
 def test_the_api_pages_have_every_public_name():
     text = "\n".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
-    documented = re.findall(r"^\.\. auto(?:function|class|data):: (\w+)$", text, flags=re.MULTILINE)
+    documented = re.findall(r"^\.\. (?:autofunction|autoclass|py:data):: (\w+)$", text, flags=re.MULTILINE)
     assert set(calib_jax.__all__) <= set(documented)
     assert len(documented) == len(set(documented))
 

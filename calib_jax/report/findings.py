@@ -291,11 +291,11 @@ def _changes_by_gain(gains: Mapping[str, Sequence[Gain]]) -> Section:
             lines.append((model, name, *cells, "stay" if gain.keeps_labels else "may change"))
     folds = max(gain.folds for found in gains.values() for gain in found)
     how = (
-        f"Each case is judged with a calibrator that was fitted to other cases, in {folds} folds (local calibration "
-        "in 2). The numbers are changes from the probabilities as they are. A temperature divides the logarithms of "
-        "the probabilities by one number T, or by one for each predicted class. T above 1 makes probabilities less "
-        "extreme. Isotonic calibration draws a rising curve for each class. Local calibration, which --local adds, "
-        "corrects each voxel from the probabilities around it."
+        f"Each case is judged with a calibrator that was fitted to other cases, in {folds} folds (local "
+        "calibration in 2). The numbers are changes from the probabilities as they are. A temperature divides the "
+        "logarithms of the probabilities by one number T, or by one for each predicted class. T above 1 makes "
+        "probabilities less extreme. Isotonic calibration draws a rising curve for each class. Local calibration, "
+        "which --local adds, corrects each voxel from the probabilities around it."
     )
     return Section("What calibration would change", how, lines, "results")
 
