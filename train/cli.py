@@ -28,7 +28,8 @@ from train.config import (
 from train.console import console
 from train.data.augment_config import AugmentConfig
 from train.errors import CasesFailed, InputError, Stopped, check_numbers
-from train.models.registry import NETWORKS, config_class, is_external
+from train.models.registry import NETWORKS, config_class
+from train.plugins import is_external
 
 # Each command imports what it runs, so that `--help` and errors about options come at once.
 RunFolder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="run", metavar="RUN")]

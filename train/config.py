@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from train.data.augment_config import AugmentConfig
 from train.data.geometry import Geometry
 from train.errors import InputError, check_numbers
-from train.models.registry import NetworkConfig, config_class, is_external
+from train.models.registry import NetworkConfig, config_class
+from train.plugins import is_external
 
 if TYPE_CHECKING:
     from train.data import Dataset

@@ -30,10 +30,10 @@ class Call:
     name: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
-    def is_external(self) -> bool:
-        """Whether the name says where to import the object from."""
-        return ":" in self.name
+
+def is_external(name: str) -> bool:
+    """Whether a name, with or without arguments, says where to import the object from."""
+    return ":" in name
 
 
 def parse_call(text: str) -> Call:

@@ -19,6 +19,7 @@ from train.data.ignore import mask_ignored
 from train.errors import InputError
 from train.losses import Loss, Regions, parse_loss
 from train.models.remat import rematerialised
+from train.plugins import is_external
 from train.sharding import BATCH, SPACE, batch_parts, batch_spec, replicated, weight_shardings
 
 
@@ -158,7 +159,7 @@ def check_loss(
                     f"Loss term {term.name} has no argument {argument}, so it cannot be computed on {reason}, or "
                     f"add {argument}=None to a function of your own."
                 )
-    if any(term.call.arguments or term.call.is_external for term in loss.terms):
+    if any(term.call.arguments or is_external(term.call.name) for term in loss.terms):
         logits = jax.ShapeDtypeStruct((*images, channels), jnp.float32)
         soft = jax.ShapeDtypeStruct((*images, soft_classes), jnp.float32)
         labels = soft if soft_classes else jax.ShapeDtypeStruct(images, jnp.int32)

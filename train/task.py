@@ -26,7 +26,8 @@ from train.data.protocols import PROTOCOLS
 from train.data.splits import Splits, chosen_splits, split_cases, write_splits
 from train.errors import InputError
 from train.losses import Loss, parse_loss
-from train.models.registry import check_logits, is_external, make_network
+from train.models.registry import check_logits, make_network
+from train.plugins import is_external
 from train.processes import is_first
 from train.run.cases import cases_for, check_initial, note_duplicates, read_cases
 from train.sharding import check_split, device_mesh, parts_in_turn

@@ -12,7 +12,7 @@ from typing import Any
 import calib_jax
 from calib_jax._devices import whole_sum as whole_sum  # for terms from outside
 from train.errors import InputError
-from train.plugins import Call, check_arguments, import_object, keyword_parameters
+from train.plugins import Call, check_arguments, import_object, is_external, keyword_parameters
 
 _SUPPLIED = ("where", "axis_name")
 
@@ -82,7 +82,7 @@ TERMS = {
 
 def is_term(name: str) -> bool:
     """Whether a column of `log.csv` is a loss term: a name in `TERMS`, or `package.module:function`."""
-    return name in TERMS or ":" in name
+    return name in TERMS or is_external(name)
 
 
 def find_term(call: Call) -> Term:
@@ -91,7 +91,7 @@ def find_term(call: Call) -> Term:
     Raises:
         InputError: if the name is unknown, cannot be imported or is no function, or if the arguments do not fit it.
     """
-    if call.is_external:
+    if is_external(call.name):
         function = import_object(call.name)
         if not callable(function):
             raise InputError(f"Loss term {call.name} is {function!r}: name a function (logits, labels, ...).")

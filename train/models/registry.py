@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from train.errors import InputError, describe
-from train.plugins import check_arguments, import_object, keyword_parameters, parse_call
+from train.plugins import check_arguments, import_object, is_external, keyword_parameters, parse_call
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -77,19 +77,13 @@ def config_class(architecture: str) -> type[NetworkConfig]:
     return import_object(NETWORKS[architecture])
 
 
-def is_external(architecture: str) -> bool:
-    """Whether the name says where to import a factory from, as `my_networks:make(width=16)` does.
-
-    The factory makes a `flax.nnx.Module` that maps images `[batch, *patch, in_channels]` to logits
-    `[batch, *patch, out_channels]`. It takes in_channels, out_channels, spatial_dims, patch and rngs by keyword,
-    and the arguments in the name. If the module has an attribute `divisor`, sides of a patch must be multiples of
-    it.
-    """
-    return ":" in architecture
-
-
 def make_network(model: "ModelConfig", **sizes: Any) -> "nnx.Module":
     """The network of `model`, freshly initialised.
+
+    An architecture from outside, such as `my_networks:make(width=16)`, names a factory of a `flax.nnx.Module` that
+    maps images `[batch, *patch, in_channels]` to logits `[batch, *patch, out_channels]`. The factory takes
+    in_channels, out_channels, spatial_dims, patch and rngs by keyword, and the arguments in the name. If the module
+    has an attribute `divisor`, sides of a patch must be multiples of it.
 
     Args:
         model: architecture and options.

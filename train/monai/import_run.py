@@ -19,7 +19,6 @@ from train.config import (
 )
 from train.data.splits import write_splits
 from train.errors import InputError
-from train.models.registry import is_external
 from train.monai.identify import (
     advice,
     assumptions,
@@ -29,6 +28,7 @@ from train.monai.identify import (
 )
 from train.monai.mapping import load_monai_weights, monai_names, unused_names
 from train.monai.weights import read_weights
+from train.plugins import is_external
 from train.run.cases import RunCases, identify
 from train.run.checkpoint import Checkpoints
 from train.run.folder import open_run
