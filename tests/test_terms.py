@@ -141,13 +141,13 @@ def test_help_lists_every_term_with_its_parameters() -> None:
 
 @pytest.mark.usefixtures("my_losses")
 def test_a_term_from_outside_is_used_like_any_other() -> None:
-    """With soft labels, masks, deep supervision and sigmoids. For alpha 0.5 Tversky's loss is that of Dice."""
+    """With dense labels, masks, deep supervision and sigmoids. For alpha 0.5 Tversky's loss is that of Dice."""
     logits, labels = sample()
     own, dice = (parse_loss(name) for name in (f"{TVERSKY}(alpha=0.5, smooth=5e-6)", "dice"))
     where = jnp.asarray(np.random.default_rng(1).random(labels.shape) < 0.7)
     deep = logits, logits[:, ::2, ::2]
     for levels, target, mask in (
-        (logits, jax.nn.softmax(logits), None),
+        (logits, jax.nn.one_hot(labels, logits.shape[-1], dtype=jnp.float32), None),
         (deep, labels, where),
     ):
         expected = value(dice, levels, target, mask)
