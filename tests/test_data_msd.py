@@ -8,12 +8,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from calib_jax.predictions import volumes
 from train.data import Dataset
 from train.data.io import read_scan
 from train.data.layouts import LAYOUTS
 from train.data.open import open_dataset
 from train.data.preprocess import preprocess
-from train.data.volume_files import open_volume
 from train.data.volumes import VolumeDataset, header_faults
 from train.errors import InputError
 
@@ -330,10 +330,8 @@ def test_all_faults_are_told_at_once_and_returned(folder):
 
 
 def test_each_header_is_read_once(folder, monkeypatch):
-    opened = []
-    monkeypatch.setattr(
-        "train.data.volumes.open_volume", lambda path: opened.append(path) or open_volume(path)
-    )
+    opened, open_volume = [], volumes.open_volume
+    monkeypatch.setattr(volumes, "open_volume", lambda path: opened.append(path) or open_volume(path))
     open_msd(folder)
     assert sorted(opened) == sorted([*folder.glob("imagesTr/*"), *folder.glob("labelsTr/*")])
 
