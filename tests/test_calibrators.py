@@ -1,4 +1,4 @@
-"""Every calibrator of single voxels: a known truth, invariance to a shift of the logits, streams, masks, labels kept."""
+"""Calibrators of single voxels: a known truth, invariance to a shift of the logits, streams, masks, labels kept."""
 
 import chex
 import jax
