@@ -26,15 +26,11 @@ from calib_jax._labels import are_dense, have_class
 from calib_jax.binning import BinStatistics, bin_statistics
 from calib_jax.errors import average_calibration_error
 
-_LEAST_LOG = (
-    -12.0
-)  # smaller log-probabilities count as this one: files of float16 or of probabilities hold no more
+# Smaller log-probabilities count as this one: files of float16 or of probabilities hold no more.
+_LEAST_LOG = -12.0
 _CERTAIN = 1e-4  # voxels are not changed if the smoothed probability of all other classes is below it
-_DILATIONS = (
-    1,
-    2,
-    4,
-)  # voxels between the three taps of each smoothing; each smooths the result of the one before
+# Voxels between the three taps of each smoothing. Each smooths the result of the one before.
+_DILATIONS = (1, 2, 4)
 _HALO = sum(_DILATIONS)
 _WIDTH = 32
 _STEEPEST = 4.0  # largest |log| of the factor of a logit
@@ -42,7 +38,7 @@ _LEAST_GAP = 1e-6  # between the largest logit and the others: float32 probabili
 _VOXELS = 2**14  # of an image that are kept
 _STEPS = 50  # between two looks at the images that are left out
 _FOLDS = 4
-_IMAGE_LEVELS = 3
+_IMAGE_LEVELS = 3  # of the image that the network sees: as it is and smoothed twice
 _SIDE = 32  # sides of blocks are multiples of it, or half of it
 _IMAGES_PER_STEP = 4
 _VOXELS_PER_STEP = 2**10  # of each image
@@ -349,7 +345,9 @@ def _calibrated(
 def _columns(levels: Sequence[Array], classes: int) -> tuple[Array, Array]:
     """Features of each class and of the image, from the levels of the same voxels."""
     pairs = [level[..., start : start + classes] for level in levels for start in (0, classes)]
-    return jnp.stack(pairs, -1), jnp.concatenate([level[..., 2 * classes :] for level in levels[:3]], -1)
+    return jnp.stack(pairs, -1), jnp.concatenate(
+        [level[..., 2 * classes :] for level in levels[:_IMAGE_LEVELS]], -1
+    )
 
 
 # Application.
