@@ -81,7 +81,7 @@ def test_hard_labels_cost_the_same_as_floats_and_as_ids(name):
 
 
 def test_sums_of_hard_labels_are_those_of_the_product_bit_by_bit():
-    probs = jax.nn.softmax(jnp.asarray(LOGITS)).at[0, 0, 0].set(jnp.array([0.0, 0.0, 1.0]))
+    probs = jax.nn.softmax(jnp.asarray(LOGITS)).at[0, 0, 0].set(jnp.float32([0.0, 0.0, 1.0]))
     floats, integers = (
         jax.vjp(lambda p, y=y: dice_sums(p, y, None), probs)
         for y in (jnp.asarray(HOT), jnp.asarray(HOT, int))
