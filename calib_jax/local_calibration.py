@@ -5,10 +5,8 @@ them. The correction here depends on the probabilities around a voxel and, if gi
 validation cases of any model, and can keep every label.
 """
 
-import dataclasses
 import functools
 import itertools
-import math
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -23,80 +21,28 @@ from jaxtyping import Array, Bool, Float
 from calib_jax._batches import Batches, Source
 from calib_jax._checks import AnyArray, Labels, check_flag, check_number, check_size
 from calib_jax._labels import are_dense, have_class
+from calib_jax._local_network import (
+    LocalCalibration,
+    blocks,
+    calibrated_logits,
+    check_applicable,
+    corrected,
+    corrected_block,
+    features_of,
+    fill_up,
+    known_voxels,
+    network_inputs,
+    normalised,
+)
 from calib_jax.binning import BinStatistics, bin_statistics
 from calib_jax.errors import average_calibration_error
 
-# Smaller log-probabilities count as this one: files of float16 or of probabilities hold no more.
-_LEAST_LOG = -12.0
-_CERTAIN = 1e-4  # voxels are not changed if the smoothed probability of all other classes is below it
-# Voxels between the three taps of each smoothing. Each smooths the result of the one before.
-_DILATIONS = (1, 2, 4)
-_HALO = sum(_DILATIONS)
-_WIDTH = 32
-_STEEPEST = 4.0  # largest |log| of the factor of a logit
-_LEAST_GAP = 1e-6  # between the largest logit and the others: float32 probabilities keep their order
 _VOXELS = 2**14  # of an image that are kept
 _STEPS = 50  # between two looks at the images that are left out
 _FOLDS = 4
-_IMAGE_LEVELS = 3  # of the image that the network sees: as it is and smoothed twice
-_SIDE = 32  # sides of blocks are multiples of it, or half of it
 _IMAGES_PER_STEP = 4
 _VOXELS_PER_STEP = 2**10  # of each image
 _LEARNING_RATE = 1e-2
-_SLAB = 2**20  # voxels for which features exist at a time
-_CHUNK = 2**11  # voxels that the network sees at a time; it skips those without an uncertain voxel
-
-
-class LocalWeights(NamedTuple):
-    """Weights of the network. All classes share them, except `classes`."""
-
-    features: Float[AnyArray, "features width"]
-    image: Float[AnyArray, "image_features width"]
-    classes: Float[AnyArray, "classes width"]
-    hidden: Float[AnyArray, "width width"]
-    pooled: Float[AnyArray, "width width"]
-    bias: Float[AnyArray, "width"]
-    factor: Float[AnyArray, "width"]
-    offset: Float[AnyArray, "width"]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LocalCalibration:
-    """A fitted local calibration, a pytree for `apply_local_calibration`.
-
-    Attributes:
-        weights: of the network, float32.
-        keeps_labels: whether the class of the largest logit stays the largest (static).
-        regions: whether channels are sigmoids of overlapping regions (static).
-        spacing: millimetres between voxels along each axis; () if all axes have the same (static).
-    """
-
-    weights: LocalWeights
-    keeps_labels: bool = dataclasses.field(metadata={"static": True})
-    regions: bool = dataclasses.field(metadata={"static": True})
-    spacing: tuple[float, ...] = dataclasses.field(metadata={"static": True})
-
-    @classmethod
-    def identity(
-        cls,
-        classes: int,
-        channels: int = 0,
-        *,
-        keeps_labels: bool = True,
-        regions: bool = False,
-        spacing: Sequence[float] = (),
-        seed: int = 0,
-    ) -> "LocalCalibration":
-        """A calibration that changes no probability, from which the fit starts.
-
-        Args:
-            classes: channels of the logits.
-            channels: of the image; 0 without an image.
-            keeps_labels, regions, spacing, seed: as for `fit_local_calibration`.
-        """
-        weights = _first_weights(jax.random.key(seed), classes, channels * _IMAGE_LEVELS)
-        return cls(weights, bool(keeps_labels), bool(regions), tuple(map(float, spacing)))
 
 
 def fit_local_calibration(
@@ -213,238 +159,20 @@ def apply_local_calibration(
     References:
         Ding et al., ICCV 2021, arXiv 2008.05105.
     """
-    _check_applicable(logits, params, image)
+    check_applicable(logits, params, image)
     if isinstance(logits, Tracer) or isinstance(image, Tracer) or isinstance(params.weights.bias, Tracer):
         logits = jnp.asarray(logits)
-        known = _known(logits, params.regions)
-        pixels = None if image is None else jnp.asarray(image, jnp.float32)
-        normalised = None if pixels is None else jax.vmap(_normalised)(pixels, known)
-        return lax.map(lambda arrays: _corrected(params, *arrays), (logits, normalised, known)).astype(
-            logits.dtype
-        )
+        known = known_voxels(logits, params.regions)
+        image = None if image is None else jax.vmap(normalised)(jnp.asarray(image), known)
+        calibrated = lax.map(lambda arrays: corrected(params, *arrays), (logits, image, known))
+        return calibrated.astype(logits.dtype)
     logits = np.asarray(logits)
+    images = [None] * len(logits) if image is None else np.asarray(image)
     calibrated = np.empty_like(logits)
-    for number in range(len(logits)):
-        for inner, block, *arrays in _blocks(
-            logits[number], None if image is None else np.asarray(image)[number], params.regions
-        ):
-            calibrated[number, inner] = np.asarray(_corrected_block(params, *arrays))[block]
+    for number, (one, pixels) in enumerate(zip(logits, images, strict=True)):
+        for inner, block, *arrays in blocks(one, pixels, params.regions):
+            calibrated[number, inner] = np.asarray(corrected_block(params, *arrays))[block]
     return jax.device_put(calibrated)  # `jnp.asarray` compiles a copy for each new shape
-
-
-# From logits to features.
-
-
-class _Features(NamedTuple):
-    """What the network sees of an image.
-
-    Attributes:
-        log_probs: log-probabilities or, of regions, logits; none is below `_LEAST_LOG`.
-        levels: log-probabilities, probabilities and image, as they are and smoothed ever more.
-        uncertain: voxels that are corrected.
-    """
-
-    log_probs: Float[Array, "*spatial classes"]
-    levels: tuple[Float[Array, "*spatial columns"], ...]
-    uncertain: Bool[Array, "*spatial"]
-
-
-def _features(params: LocalCalibration, logits: Array, image: Array | None, known: Array) -> _Features:
-    """Features of one image, whose voxels outside `known` count for nothing."""
-    logits = jnp.where(known[..., None], logits.astype(jnp.float32), 0)
-    if params.regions:
-        log_probs = jnp.clip(logits, _LEAST_LOG, -_LEAST_LOG)
-        probs = jax.nn.sigmoid(log_probs)
-    else:
-        log_probs = jnp.maximum(jax.nn.log_softmax(logits), _LEAST_LOG)
-        probs = jnp.exp(log_probs)
-    scaled = log_probs / _LEAST_LOG  # of the size of probabilities
-    level = jnp.concatenate([scaled, probs, *([] if image is None else [image])], -1)
-    levels = [level]
-    for dilation in _DILATIONS:
-        level = _smoothed(level, known, dilation, params.spacing)
-        levels.append(level)
-    around = levels[2][..., probs.shape[-1] : 2 * probs.shape[-1]]
-    if params.regions:
-        uncertain = (jnp.minimum(around, 1 - around) > _CERTAIN).any(-1)
-    else:
-        uncertain = around.max(-1) < 1 - _CERTAIN
-    return _Features(log_probs, tuple(levels), uncertain & known)
-
-
-def _smoothed(x: Array, known: Array, dilation: int, spacing: tuple[float, ...]) -> Array:
-    """Mean over three voxels along each axis, `dilation` apart, without voxels that are not known."""
-    weight = known[..., None].astype(jnp.float32)
-    total = jnp.concatenate([x * weight, weight], -1)
-    for axis in range(x.ndim - 1):
-        if spacing and spacing[axis] > 2 * dilation * min(spacing):
-            continue
-        window, apart, padding = [1] * x.ndim, [1] * x.ndim, [(0, 0)] * x.ndim
-        window[axis], apart[axis], padding[axis] = 3, dilation, (dilation, dilation)
-        ones = [1] * x.ndim
-        total = lax.reduce_window(total, np.float32(0), lax.add, window, ones, padding, window_dilation=apart)
-    return total[..., :-1] / jnp.maximum(total[..., -1:], 1)
-
-
-def _normalised(image: Array, known: Array) -> Array:
-    """Intensities of mean 0 and standard deviation 1 over the known voxels of an image."""
-    axes = tuple(range(image.ndim - 1))
-    weight = known[..., None].astype(jnp.float32)
-    total = jnp.maximum(weight.sum(), 1)
-    image = jnp.where(known[..., None], image, 0)
-    centred = (image - image.sum(axes, keepdims=True) / total) * weight
-    return centred / jnp.sqrt((centred**2).sum(axes, keepdims=True) / total + 1e-12)
-
-
-# The network.
-
-
-def _first_weights(key: Array, classes: int, image_features: int) -> LocalWeights:
-    """Weights of a network that changes nothing yet."""
-    features = 2 * (1 + len(_DILATIONS))
-    keys = jax.random.split(key, 5)
-
-    def normal(key: Array, *shape: int) -> Array:
-        return jax.random.normal(key, shape, jnp.float32) * np.float32(math.sqrt(2 / max(shape[0], 1)))
-
-    zeros = jnp.zeros(_WIDTH, jnp.float32)
-    return LocalWeights(
-        features=normal(keys[0], features, _WIDTH),
-        image=normal(keys[1], image_features, _WIDTH) / 2,
-        classes=jax.random.normal(keys[2], (classes, _WIDTH), jnp.float32) / 3,
-        hidden=normal(keys[3], _WIDTH, _WIDTH),
-        pooled=normal(keys[4], _WIDTH, _WIDTH) / 2,
-        bias=zeros,
-        factor=zeros,
-        offset=zeros,
-    )
-
-
-def _calibrated(
-    params: LocalCalibration,
-    log_probs: Float[Array, "*voxels classes"],
-    features: Float[Array, "*voxels classes features"],
-    image: Float[Array, "*voxels image_features"],
-) -> Float[Array, "*voxels classes"]:
-    """Calibrated logits of voxels."""
-    weights = params.weights
-    leading = (1,) * (log_probs.ndim - 1)
-    seen = features @ weights.features + weights.classes.reshape(*leading, *weights.classes.shape)
-    seen = jax.nn.relu(seen + (image @ weights.image)[..., None, :])
-    pooled = seen.mean(-2, keepdims=True) @ weights.pooled + weights.bias.reshape(*leading, 1, -1)
-    hidden = jax.nn.relu(seen @ weights.hidden + pooled)
-    factor = jnp.exp(jnp.clip(hidden @ weights.factor, -_STEEPEST, _STEEPEST))
-    if params.regions:
-        logits = factor * log_probs
-    else:
-        below = log_probs - log_probs.max(-1, keepdims=True)
-        logits = jnp.where(below < 0, jnp.minimum(factor * below, -_LEAST_GAP), 0)
-    return logits if params.keeps_labels else logits + hidden @ weights.offset
-
-
-def _columns(levels: Sequence[Array], classes: int) -> tuple[Array, Array]:
-    """Features of each class and of the image, from the levels of the same voxels."""
-    pairs = [level[..., start : start + classes] for level in levels for start in (0, classes)]
-    return jnp.stack(pairs, -1), jnp.concatenate(
-        [level[..., 2 * classes :] for level in levels[:_IMAGE_LEVELS]], -1
-    )
-
-
-# Application.
-
-
-def _corrected(
-    params: LocalCalibration, logits: Array, image: Array | None, known: Array
-) -> Float[Array, "*spatial classes"]:
-    """Calibrated logits of an image, in chunks; a chunk without an uncertain voxel stays."""
-    classes = logits.shape[-1]
-    found = _features(params, logits, image, known)
-    size = math.prod(known.shape)
-    chunk = min(_CHUNK, size)
-
-    def in_chunks(x: Array) -> Array:
-        flat = x.reshape(size, *x.shape[known.ndim :])
-        padding = [(0, -size % chunk)] + [(0, 0)] * (flat.ndim - 1)
-        return jnp.pad(flat, padding).reshape(-1, chunk, *flat.shape[1:])
-
-    def of_chunk(arrays: Any) -> Array:
-        logits, found = arrays
-
-        def change() -> Array:
-            calibrated = _calibrated(params, found.log_probs, *_columns(found.levels, classes))
-            return jnp.where(found.uncertain[..., None], calibrated, logits)
-
-        return lax.cond(found.uncertain.any(), change, lambda: logits)
-
-    chunks = jax.tree.map(in_chunks, (logits.astype(jnp.float32), found))
-    return lax.map(of_chunk, chunks).reshape(-1, classes)[:size].reshape(logits.shape)
-
-
-_corrected_block = jax.jit(_corrected)
-
-
-def _known(logits: Any, regions: bool) -> Any:
-    """Voxels whose probabilities are numbers. A logit of -inf is a probability of 0."""
-    numpy = np if isinstance(logits, np.ndarray) else jnp
-    return ~numpy.isnan(logits).any(-1) & (regions or numpy.isfinite(logits.max(-1)))
-
-
-def _blocks(logits: np.ndarray, image: np.ndarray | None, regions: bool) -> Iterator[tuple[Any, ...]]:
-    """An image in slabs along its first axis, each with the voxels around it, padded to one of a few sizes.
-
-    Yields:
-        The slab's place in the image and in the block; the block's logits, normalised image and known voxels.
-    """
-    spatial = logits.shape[:-1]
-    known = np.asarray(_known(logits, regions))
-    if image is not None:
-        pixels = np.where(known[..., None], np.asarray(image, np.float32), 0)
-        axes, count = tuple(range(len(spatial))), max(known.sum(), 1)
-        centred = np.where(known[..., None], pixels - pixels.sum(axes, keepdims=True) / count, 0)
-        spread = np.sqrt((centred.astype(np.float32) ** 2).sum(axes, keepdims=True) / count + 1e-12)
-        image = (centred / spread).astype(np.float32)
-    sides = [_SIDE // 2 if length <= _SIDE // 2 else -(-length // _SIDE) * _SIDE for length in spatial]
-    rows = max(_SLAB // math.prod(sides[1:]), 4 * _HALO)
-    rows = sides[0] if sides[0] <= rows else rows
-    margin = 0 if rows == sides[0] else _HALO
-    for start in range(0, spatial[0], rows - 2 * margin):
-        low, high = max(start - margin, 0), min(start + rows - margin, spatial[0])
-        inner = slice(start, min(start + rows - 2 * margin, spatial[0]))
-        block = slice(inner.start - low, inner.stop - low)
-        arrays = (
-            None if x is None else _filled(x[low:high], (rows, *sides[1:])) for x in (logits, image, known)
-        )
-        yield inner, (block, *(slice(0, length) for length in spatial[1:])), *arrays
-
-
-def _filled(x: np.ndarray, sides: Sequence[int]) -> np.ndarray:
-    filled = np.zeros((*sides, *x.shape[len(sides) :]), x.dtype)
-    filled[tuple(slice(0, length) for length in x.shape[: len(sides)])] = x
-    return filled
-
-
-def _check_applicable(logits: Any, params: LocalCalibration, image: Any) -> None:
-    classes, image_features = len(params.weights.classes), len(params.weights.image)
-    if np.ndim(logits) not in (4, 5) or logits.shape[-1] != classes:
-        raise ValueError(
-            f"logits must have shape [batch, *spatial, {classes}] with two or three spatial axes; got "
-            f"{np.shape(logits)}."
-        )
-    channels = image_features // _IMAGE_LEVELS
-    if (image is None) != (channels == 0):
-        raise ValueError(
-            f"the calibration was fitted {'with' if channels else 'without'} images: "
-            f"{'give image' if channels else 'leave image out'}."
-        )
-    if image is not None and image.shape != (*logits.shape[:-1], channels):
-        raise ValueError(
-            f"image must have shape {(*logits.shape[:-1], channels)}, to go with logits of shape {logits.shape}; "
-            f"got {image.shape}."
-        )
-    if params.spacing and len(params.spacing) != logits.ndim - 2:
-        raise ValueError(
-            f"spacing has {len(params.spacing)} numbers, but the images have {logits.ndim - 2} axes: give one each."
-        )
 
 
 # Fitting.
@@ -478,7 +206,7 @@ def _collect(batches: Batches, like: LocalCalibration, seed: int) -> _Samples:
     kept: list[Any] = []
     for number, (logits, labels, where, image) in enumerate(batches):
         try:
-            _check_applicable(logits, like, image)
+            check_applicable(logits, like, image)
         except ValueError as error:
             raise ValueError(f"batch {number}: {error}") from error
         if like.regions and not are_dense(labels, logits):
@@ -499,7 +227,7 @@ def _collect(batches: Batches, like: LocalCalibration, seed: int) -> _Samples:
     def filled(*leaves: Any) -> np.ndarray:
         if np.ndim(leaves[0]) == 0:
             return np.stack(leaves)
-        return np.stack([_filled(leaf, (most,)) for leaf in leaves])
+        return np.stack([fill_up(leaf, (most,)) for leaf in leaves])
 
     fields: Any = [filled(*leaves) for leaves in zip(*(sample[:-1] for sample in kept), strict=True)]
     rest = jax.tree.map(lambda *leaves: np.stack(leaves), *(sample.rest for sample in kept))
@@ -515,26 +243,26 @@ def _sample(
         dense = labels.astype(np.float32)
     else:
         dense = (labels[..., None] == np.arange(classes)).astype(np.float32)
-    counted = _known(logits, like.regions) & (like.regions or have_class(labels, logits))
+    counted = known_voxels(logits, like.regions) & (like.regions or have_class(labels, logits))
     counted &= True if where is None else where
-    columns: list[Any] = []
+    parts: list[Any] = []
     rest: Any = None
-    for inner, block, *arrays in _blocks(logits, image, like.regions):
+    for inner, block, *arrays in blocks(logits, image, like.regions):
         log_probs, levels, uncertain = jax.device_get(_block_features(like, *arrays))
         chosen = uncertain[block] & counted[inner]
         probs = levels[0][block][..., classes : 2 * classes]
         stay = counted[inner] & ~chosen
         stats = bin_statistics(probs[None], dense[inner][None], binning="soft", where=stay[None])
         rest = stats if rest is None else rest + stats
-        columns.append(
+        parts.append(
             (log_probs[block][chosen], [level[block][chosen] for level in levels], dense[inner][chosen])
         )
-    log_probs, levels, kept = jax.tree.map(lambda *parts: np.concatenate(parts), *columns)
+    log_probs, levels, kept = jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
     total = len(log_probs)
     if not total:
         return None
     order = rng.permutation(total)[:_VOXELS]
-    features, pixels = _columns([level[order] for level in levels], classes)
+    features, pixels = network_inputs([level[order] for level in levels], classes)
     return _Samples(
         log_probs[order],
         np.asarray(features),
@@ -546,7 +274,7 @@ def _sample(
     )
 
 
-_block_features = jax.jit(_features)
+_block_features = jax.jit(features_of)
 
 
 def _negative_log_likelihood(
@@ -555,7 +283,7 @@ def _negative_log_likelihood(
     """Of each voxel, and its calibrated probabilities."""
     import optax  # here, since its import takes longer than that of the library
 
-    logits = _calibrated(params, log_probs, features, image)
+    logits = calibrated_logits(params, log_probs, features, image)
     if params.regions:
         return optax.losses.sigmoid_binary_cross_entropy(logits, labels).sum(-1), jax.nn.sigmoid(logits)
     return optax.losses.softmax_cross_entropy(logits, labels), jax.nn.softmax(logits)

@@ -16,17 +16,14 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
-from calib_jax import metrics
 from calib_jax._batches import Batches, Source
 from calib_jax._checks import AnyArray, Labels
-from calib_jax._eager import compiled
-from calib_jax._labels import have_class, memberships, one_hot
+from calib_jax._labels import memberships
 from calib_jax._lbfgs import Evaluation, minimise
-from calib_jax._sums.voxels import count_voxels, sum_in_chunks, sum_voxels
+from calib_jax._likelihood import Objective
 
 Logits = Float[AnyArray, "batch *spatial classes"]
 
-_BLOCK = 2**12  # voxels whose derivatives are added in plain float32
 _FURTHEST = 1e3  # where no optimum is finite: bound of 1 / T and T, and of the size of a scale or bias
 _PENALTY = 1e-5  # per squared unit of a parameter, in nats per voxel
 _SLOPE = 1e-6  # of the logits' spread: slopes below it are rounding, and the best temperature is infinite
@@ -108,7 +105,7 @@ def fit_temperature(
         Ding et al., "Local Temperature Scaling for Probability Calibration", ICCV 2021.
     """
 
-    objective = _Objective(Batches(logits, labels, where), _over_temperature)
+    objective = Objective(Batches(logits, labels, where), _over_temperature)
     log_temperature, end, unfinished = minimise(objective, jnp.zeros((), jnp.float32), tolerance, max_steps)
     temperature = jnp.exp(log_temperature)
     without = _without_best_temperature(objective, float(temperature), end)
@@ -158,7 +155,7 @@ def fit_vector_scaling(
         Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
     """
     batches = Batches(logits, labels, where)
-    objective = _Objective(batches, _scaled_by_class)
+    objective = Objective(batches, _scaled_by_class)
     start = VectorScaling(*(jnp.full(batches.classes, x, jnp.float32) for x in (1, 0)))
     params, end, unfinished = minimise(objective, start, tolerance, max_steps)
     without = _without_best_scaling(objective, params, end, tolerance)
@@ -205,7 +202,7 @@ def fit_class_temperature(
         Frenkel and Goldberger, "Network Calibration by Class-based Temperature Scaling", EUSIPCO 2021.
     """
     batches = Batches(logits, labels, where)
-    objective = _with_penalty(_Objective(batches, _over_class_temperature), _sum_of_squares)
+    objective = _with_penalty(Objective(batches, _over_class_temperature), _sum_of_squares)
     start = jnp.zeros(batches.classes, jnp.float32)
     log_temperature, _, unfinished = minimise(objective, start, tolerance, max_steps)
     if unfinished:
@@ -250,7 +247,7 @@ def fit_dirichlet(
         Calibration", NeurIPS 2019.
     """
     batches = Batches(logits, labels, where)
-    objective = _with_penalty(_Objective(batches, _by_matrix), _off_diagonal)
+    objective = _with_penalty(Objective(batches, _by_matrix), _off_diagonal)
     start = DirichletCalibration(jnp.eye(batches.classes), jnp.zeros(batches.classes))
     params, _, unfinished = minimise(objective, _float32(start), tolerance, max_steps)
     if unfinished:
@@ -438,166 +435,10 @@ def _off_diagonal(params: DirichletCalibration) -> Array:
     return _PENALTY * (jnp.sum(off**2) + jnp.sum(params.bias**2))
 
 
-# The objective: sums over each batch in JAX, added up over batches in float64.
-
-
-class _Objective:
-    """Mean negative log-likelihood and its gradient. Each call is one pass over all batches.
-
-    Args:
-        batches: the validation set.
-        scaled: function from float32 logits and parameters to scaled logits. It is a key of the compiled programs,
-            so define it at module level.
-
-    Attributes:
-        facts: what the first pass found, `_Facts`.
-        counted: number of voxels that the first pass counted.
-    """
-
-    def __init__(self, batches: Batches, scaled: Callable[[Array, Any], Array]):
-        self.batches, self.scaled = batches, scaled
-        self.facts: Any = None
-        self.counted: Any = None
-
-    def __call__(self, params: Any) -> Evaluation:
-        totals, count = [np.float64(0)] * (1 + len(jax.tree.leaves(params))), 0
-        for number, arrays in enumerate(self.batches):
-            sums, finite, voxels = jax.device_get(_batch_sums(params, *arrays, scaled=self.scaled))
-            if not finite:
-                raise ValueError(
-                    f"logits or soft labels of batch {number} are not finite where they are counted. Mask such "
-                    "voxels with where. To keep logarithms of probabilities finite, use "
-                    "jnp.log(jnp.maximum(probs, jnp.finfo(jnp.float32).tiny))."
-                )
-            totals = [total + _over_images(pair) for total, pair in zip(totals, sums, strict=True)]
-            count += int(voxels.sum())
-            if self.counted is None:
-                found = _batch_facts(params, *arrays, scaled=self.scaled)
-                self.facts = found if self.facts is None else self.facts.merge(found)
-        if self.counted not in (None, count):
-            raise ValueError(
-                f"the first pass over the batches counted {self.counted} voxels, a later one {count}: every pass "
-                "must find the same. Pass a list, or a function that returns a new iterator each time."
-            )
-        if count == 0:
-            raise ValueError("no voxel to fit to: every one is masked by where, or has a label of no class.")
-        self.counted = count
-        loss, *slopes = (total / count for total in totals)
-        leaves, treedef = jax.tree.flatten(params)
-        gradient = [jnp.asarray(x, jnp.float32).reshape(y.shape) for x, y in zip(slopes, leaves, strict=True)]
-        return Evaluation(float(loss), treedef.unflatten(gradient))
-
-    def spread(self) -> float:
-        """Root mean square of the difference between a logit and the mean of its voxel, in the first pass."""
-        return math.sqrt(self.facts.variance.mean() / self.counted)
-
-    def separates(self, params: Any) -> bool:
-        """Whether the scaled logits of every counted voxel are largest at its label: one more pass."""
-        return not any(
-            _batch_facts(params, *arrays, scaled=self.scaled).short.any() for arrays in self.batches
-        )
-
-
-def _over_images(pair: Any) -> Any:
-    """Sum of a batch from the pairs of its images, in float64."""
-    high, low = pair
-    return (np.float64(high) + np.float64(low)).sum(0)
-
-
-@compiled()
-def _batch_sums(
-    params: Any, logits: Any, labels: Any, where: Any, *, scaled: Callable[[Array, Any], Array]
-) -> tuple[Any, Array, Array]:
-    """Sums of NLL and of its derivatives by each parameter, as pairs; whether logits are finite; counted voxels."""
-
-    def sums(logits: Array, labels: Array, where: Array | None) -> tuple[Array, ...]:
-        logits = logits.astype(jnp.float32)
-        if where is not None:
-            logits = jnp.where(where, logits, 0)
-        size = math.gcd(logits.shape[1], _BLOCK)
-
-        def of_block(params: Any, *block: Any) -> tuple[Array, Any]:
-            arrays: Any = (None if x is None else x[None] for x in block)
-            logits, labels, where = arrays
-            losses, counted = metrics.voxel_likelihoods(scaled(logits, params), labels, where)
-            return losses.sum(), (losses, counted)
-
-        # Plain float32 sums within a block, exact ones over blocks.
-        blocks = [None if x is None else x.reshape(-1, size, *x.shape[2:]) for x in (logits, labels, where)]
-        gradient = jax.vmap(jax.grad(of_block, has_aux=True), in_axes=(None, 0, 0, 0))
-        slopes, (losses, counted) = gradient(params, *blocks)
-        losses, counted = (x.reshape(*logits.shape[:2], 1) for x in (losses, counted))
-        broken = counted & ~jnp.isfinite(logits).all(-1, keepdims=True)
-        slopes = [sum_voxels(x.reshape(1, len(x), -1)) for x in jax.tree.leaves(slopes)]
-        return sum_voxels(losses)[:, 0], *slopes, *count_voxels(broken, counted)
-
-    *totals, broken, counted = sum_in_chunks(sums, *metrics.flatten(logits, labels, where))
-    return totals, (broken.sum() == 0) & jnp.isfinite(totals[0][0]).all(), counted
-
-
-# Whether there is an optimum, from sums over the logits as they are.
-
-
-class _Facts(NamedTuple):
-    """Sums and extremes over counted voxels, for each class c with logit l_c and label y_c.
-
-    Attributes:
-        short: sum of y_c (max_k l_k - l_c), exactly zero if every label has the largest logit.
-        below_mean: sum of y_c (mean_k l_k - l_c), positive if labels have small logits.
-        variance: sum of (mean_k l_k - l_c)^2.
-        labels: sum of y_c.
-        least, most: the least logit where the label is c, and the largest one where another class has a label.
-    """
-
-    short: np.ndarray
-    below_mean: np.ndarray
-    variance: np.ndarray
-    labels: np.ndarray
-    least: np.ndarray
-    most: np.ndarray
-
-    def merge(self, other: "_Facts") -> "_Facts":
-        """The facts of two batches."""
-        adders = (*(np.add,) * 4, np.minimum, np.maximum)
-        return _Facts(*(add(a, b) for add, a, b in zip(adders, self, other, strict=True)))
-
-
-def _batch_facts(params: Any, *arrays: Any, scaled: Callable[[Array, Any], Array]) -> _Facts:
-    """Facts of a batch after its logits are scaled."""
-    totals, *extremes = jax.device_get(_batch_facts_program(params, *arrays, scaled=scaled))
-    return _Facts(*map(_over_images, totals), *extremes)
-
-
-@compiled()
-def _batch_facts_program(
-    params: Any, logits: Any, labels: Any, where: Any, *, scaled: Callable[[Array, Any], Array]
-) -> tuple[list[Any], Array, Array]:
-    """Sums of each class, as pairs, and extremes of its logits."""
-
-    def scaled_and_dense(logits: Array, labels: Array, where: Array | None) -> tuple[Array, Array]:
-        dense = one_hot(labels, logits)
-        dense = dense if where is None else jnp.where(where, dense, 0)
-        counted = have_class(dense, logits)[..., None]
-        return jnp.where(counted, scaled(logits.astype(jnp.float32), params), 0), dense
-
-    def sums(*chunk: Any) -> tuple[Array, ...]:
-        values, dense = scaled_and_dense(*chunk)
-        short, _ = metrics.below_largest(values)
-        excess = short - short.mean(-1, keepdims=True)
-        return tuple(map(sum_voxels, (dense * short, dense * excess, excess**2, dense)))
-
-    flat = metrics.flatten(logits, labels, where)
-    totals = sum_in_chunks(sums, *flat)
-    values, dense = scaled_and_dense(*flat)
-    others = dense.sum(-1, keepdims=True) - dense
-    least = jnp.where(dense > 0, values, jnp.inf).min((0, 1))
-    return list(totals), least, jnp.where(others > 0, values, -jnp.inf).max((0, 1))
-
-
 _MORE_CASES = "Fit on more cases, with errors, that the model was not trained on."
 
 
-def _without_best_temperature(objective: _Objective, temperature: float, end: Evaluation) -> str | None:
+def _without_best_temperature(objective: Objective, temperature: float, end: Evaluation) -> str | None:
     """Why no temperature is best, or the fit found none; None if it found one.
 
     The mean NLL is convex in 1 / T. It falls as T grows if its slope at 1 / T = 0, the mean of `below_mean`, is not
@@ -633,7 +474,7 @@ def _without_best_temperature(objective: _Objective, temperature: float, end: Ev
 
 
 def _without_best_scaling(
-    objective: _Objective, params: VectorScaling, end: Evaluation, tolerance: float
+    objective: Objective, params: VectorScaling, end: Evaluation, tolerance: float
 ) -> str | None:
     """Why no scale and bias are best, or the fit found none; None if it found some."""
     facts, spread = objective.facts, objective.spread()

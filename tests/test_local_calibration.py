@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from calib_jax import _local_network as network
 from calib_jax import average_calibration_error, bin_statistics
-from calib_jax import local_calibration as module
 from calib_jax.local_calibration import apply_local_calibration, fit_local_calibration
 from calib_jax.metrics import negative_log_likelihood
 
@@ -78,15 +78,15 @@ def test_jit_slabs_and_padding_give_the_same(fitted, size, monkeypatch):
     logits, _ = overconfident(4, size=size, images=2)
     whole = jax.jit(apply_local_calibration)(logits, fitted[2][False])
     chex.assert_trees_all_close(apply_local_calibration(logits, fitted[2][False]), whole, atol=2e-4)
-    monkeypatch.setattr(module, "_SLAB", 1)  # as many slabs as there can be
+    monkeypatch.setattr(network, "_SLAB", 1)  # as many slabs as there can be
     chex.assert_trees_all_close(apply_local_calibration(logits, fitted[2][False]), whole, atol=2e-4)
 
 
 def test_slabs_of_a_long_image_give_the_same(fitted, monkeypatch):
     logits, _ = overconfident(5, size=(100, 6))
     whole = apply_local_calibration(logits, fitted[2][False])
-    monkeypatch.setattr(module, "_SLAB", 1)
-    assert len(list(module._blocks(logits[0], None, False))) > 3
+    monkeypatch.setattr(network, "_SLAB", 1)
+    assert len(list(network.blocks(logits[0], None, False))) > 3
     chex.assert_trees_all_close(apply_local_calibration(logits, fitted[2][False]), whole, atol=2e-4)
 
 
@@ -125,19 +125,21 @@ def test_regions_images_and_soft_labels():
     np.testing.assert_array_equal(calibrated > 0, odds > 0)
     losses = [np.logaddexp(0, np.where(regions > 0, -x, x)).mean() for x in (odds, np.asarray(calibrated))]
     assert losses[1] < 0.8 * losses[0]
+    in_jit = jax.jit(apply_local_calibration)(odds, params, image=image)
+    chex.assert_trees_all_close(in_jit, calibrated, rtol=1e-3, atol=1e-3)
     brighter = apply_local_calibration(odds, params, image=2 * image + 7)
     chex.assert_trees_all_close(brighter, calibrated, rtol=1e-3, atol=1e-3)
 
 
 def test_a_coarse_axis_takes_no_part_in_fine_smoothing():
-    weights = module._first_weights(jax.random.key(0), 3, 0)
+    weights = network._first_weights(jax.random.key(0), 3, 0)
     weights = weights._replace(factor=jnp.linspace(-1, 1, len(weights.factor), dtype=jnp.float32))
     logits, _ = overconfident(8, size=(12, 12, 3))
     changed = logits.copy()
     changed[:, :, :, 2] = 0
 
     def first_planes(spacing):
-        params = module.LocalCalibration(weights, True, False, spacing)
+        params = network.LocalCalibration(weights, True, False, spacing)
         return [np.asarray(apply_local_calibration(x, params))[..., 0, :] for x in (logits, changed)]
 
     np.testing.assert_allclose(*first_planes((1.0, 1.0, 10.0)), atol=1e-5)

@@ -1,14 +1,15 @@
 """Local calibration of a trained network, fitted on cases that the network was not trained on."""
 
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from nibabel.affines import voxel_sizes
+from scipy.special import expit, logit, softmax
 
 import calib_jax
 from calib_jax import LocalCalibration
+from train.console import warnings_as_notes
 from train.data import Dataset
 from train.data.case import Case, ids_of
 from train.data.ignore import IGNORE
@@ -47,20 +48,13 @@ def fit_local_calibration(
             logits = _logits(predict(case.image), bool(regions))
             yield logits[None], labels[None], where[None], case.image[None]
 
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", RuntimeWarning)
+    with warnings_as_notes("fitting a local calibration"):
         try:
-            params = calib_jax.fit_local_calibration(
+            return calib_jax.fit_local_calibration(
                 batches, keeps_labels=False, regions=bool(regions), spacing=_spacing(first)
             )
         except ValueError as error:
             raise InputError(f"Nothing can be calibrated on {', '.join(case_names)}: {error}") from error
-    for warning in caught:
-        if issubclass(warning.category, RuntimeWarning):
-            print(f"note: {warning.message}")
-        else:
-            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-    return params
 
 
 def calibrate(probs: Shares, image: Image, params: LocalCalibration) -> Shares:
@@ -69,16 +63,14 @@ def calibrate(probs: Shares, image: Image, params: LocalCalibration) -> Shares:
     calibrated = np.asarray(
         calib_jax.apply_local_calibration(logits[None], params, image=image[None])[0], np.float32
     )
-    if params.regions:
-        return 1 / (1 + np.exp(-calibrated))
-    powers = np.exp(calibrated - calibrated.max(-1, keepdims=True))
-    return powers / powers.sum(-1, keepdims=True)
+    return expit(calibrated) if params.regions else softmax(calibrated, axis=-1)
 
 
 def _logits(probs: Shares, regions: bool) -> np.ndarray:
-    least = np.finfo(np.float32).tiny
-    logits = np.log(np.maximum(probs, least))
-    return logits - np.log(np.maximum(1 - probs, least)) if regions else logits
+    if regions:
+        return logit(probs)  # infinite at 0 and 1, which a local calibration takes for certain
+    with np.errstate(divide="ignore"):  # a probability of 0 is a logit of -inf
+        return np.log(probs)
 
 
 def _spacing(case: Case) -> tuple[float, ...]:

@@ -1,7 +1,6 @@
 """Temperature scaling of a trained network: fitted on cases that the network was not trained on."""
 
 import functools
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32, UInt8
 
 import calib_jax
 from train import cpu
+from train.console import warnings_as_notes
 from train.data import Dataset
 from train.data.case import ids_of
 from train.data.ignore import mask_ignored
@@ -71,18 +71,11 @@ def fit_temperature(
             for corners, counted in zip(plan.corners, plan.counted, strict=True):
                 yield program(predict.weights, image, label, shape, corners, counted)
 
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", RuntimeWarning)
+    with warnings_as_notes("fitting the temperature"):
         try:
-            temperature = calib_jax.fit_temperature(batches)
+            return calib_jax.fit_temperature(batches)
         except ValueError as error:
             raise InputError(f"No temperature can be fitted on {', '.join(case_names)}: {error}") from error
-    for warning in caught:
-        if issubclass(warning.category, RuntimeWarning):
-            print(f"note: fitting the temperature, {warning.message}")
-        else:
-            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-    return temperature
 
 
 @functools.cache
