@@ -454,7 +454,7 @@ def _from_json(tree: Any, arrays: Mapping[str, Any]) -> Any:
     if isinstance(tree, list):
         return tuple(_from_json(value, arrays) for value in tree)
     if "local" in tree:
-        from calib_jax.local_calibration import LocalCalibration, LocalWeights
+        from calib_jax._local_network import LocalCalibration, LocalWeights
 
         static, weights = tree["local"], LocalWeights(*_from_json(tree["weights"], arrays))
         return LocalCalibration(
