@@ -1,7 +1,7 @@
 """Calibration losses and metrics for image segmentation, as pure functions of JAX arrays.
 
-Arrays are batch first and channel last. Nothing here reads a file, holds state or looks at traced values,
-so every function may be called inside `jit`, `vmap`, `grad` and `shard_map`, on CPU, GPU and TPU. Fitting a
+Arrays are batch first and channel last. None of these functions reads a file, holds state or looks at traced
+values, so every function may be called inside `jit`, `vmap`, `grad` and `shard_map`, on CPU, GPU and TPU. Fitting a
 calibrator (`fit_temperature` and the others) is the exception: it is a loop of its own.
 
     loss = calib_jax.mL1_ace(jax.nn.softmax(logits), labels)

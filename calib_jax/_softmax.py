@@ -103,7 +103,7 @@ def _dice_backward(residuals: tuple[Any, ...], gradients: tuple[Array, Array]) -
 
 
 def _slope_of_minimum(probs: Array, targets: Array) -> Array:
-    """Derivative of min(p, t) in p. At p = t any number in [0, 1] will do; t is that of p t on hard labels."""
+    """Derivative of min(p, t) in p. At p = t any value in [0, 1] is a subgradient; t is the derivative of p t."""
     return jnp.where(probs == targets, targets, (probs < targets).astype(jnp.float32))
 
 

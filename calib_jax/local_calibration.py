@@ -80,7 +80,7 @@ def fit_local_calibration(
             belongs into them. Give it for all batches or for none.
         where: voxels to fit to, boolean, `[batch, *spatial]`; None takes all.
         keeps_labels: True keeps the largest logit of each voxel the largest (under `regions`, the sign of each
-            logit). False leaves the probabilities free, which calibrates better: keep the label map that you have.
+            logit). False leaves the probabilities free: keep the label map that you have.
         regions: whether each channel is a sigmoid of its own, such as overlapping regions.
         spacing: millimetres between voxels along each axis. A coarse axis takes part in a smoothing only if its
             spacing is not larger than that smoothing. Left out, all axes have the same spacing.

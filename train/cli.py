@@ -83,7 +83,8 @@ class Compare(_Options):
     seeds: tuple[int, ...] = ()
     """Seeds to train every loss with, for means and spreads over them; left out, the one of --seed."""
     temperature: bool = False
-    """Show each network with temperature scaling as well, fitted on its validation cases, in a row `LOSS+T`."""
+    """Show each network with temperature scaling as well, fitted on its validation cases (of several annotators to
+    the majority), in a row `LOSS+T`."""
     local_calibration: bool = False
     """Show each network with local calibration as well, fitted on its validation cases, in a row `LOSS+L`. The
     labels stay those of the network."""
@@ -292,7 +293,7 @@ class Check:
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
     """LAYOUT:PATH, as --data of the other commands."""
     label_values: tuple[int, ...] = ()
-    """As of the other commands."""
+    """Value of each class in the label files, background first; left out, the layout's."""
     out: Path = Path("faults.csv")
     """File that the faults are written to: case, file, problem. An earlier list of faults is replaced."""
 

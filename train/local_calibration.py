@@ -11,6 +11,7 @@ import calib_jax
 from calib_jax import LocalCalibration
 from train.console import warnings_as_notes
 from train.data import Dataset
+from train.data.annotators import soft_label
 from train.data.case import Case, ids_of
 from train.data.ignore import IGNORE
 from train.data.pipeline import CachedCases
@@ -24,7 +25,8 @@ def fit_local_calibration(
 ) -> LocalCalibration:
     """Fits a local calibration to the probabilities and images of whole cases, on the network's grid.
 
-    Probabilities are free: evaluation keeps the network's labels. Voxels without a label are left out.
+    Probabilities are free: evaluation keeps the network's labels. Several annotators count by their shares of each
+    class. Voxels without a label are left out.
 
     Args:
         predict: a trained network.
@@ -41,10 +43,14 @@ def fit_local_calibration(
     def batches() -> Iterator[tuple[np.ndarray, ...]]:
         for index in range(len(cases)):
             _, case = cases[index]
-            labels = case.label.astype(np.int32)
-            where = labels != IGNORE
-            if regions:
+            labels, where = case.label.astype(np.int32), case.label != IGNORE
+            if case.annotations is not None:  # as evaluation counts them
+                labels = soft_label(case.annotations, len(dataset.class_names))
+                where = labels.sum(-1) > 0
+            if regions and labels.ndim == where.ndim:
                 labels = np.stack([np.isin(labels, ids) for ids in regions], -1)
+            elif regions:
+                labels = np.stack([labels[..., list(ids)].sum(-1) for ids in regions], -1)
             logits = _logits(predict(case.image), bool(regions))
             yield logits[None], labels[None], where[None], case.image[None]
 

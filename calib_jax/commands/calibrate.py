@@ -37,7 +37,7 @@ methods:
   dirichlet          a linear map of the log-probabilities
   isotonic           a rising curve for each class
   local              a small network that sees the probabilities around a voxel (and the images, if given)
-  local-free         the same; it calibrates best, and its probabilities may contradict the label map, which stays
+  local-free         the same, but its probabilities may contradict the label map, which stays
 """
 _APPLY = """\
 example:

@@ -226,7 +226,9 @@ def _unreadable(path: Path, error: Exception) -> Exception:
     if isinstance(error, PredictionError | MemoryError):
         return error
     if isinstance(error, ModuleNotFoundError):
-        return PredictionError(f"{path} is read by Pillow, which is not installed: pip install pillow.")
+        return PredictionError(
+            f"{path} is read by Pillow, which is not installed: pip install 'calib_jax[report]'."
+        )
     if isinstance(error, OSError) and error.errno:
         return PredictionError(
             f"{path} cannot be read ({error.strerror}): check the file and its permissions."

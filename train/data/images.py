@@ -71,9 +71,9 @@ def _opened(path: Path) -> Any:
         from PIL import Image
     except ImportError as error:
         raise PredictionError(
-            f"{path} is read by pillow, which is not installed: pip install 'calib_jax[train]'."
+            f"{path} is read by pillow, which is not installed: pip install 'calib_jax[report]'."
         ) from error
-    return Image.open(path)
+    return Image.open(path, formats=("PNG", "TIFF", "BMP", "JPEG"))
 
 
 def _mode(image: Any) -> str | None:
