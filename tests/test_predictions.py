@@ -119,6 +119,49 @@ def test_a_label_in_another_orientation_is_on_the_grid_of_the_case(tmp_path):
     np.testing.assert_array_equal(case.labels, ids[::-1, ::-1])
 
 
+def test_a_map_without_a_grid_beside_a_prediction_does_not_replace_the_label_s_grid(tmp_path):
+    probs, ids = make_case(shape=(6, 6, 6))
+    save_nnunet(tmp_path / "probs", "a", probs, segmentation=False)
+    np.save(tmp_path / "probs" / "a_seg.npy", ids.transpose())
+    save_nifti(tmp_path / "labels" / "a.nii.gz", ids)
+    np.testing.assert_array_equal(read_one(tmp_path / "probs", tmp_path / "labels").probs, probs)
+
+
+def test_classes_of_a_volume_are_counted_by_the_label_map_beside_it(tmp_path):
+    probs, ids = make_case(shape=(6, 20, 20), classes=9)
+    save_nifti(tmp_path / "probs" / "a_prob.nii.gz", probs)
+    save_nifti(tmp_path / "probs" / "a_seg.nii.gz", ids)
+    np.testing.assert_array_equal(read_one(tmp_path / "probs").probs, probs)
+
+
+def test_a_negative_ignore_label_of_regions(tmp_path):
+    probs, ids = make_case()
+    regions = np.stack([1 - probs[..., 0], probs[..., 2]], -1)
+    np.savez(tmp_path / "a.npz", probabilities=regions.transpose(3, 2, 1, 0))
+    labels = ids.astype(np.int16)
+    labels[0] = -100
+    save_nifti(tmp_path / "labels" / "a.nii.gz", labels)
+    save_dataset_json(tmp_path, {"background": 0, "whole": [1, 2], "core": 2, "ignore": -100})
+    case = read_one(tmp_path / "a.npz", tmp_path / "labels")
+    np.testing.assert_array_equal(case.where, labels >= 0)
+    np.testing.assert_array_equal(case.labels[1:, ..., 1], ids[1:] == 2)
+
+
+def test_a_tiff_in_colours_is_written_as_it_was_read(tmp_path):
+    Image = pytest.importorskip("PIL.Image")
+    probs, _ = make_case(shape=(10, 12))
+    stored = np.rint(255 * probs).astype(np.uint8)
+    stored[..., 0] = 255 - stored[..., 1:].sum(-1)
+    (tmp_path / "probs").mkdir()
+    Image.fromarray(stored).save(tmp_path / "probs" / "a.tif")
+    predictions = open_predictions(tmp_path / "probs")
+    case = predictions.read("a")
+    assert case.probs.shape == (10, 12, 3)
+    template = predictions.template("a")
+    write_probabilities(tmp_path / "out" / "a.tif", case.probs, template)
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out" / "a.tif")), stored)
+
+
 @pytest.mark.parametrize("affine", [AFFINE, LPS])
 def test_the_label_map_beside_a_prediction_is_read_on_the_grid_of_the_label(tmp_path, affine):
     """Calibrated probabilities may contradict the label map, which stays the prediction."""

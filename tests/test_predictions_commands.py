@@ -9,7 +9,7 @@ import pytest
 from test_predictions import AFFINE, LPS, SHAPE, make_case, save_dataset_json, save_nifti, save_nnunet
 
 import calib_jax
-from calib_jax import local_calibration
+from calib_jax import _local_network as network
 from calib_jax.calibrators import CALIBRATORS
 from calib_jax.cli import main
 from calib_jax.commands.calibrate import METHODS, Calibration
@@ -248,6 +248,23 @@ def test_an_ensemble_is_the_mean_whatever_the_formats(tmp_path):
     np.testing.assert_array_equal(label.affine, LPS)
 
 
+def test_an_ensemble_averages_the_same_voxels_without_label_maps(tmp_path, capsys):
+    probs, _ = make_case()
+    save_nifti(tmp_path / "one" / "a.nii.gz", probs, LPS)
+    turned = nib.as_closest_canonical(nib.Nifti1Image(probs, LPS))
+    save_nifti(tmp_path / "two" / "a.nii.gz", np.asarray(turned.dataobj), turned.affine)
+    command = [
+        "ensemble",
+        *(f"--probs={tmp_path / name}" for name in ("one", "two")),
+        f"--out={tmp_path / 'mean'}",
+    ]
+    assert main(command) == 0
+    np.testing.assert_allclose(np.asarray(nib.load(tmp_path / "mean" / "a.nii.gz").dataobj), probs, rtol=1e-6)
+    save_nifti(tmp_path / "two" / "a.nii.gz", probs, 2 * AFFINE)
+    assert main([*command[:-1], f"--out={tmp_path / 'other'}"]) == 2
+    assert "another grid" in capsys.readouterr().err
+
+
 def test_figures_are_those_of_monai(tmp_path, folders):
     metrics = pytest.importorskip("monai.metrics")
     torch = pytest.importorskip("torch")
@@ -269,9 +286,9 @@ def test_local_calibration_sees_regions_and_images(tmp_path, capsys, monkeypatch
     def fit(batches, *, regions, spacing):
         fitted.extend(batches())
         key = jax.random.key(0)
-        weights = local_calibration._first_weights(key, fitted[0][0].shape[-1], 3)
+        weights = network._first_weights(key, fitted[0][0].shape[-1], 3)
         weights = weights._replace(factor=jax.random.normal(key, weights.factor.shape))
-        return local_calibration.LocalCalibration(weights, True, regions, spacing)
+        return network.LocalCalibration(weights, True, regions, spacing)
 
     monkeypatch.setitem(CALIBRATORS, "local", CALIBRATORS["local"]._replace(fit=fit))
     probs, ids = make_case(shape=(8, 8), sharpness=1.0)

@@ -14,19 +14,6 @@ _OTHERS = r"(?!(train|calib_jax)(\.|$))"
 
 
 @contextlib.contextmanager
-def warnings_as_notes(what: str) -> Iterator[None]:
-    """A context whose `RuntimeWarning`s are printed when it ends, each as a note on `what`."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", RuntimeWarning)
-        yield
-    for warning in caught:
-        if issubclass(warning.category, RuntimeWarning):
-            print(f"note: {what}, {warning.message}")
-        else:
-            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-
-
-@contextlib.contextmanager
 def console() -> Iterator[None]:
     """A context in which printing never fails and warnings of other libraries are not shown.
 

@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 from nibabel.affines import voxel_sizes
-from scipy.special import expit, logit, softmax
 
 import calib_jax
 from calib_jax import LocalCalibration
-from train.console import warnings_as_notes
+from calib_jax._notes import warnings_as_notes
+from calib_jax._probabilities import as_logits, as_probs
 from train.data import Dataset
 from train.data.annotators import soft_label
 from train.data.case import Case, ids_of
@@ -51,7 +51,7 @@ def fit_local_calibration(
                 labels = np.stack([np.isin(labels, ids) for ids in regions], -1)
             elif regions:
                 labels = np.stack([labels[..., list(ids)].sum(-1) for ids in regions], -1)
-            logits = _logits(predict(case.image), bool(regions))
+            logits = as_logits(predict(case.image), regions=bool(regions))
             yield logits[None], labels[None], where[None], case.image[None]
 
     with warnings_as_notes("fitting a local calibration"):
@@ -65,18 +65,11 @@ def fit_local_calibration(
 
 def calibrate(probs: Shares, image: Image, params: LocalCalibration) -> Shares:
     """The probabilities of a case, locally calibrated."""
-    logits = _logits(probs, params.regions)
+    logits = as_logits(probs, regions=params.regions)
     calibrated = np.asarray(
         calib_jax.apply_local_calibration(logits[None], params, image=image[None])[0], np.float32
     )
-    return expit(calibrated) if params.regions else softmax(calibrated, axis=-1)
-
-
-def _logits(probs: Shares, regions: bool) -> np.ndarray:
-    if regions:
-        return logit(probs)  # infinite at 0 and 1, which a local calibration takes for certain
-    with np.errstate(divide="ignore"):  # a probability of 0 is a logit of -inf
-        return np.log(probs)
+    return as_probs(calibrated, regions=params.regions)
 
 
 def _spacing(case: Case) -> tuple[float, ...]:

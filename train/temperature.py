@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32, UInt8
 
 import calib_jax
+from calib_jax._notes import warnings_as_notes
 from train import cpu
-from train.console import warnings_as_notes
 from train.data import Dataset
 from train.data.case import ids_of
 from train.data.ignore import mask_ignored

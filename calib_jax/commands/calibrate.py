@@ -1,14 +1,15 @@
 """`calib-jax calibrate`: better probabilities without training."""
 
 import argparse
-import dataclasses
 import functools
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+from calib_jax._notes import warnings_as_notes
+from calib_jax._probabilities import as_logits, as_probs, finite_log
 from calib_jax.commands import options as shared
+from calib_jax.commands._calibration import METHODS, Calibration
 
 if TYPE_CHECKING:
     from calib_jax.predictions import Case, Predictions
@@ -43,13 +44,9 @@ _APPLY = """\
 example:
   calib-jax calibrate apply --probs predictions --params calibration.npz --out calibrated --uncertainty
 """
-METHODS = ("temperature", "class-temperature", "vector", "dirichlet", "isotonic", "local", "local-free")
-"""The names in `calib_jax.calibrators.CALIBRATORS`, which takes long to import."""
 
-_FORMAT = 1
-_SLAB = (
-    1 << 18
-)  # voxels that are calibrated at a time; all slabs have this size, so that one program is compiled
+# Voxels that are calibrated at a time. All slabs have this size, so that one program is compiled.
+_SLAB = 1 << 18
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,67 +86,6 @@ def run(options: argparse.Namespace) -> int:
     return _fit(options) if options.action == "fit" else _apply(options)
 
 
-class Calibration(NamedTuple):
-    """A fitted calibrator.
-
-    Attributes:
-        method: its name.
-        class_names: of the predictions.
-        regions: whether these are regions, each with parameters of its own for region and rest.
-        params: one pytree of arrays; of regions one for each, or one for all if the calibration is local.
-    """
-
-    method: str
-    class_names: tuple[str, ...]
-    regions: bool
-    params: tuple[Any, ...]
-
-    def save(self, path: Path) -> None:
-        """Writes the parameters as `.npz`."""
-        import numpy as np
-
-        import calib_jax
-        from calib_jax.predictions.writing import written_whole
-
-        arrays: list[Any] = []
-        tree = json.dumps([_as_json(params, arrays) for params in self.params])
-        with written_whole(path) as partial, open(partial, "wb") as file:
-            np.savez(
-                file,
-                format=np.array(_FORMAT),
-                version=np.array(calib_jax.__version__),
-                method=np.array(self.method),
-                class_names=np.array(self.class_names, np.str_),
-                regions=np.array(self.regions),
-                tree=np.array(tree),
-                **{f"param_{number}": array for number, array in enumerate(arrays)},
-            )
-
-    @classmethod
-    def load(cls, path: Path) -> "Calibration":
-        """Reads a file that `save` wrote.
-
-        Raises:
-            ValueError: it is none.
-        """
-        import numpy as np
-
-        try:
-            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-                if file["format"] != _FORMAT:
-                    raise ValueError(f"its format is {file['format']}, and this version reads {_FORMAT}")
-                method = str(file["method"])
-                if method not in METHODS:
-                    raise ValueError(f"its method is {method!r}, and this version knows {', '.join(METHODS)}")
-                params = tuple(_from_json(tree, file) for tree in json.loads(str(file["tree"])))
-                return cls(method, tuple(file["class_names"].tolist()), bool(file["regions"]), params)
-        except FileNotFoundError as error:
-            raise ValueError(f"{path} does not exist: give a file that `calibrate fit` wrote.") from error
-        except Exception as error:  # whatever a broken file raises
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise ValueError(f"{path} was not written by `calibrate fit` ({reason}): fit again.") from error
-
-
 def _fit(options: argparse.Namespace) -> int:
     import jax
     import numpy as np
@@ -182,7 +118,8 @@ def _fit(options: argparse.Namespace) -> int:
     params, before, after = [], 0.0, 0.0
     for log_probs, ids in problems:
         batches = _in_batches(log_probs, ids)
-        params.append(jax.device_get(method.fit(batches)))
+        with warnings_as_notes(f"fitting {options.method}"):
+            params.append(jax.device_get(method.fit(batches)))
         before += _likelihood(log_probs, ids)
         after += sum(
             _likelihood(np.asarray(jax.nn.log_softmax(method.apply(logits, params[-1]))), labels)
@@ -224,7 +161,7 @@ def _fit_local(options: argparse.Namespace, predictions: "Predictions") -> int:
             spacings.append(case.spacing)
             labels = np.asarray(case.labels, np.float32 if regions else np.int32)
             where = None if case.where is None else case.where[None]
-            yield _logits(case.probs, regions=regions)[None], labels[None], where, image
+            yield as_logits(case.probs, regions=regions)[None], labels[None], where, image
             progress(done, len(names))
 
     with Progress() as progress:
@@ -233,7 +170,8 @@ def _fit_local(options: argparse.Namespace, predictions: "Predictions") -> int:
         if not spacings:
             raise ValueError("no case could be used, see the sentences above.")
         spacing = spacings[0] if max(spacings[0]) > 1.01 * min(spacings[0]) else ()
-        params = CALIBRATORS[options.method].fit(batches, regions=regions, spacing=spacing)
+        with warnings_as_notes(f"fitting {options.method}"):
+            params = CALIBRATORS[options.method].fit(batches, regions=regions, spacing=spacing)
     Calibration(options.method, predictions.class_names, regions, (params,)).save(options.out)
     print(f"{options.method} calibration of {len(names) - len(faults)} cases\nWrote {options.out}")
     return 1 if faults else 0
@@ -312,13 +250,13 @@ def _sampled(case: "Case", most: int, *, seed: int) -> tuple[Any, Any]:
 def _problems(probs: Any, labels: Any, *, regions: bool) -> Iterator[tuple[Any, Any]]:
     """Log-probabilities `[voxels, classes]` and class ids: one problem, or one of two classes for each region."""
     if not regions:
-        yield _log(probs), labels
+        yield finite_log(probs), labels
         return
     import numpy as np
 
     for index in range(probs.shape[-1]):
         inside = probs[:, index]
-        yield _log(np.stack([1 - inside, inside], -1)), labels[:, index].astype(np.int32)
+        yield finite_log(np.stack([1 - inside, inside], -1)), labels[:, index].astype(np.int32)
 
 
 def _in_batches(log_probs: Any, ids: Any) -> list[tuple[Any, Any]]:
@@ -354,7 +292,7 @@ def _calibrate(probs: Any, calibration: Calibration) -> None:
         changed = []
         for column, params in zip(columns, calibration.params, strict=True):
             padded = np.zeros((size, column.shape[1]), np.float32)
-            padded[: len(column)] = _log(column)
+            padded[: len(column)] = finite_log(column)
             changed.append(np.asarray(calibrated(padded, params))[: len(column)])
         new = np.stack([change[:, 1] for change in changed], -1) if calibration.regions else changed[0]
         slab[...] = new.reshape(slab.shape)
@@ -368,15 +306,10 @@ def _calibrate_locally(probs: Any, calibration: Calibration, image: Any) -> None
 
     (params,) = calibration.params
     options = {} if image is None else {"image": image}
-    logits = _logits(probs, regions=calibration.regions)[None]
+    logits = as_logits(probs, regions=calibration.regions)[None]
     calibrated = np.asarray(CALIBRATORS[calibration.method].apply(logits, params, **options))[0]
     for (slab, _), (new, _) in zip(_slabs(probs), _slabs(calibrated), strict=True):
-        if calibration.regions:
-            with np.errstate(over="ignore"):  # 1 / infinity is the 0 that is wanted
-                slab[...] = 1 / (1 + np.exp(-new))
-        else:
-            odds = np.exp(new - new.max(-1, keepdims=True))
-            slab[...] = odds / odds.sum(-1, keepdims=True)
+        slab[...] = as_probs(new, regions=calibration.regions)
 
 
 def _entropy(probs: Any, *, regions: bool) -> Any:
@@ -385,9 +318,9 @@ def _entropy(probs: Any, *, regions: bool) -> Any:
 
     entropy = np.empty(probs.shape[:-1], np.float32)
     for (slab, _), (to, _) in zip(_slabs(probs), _slabs(entropy[..., None]), strict=True):
-        nats = -slab * _log(slab)
+        nats = -slab * finite_log(slab)
         if regions:
-            nats -= (1 - slab) * _log(1 - slab)
+            nats -= (1 - slab) * finite_log(1 - slab)
         to[..., 0] = nats.sum(-1)
     return entropy
 
@@ -415,53 +348,6 @@ def _compiled(method: str) -> Any:
 def _round_up(size: int) -> int:
     """The next power of two, so that cases of many sizes need few programs."""
     return 1 << (size - 1).bit_length()
-
-
-def _log(probs: Any) -> Any:
-    import numpy as np
-
-    return np.log(np.maximum(probs, np.finfo(np.float32).tiny), dtype=np.float32)
-
-
-def _logits(probs: Any, *, regions: bool) -> Any:
-    """Log-probabilities, or for regions log-odds."""
-    return _log(probs) - _log(1 - probs) if regions else _log(probs)
-
-
-# Parameters as JSON and arrays: a local calibration, or a pytree of tuples with or without names.
-
-
-def _as_json(params: Any, arrays: list[Any]) -> Any:
-    import numpy as np
-
-    if dataclasses.is_dataclass(params):
-        local: Any = params
-        static = {"keeps_labels": local.keeps_labels, "regions": local.regions, "spacing": local.spacing}
-        return {"local": static, "weights": _as_json(local.weights, arrays)}
-    if hasattr(params, "_fields"):
-        return {"fields": [[name, _as_json(getattr(params, name), arrays)] for name in params._fields]}
-    if isinstance(params, Sequence):
-        return [_as_json(value, arrays) for value in params]
-    arrays.append(np.asarray(params))
-    return len(arrays) - 1
-
-
-def _from_json(tree: Any, arrays: Mapping[str, Any]) -> Any:
-    from collections import namedtuple
-
-    if isinstance(tree, int):
-        return arrays[f"param_{tree}"]
-    if isinstance(tree, list):
-        return tuple(_from_json(value, arrays) for value in tree)
-    if "local" in tree:
-        from calib_jax._local_network import LocalCalibration, LocalWeights
-
-        static, weights = tree["local"], LocalWeights(*_from_json(tree["weights"], arrays))
-        return LocalCalibration(
-            weights, bool(static["keeps_labels"]), bool(static["regions"]), tuple(static["spacing"])
-        )
-    names = [name for name, _ in tree["fields"]]
-    return namedtuple("Parameters", names)(*(_from_json(value, arrays) for _, value in tree["fields"]))
 
 
 def _in_words(params: Any) -> str:

@@ -29,6 +29,7 @@ def run(options: argparse.Namespace) -> int:
     """Writes the mean of each case."""
     from calib_jax.commands import _cases
     from calib_jax.predictions import PredictionError, write_probabilities
+    from calib_jax.predictions.grids import GRID_TOLERANCE
 
     _cases.check_out(options)
     predictions = shared.open_folders(options)
@@ -38,18 +39,27 @@ def run(options: argparse.Namespace) -> int:
     shared.print_notices(predictions)
 
     def work(name: str) -> None:
-        total = None
+        total, grid = None, None
         for model in models:
             case = predictions.read(name, model)
+            template = predictions.template(name, model)
             if total is None:
-                total = case.probs.copy(order="K")
-            elif case.probs.shape != total.shape:
+                total, grid = case.probs.copy(order="K"), template.reference.grid
+                continue
+            probs, own = case.probs, template.reference.grid
+            if grid is not None and own is not None:
+                if grid.distance(own)[1] > GRID_TOLERANCE:
+                    raise PredictionError(
+                        f"{template.files[0]} lies on another grid than that of {models[0]}: predict all on one "
+                        "grid."
+                    )
+                probs = grid.from_turned(probs, own)
+            if probs.shape != total.shape:
                 raise PredictionError(
-                    f"{predictions.template(name, model).files[0]} has shape {case.probs.shape} and that of "
-                    f"{models[0]} has {total.shape}: predict all on one grid."
+                    f"{template.files[0]} has shape {probs.shape} and that of {models[0]} has {total.shape}: "
+                    "predict all on one grid."
                 )
-            else:
-                total += case.probs
+            total += probs
         assert total is not None
         total /= len(models)
         template = predictions.template(name, models[0])

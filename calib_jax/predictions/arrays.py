@@ -15,6 +15,7 @@ from calib_jax.predictions.case import PredictionError
 from calib_jax.predictions.volumes import DEFLATE, VolumeFile
 
 ARRAY_ENDINGS = (".npz", ".npy")
+PAGES = "pages"  # key of an image that has a page for each class
 IMAGE_ENDINGS = (".png", ".tiff", ".tif")
 ENDINGS = (*volumes.ENDINGS, *ARRAY_ENDINGS, *IMAGE_ENDINGS)
 
@@ -109,8 +110,7 @@ def ending_of(path: Path) -> str:
     >>> ending_of(Path("a.b.NII.gz")), ending_of(Path("a.npz")), ending_of(Path("a.pkl"))
     ('.NII.gz', '.npz', '')
     """
-    found = next((ending for ending in ENDINGS if path.name.lower().endswith(ending)), "")
-    return path.name[len(path.name) - len(found) :]
+    return volumes.ending_of(path, ENDINGS)
 
 
 def stem(path: Path) -> str:
@@ -218,7 +218,7 @@ def _open_image(path: Path) -> ArrayFile:
                 return np.asarray(image)
             return np.stack([np.asarray(page) for page in ImageSequence.Iterator(image)])
 
-    return ArrayFile(path, "image", shape, dtype, "", None, decode)
+    return ArrayFile(path, "image", shape, dtype, PAGES if pages > 1 else "", None, decode)
 
 
 def _unreadable(path: Path, error: Exception) -> Exception:

@@ -131,11 +131,7 @@ class Predictions:
         files = [open_array(path) for path in entry.files]
         file, label = files[0], self._open_label(name)
         beside = open_array(entry.segmentation) if entry.segmentation is not None else None
-        inner = label[1] if label is not None else None
-        if beside is not None and (file.volume is None or inner is None):
-            inner = Reference.of(beside)
-        if inner is None and file.volume is None and name in self._images:
-            inner = Reference.of(open_array(self._images[name]))
+        inner = self._inner_reference(name, file, beside, label)
         layouts, notice = find_layouts(
             file, inner, 1 if entry.classes else self._channels, reorients=self._reorients
         )
@@ -156,7 +152,8 @@ class Predictions:
             raise PredictionError(
                 f"{file.path} gives {probs.shape[-1]} classes, but there are {self._channels}: export all of them."
             )
-        if beside is not None and file.volume is None:
+        in_order = beside is not None and (beside.volume is not None or inner is None or inner.grid is None)
+        if beside is not None and file.volume is None and in_order:
             layouts = [self._most_alike(layouts, probs, file, beside)]
         layout, reference = layouts[0], inner
         if label is not None and inner is not None and inner is not label[1] and inner.grid is not None:
@@ -195,6 +192,22 @@ class Predictions:
             self._read_predicted(model, entry.segmentation, reference),
         )
         return case, template
+
+    def _inner_reference(
+        self,
+        name: str,
+        file: ArrayFile,
+        beside: ArrayFile | None,
+        label: tuple[ArrayFile, Reference] | None,
+    ) -> Reference | None:
+        """The grid of a prediction: that of the label map beside it, if this knows more than the label."""
+        reference = label[1] if label is not None else None
+        knows_more = file.volume is None and beside is not None and beside.volume is not None
+        if beside is not None and (reference is None or knows_more):
+            return Reference.of(beside)
+        if reference is None and file.volume is None and name in self._images:
+            return Reference.of(open_array(self._images[name]))
+        return reference
 
     def _most_alike(
         self, layouts: Sequence[Layout], probs: np.ndarray, file: ArrayFile, beside: ArrayFile
@@ -256,7 +269,12 @@ class Predictions:
             return None
         declared = self.dataset.labels if self.dataset is not None else None
         try:
-            ids = self._on_grid(path, read_ids(open_array(path)), reference)
+            beside = open_array(path)
+            if beside.volume is None and reference.grid is not None:
+                raise PredictionError(
+                    f"{path} has no affine, but {reference.name} has one: save it as .nii.gz."
+                )
+            ids = self._on_grid(path, read_ids(beside), reference)
             labels, _, _ = to_labels(
                 ids,
                 path=path,
@@ -354,12 +372,8 @@ class Predictions:
         self, name: str, entry: CaseFiles, class_names: Sequence[str] | None
     ) -> tuple[int, bool]:
         file, label = open_array(entry.files[0]), self._open_label(name)
-        beside = (
-            open_array(entry.segmentation) if entry.segmentation is not None and file.volume is None else None
-        )
-        reference = Reference.of(beside) if beside is not None else label[1] if label is not None else None
-        if reference is None and file.volume is None and name in self._images:
-            reference = Reference.of(open_array(self._images[name]))
+        beside = open_array(entry.segmentation) if entry.segmentation is not None else None
+        reference = self._inner_reference(name, file, beside, label)
         for channels, is_regions in self._declared(class_names):
             if entry.classes:
                 if len(entry.classes) == channels - (0 if is_regions else entry.classes[0]):

@@ -102,7 +102,7 @@ def to_labels(
         table = np.zeros((highest + 2, len(regions)), bool)  # the last row is that of negative numbers
         for column, numbers in enumerate(regions):
             table[[number for number in numbers if number <= highest], column] = True
-        return table[ids], where, notice
+        return table[np.maximum(ids, -1)], where, notice
     return (ids if where is None else np.where(where, ids, np.int32(-1))), where, notice
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from nibabel.orientations import apply_orientation, ornt_transform
 
-from calib_jax.predictions.arrays import NNUNET_KEYS, ArrayFile
+from calib_jax.predictions.arrays import NNUNET_KEYS, PAGES, ArrayFile
 from calib_jax.predictions.case import PredictionError
 from calib_jax.predictions.grids import GRID_TOLERANCE, Grid, affine_of
 
@@ -167,7 +167,7 @@ def _class_axes(file: ArrayFile, reference: Reference | None, channels: int | No
     if file.key in NNUNET_KEYS:
         axes: list[int | None] = [0]
     elif file.kind == "image":
-        axes = ([last] if file.path.suffix.lower() == ".png" else [0, last]) if rank > 2 else []
+        axes = ([0] if file.key == PAGES else [last]) if rank > 2 else []
     elif reference is None and rank == (3 if file.volume is not None else 2):
         axes = []
     else:

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float
 from nibabel.imageglobals import LoggingOutputSuppressor
 
-from calib_jax.predictions.arrays import IMAGE_ENDINGS, ending_of
+from calib_jax.predictions.arrays import IMAGE_ENDINGS, PAGES, ending_of
 from calib_jax.predictions.case import PredictionError
 from calib_jax.predictions.grids import affine_of
 from calib_jax.predictions.layout import Layout, Reference
@@ -164,7 +164,7 @@ def _write(path: Path, stored: np.ndarray, like: PredictionFile, source: Path) -
             with open(partial, "wb") as file:
                 np.save(file, stored.astype(like.dtype))
         elif like.kind == "image":
-            _save_image(partial, stored.astype(like.dtype))
+            _save_image(partial, stored.astype(like.dtype), like.key)
         elif source.name.lower().endswith(ITK_ENDINGS):
             _save_like_itk(partial, stored.astype(like.dtype), source)
         else:
@@ -236,10 +236,10 @@ def _save_like_itk(path: Path, stored: np.ndarray, source: Path) -> None:
     sitk.WriteImage(volume, str(path), useCompression=True)
 
 
-def _save_image(path: Path, array: np.ndarray) -> None:
+def _save_image(path: Path, array: np.ndarray, key: str = "") -> None:
     from PIL import Image
 
-    if path.suffix.lower() == ".png" or array.ndim == 2:
+    if key != PAGES:
         Image.fromarray(array).save(path)
         return
     first, *others = (Image.fromarray(page) for page in array)

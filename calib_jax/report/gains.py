@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import jax
 import numpy as np
 
+from calib_jax._probabilities import as_logits, as_probs, finite_log
 from calib_jax._sums.bins import Bins
 from calib_jax._sums.host import inner_edges
 from calib_jax.binning import BinStatistics
@@ -124,7 +125,7 @@ def cross_validate_local(
         for case in cases(chosen):
             assert case.labels is not None
             where = np.ones(case.probs.shape[:-1], bool) if case.where is None else case.where
-            yield _logits(case.probs, regions)[None], case.labels[None], where[None]
+            yield as_logits(case.probs, regions=regions)[None], case.labels[None], where[None]
 
     for fold in range(_LOCAL_FOLDS):
         fitted = [name for i, name in enumerate(names) if i % _LOCAL_FOLDS != fold]
@@ -135,8 +136,8 @@ def cross_validate_local(
             )  # a fit without gain leaves probabilities as they are
             params = calibrator.fit(functools.partial(batches, fitted), regions=regions, spacing=spacing)
         for case in cases(names[fold::_LOCAL_FOLDS]):
-            logits = np.asarray(calibrator.apply(_logits(case.probs, regions)[None], params))[0]
-            probs = 1 / (1 + np.exp(-logits)) if regions else np.asarray(jax.nn.softmax(logits))
+            logits = np.asarray(calibrator.apply(as_logits(case.probs, regions=regions)[None], params))[0]
+            probs = as_probs(logits, regions=regions)
             figures[case.name] = measure(dataclasses.replace(case, probs=probs), bins)
     study = Study({"local": [figures[name] for name in names]}, Path(), (), 0)
     all_names = [*[""] * first_class, *result.class_names]
@@ -145,16 +146,11 @@ def cross_validate_local(
     return [Gain("local", "", calibrator.keeps_labels, _LOCAL_FOLDS, rows[1])]
 
 
-def _logits(probs: np.ndarray, regions: bool) -> np.ndarray:
-    """Log-probabilities; log-odds of regions."""
-    return _log(probs) - _log(1 - probs) if regions else _log(probs)
-
-
 def _fit(calibrator: Calibrator, samples: Sequence[Sample], regions: bool) -> Any:
     """Fits to voxels that are drawn from the samples, each as often as the voxels that it stands for."""
     most = max(_MOST_FITTED // len(samples) // (samples[0].probs.shape[1] if regions else 1), 64)
     drawn = [_redrawn(sample, most) for sample in samples]
-    log_probs = _log(np.concatenate([_exclusive(sample.probs, regions) for sample in drawn]))
+    log_probs = finite_log(np.concatenate([_exclusive(sample.probs, regions) for sample in drawn]))
     labels = np.concatenate([sample.labels.reshape(-1).astype(np.int32) for sample in drawn])
     missing = -len(labels) % _IN_BATCH  # filled up with voxels of no class, which do not count
     log_probs = np.pad(log_probs, ((0, missing), (0, 0))).reshape(-1, 1, _IN_BATCH, log_probs.shape[1])
@@ -186,20 +182,15 @@ def _exclusive(probs: np.ndarray, regions: bool) -> np.ndarray:
     return np.stack([1 - probs, probs], -1).reshape(-1, 2) if regions else probs
 
 
-def _log(probs: np.ndarray) -> np.ndarray:
-    return np.log(np.maximum(probs, np.float32(_TINY)), dtype=np.float32)
-
-
 def _applied(
     calibrator: Calibrator, samples: Sequence[np.ndarray], params: Any, regions: bool
 ) -> list[np.ndarray]:
     """Calibrated probabilities of samples."""
-    log_probs = _log(_exclusive(np.concatenate(samples), regions))
+    log_probs = finite_log(_exclusive(np.concatenate(samples), regions))
     size, classes = log_probs.shape
     padded = np.pad(log_probs, ((0, -size % _IN_BATCH), (0, 0))).reshape(-1, _IN_BATCH, classes)
     logits = np.concatenate([np.asarray(calibrator.apply(x, params), np.float64) for x in padded])[:size]
-    odds = np.exp(logits - logits.max(1, keepdims=True))
-    exclusive = (odds / odds.sum(1, keepdims=True)).astype(np.float32)
+    exclusive = as_probs(logits, regions=False).astype(np.float32)
     probs = exclusive[:, 1].reshape(-1, samples[0].shape[1]) if regions else exclusive
     return np.split(probs, np.cumsum([len(sample) for sample in samples])[:-1])
 
