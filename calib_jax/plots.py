@@ -65,8 +65,8 @@ def reliability_diagram(
 ) -> Axes:
     """Reliability diagram: observed frequency against predicted probability, with all images pooled.
 
-    Bars span the gap between predicted probability and observed frequency: orange where the model is
-    over-confident (predicts more than it finds), blue where it is under-confident. A ring marks the widest gap.
+    Bars span the gap between predicted probability and observed frequency: orange where the model
+    predicts more than it finds, blue where it predicts less. A ring marks the widest gap.
     ACE, ECE and MCE in the corner are means over images, as in the tables; they are not errors of the pooled curve,
     in which opposite errors of images cancel. The grey band is a bootstrap interval of the curve over images.
 
@@ -343,8 +343,8 @@ def agreement(
 def gap_legend() -> list[Patch]:
     """Legend handles for the colours of the gaps in a reliability diagram."""
     return [
-        Patch(facecolor=OVER, alpha=_GAP_ALPHA, label="over-confident: predicts more than it finds"),
-        Patch(facecolor=UNDER, alpha=_GAP_ALPHA, label="under-confident: predicts less than it finds"),
+        Patch(facecolor=OVER, alpha=_GAP_ALPHA, label="predicts more than it finds"),
+        Patch(facecolor=UNDER, alpha=_GAP_ALPHA, label="predicts less than it finds"),
     ]
 
 

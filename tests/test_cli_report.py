@@ -181,6 +181,15 @@ class TestReport:
             "data:image/png"
         )
 
+    @pytest.mark.usefixtures("no_figures")
+    def test_a_page_made_elsewhere_keeps_its_pictures_and_cases(self, written, tmp_path):
+        assert make_again([str(written[0]), "--out", str(tmp_path / "other")]) == 0
+        pages = [
+            (folder / "index.html").read_text(encoding="utf-8") for folder in (written[0], tmp_path / "other")
+        ]
+        assert pages[1].count("data:image/png") == pages[0].count("data:image/png") > 0
+        assert (tmp_path / "other" / "cases.csv").read_bytes() == (written[0] / "cases.csv").read_bytes()
+
     def test_results_load_with_scores_and_borders(self, written):
         result = ModelResult.load(written[0] / "results" / "00-first.npz")
         assert list(result.metrics()) == ["Dice", "ACE", "ECE", "MCE", "Brier", "NLL"]

@@ -2,11 +2,13 @@
 
 import argparse
 import dataclasses
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from calib_jax.report.archive import ReportInputs, load_inputs
+from calib_jax.report.details import PICTURES
 from calib_jax.report.page import write_report
 from calib_jax.report.table import compare_models
 from calib_jax.report.text import format_table, print_in_any_encoding
@@ -30,8 +32,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         inputs = _with_options(load_inputs(options.folder), options)
         rows = compare_models(inputs.results, baseline=inputs.baseline, reference=inputs.reference)
+        out = options.out or options.folder
+        if (
+            out != options.folder and (options.folder / PICTURES).is_dir()
+        ):  # the page names and shows these files
+            shutil.copytree(options.folder / PICTURES, out / PICTURES, dirs_exist_ok=True)
+            shutil.copy2(options.folder / "cases.csv", out / "cases.csv")
         page = write_report(
-            options.out or options.folder,
+            out,
             **{field.name: getattr(inputs, field.name) for field in dataclasses.fields(inputs)},
             rows=rows,
         )

@@ -177,7 +177,10 @@ def _sentences(result: ModelResult, gains: Sequence[Gain], who: str) -> Iterator
             f"over {cases}."
         )
     else:
-        yield f"{who} is neither over- nor under-confident on the whole over {cases}: its errors go both ways."
+        yield (
+            f"{who} is neither over- nor under-confident on the whole over {cases}: the difference cannot be told "
+            f"from chance{_interval(low, high)}."
+        )
     if quoted := _quoted(result):
         yield quoted
     yield from _where(result)
@@ -193,8 +196,11 @@ def _interval(low: float, high: float, *, brackets: str = "()") -> str:
 
 
 def _quoted(result: ModelResult) -> str:
-    """The range of probabilities, low or high, that is furthest from the truth over all voxels together."""
-    count, prob_sum, label_sum = (np.asarray(x, np.float64).sum((0, 1)) for x in _fields(result.stats))
+    """The range of probabilities, low or high, that is furthest from the truth over all voxels together.
+
+    Bins are chosen case by case: adaptive ones lie elsewhere in each case.
+    """
+    count, prob_sum, label_sum = (np.asarray(x, np.float64) for x in _fields(result.stats))
     with np.errstate(invalid="ignore", divide="ignore"):
         prob = prob_sum / count
     found = []
@@ -221,7 +227,7 @@ def _where(result: ModelResult) -> Iterator[str]:
     ]
     if len(classes) > 1:
         worst, best = max(classes), min(classes)
-        if worst[0] - best[0] < _ALIKE * worst[0]:
+        if worst[0] - best[0] <= _ALIKE * worst[0]:
             values = " to ".join(dict.fromkeys(wording.number(x[0]) for x in (best, worst)))
             yield f"All classes are about equally calibrated (ACE {values})."
         else:
@@ -248,11 +254,9 @@ def _percent(share: float) -> str:
 def _gain_sentence(gains: Sequence[Gain]) -> str:
     """The gain of the calibrator that cuts ACE most among those that keep labels."""
     gain = min((x for x in gains if x.keeps_labels), key=lambda x: _relative(x, "ACE"))
-    ace, nll = _moved(gain, "ACE"), _moved(gain, "NLL")
+    moved = _moved(gain)
     if min(_relative(gain, "ACE"), _relative(gain, "NLL")) > -_WORTH_IT:
-        return f"A temperature would change little: at best, it would {ace} and {nll}."
-    if ace.split()[0] == nll.split()[0] == "cut":
-        nll = nll.removeprefix("cut ")
+        return f"Calibration would change little: at best, it would {moved}."
     method = {
         "temperature": "one temperature",
         "class-temperature": "a temperature for each predicted class",
@@ -260,7 +264,7 @@ def _gain_sentence(gains: Sequence[Gain]) -> str:
     }
     params = f" ({gain.params})" if gain.params else ""
     return (
-        f"Calibration by {method.get(gain.calibrator, gain.calibrator)}{params} would {ace} and {nll}, and leave "
+        f"Calibration by {method.get(gain.calibrator, gain.calibrator)}{params} would {moved}, and leave "
         f"every label as it is ({gain.folds}-fold cross-validation over the cases)."
     )
 
@@ -270,11 +274,19 @@ def _relative(gain: Gain, metric: str) -> float:
     return 0.0 if change is None or math.isnan(change.relative) else change.relative
 
 
-def _moved(gain: Gain, metric: str) -> str:
-    relative = _relative(gain, metric)
-    if abs(relative) < 0.005:
-        return f"leave {metric} as it is"
-    return f"{'cut' if relative < 0 else 'raise'} {metric} by {wording.percent(relative)}"
+def _moved(gain: Gain) -> str:
+    """What happens to ACE and NLL, such as "cut ACE by 45% and NLL by 57%"."""
+    verbs, ends = [], []
+    for metric in ("ACE", "NLL"):
+        relative = _relative(gain, metric)
+        little = abs(relative) < 0.005
+        verbs.append("leave" if little else "cut" if relative < 0 else "raise")
+        ends.append("" if little else f" by {wording.percent(relative)}")
+    if verbs == ["leave", "leave"]:
+        return "leave ACE and NLL as they are"
+    ends = [" as it is" if verb == "leave" else end for verb, end in zip(verbs, ends, strict=True)]
+    second = "" if verbs[0] == verbs[1] else f"{verbs[1]} "
+    return f"{verbs[0]} ACE{ends[0]} and {second}NLL{ends[1]}"
 
 
 # Tables.
@@ -383,7 +395,10 @@ def _points(table: Sequence[Mapping[str, Any]], x: str, y: str) -> list[Point]:
         for row in table
         if math.isfinite(row[x]) and math.isfinite(row[y])
     ]
-    return chosen[:: max(-(-len(chosen) // _MOST_POINTS), 1)]
+    if len(chosen) <= _MOST_POINTS:
+        return chosen
+    keep = np.random.default_rng(0).choice(len(chosen), _MOST_POINTS, replace=False)
+    return [chosen[i] for i in np.sort(keep)]
 
 
 def _pictures(study: Study, results: Sequence[ModelResult], label_names: Sequence[str]) -> list[CasePicture]:

@@ -74,7 +74,7 @@ def cross_validate(
     samples = [case.sample for case in cases]
     folds = min(FOLDS, len(samples))
     before = [_judge(sample, sample.probs, bins, first_class, regions) for sample in samples]
-    gains = []
+    results = [_result(result, "as it is", before)]
     for name in SHOWN:
         calibrator, after = CALIBRATORS[name], {}
         for fold in range(folds):
@@ -83,12 +83,12 @@ def cross_validate(
             probs = _applied(calibrator, [samples[i].probs for i in held_out], params, regions)
             for i, calibrated in zip(held_out, probs, strict=True):
                 after[i] = _judge(samples[i], calibrated, bins, first_class, regions)
-        judged = [after[i] for i in range(len(samples))]
-        rows = compare_models(
-            [_result(result, "as it is", before), _result(result, name, judged)], resamples=2000
-        )
-        words = _in_words(_fit(calibrator, samples, regions))
-        gains.append(Gain(name, words, calibrator.keeps_labels, folds, rows[1]))
+        results.append(_result(result, name, [after[i] for i in range(len(samples))]))
+    gains = []
+    for name, row in zip(SHOWN, compare_models(results, resamples=2000)[1:], strict=True):
+        temperatures = name.endswith("temperature")
+        words = _in_words(_fit(CALIBRATORS[name], samples, regions)) if temperatures else ""
+        gains.append(Gain(name, words, CALIBRATORS[name].keeps_labels, folds, row))
     return gains
 
 

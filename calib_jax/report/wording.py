@@ -24,8 +24,8 @@ DEFINITIONS: Final[Mapping[str, str]] = {
     "of the class and 0 outside. It falls with better calibration and with better separation of the classes.",
     "NLL": "Negative log-likelihood: the mean over voxels of −log of the probability that the true class got, in "
     "nats. Classes that exclude each other share one value per case. Regions that overlap have one each.",
-    "Over-confidence": "The mean over bins that are not empty of how much further the mean probability lies from "
-    "1/2 than the observed frequency does. Positive: probabilities are too close to 0 and 1. Negative: they are "
+    "Over-confidence": "The mean over bins that are not empty of mean probability − observed frequency, with its "
+    "sign turned for bins below 1/2. Positive: probabilities are too close to 0 and 1. Negative: they are "
     "too close to 1/2.",
     "Near borders": "Voxels within two voxels of a border between labels, stepping from face to face.",
     "Expected Dice": "Soft Dice confidence (arXiv 2402.10665): 2 Σ p ŷ / (Σ p + Σ ŷ) with the probabilities p and "
