@@ -99,18 +99,25 @@ def make_train_step(
     """
     schedule = learning_rate(config.training)
     loss = parse_loss(config.loss, config.training.ignore_empty_classes)
-    loss_and_gradient = _make_loss(dataclasses.replace(loss, regions=regions), mesh, has_ignore)
-    gradients = _make_gradients(graphdef, config, loss_and_gradient, mesh, remat)
-    gradients = _accumulated(gradients, accumulate, mesh)
+    loss = dataclasses.replace(loss, regions=regions)
+
+    def gradients_of(rest: Any) -> Gradients:
+        if _splits_by_hand(mesh, rest):
+            gradients = _make_gradients(graphdef, config, _local_loss(loss, has_ignore), remat)
+            return _over_batch(_accumulated(gradients, accumulate), mesh)
+        gradients = _make_gradients(graphdef, config, _make_loss(loss, mesh, has_ignore), remat, mesh)
+        return _accumulated(gradients, accumulate, mesh)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.key(config.training.seed), state.step)
         keys = jax.random.split(key, batch["image"].shape[0])
         ace_scale = _ace_scale(config.training, state.step)
+        weights = jax.tree.map(lambda leaf: leaf.astype(config.training.precision), state.params)
+        weights = lax.with_sharding_constraint(weights, replicated(mesh))
+        examples = keys, batch["image"], batch["label"]
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            grads, values, rest = gradients(
-                state.params, state.rest, (keys, batch["image"], batch["label"]), ace_scale
-            )
+            grads, values, rest = gradients_of(state.rest)(weights, state.rest, examples, ace_scale)
+        grads = jax.tree.map(lambda grad, leaf: grad.astype(leaf.dtype), grads, state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         metrics = {
             **values,
@@ -166,17 +173,32 @@ def check_loss(
         jax.eval_shape(_make_loss(loss, mesh, has_ignore), logits, labels, jnp.float32(1))
 
 
-def _make_gradients(
-    graphdef: nnx.GraphDef, config: RunConfig, loss: LossAndGradient, mesh: Mesh, remat: bool
-) -> Gradients:
-    """Makes (params, rest, examples, ace_scale) -> (gradients, loss with its terms, new rest).
+def _splits_by_hand(mesh: Mesh, rest: Any) -> bool:
+    """Whether each device computes the gradients of its part of a batch by itself.
 
-    The compiler splits the model as its inputs are split. It exchanges the rims of split volumes, and it gathers
-    the parameters, which the model needs whole. `_make_loss` splits the loss by hand.
+    Split volumes need rims of others. Random numbers of dropout are drawn for the whole batch.
+    """
+    return batch_parts(mesh) == mesh.size > 1 and not jax.tree.leaves(rest)
+
+
+def _make_gradients(
+    graphdef: nnx.GraphDef, config: RunConfig, loss: LossAndGradient, remat: bool, mesh: Mesh | None = None
+) -> Gradients:
+    """Makes (weights, rest, examples, ace_scale) -> (gradients, loss with its terms, new rest).
+
+    Weights have the precision of the network, gradients at least float32.
+
+    Args:
+        graphdef: the model's static part.
+        config: of the run.
+        loss: see `_make_loss` and `_local_loss`.
+        remat: see `make_train_step`.
+        mesh: devices over which the compiler splits the model as its inputs are split. It exchanges the rims of
+            split volumes. None on each device by itself.
     """
     dtype = jnp.dtype(config.training.precision)
 
-    def gradients(params: Any, rest: Any, examples: Examples, ace_scale: Array) -> tuple[Any, Any, Any]:
+    def gradients(weights: Any, rest: Any, examples: Examples, ace_scale: Array) -> tuple[Any, Any, Any]:
         keys, images, labels = examples
         images, labels = jax.vmap(augment, in_axes=(0, 0, 0, None))(keys, images, labels, config.augment)
 
@@ -187,15 +209,38 @@ def _make_gradients(
                 logits = model(images.astype(dtype))
             return logits, nnx.split(model, nnx.Param, ...)[2]
 
-        weights = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
-        weights = lax.with_sharding_constraint(weights, replicated(mesh))
         logits, pull_back, after = jax.vjp(scores, weights, has_aux=True)
         values, d_logits = loss(logits, labels, ace_scale)
         (grads,) = pull_back(d_logits)
-        grads = jax.tree.map(lambda grad, leaf: grad.astype(leaf.dtype), grads, params)
-        return lax.with_sharding_constraint(grads, weight_shardings(grads, mesh)), values, after
+        grads = jax.tree.map(lambda grad: grad.astype(jnp.promote_types(grad.dtype, jnp.float32)), grads)
+        if mesh:
+            grads = lax.with_sharding_constraint(grads, weight_shardings(grads, mesh))
+        return grads, values, after
 
     return gradients
+
+
+def _over_batch(gradients: Gradients, mesh: Mesh) -> Gradients:
+    """Each device computes `gradients` of its part of the batch. One reduction averages them and the loss.
+
+    The compiler could split the program too. But convolutions have their fast forms only on whole arrays, and the
+    compiler reduces the gradients of accumulated parts one by one.
+    """
+    whole, examples = PartitionSpec(), PartitionSpec(BATCH)
+
+    def local(*arguments: Any) -> tuple[Any, Any, Any]:
+        grads, values, rest = gradients(*arguments)
+        return *lax.pmean((grads, values), BATCH), rest
+
+    split = jax.shard_map(
+        local, mesh=mesh, in_specs=(whole, whole, examples, whole), out_specs=whole, check_vma=False
+    )
+
+    def averaged(*arguments: Any) -> tuple[Any, Any, Any]:
+        grads, values, rest = split(*arguments)
+        return lax.with_sharding_constraint(grads, weight_shardings(grads, mesh)), values, rest
+
+    return averaged
 
 
 def _make_loss(loss: Loss, mesh: Mesh, has_ignore: bool) -> LossAndGradient:
@@ -205,17 +250,12 @@ def _make_loss(loss: Loss, mesh: Mesh, has_ignore: bool) -> LossAndGradient:
     BATCH. A `shard_map` says so explicitly: the compiler need not find out that loops over images and scatters into
     bins need no voxels of other devices.
     """
+    of_part = _local_loss(loss, has_ignore, SPACE if mesh.shape[SPACE] > 1 else None)
 
     def local(logits: Any, labels: Array, ace_scale: Array) -> tuple[dict[str, Array], Any]:
-        labels, where = mask_ignored(labels) if has_ignore else (labels, None)
-
-        def objective(logits: Any) -> tuple[Array, dict[str, Array]]:
-            parts = loss.parts(logits, labels, SPACE if mesh.shape[SPACE] > 1 else None, where)
-            return loss.total(parts, ace_scale), parts
-
-        (total, parts), d_logits = jax.value_and_grad(objective, has_aux=True)(logits)
+        values, d_logits = of_part(logits, labels, ace_scale)
         d_logits = jax.tree.map(lambda level: level / batch_parts(mesh), d_logits)
-        return lax.pmean({"loss": total, **parts}, BATCH), d_logits
+        return lax.pmean(values, BATCH), d_logits
 
     voxels, whole = batch_spec(2), PartitionSpec()
     return jax.shard_map(
@@ -223,26 +263,50 @@ def _make_loss(loss: Loss, mesh: Mesh, has_ignore: bool) -> LossAndGradient:
     )
 
 
-def _accumulated(gradients: Gradients, parts: int, mesh: Mesh) -> Gradients:
-    """Averages `gradients` over the parts of a batch, computed one after the other."""
+def _local_loss(loss: Loss, has_ignore: bool, axis_name: str | None = None) -> LossAndGradient:
+    """As `_make_loss`, of the images of one device.
+
+    Args:
+        loss: a sum of terms.
+        has_ignore: see `make_train_step`.
+        axis_name: the mesh axis over which these images are split.
+    """
+
+    def local(logits: Any, labels: Array, ace_scale: Array) -> tuple[dict[str, Array], Any]:
+        labels, where = mask_ignored(labels) if has_ignore else (labels, None)
+
+        def objective(logits: Any) -> tuple[Array, dict[str, Array]]:
+            parts = loss.parts(logits, labels, axis_name, where)
+            return loss.total(parts, ace_scale), parts
+
+        (total, parts), d_logits = jax.value_and_grad(objective, has_aux=True)(logits)
+        return {"loss": total, **parts}, d_logits
+
+    return local
+
+
+def _accumulated(gradients: Gradients, parts: int, mesh: Mesh | None = None) -> Gradients:
+    """Averages `gradients` over the parts of a batch, computed one after the other. For `mesh` see these."""
     if parts == 1:
         return gradients
 
     def split(examples: Array) -> Array:
         """[batch, ...] -> [parts, batch / parts, ...]; every part holds examples of each device."""
         split = examples.reshape(-1, parts, *examples.shape[1:]).swapaxes(0, 1)
+        if mesh is None:
+            return split
         spec = PartitionSpec(None, *batch_spec(examples.ndim))
         return lax.with_sharding_constraint(split, NamedSharding(mesh, spec))
 
-    def all_parts(params: Any, rest: Any, examples: Examples, ace_scale: Array) -> tuple[Any, Any, Any]:
+    def all_parts(weights: Any, rest: Any, examples: Examples, ace_scale: Array) -> tuple[Any, Any, Any]:
         def add(carry: tuple[Any, Any], part: Examples) -> tuple[tuple[Any, Any], None]:
             rest, total = carry
-            grads, values, rest = gradients(params, rest, part, ace_scale)
+            grads, values, rest = gradients(weights, rest, part, ace_scale)
             return (rest, jax.tree.map(jnp.add, total, (grads, values))), None
 
         examples = jax.tree.map(split, examples)
         first = jax.tree.map(lambda x: x[0], examples)
-        shapes = jax.eval_shape(gradients, params, rest, first, ace_scale)[:2]
+        shapes = jax.eval_shape(gradients, weights, rest, first, ace_scale)[:2]
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         (rest, total), _ = lax.scan(add, (rest, zeros), examples)
         return *jax.tree.map(lambda leaf: leaf / parts, total), rest

@@ -31,9 +31,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from train.models.patches import from_patches, to_patches
+from train.sharding import AXES, BATCH, SPACE, batch_spec
 
 Padding = tuple[tuple[int, int], ...]
 Convolution = Callable[[Array, Array], Array]
@@ -58,10 +60,19 @@ def convolve(
         (1, 3, 2, 1)
     """
     strides = tuple(strides)
-    padding = tuple((k // 2, k // 2) for k in kernel.shape[:-2])
-    on_cpu = partial(_dense, padding=padding) if prod(strides) == 1 else partial(_in_phases, strides=strides)
-    on_tpu, elsewhere = (partial(f, strides=strides, padding=padding) for f in (_in_stacked_planes, _plain))
-    return _by_platform(on_cpu, on_tpu, elsewhere)(x, kernel)
+    first, *others = ((k // 2, k // 2) for k in kernel.shape[:-2])
+
+    def padded(first: tuple[int, int]) -> Convolution:
+        padding = (first, *others)
+        on_cpu = _dense if prod(strides) == 1 else partial(_in_phases, strides=strides)
+        on_tpu, elsewhere = (partial(form, strides=strides) for form in (_in_stacked_planes, _plain))
+        return _by_platform(*(partial(form, padding=padding) for form in (on_cpu, on_tpu, elsewhere)))
+
+    before = first[0]
+    after = max((kernel.shape[0] - 1) // 2 - strides[0] + 1, 0)
+    split = _split(padded((0, 0)), before, after) if before else padded(first)
+    plain = partial(_plain, strides=strides, padding=(first, *others))
+    return _over_devices(padded(first), split, plain, max(before, after))(x, kernel)
 
 
 def convolve_transpose(
@@ -93,13 +104,18 @@ def convolve_transpose(
 
     elsewhere = in_phases(partial(_plain, strides=(1,) * len(strides)))
     on_tpu = partial(_transposed_in_stacked_planes, strides=strides)
-    return _by_platform(in_phases(_dense), on_tpu, elsewhere)(x, kernel)
+    whole = _by_platform(in_phases(_dense), on_tpu, elsewhere)
+    size, stride = kernel.shape[0], strides[0]
+    before, after = (size - 1) // 2 // stride, (size // 2 + stride - 1) // stride
+
+    def cropped(x: Array, kernel: Array) -> Array:
+        return whole(x, kernel)[:, stride * before : stride * (x.shape[1] - after)]
+
+    return _over_devices(whole, _split(cropped, before, after), elsewhere, max(before, after))(x, kernel)
 
 
 def _by_platform(on_cpu: Convolution, on_tpu: Convolution, elsewhere: Convolution) -> Convolution:
     """One of three equal convolutions, in the gradient too."""
-    if _is_partitioned():
-        return elsewhere
 
     @jax.custom_vjp
     def convolution(x: Array, kernel: Array) -> Array:
@@ -117,10 +133,47 @@ def _by_platform(on_cpu: Convolution, on_tpu: Convolution, elsewhere: Convolutio
     return convolution
 
 
-def _is_partitioned() -> bool:
-    """Whether the compiler splits the traced program over devices. It can split the plain operator only."""
+def _over_devices(whole: Convolution, split: Convolution, plain: Convolution, rim: int) -> Convolution:
+    """The convolution that suits how the traced program is split over devices.
+
+    Args:
+        whole: of all that a device has.
+        split: of a device's part of the first spatial axis, which exchanges rims with the neighbours.
+        plain: can be split by the compiler.
+        rim: planes of a neighbour that `split` needs.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    return mesh.size > 1 and set(mesh.manual_axes) != set(mesh.axis_names)
+    if mesh.size == 1 or set(mesh.manual_axes) == set(mesh.axis_names):
+        return whole
+
+    def convolution(x: Array, kernel: Array) -> Array:
+        batch, space = prod(mesh.shape[axis] for axis in BATCH), mesh.shape[SPACE]
+        if x.shape[0] % batch or x.shape[1] % space or x.shape[1] < rim * space:
+            return plain(x, kernel)
+        voxels = batch_spec(2)
+        local = split if space > 1 else whole
+        specs = (voxels, PartitionSpec())
+        return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=voxels, check_vma=False)(x, kernel)
+
+    return convolution if set(AXES) <= set(mesh.axis_names) and not mesh.manual_axes else plain
+
+
+def _split(convolution: Convolution, before: int, after: int) -> Convolution:
+    """A convolution of a device's planes and those of its neighbours, or zeros, `before` and `after` them."""
+
+    def from_neighbour(rim: Array, step: int) -> Array:
+        places = range(lax.axis_size(SPACE))
+        return lax.ppermute(rim, SPACE, [(i, i + step) for i in places if i + step in places])
+
+    def with_rims(x: Array, kernel: Array) -> Array:
+        parts = [x]
+        if before:
+            parts.insert(0, from_neighbour(x[:, -before:], 1))
+        if after:
+            parts.append(from_neighbour(x[:, :after], -1))
+        return convolution(jnp.concatenate(parts, 1), kernel)
+
+    return with_rims
 
 
 def _gradients(convolution: Convolution) -> Callable[[Array, Array, Array], tuple[Array, Array]]:
@@ -177,9 +230,16 @@ def _dilated(x: Array, kernel: Array, strides: Sequence[int]) -> Array:
     return lax.conv_general_dilated(x, flipped, (1, 1), padding, strides, dimension_numbers=layout)
 
 
-def _in_phases(x: Array, kernel: Array, strides: tuple[int, ...]) -> Array:
-    """A strided convolution, as a dense one over phases."""
-    return _dense(_to_phases(x, strides), *_phase_kernel(kernel, strides))
+def _in_phases(x: Array, kernel: Array, strides: tuple[int, ...], padding: Padding) -> Array:
+    """A strided convolution, as a dense one over phases. On the first axis it needs no or all of the padding."""
+    (size, *_), (stride, *_) = kernel.shape, strides
+    if padding[0][0] == size // 2:
+        return _dense(_to_phases(x, strides), *_phase_kernel(kernel, strides))
+    rim = size // 2
+    count = (x.shape[1] - size) // stride + 1
+    x = jnp.pad(x, ((0, 0), (-rim % stride, 0), *((0, 0),) * (x.ndim - 2)))  # phases start at the first result
+    y = _dense(_to_phases(x, strides), *_phase_kernel(kernel, strides))
+    return y[:, -(-rim // stride) :][:, :count]
 
 
 def _to_phases(x: Array, strides: tuple[int, ...]) -> Array:
