@@ -8,7 +8,6 @@ from jaxtyping import Array, Bool, Float, Integer
 from calib_jax._checks import AnyArray, Probs, as_inputs
 from calib_jax._eager import compiled, nan_where_undefined
 from calib_jax._labels import one_hot
-from calib_jax._sums.exact import mean_or_nan
 from calib_jax._sums.voxels import sum_voxels
 from calib_jax.binning import BinStatistics, bin_edges
 from calib_jax.metrics import dice_of_counts
@@ -22,9 +21,10 @@ def expected_dice(
     *,
     where: Bool[AnyArray, "batch *spatial"] | None = None,
 ) -> Float[Array, "batch classes"]:
-    r"""Dice of a label map that the probabilities themselves expect: :math:`2 \sum p \hat y / (\sum p + \sum \hat y)`.
+    r"""Dice of a label map that the probabilities themselves expect.
 
-    The true label is not needed. The more trustworthy the probabilities, the closer this is to the true Dice.
+    Of a prediction y this is :math:`2 \sum p y / (\sum p + \sum y)`. The true label is not needed. The more
+    trustworthy the probabilities, the closer this is to the true Dice.
 
     Args:
         probs: class probabilities `[batch, *spatial, classes]`.

@@ -256,7 +256,9 @@ def _sample(
         probs = levels[0][block][..., classes : 2 * classes]
         stay = counted[inner] & ~chosen
         of_classes = zip(probs[stay].T, dense[inner][stay].T, strict=True)
-        rest += np.stack([sums_in_bins(*of_class, inner_edges(probs, _BINS), _BINS) for of_class in of_classes], 1)
+        rest += np.stack(
+            [sums_in_bins(*of_class, inner_edges(probs, _BINS), _BINS) for of_class in of_classes], 1
+        )
         parts.append(
             (log_probs[block][chosen], [level[block][chosen] for level in levels], dense[inner][chosen])
         )
@@ -373,7 +375,9 @@ def _cross_validated(
     after = np.zeros((max_steps // _STEPS, images))
     for fold in range(folds):
         left_out = np.arange(images) % folds == fold
-        for part, params in enumerate(_training(like, samples, np.flatnonzero(~left_out), ace, max_steps, seed)):
+        for part, params in enumerate(
+            _training(like, samples, np.flatnonzero(~left_out), ace, max_steps, seed)
+        ):
             after[part, left_out] = np.asarray(_mean_losses(params, samples))[left_out]
     part = int(after.mean(1).argmin())
     found = after[part].mean()

@@ -120,8 +120,8 @@ class ModelConfig:
     dropout: float = 0.0
     """Dropout rate."""
     slices: bool = False
-    """Apply a 2-D network to each slice of 3-D images along their last axis. A --patch with 1 as its last side trains
-    on single slices."""
+    """Apply a 2-D network to each slice of 3-D images along their last axis. A --patch whose last side is 1 holds
+    single slices."""
     norm: Literal["", "instance", "affine-instance", "group", "batch"] = ""
     """Normalisation; left out, instance, for segresnet group (8 groups). batch is for imported weights: training
     leaves its means and variances as they are."""

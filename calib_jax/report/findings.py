@@ -377,7 +377,14 @@ def _confidence(study: Study, results: Sequence[ModelResult], first_class: int) 
     from scipy.stats import spearmanr  # here, since its import takes long
 
     lines: list[Sequence[str]] = [
-        ("Model", "Cases", "Rank correlation", "Dice of all", "Dice of the surer half", "Area of risk-coverage")
+        (
+            "Model",
+            "Cases",
+            "Rank correlation",
+            "Dice of all",
+            "Dice of the surer half",
+            "Area of risk-coverage",
+        )
     ]
     for result in results:
         dice = nan_mean(result.metrics()["Dice"], axis=1)
@@ -390,9 +397,9 @@ def _confidence(study: Study, results: Sequence[ModelResult], first_class: int) 
         numbers = (spearmanr(*pairs.T).statistic, pairs[:, 1].mean(), surer, float(curve.area))
         lines.append((result.name, str(len(pairs)), *map(wording.number, numbers)))
     how = (
-        "Whether the expected Dice of a case, which needs no label, tells how good its label map is: Spearman's rank "
-        "correlation with the true Dice, the mean Dice of the half of the cases whose expected Dice is higher, and the "
-        "mean of 1 − Dice while ever less sure cases are accepted (smaller is better)."
+        "Whether the expected Dice of a case, which needs no label, tells how good its label map is: Spearman's "
+        "rank correlation with the true Dice; the mean Dice of the half of the cases that expect more; and the "
+        "mean of 1 \N{MINUS SIGN} Dice while ever less sure cases are accepted (smaller is better)."
     )
     return Section("Does the expected Dice find the bad cases?", how, lines, "volumes")
 
