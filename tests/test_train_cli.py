@@ -216,7 +216,7 @@ def test_predict_keeps_the_affine(trained: Path, msd: Path, tmp_path: Path) -> N
     assert len(list(out.iterdir())) == 12
 
 
-STOPPABLE = [*PHANTOM, "--dropout", 0.2, "--checkpoint-every", 2]
+STOPPABLE = ["--ema", "0.9", *PHANTOM, "--dropout", 0.2, "--checkpoint-every", 2]
 
 
 @pytest.fixture(scope="module")

@@ -171,6 +171,9 @@ class TrainingConfig:
     """Decoupled weight decay (AdamW)."""
     clip_norm: float = 0.0
     """Largest global norm of the gradient; 0 does not clip."""
+    ema: float = 0.0
+    """Decay of an exponential moving average of the weights, such as 0.999, which is evaluated and predicts instead
+    of the newest weights; 0 for none."""
     ace_delay: float = 0.3
     """Share of the steps in which mL1-ACE has no weight."""
     ace_ramp: float = 0.1
@@ -193,6 +196,8 @@ class TrainingConfig:
         numbers = ("warmup_steps", "weight_decay", "clip_norm", "validate_every", "checkpoint_every")
         limits = dict.fromkeys(numbers, (0, math.inf)) | dict.fromkeys(("steps", "batch_size"), (1, math.inf))
         limits |= dict.fromkeys(("warmup_from", "ace_delay", "ace_ramp"), (0, 1))
+        if not 0 <= self.ema < 1:
+            raise InputError(f"ema is {self.ema}: give a decay from 0 (no average) to below 1.")
         check_numbers(self, seed=(0, 2**32 - 1), **limits)
         if not self.learning_rate > 0:
             raise InputError(f"learning_rate is {self.learning_rate}: give a positive number.")

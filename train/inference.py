@@ -300,7 +300,7 @@ def volume_predictor(
         patch: size of a sliding window, in voxels.
         regions: name of the region of each output channel, for sigmoids; empty for a softmax over classes.
     """
-    weights = on_first_device((state.params, state.rest))
+    weights = on_first_device((state.evaluated, state.rest))
     return VolumePredictor(
         Network(graphdef, regions), weights, patch, windows_per_batch=windows_at_once(patch)
     )

@@ -274,7 +274,7 @@ def compile_for(target: Target, request: Any) -> dict[str, Any]:
         step, state, batch = abstract_step(run, mesh)
         figures = compile_and_describe(step, (state, batch), target.compiler_options())
     sizes = {
-        "weight_bytes": bytes_on_each((state.params, state.rest)),
+        "weight_bytes": bytes_on_each((state.params, state.rest, state.average)),
         "optimizer_bytes": bytes_on_each((state.step, state.opt_state)),
         "batch_bytes": bytes_on_each(batch),
     }
@@ -304,7 +304,8 @@ def abstract_step(run: Run, mesh: Mesh) -> tuple[Any, TrainState, dict[str, jax.
     optimizer = make_optimizer(config.training)
     graphdef, params, rest = nnx.split(nnx.eval_shape(lambda: make_model(config, info)), nnx.Param, ...)
     step_number: Any = jax.ShapeDtypeStruct((), jnp.int32)
-    state = TrainState(step_number, params, rest, jax.eval_shape(optimizer.init, params))
+    average = params if config.training.ema else None
+    state = TrainState(step_number, params, rest, jax.eval_shape(optimizer.init, params), average)
     step = make_train_step(
         graphdef,
         optimizer,
