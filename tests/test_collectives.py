@@ -25,7 +25,7 @@ CONFIG = RunConfig(
 INFO = DataInfo("toy", ("background", "organ", "core"), num_channels=1, spatial_dims=3)
 # Of the network: five instance norms; convolutions with kernels of 3 and stride 1 need the rims on both sides, the
 # strided and the transposed one need one rim.
-NORMS, RIMS = 5, 2 * 4 + 1 + 1
+NORMS, RIMS, FIRST_RIMS = 5, 2 * 4 + 1 + 1, 1
 
 
 @functools.cache
@@ -48,19 +48,17 @@ def num_bytes(arrays: list[jax.ShapeDtypeStruct]) -> int:
 
 
 def test_a_split_batch_costs_one_reduction() -> None:
-    """Of gradients and terms of the loss together. A transposed convolution's gradient is that of its phases."""
+    """Of gradients and terms of the loss together."""
     found = collectives(program_of("data=8"))
     assert found.keys() == {"all-reduce"}
     assert found["all-reduce"]["count"] == 1
-    assert found["all-reduce"]["bytes"] < 1.35 * num_bytes(weights())
+    assert found["all-reduce"]["bytes"] < 1.05 * num_bytes(weights())
 
 
-def test_accumulation_exchanges_no_voxels() -> None:
-    """A part of a batch costs what a whole batch does: on CPUs, XLA reduces the gradients of each part."""
+def test_accumulation_costs_no_exchange() -> None:
+    """Gradients and loss are reduced once, after the last part of a batch."""
     parts, whole = collectives(program_of("data=4", 4, accumulate=2)), collectives(program_of("data=8"))
-    assert whole.keys() == parts.keys() == {"all-reduce"}
-    assert parts["all-reduce"]["count"] <= 2 * whole["all-reduce"]["count"]
-    assert parts["all-reduce"]["bytes"] <= 2 * whole["all-reduce"]["bytes"]
+    assert parts == whole
 
 
 def test_split_weights_are_gathered_once() -> None:
@@ -77,13 +75,13 @@ def test_split_weights_are_gathered_once() -> None:
 
 def test_split_volumes_exchange_rims_and_sums() -> None:
     """Forward: the rims of each convolution and two sums of each norm, and two sums of the loss. Backward: the rims
-    of inputs again, those of gradients of all layers but the first, one sum of each norm, and one sum of the
-    gradients along each axis of the mesh."""
+    of gradients of all layers but the first, one sum of each norm, and two of the gradients: those of kernels and
+    the others."""
     program = program_of("data=2,space=4")
     found = counts(program)
     assert found.keys() == {"all-reduce", "collective-permute"}
     assert found["all-reduce"] <= 2 * NORMS + 2 + NORMS + 2
-    assert found["collective-permute"] <= 2 * RIMS + RIMS - 1
+    assert found["collective-permute"] <= 2 * RIMS - FIRST_RIMS
     reductions = [i.op_name for i, *_ in program.instructions() if i.opcode == "all-reduce"]
     assert reductions.count("jit(step)/shard_map/jvp()/psum") == 2
     # Four images of a device, one row of voxels, 24 channels on half of the grid.

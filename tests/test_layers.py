@@ -9,6 +9,7 @@ import pytest
 from jax import export, lax
 
 from train.models import layers
+from train.sharding import device_mesh, replicated
 
 CASES = [
     # spatial sizes, in, out, window, strides
@@ -170,6 +171,36 @@ def test_transposed_stacked_planes_equal_the_phases(side, strides):
     )
     ours, theirs = run(layers._transposed_in_stacked_planes), run(layers.convolve_transpose)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("function", "side", "stride", "planes"),
+    [
+        (layers.convolve, 3, 1, 4),
+        (layers.convolve, 3, 2, 8),
+        (layers.convolve, 5, 2, 8),
+        (layers.convolve, 3, 1, 6),  # uneven
+        (layers.convolve_transpose, 3, 2, 4),
+        (layers.convolve_transpose, 5, 2, 4),
+    ],
+)
+def test_split_volumes_have_the_results_and_gradients_of_whole_ones(function, side, stride, planes):
+    mesh = device_mesh("data=2,space=4", jax.devices()[:8])
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, planes, 6, 3)), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(side, side, 3, 2)), jnp.float32)
+
+    def results(x, kernel):
+        y, pull_back = jax.vjp(lambda *operands: function(*operands, (stride, stride)), x, kernel)
+        return y, *pull_back(jnp.cos(y))
+
+    def split(x, kernel):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return results(x, kernel)
+
+    placed = jax.device_put((x, kernel), replicated(mesh))
+    for whole, part in zip(jax.jit(results)(x, kernel), jax.jit(split)(*placed), strict=True):
+        np.testing.assert_allclose(part, whole, rtol=1e-5, atol=1e-5 * float(abs(whole).max()))
 
 
 def test_memory_of_a_large_volume():

@@ -19,6 +19,10 @@ their arithmetic needs. On CPUs every convolution is therefore rewritten, exactl
 
 `lax.platform_dependent` chooses when the program is lowered, so that programs exported for another platform are
 right too.
+
+The compiler can split none of these forms but the plain one over devices. Where it splits a program, convolutions
+are therefore split by hand: devices exchange the rims of their parts of a volume and run the fast form on these
+parts (`_over_devices`). Shapes that do not split evenly run the plain form.
 """
 
 from collections.abc import Callable, Sequence
@@ -232,13 +236,15 @@ def _dilated(x: Array, kernel: Array, strides: Sequence[int]) -> Array:
 
 def _in_phases(x: Array, kernel: Array, strides: tuple[int, ...], padding: Padding) -> Array:
     """A strided convolution, as a dense one over phases. On the first axis it needs no or all of the padding."""
-    (size, *_), (stride, *_) = kernel.shape, strides
+    size, stride = kernel.shape[0], strides[0]
     if padding[0][0] == size // 2:
         return _dense(_to_phases(x, strides), *_phase_kernel(kernel, strides))
     rim = size // 2
     count = (x.shape[1] - size) // stride + 1
-    x = jnp.pad(x, ((0, 0), (-rim % stride, 0), *((0, 0),) * (x.ndim - 2)))  # phases start at the first result
-    y = _dense(_to_phases(x, strides), *_phase_kernel(kernel, strides))
+    x = jnp.pad(
+        x, ((0, 0), (-rim % stride, 0), *((0, 0),) * (x.ndim - 2))
+    )  # phases start at the first result
+    y: Any = _dense(_to_phases(x, strides), *_phase_kernel(kernel, strides))
     return y[:, -(-rim // stride) :][:, :count]
 
 
