@@ -374,7 +374,7 @@ def _cross_validated(
     before = float(_mean_losses(like, samples).mean())
     after = np.zeros((max_steps // _STEPS, images))
     for fold in range(folds):
-        left_out = np.arange(images) % folds == fold
+        left_out = np.arange(images) * folds // images == fold  # neighbours may be of one patient
         for part, params in enumerate(
             _training(like, samples, np.flatnonzero(~left_out), ace, max_steps, seed)
         ):
