@@ -1,6 +1,10 @@
 """`calib-jax calibrate`, `ensemble` and `convert`: what they write, and what they say of faults."""
 
+import contextlib
+import os
 import shutil
+import signal
+import time
 
 import jax
 import nibabel as nib
@@ -10,10 +14,11 @@ from test_predictions import AFFINE, LPS, SHAPE, make_case, save_dataset_json, s
 
 import calib_jax
 from calib_jax import _local_network as network
+from calib_jax._kept import replacing
 from calib_jax.calibrators import CALIBRATORS
 from calib_jax.cli import main
 from calib_jax.commands.calibrate import METHODS, Calibration
-from calib_jax.predictions import open_predictions
+from calib_jax.predictions import Predictions, open_predictions
 
 
 @pytest.fixture
@@ -29,7 +34,9 @@ def folders(tmp_path):
 
 
 def files(folder):
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    """Files that are not hidden."""
+    inside = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    return sorted(path.as_posix() for path in inside if not any(part.startswith(".") for part in path.parts))
 
 
 def likelihood(probs_folder, label_folder):
@@ -327,3 +334,109 @@ def test_local_calibration_sees_regions_and_images(tmp_path, capsys, monkeypatch
     image = ids.astype(np.float32)[None, ..., None]
     expected = np.asarray(CALIBRATORS["local"].apply(log_odds, params, image=image))[0]
     np.testing.assert_allclose(np.load(tmp_path / "out" / "a.npy"), 1 / (1 + np.exp(-expected)), atol=1e-5)
+
+
+# Stopped and started again.
+
+
+@pytest.fixture(params=["apply", "ensemble", "convert", "sweep"])
+def restarted(request, tmp_path, folders, monkeypatch):
+    """A command over three cases, arguments that change its results, the cases that it reads, and what stops it."""
+    read, stops, original = [], {}, Predictions.read
+
+    def counted(predictions, name, *args, **kwargs):
+        read.append(name)
+        stops.pop(name, int)()
+        return original(predictions, name, *args, **kwargs)
+
+    monkeypatch.setattr(Predictions, "read", counted)
+    monkeypatch.setattr("calib_jax.report.figures.draw", lambda *_, **__: None)
+    calibration = Calibration("temperature", ("background", "x", "y"), False, (np.float32(2),))
+    calibration.save(tmp_path / "fit.npz")
+    calibration._replace(params=(np.float32(3),)).save(tmp_path / "other.npz")
+    probs, out = ["--probs", str(folders[0])], ["--out", str(tmp_path / "out")]
+    command, other = {
+        "apply": (["calibrate", "apply", *probs, f"--params={tmp_path / 'fit.npz'}"], ["--uncertainty"]),
+        "ensemble": (["ensemble", f"--probs=A={folders[0]}", f"--probs=B={folders[0]}"], ["--logits"]),
+        "convert": (["convert", *probs, "--to", "npz"], ["--dtype", "float16"]),
+        "sweep": (["sweep", *probs, f"--labels={folders[1]}"], ["--num-bins", "7"]),
+    }[request.param]
+    return [*command, *out], other, read, stops
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.2)  # the signal reaches the main thread
+
+
+@pytest.mark.parametrize("stop", [interrupt, terminate])
+def test_a_command_that_was_stopped_goes_on_where_it_was(tmp_path, restarted, stop, capsys):
+    command, other, read, stops = restarted
+    word = "measured" if command[0] == "sweep" else "written"
+    stops["c d"] = stop
+    assert main(command) == 130
+    error = capsys.readouterr().err
+    assert f" of 3 cases are {word}. They are kept in {tmp_path / 'out'}" in error
+    assert "the same command goes on from there." in error
+    assert not list((tmp_path / "out").rglob(".partial-*"))
+    stops.clear()
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    done = 3 if stop is terminate else 2  # the case that had begun is finished
+    read.clear()
+    assert main(command) == 0
+    assert f"{done} of 3 cases were {word} before." in capsys.readouterr().err
+    assert read == ["c d"] * (3 - done) * (1 + (command[0] == "ensemble"))
+    assert {path: path.stat().st_mtime_ns for path in kept if path.name != "dataset.json"} == kept
+    read.clear()
+    assert main([*command, *other]) == 0
+    assert set(read) == {"a", "b", "c d"}
+
+
+def test_what_has_changed_is_made_again(tmp_path, folders, restarted, capsys):
+    command, _, read, _ = restarted
+    assert main(command) == 0
+    os.utime(folders[0] / "b.npz", ns=(1, 1))
+    read.clear()
+    assert main(command) == 0
+    assert set(read) == {"b"}
+    if command[0] == "sweep":
+        return
+    (tmp_path / "out" / "a.npz").write_bytes(b"edited")
+    (tmp_path / "out" / "c d.npz").unlink()
+    (tmp_path / "out" / ".calib-jax" / "b.npz").write_bytes(b"broken")
+    read.clear()
+    assert main(command) == 0
+    assert set(read) == {"a", "b", "c d"}
+    assert len(open_predictions(tmp_path / "out", folders[1])) == 3
+
+
+def test_other_parameters_are_applied_to_all_cases(tmp_path, folders):
+    probs, out = f"--probs={folders[0]}", tmp_path / "out"
+    written = []
+    for temperature in (2, 3):
+        params = Calibration("temperature", ("background", "x", "y"), False, (np.float32(temperature),))
+        params.save(tmp_path / "fit.npz")
+        assert main(["calibrate", "apply", probs, f"--params={tmp_path / 'fit.npz'}", f"--out={out}"]) == 0
+        written.append(np.load(out / "a.npz")["probabilities"])
+    assert written[0].max() > written[1].max()
+
+
+def test_nothing_half_written_stays_and_no_link_is_followed(tmp_path):
+    file, elsewhere = tmp_path / "case 1.nii.gz", tmp_path / "elsewhere"
+    elsewhere.write_bytes(b"mine")
+    with contextlib.suppress(ZeroDivisionError), replacing(file) as partial:
+        assert partial.name.endswith(".nii.gz")
+        partial.write_bytes(b"half")
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == [elsewhere]
+    partial.symlink_to(elsewhere)  # what a killed process may have left, or a trap
+    file.symlink_to(elsewhere)
+    with replacing(file) as again:
+        assert again == partial
+        again.write_bytes(b"whole")
+    assert file.read_bytes() == b"whole"
+    assert elsewhere.read_bytes() == b"mine"

@@ -1,6 +1,5 @@
 """What a folder of predictions shows: sentences, tables and pictures from the figures of its cases."""
 
-import csv
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,12 +9,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from calib_jax._kept import safe_name
 from calib_jax.binning import BinStatistics
 from calib_jax.report import wording
 from calib_jax.report.details import PICTURES, CasePicture, Details, Point, Section
 from calib_jax.report.gains import Gain
 from calib_jax.report.slices import class_color, panels
-from calib_jax.report.study import Study, safe_name
+from calib_jax.report.study import Study
 from calib_jax.report.table import mean_interval
 from calib_jax.results import CALIBRATION_ERRORS, ModelResult, nan_mean
 
@@ -72,14 +72,6 @@ def case_table(study: Study, results: Sequence[ModelResult], *, first_class: int
                 }
 
 
-def write_case_table(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Writes the rows as CSV; numbers keep all their digits."""
-    with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def details_of(
     study: Study,
     results: Sequence[ModelResult],
@@ -89,6 +81,7 @@ def details_of(
     first_class: int,
     label_names: Sequence[str],
     notices: Sequence[str],
+    folder: Path,
 ) -> Details:
     """Findings of a study, and the files of its pictures.
 
@@ -100,6 +93,7 @@ def details_of(
         first_class: index of the first class that is reported.
         label_names: names of the values of label maps, background first.
         notices: what a reader should know about the files.
+        folder: of the report.
     """
     sections = [
         *([_changes_by_gain(gains)] if any(gains.values()) else []),
@@ -122,7 +116,7 @@ def details_of(
             for section in sections
             if len(section.lines) > 1
         ],
-        pictures=_pictures(study, results, label_names),
+        pictures=_pictures(study, results, label_names, folder / PICTURES),
         legend={name: class_color(i) for i, name in enumerate(label_names)},
         volumes=_points(table, "true_ml", "predicted_ml"),
         expected=_points(table, "expected_dice", "dice"),
@@ -401,9 +395,10 @@ def _points(table: Sequence[Mapping[str, Any]], x: str, y: str) -> list[Point]:
     return [chosen[i] for i in np.sort(keep)]
 
 
-def _pictures(study: Study, results: Sequence[ModelResult], label_names: Sequence[str]) -> list[CasePicture]:
+def _pictures(
+    study: Study, results: Sequence[ModelResult], label_names: Sequence[str], folder: Path
+) -> list[CasePicture]:
     """The worst cases and the best one of each model; their files are written."""
-    folder = study.folder / PICTURES
     folder.mkdir(parents=True, exist_ok=True)
     pictures = []
     for number, result in enumerate(results):
