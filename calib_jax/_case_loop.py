@@ -113,11 +113,11 @@ def sentence(error: BaseException, *case: str) -> str:
         >>> sentence(ValueError("a.npz is truncated."), "m", "a"), sentence(ValueError("truncated."), "m", "a")
         ('a.npz is truncated.', 'a of m: truncated.')
     """
-    text = " ".join(str(error).split()) or type(error).__name__
+    text, *words = (" ".join(part.split()) for part in (str(error) or type(error).__name__, *case))
     if isinstance(error, MemoryError):
         text = f"the case does not fit into memory ({text}): try --jobs 1, or more memory."
-    named = re.search(rf"(?<!\w){re.escape(case[-1])}(?!\w)", text)
-    return text if named else f"{' of '.join(reversed(case))}: {text}"
+    named = re.search(rf"(?<!\w){re.escape(words[-1])}(?!\w)", text)
+    return text if named else f"{' of '.join(reversed(words))}: {text}"
 
 
 class Progress:
