@@ -14,7 +14,7 @@ from calib_jax import cli
 WIDTHS = (360, 1280)
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = (
-    *("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=5000"),
+    *("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=20000"),
     *("--disable-background-networking", "--disable-component-update", "--no-first-run"),
     "--enable-logging=stderr",
 )
@@ -31,8 +31,7 @@ console.error = (...words) => errors.push(words.join(" "));
 
 # Put behind the page: what is there, and what the order of rows is after clicks.
 LAST = """<script>
-addEventListener("load", async () => {
-  await Promise.all([...document.images].map(image => image.decode().catch(() => {})));
+addEventListener("load", () => {
   const width = document.documentElement.clientWidth;
   const outside = [...document.querySelectorAll("body *")].filter(
     one => !one.parentElement.closest(".scroll") && one.getBoundingClientRect().right > width + 1);
@@ -98,7 +97,7 @@ def seen(tmp_path_factory):
         text=True,
         timeout=60,
     )
-    text = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)
+    text = re.search(r'<pre id="found">(.+?)</pre>', done.stdout, re.DOTALL)
     assert text, done.stderr[-2000:]
     return json.loads(html.unescape(text[1])), done.stderr
 
