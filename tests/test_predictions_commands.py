@@ -19,6 +19,7 @@ from calib_jax.calibrators import CALIBRATORS
 from calib_jax.cli import main
 from calib_jax.commands.calibrate import METHODS, Calibration
 from calib_jax.predictions import Predictions, open_predictions
+from calib_jax.predictions.volumes import VolumeFile
 
 
 @pytest.fixture
@@ -270,6 +271,47 @@ def test_an_ensemble_averages_the_same_voxels_without_label_maps(tmp_path, capsy
     save_nifti(tmp_path / "two" / "a.nii.gz", probs, 2 * AFFINE)
     assert main([*command[:-1], f"--out={tmp_path / 'other'}"]) == 2
     assert "another grid" in capsys.readouterr().err
+
+
+def test_a_label_map_in_two_files_goes_along_whole(tmp_path):
+    probs, _ = make_case()
+    save_nnunet(tmp_path / "probs", "a", probs, LPS, segmentation=False)
+    pair = nib.Nifti1Pair(probs.argmax(-1).astype(np.uint8), LPS)
+    nib.save(pair, tmp_path / "probs" / "a.hdr")
+    predictions = open_predictions(tmp_path / "probs")
+    assert {path.name for path in predictions.files("a")} == {"a.npz", "a.hdr", "a.img"}
+    given = f"--probs={tmp_path / 'probs'}"
+    assert main(["convert", given, "--to=nii.gz", f"--out={tmp_path / 'nifti'}"]) == 0
+    assert files(tmp_path / "nifti") == ["a.hdr", "a.img", "a_probs.nii.gz"]
+    for part in ("a.hdr", "a.img"):
+        assert (tmp_path / "nifti" / part).read_bytes() == (tmp_path / "probs" / part).read_bytes()
+    command = ["ensemble", given, f"--probs=again={tmp_path / 'probs'}", f"--out={tmp_path / 'mean'}"]
+    assert main(command) == 0
+    assert files(tmp_path / "mean") == ["a.npz", "a_label.nii.gz"]
+    label = nib.load(tmp_path / "mean" / "a_label.nii.gz")
+    np.testing.assert_array_equal(np.asarray(label.dataobj), probs.argmax(-1))
+    np.testing.assert_array_equal(label.affine, LPS)
+
+
+def test_voxels_are_read_once_and_only_where_they_are_used(tmp_path, folders, monkeypatch):
+    for name in "ab":
+        save_nifti(tmp_path / "images" / f"{name}.nii.gz", make_case()[1].astype(np.float32), LPS)
+    read, original = [], VolumeFile.read
+    monkeypatch.setattr(
+        VolumeFile, "read", lambda file: (read.append(file.path.parent.name), original(file))[1]
+    )
+    models = {"A": folders[0], "B": folders[0]}
+    predictions = open_predictions(models, folders[1], images=tmp_path / "images")
+    cases = [predictions.read("a", model) for model in models]
+    assert sorted(read) == ["images", "labels", "probs", "probs"]  # of each model the map beside its `.npz`
+    assert all(x is not None for case in cases for x in (case.image, case.labels, case.predicted))
+    read.clear()
+    case = predictions.read("b", "A", parts=())
+    assert (case.labels, case.where, case.image, case.predicted) == (None, None, None, None)
+    assert read == ["probs"]  # it tells the order of axes
+    read.clear()
+    predictions.read("b", "A", parts=("labels",))
+    assert read == ["probs", "labels"]
 
 
 def test_figures_are_those_of_monai(tmp_path, folders):

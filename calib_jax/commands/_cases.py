@@ -134,14 +134,16 @@ def write_label(template: Any, path: Path, probs: Any, predictions: Any) -> list
     from calib_jax.predictions.arrays import ending_of
     from calib_jax.predictions.labels import predicted_ids
     from calib_jax.predictions.names import case_name
+    from calib_jax.predictions.volumes import DETACHED
     from calib_jax.predictions.writing import write_volume
 
     order = predictions.dataset.class_order if predictions.dataset is not None else ()
     ids = predicted_ids(probs, regions=predictions.regions, class_order=order)
     if ids is None:
         return []
-    if template.segmentation is not None:
-        target = path.with_name(template.segmentation.name)
+    beside = template.segmentation
+    if beside is not None and not beside.name.lower().endswith(DETACHED):
+        target = path.with_name(beside.name)
     else:
         ending = {"volume": ending_of(path), "image": ".png"}.get(template.kind)
         if ending is None:

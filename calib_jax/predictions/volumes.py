@@ -33,8 +33,8 @@ Affine = Float[np.ndarray, "4 4"]
 
 ITK_ENDINGS = (".mha", ".mhd", ".nrrd", ".nhdr", ".gipl")
 ENDINGS = (".nii.gz", ".nii", ".nii.bz2", ".hdr", ".mgz", ".mgh", ".mnc", *ITK_ENDINGS)
-# Headers with a separate voxel file beside them, and the endings of voxel files.
-_DETACHED = (".hdr", ".mhd", ".nhdr")
+DETACHED = (".hdr", ".mhd", ".nhdr")
+"""Headers whose voxels are in another file."""
 _VOXEL_ENDINGS = (".img", ".img.gz", ".raw", ".raw.gz", ".zraw")
 
 _GZIP = b"\x1f\x8b"
@@ -162,7 +162,7 @@ def volumes_in(folder: Path, pattern: str = "*") -> list[Path]:
 
 def parts_of(path: Path) -> tuple[Path, ...]:
     """All files of a volume: the file itself and, for a detached header, its voxel files."""
-    if not path.name.lower().endswith(_DETACHED):
+    if not path.name.lower().endswith(DETACHED):
         return (path,)
     beside = [
         file

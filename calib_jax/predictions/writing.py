@@ -20,9 +20,7 @@ from calib_jax.predictions.case import PredictionError
 from calib_jax.predictions.grids import affine_of
 from calib_jax.predictions.layout import Layout, Reference
 from calib_jax.predictions.values import Encoding, encode
-from calib_jax.predictions.volumes import ITK_ENDINGS
-
-_DETACHED = (".hdr", ".mhd", ".nhdr")  # headers whose voxels are in another file
+from calib_jax.predictions.volumes import DETACHED, ITK_ENDINGS
 
 
 @dataclass(frozen=True)
@@ -100,6 +98,7 @@ def write_probabilities(
 
 def write_volume(path: Path, voxels: np.ndarray, reference: Reference) -> None:
     """Writes an array on a grid, in the format that the name says: a volume, an image, or `.npy`."""
+    _check_whole(path)
     name = path.name.lower()
     with written_whole(path) as partial:
         if name.endswith(IMAGE_ENDINGS):
@@ -148,10 +147,7 @@ def _write(path: Path, stored: np.ndarray, like: PredictionFile, source: Path) -
         raise PredictionError(
             f"{path} has another ending than {source.name}: keep the ending {ending_of(source)}."
         )
-    if path.name.lower().endswith(_DETACHED):
-        raise PredictionError(
-            f"{path} is one of two files, which are not written: convert it to .nii.gz or .npz."
-        )
+    _check_whole(path)
     with written_whole(path) as partial:
         if like.kind == "npz":
             _save_npz(partial, stored.astype(like.dtype), like.key)
@@ -164,6 +160,13 @@ def _write(path: Path, stored: np.ndarray, like: PredictionFile, source: Path) -
             _save_like_itk(partial, stored.astype(like.dtype), source)
         else:
             _save_like_nibabel(partial, stored, like.dtype, source)
+
+
+def _check_whole(path: Path) -> None:
+    if path.name.lower().endswith(DETACHED):
+        raise PredictionError(
+            f"{path} is one of two files, which are not written: convert it to .nii.gz or .npz."
+        )
 
 
 def _save_npz(path: Path, array: np.ndarray, key: str) -> None:
