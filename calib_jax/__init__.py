@@ -19,6 +19,7 @@ from calib_jax.alternatives import (
 from calib_jax.binning import BinStatistics, bin_edges, bin_index, bin_statistics
 from calib_jax.bootstrap import bootstrap_interval
 from calib_jax.calibrators import CALIBRATORS
+from calib_jax.decisions import RiskCoverage, dice_thresholds, expected_dice, risk_coverage
 from calib_jax.errors import (
     average_calibration_error,
     debiased_calibration_error,
@@ -56,6 +57,7 @@ __all__ = [
     "DirichletCalibration",
     "LocalCalibration",
     "ReliabilityCurve",
+    "RiskCoverage",
     "VectorScaling",
     "apply_class_temperature",
     "apply_dirichlet",
@@ -73,8 +75,10 @@ __all__ = [
     "dataset_totals",
     "debiased_calibration_error",
     "dice_score",
+    "dice_thresholds",
     "dsc_plus_plus_loss",
     "expected_calibration_error",
+    "expected_dice",
     "fit_class_temperature",
     "fit_dirichlet",
     "fit_isotonic",
@@ -93,6 +97,7 @@ __all__ = [
     "reliability_band",
     "reliability_curve",
     "reliability_histogram",
+    "risk_coverage",
     "segmentation_loss",
     "segmentation_loss_parts",
     "spatially_varying_label_smoothing_loss",

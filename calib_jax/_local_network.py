@@ -190,12 +190,12 @@ def calibrated_logits(
     return logits if params.keeps_labels else logits + hidden @ weights.offset
 
 
-def network_inputs(levels: Sequence[Array], classes: int) -> tuple[Array, Array]:
-    """Features of each class and of the image, from the levels of the same voxels."""
+def network_inputs(levels: Sequence[Any], classes: int) -> tuple[Any, Any]:
+    """Features of each class and of the image, from the levels of the same voxels, of NumPy or JAX."""
+    numpy = np if isinstance(levels[0], np.ndarray) else jnp
     pairs = [level[..., start : start + classes] for level in levels for start in (0, classes)]
-    return jnp.stack(pairs, -1), jnp.concatenate(
-        [level[..., 2 * classes :] for level in levels[:_IMAGE_LEVELS]], -1
-    )
+    pixels = [level[..., 2 * classes :] for level in levels[:_IMAGE_LEVELS]]
+    return numpy.stack(pairs, -1), numpy.concatenate(pixels, -1)
 
 
 # Application.

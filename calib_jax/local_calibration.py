@@ -34,6 +34,8 @@ from calib_jax._local_network import (
     network_inputs,
     normalised,
 )
+from calib_jax._sums.bins import Bins
+from calib_jax._sums.host import inner_edges, sums_in_bins
 from calib_jax.binning import BinStatistics, bin_statistics
 from calib_jax.errors import average_calibration_error
 
@@ -43,6 +45,7 @@ _FOLDS = 4
 _IMAGES_PER_STEP = 4
 _VOXELS_PER_STEP = 2**10  # of each image
 _LEARNING_RATE = 1e-2
+_BINS = Bins("soft", 20)  # of the loss
 
 
 def fit_local_calibration(
@@ -119,7 +122,7 @@ def fit_local_calibration(
     options: dict[str, Any] = {"regions": regions, "spacing": spacing, "seed": seed}
     like = LocalCalibration.identity(batches.classes, batches.channels, keeps_labels=keeps_labels, **options)
     samples = _collect(batches, like, seed)
-    everything = np.ones(len(samples.count), np.float32)
+    everything = np.arange(len(samples.count))
     steps, message = _cross_validated(like, samples, ace, max_steps, seed)
     training = _training(like, samples, everything, ace, max_steps, seed)
     *_, params = like, *itertools.islice(training, steps // _STEPS)
@@ -246,14 +249,16 @@ def _sample(
     counted = known_voxels(logits, like.regions) & (like.regions or have_class(labels, logits))
     counted &= True if where is None else where
     parts: list[Any] = []
-    rest: Any = None
+    rest = np.zeros((3, classes, _BINS.num_bins))
     for inner, block, *arrays in blocks(logits, image, like.regions):
         log_probs, levels, uncertain = jax.device_get(_block_features(like, *arrays))
         chosen = uncertain[block] & counted[inner]
         probs = levels[0][block][..., classes : 2 * classes]
         stay = counted[inner] & ~chosen
-        stats = bin_statistics(probs[None], dense[inner][None], binning="soft", where=stay[None])
-        rest = stats if rest is None else rest + stats
+        of_classes = zip(probs[stay].T, dense[inner][stay].T, strict=True)
+        rest += np.stack(
+            [sums_in_bins(*of_class, inner_edges(probs, _BINS), _BINS) for of_class in of_classes], 1
+        )
         parts.append(
             (log_probs[block][chosen], [level[block][chosen] for level in levels], dense[inner][chosen])
         )
@@ -265,12 +270,12 @@ def _sample(
     features, pixels = network_inputs([level[order] for level in levels], classes)
     return _Samples(
         log_probs[order],
-        np.asarray(features),
-        np.asarray(pixels),
+        features,
+        pixels,
         kept[order],
         np.int32(len(order)),
         np.float32(total / len(order)),
-        jax.tree.map(lambda x: np.asarray(x)[0].astype(np.float32), rest),
+        BinStatistics(*rest.astype(np.float32)),
     )
 
 
@@ -304,20 +309,15 @@ def _train_for_a_while(
     params: LocalCalibration,
     state: Any,
     samples: _Samples,
-    image_weights: Float[Array, "images"],
+    chosen: tuple[np.ndarray, np.ndarray],
     ace: float,
-    key: Array,
     *,
     max_steps: int,
 ) -> tuple[LocalCalibration, Any]:
-    """`_STEPS` steps of Adam, each on some voxels of some images."""
+    """Steps of Adam, each on some voxels `[steps, images, voxels]` of some images `[steps, images]`."""
 
-    def loss(params: LocalCalibration, key: Array) -> Array:
-        of_images, of_voxels = jax.random.split(key)
-        chance = image_weights / image_weights.sum()
-        images = jax.random.choice(of_images, len(chance), (_IMAGES_PER_STEP,), p=chance)
+    def loss(params: LocalCalibration, images: Array, voxels: Array) -> Array:
         count = samples.count[images]
-        voxels = jax.random.randint(of_voxels, (_IMAGES_PER_STEP, _VOXELS_PER_STEP), 0, count[:, None])
         log_probs, features, image, labels = (x[images[:, None], voxels] for x in samples[:4])
         losses, probs = _negative_log_likelihood(params, log_probs, features, image, labels)
         found = bin_statistics(probs, labels, binning="soft")
@@ -325,15 +325,14 @@ def _train_for_a_while(
         stats = jax.tree.map(lambda x, rest: weight * x + rest[images], found, samples.rest)
         return losses.mean() + ace * jnp.nanmean(average_calibration_error(stats))
 
-    def step(carry: Any, key: Array) -> tuple[Any, None]:
+    def step(carry: Any, chosen: tuple[Array, Array]) -> tuple[Any, None]:
         params, state = carry
-        gradient = jax.grad(loss)(params, key)
+        gradient = jax.grad(loss)(params, *chosen)
         with jax.numpy_dtype_promotion("standard"):  # optax multiplies a number by the int32 of a step
             updates, state = _optimizer(max_steps).update(gradient, state, params)
         return (jax.tree.map(jnp.add, params, updates), state), None
 
-    (params, state), _ = lax.scan(step, (params, state), jax.random.split(key, _STEPS))
-    return params, state
+    return lax.scan(step, (params, state), chosen)[0]
 
 
 def _optimizer(max_steps: int) -> Any:
@@ -345,18 +344,19 @@ def _optimizer(max_steps: int) -> Any:
 def _training(
     params: LocalCalibration,
     samples: _Samples,
-    image_weights: np.ndarray,
+    images: np.ndarray,
     ace: float,
     max_steps: int,
     seed: int,
 ) -> Iterator[LocalCalibration]:
-    """Yields the parameters after each `_STEPS` steps."""
+    """Yields the parameters after each `_STEPS` steps on some of the images."""
     state = _optimizer(max_steps).init(params)
-    for part in range(max_steps // _STEPS):
-        key = jax.random.fold_in(jax.random.key(seed), part)
-        params, state = _train_for_a_while(
-            params, state, samples, jnp.asarray(image_weights, jnp.float32), ace, key, max_steps=max_steps
-        )
+    rng, count = np.random.default_rng(seed), np.asarray(samples.count)
+    for _ in range(max_steps // _STEPS):
+        drawn = rng.choice(images, (_STEPS, _IMAGES_PER_STEP))
+        voxels = rng.integers(0, count[drawn][..., None], (*drawn.shape, _VOXELS_PER_STEP))
+        chosen = drawn.astype(np.int32), voxels.astype(np.int32)
+        params, state = _train_for_a_while(params, state, samples, chosen, ace, max_steps=max_steps)
         yield params
 
 
@@ -375,7 +375,9 @@ def _cross_validated(
     after = np.zeros((max_steps // _STEPS, images))
     for fold in range(folds):
         left_out = np.arange(images) % folds == fold
-        for part, params in enumerate(_training(like, samples, ~left_out, ace, max_steps, seed)):
+        for part, params in enumerate(
+            _training(like, samples, np.flatnonzero(~left_out), ace, max_steps, seed)
+        ):
             after[part, left_out] = np.asarray(_mean_losses(params, samples))[left_out]
     part = int(after.mean(1).argmin())
     found = after[part].mean()

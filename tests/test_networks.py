@@ -1,5 +1,6 @@
 """Networks by name: their options, networks from outside the project, and configurations of older versions."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from commands import refuses, run
+from commands import refuses, run, write_msd
 from flax import nnx
 
 from train.cli import parse
@@ -267,3 +268,46 @@ def test_an_old_run_evaluates_resumes_and_starts_another(
     assert read_config(tmp_path / "next")[0].model == read_config(OLD_RUN)[0].model
     message = refuses(capsys, "fit", *data, *more, "--init", old_run, "--num-res-units", 1)
     assert "num_res_units and the network's other options come from --init" in message
+
+
+# 2-D networks on 3-D images.
+
+
+def test_slices_are_those_of_the_2d_network() -> None:
+    model = ModelConfig(network=UNetConfig(channels=(4, 8), strides=(2,)))
+    sizes: Any = {"in_channels": 2, "out_channels": 3, "patch": (8, 6, 5)}
+    slicewise = registry.make_network(
+        dataclasses.replace(model, slices=True), **sizes, spatial_dims=3, rngs=nnx.Rngs(0)
+    )
+    planar = registry.make_network(model, **sizes | {"patch": (8, 6)}, spatial_dims=2, rngs=nnx.Rngs(0))
+    image = np.random.default_rng(0).normal(size=(2, 8, 6, 5, 2)).astype(np.float32)
+    found = slicewise(image)
+    assert found.shape == (2, 8, 6, 5, 3)
+    for i in range(5):
+        np.testing.assert_allclose(found[..., i, :], planar(image[..., i, :]), atol=1e-5)
+
+
+def test_slices_train_on_patches_of_one_slice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_msd(tmp_path, 4, (11, 14, 9), np.s_[3:8, 4:10, 2:7], np.eye(4))
+    command = [
+        "fit",
+        "--data",
+        f"msd:{data}",
+        "--steps",
+        2,
+        "--batch-size",
+        8,
+        "--channels",
+        4,
+        8,
+        "--strides",
+        2,
+    ]
+    command += ["--num-test", 1, "--num-val", 1, "--loss", "dice", "--slices"]
+    out = tmp_path / "run"
+    assert run(*command, "--patch", 8, 8, 1, "--out", out) == 0
+    config = read_config(out)[0]
+    assert config.data.patch == (8, 8, 1)
+    assert load_run(out)[2](np.zeros((11, 14, 9, 1), np.float32)).shape == (11, 14, 9, 2)
+    assert "(8, 8, 3) would be" in refuses(capsys, *command, "--patch", 9, 8, 3)
+    assert "slices needs 3-D images" in refuses(capsys, "fit", *TINY, "--slices")

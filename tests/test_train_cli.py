@@ -46,23 +46,27 @@ def trained(msd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_compare_with_seeds_and_temperature_goes_on_at_each_network(
+def test_compare_with_seeds_temperature_and_ensembles_goes_on_at_each_network(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import train.compare as compare_module
 
     out = tmp_path / "compare"
-    command = ["compare", *PHANTOM, "--losses", "dice", "--seeds", 0, 3, "--temperature", "--out", out]
+    command = ["compare", *PHANTOM, "--losses", "dice", "--seeds", 0, 3, "--temperature", "--ensembles"]
+    command += ["--out", out]
     assert run(*command) == 0
     table = json.loads((out / "table.json").read_text())
-    assert [row["name"] for row in table["models"]] == ["dice", "dice+T", "true posterior"]
+    names = [row["name"] for row in table["models"]]
+    assert names == ["dice", "dice+T", "dice~2", "dice~2+T", "true posterior"]
     for row in table["models"][:2]:
         ace = row["metrics"]["ACE"]
         assert list(ace["per_repeat"]) == ["seed 0", "seed 3"]
         assert ace["cases"] == 3
         assert ace["mean"] == pytest.approx(np.mean(list(ace["per_repeat"].values())))
         assert ace["spread"] == pytest.approx(np.std(list(ace["per_repeat"].values()), ddof=1))
-    plain, tempered = (row["metrics"] for row in table["models"][:2])
+    plain, tempered, averaged, _ = (row["metrics"] for row in table["models"][:4])
+    assert averaged["ACE"]["cases"] == 3
+    assert averaged["ACE"]["mean"] not in plain["ACE"]["per_repeat"].values()
     assert plain["Dice"]["per_repeat"] == pytest.approx(tempered["Dice"]["per_repeat"])  # no label changes
     assert plain["ACE"]["mean"] != tempered["ACE"]["mean"]
     kept = {
@@ -212,7 +216,7 @@ def test_predict_keeps_the_affine(trained: Path, msd: Path, tmp_path: Path) -> N
     assert len(list(out.iterdir())) == 12
 
 
-STOPPABLE = [*PHANTOM, "--dropout", 0.2, "--checkpoint-every", 2]
+STOPPABLE = ["--ema", "0.9", *PHANTOM, "--dropout", 0.2, "--checkpoint-every", 2]
 
 
 @pytest.fixture(scope="module")
@@ -261,6 +265,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         (["--losses", "dice", "dice"], ["twice"]),
         (["--losses", "dice+focal(gama=3)", "--data", "msd:/nowhere"], ["no argument 'gama'", "gamma"]),
         (["--seeds", "1", "1"], ["--seeds 1 1", "twice"]),
+        (["--ensembles"], ["--ensembles", "two or more --seeds"]),
         (["--temperature", "--num-val", "0", "--batch-size", "8"], ["--temperature", "num_val"]),
         (["--losses", "dice", "dice+-1*ace"], ["Weight", "positive"]),
         (["--data", "brain"], ["brain", "phantom", "LAYOUT:PATH", "msd"]),

@@ -16,8 +16,9 @@ import calib_jax
 from train.data.geometry import Geometry
 from train.data.phantom import PhantomDataset
 from train.data.transforms import crop_back, pad_to_hold
+from train.errors import InputError
 from train.evaluate import CaseStatistics, SumsOfClasses, case_statistics, evaluate
-from train.inference import VolumePredictor, plan_windows, volume_predictor, volume_summary
+from train.inference import VolumePredictor, ensemble, plan_windows, volume_predictor, volume_summary
 from train.step import TrainState, init_state
 
 SHAPES = [(5, 6, 7), (8, 8, 8), (8, 20, 13), (31, 9, 8), (3, 19, 30)]
@@ -307,3 +308,18 @@ def test_lowers_for(platform: str) -> None:
     )
     assert exported.platforms == (platform,)
     assert [leaf.shape for leaf in exported.out_avals] == [(2, 20)] * 3 + [(2,)]
+
+
+@pytest.mark.parametrize("regions", [(), ("a", "b", "c")])
+def test_an_ensemble_averages_probabilities(regions: tuple[str, ...]) -> None:
+    sizes = {"channels": (4, 8), "strides": (2,), "in_channels": 1, "out_channels": 3}
+    members = []
+    for seed in range(3):
+        graphdef, state = init_state(make_unet(**sizes, rngs=nnx.Rngs(seed)), optax.sgd(0.1))
+        members.append(volume_predictor(graphdef, state, (8, 8, 8), regions))
+    image = volume((9, 11, 8))
+    mean = np.mean([np.asarray(each(image), np.float64) for each in members], 0)
+    np.testing.assert_allclose(ensemble(members)(image), mean, atol=2e-6)
+    other = VolumePredictor(members[0].forward, members[0].weights, (8, 8, 16))
+    with pytest.raises(InputError, match="different networks"):
+        ensemble([members[0], other])

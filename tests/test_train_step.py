@@ -59,7 +59,7 @@ def start(
 ) -> tuple[TrainStep, TrainState, Mesh]:
     mesh = mesh_of(option)
     optimizer = optimizer or make_optimizer(config.training)
-    graphdef, state = init_state(make_model(config, info), optimizer)
+    graphdef, state = init_state(make_model(config, info), optimizer, ema=config.training.ema)
     state = jax.device_put(state, weight_shardings(state, mesh))
     return make_train_step(graphdef, optimizer, config, mesh, **memory), state, mesh
 
@@ -276,3 +276,22 @@ def test_ace_sets_in_late() -> None:
     metrics, _ = train(dataclasses.replace(CONFIG, training=late), steps=5)
     weights = [(m["loss"] - m["dice"] - m["ce"]) / m["ace"] for m in metrics]
     np.testing.assert_allclose(weights, [0.0, 0.0, 0.0, 0.5, 1.0], atol=1e-5)
+
+
+def test_moving_average_of_the_weights() -> None:
+    config = dataclasses.replace(CONFIG, training=dataclasses.replace(CONFIG.training, ema=0.15))
+    step, state, mesh = start(config, "data=2,fsdp=4")
+    expected = jax.device_get(state.params)
+    for i in range(3):
+        state, _ = step(state, put_batch(batch(i), mesh))
+        decay = min(0.15, (1 + i) / (10 + i))
+        expected = jax.tree.map(
+            lambda a, p, d=decay: d * a + (1 - d) * p, expected, jax.device_get(state.params)
+        )
+    chex.assert_trees_all_close(jax.device_get(state.average), expected, rtol=1e-5, atol=1e-6)
+    assert state.evaluated is state.average
+    plain = train(CONFIG)[1]
+    assert plain.average is None
+    chex.assert_trees_all_close(
+        jax.device_get(plain.params), jax.device_get(state.params), rtol=1e-3, atol=1e-4
+    )

@@ -88,6 +88,8 @@ class Compare(_Options):
     local_calibration: bool = False
     """Show each network with local calibration as well, fitted on its validation cases, in a row `LOSS+L`. The
     labels stay those of the network."""
+    ensembles: bool = False
+    """Show the mean probabilities of the --seeds of each loss as well, in a row `LOSS~3` for three seeds."""
     checkpoint: Literal["last", "best"] = "last"
     """Evaluate each network's newest weights, or the best ones by --keep-best on the validation cases."""
     recipe: tuple[str, ...] = ()
@@ -108,6 +110,7 @@ class Compare(_Options):
             seeds=self.seeds,
             temperature=self.temperature,
             local=self.local_calibration,
+            ensembles=self.ensembles,
             which=self.checkpoint,
             devices=self.devices,
             resume=self.resume,

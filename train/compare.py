@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from train.errors import InputError
 from train.evaluate import evaluate, evaluate_posterior
 from train.files import parsing, read_json, visible
 from train.fit import fit
-from train.inference import VolumePredictor
+from train.inference import VolumePredictor, ensemble
 from train.local_calibration import fit_local_calibration
 from train.losses import parse_loss
 from train.processes import is_first, on_first
@@ -58,6 +58,7 @@ def compare(
     seeds: Sequence[int] = (),
     temperature: bool = False,
     local: bool = False,
+    ensembles: bool = False,
     which: Which = "last",
     devices: DeviceConfig = DeviceConfig(),  # noqa: B008, it is frozen
     resume: bool = False,
@@ -76,6 +77,7 @@ def compare(
         seeds: to train every loss with; empty for the configuration's seed alone.
         temperature: also show each network with temperature scaling, fitted on the validation cases.
         local: also show each network with local calibration, fitted on the validation cases.
+        ensembles: also show the mean probabilities of the seeds of each loss.
         which: weights to evaluate: the last or the best by `keep_best`.
         devices: to train on.
         resume: continue the comparison in `folder`.
@@ -100,6 +102,8 @@ def compare(
     task = open_task(config, devices)
     for loss in parsed:
         check_task_loss(task, loss)
+    if ensembles and len(seeds) < 2:
+        raise InputError("--ensembles averages the networks of several seeds: give two or more --seeds.")
     for option, wanted in (("--temperature", temperature), ("--local-calibration", local)):
         if wanted and not task.splits.val:
             raise InputError(f"{option} is fitted on validation cases, but num_val is 0: hold some back.")
@@ -107,7 +111,7 @@ def compare(
         raise InputError("--checkpoint best needs --keep-best and validation cases (--num-val): give both.")
     if not published:
         check_best_is_known(task)
-    plan = Plan(tuple(names), task.config, tuple(seeds), temperature, which, local)
+    plan = Plan(tuple(names), task.config, tuple(seeds), temperature, which, local, ensembles)
     kept = as_kept(task.config, folder, task.dataset, task.splits) if resume else task.config
     check = partial(check_task, task)
     open_run(folder, dataclasses.replace(plan, run=kept), resume=resume, check=check)
@@ -118,10 +122,18 @@ def compare(
         folders: dict[str, Path] = {}
         for name in names:
             runs = plan.runs(folder, name)
-            evaluated = [_evaluated(task, plan, seed, *run, resume=resume) for seed, run in runs.items()]
+            evaluated = []
+            for seed, (run_config, run) in runs.items():
+                make = partial(_trained, task, plan, run_config, run, resume=resume)
+                evaluated.append(_evaluated(task, plan, name, seed, run, make, resume=resume))
             for ending, repeats in zip(plan.endings, zip(*evaluated, strict=True), strict=True):
                 by_seed = dict(zip(runs, repeats, strict=True))
                 results.append(by_seed[""] if "" in by_seed else RepeatedResult(name + ending, by_seed))
+            if ensembles:
+                members = [run for _, run in runs.values()]
+                averaged = f"{name}~{len(members)}"
+                make = partial(_ensemble, plan, members)
+                results += _evaluated(task, plan, averaged, "", folder / slug(averaged), make, resume=resume)
             histories[name] = _mean_history([_history(run, task) for _, run in runs.values()])
             folders |= {f"{name} {seed}".rstrip(): run for seed, (_, run) in runs.items()}
         cases = read_cases(folder)
@@ -140,6 +152,7 @@ class Plan:
     temperature: bool = False
     which: Which = "last"
     local: bool = False
+    ensembles: bool = False
 
     @property
     def endings(self) -> list[str]:
@@ -241,30 +254,56 @@ def slug(loss: str) -> str:
     return re.sub(r"[^\w.+=,()-]+", "-", loss.replace("*", "x"))
 
 
+def _trained(task: Task, plan: Plan, config: RunConfig, run: Path, *, resume: bool) -> VolumePredictor:
+    """Trains a network, unless it is trained already."""
+    predict = fit(dataclasses.replace(task, config=config), run, resume=resume, check=False)
+    return load_run(run, plan.which)[2] if plan.which == "best" else predict
+
+
+def _ensemble(plan: Plan, runs: Sequence[Path]) -> VolumePredictor:
+    """The networks of several seeds, which are trained already."""
+    return ensemble([load_run(run, plan.which)[2] for run in runs])
+
+
 def _evaluated(
-    task: Task, plan: Plan, seed: str, config: RunConfig, run: Path, *, resume: bool
+    task: Task,
+    plan: Plan,
+    name: str,
+    seed: str,
+    folder: Path,
+    make: Callable[[], VolumePredictor],
+    *,
+    resume: bool,
 ) -> list[ModelResult]:
-    """Trains a network and evaluates it on the test cases, also calibrated if the plan says so.
+    """Evaluates a model on the test cases, also calibrated if the plan says so.
 
     A resumed comparison reads the evaluations that are there.
+
+    Args:
+        task: data and split.
+        plan: what to evaluate.
+        name: of the loss, to which the endings of the plan are added.
+        seed: ends the names.
+        folder: for the evaluations.
+        make: makes the model.
+        resume: whether evaluations that are there count.
     """
     names = {"": "test.npz", TEMPERED: "test-temperature.npz", LOCAL: "test-local.npz"}
-    files = [run / names[ending] for ending in plan.endings]
+    files = [folder / names[ending] for ending in plan.endings]
     if not (resume and all(file.exists() for file in files)):
-        predict = fit(dataclasses.replace(task, config=config), run, resume=resume, check=False)
-        if plan.which == "best":
-            predict = load_run(run, plan.which)[2]
-        _evaluate_into(files[0], f"{config.loss} {seed}".rstrip(), predict, task)
+        predict = make()
+        folder.mkdir(exist_ok=True)
+        _evaluate_into(files[0], f"{name} {seed}".rstrip(), predict, task)
         if plan.temperature:
             found = fit_temperature(predict, task.dataset, task.splits.val)
             kept = {"temperature": float(found)}
-            on_first(lambda: write_json(run / "temperature.json", kept))
-            name = f"{config.loss}{TEMPERED} {seed}".rstrip()
-            _evaluate_into(run / names[TEMPERED], name, temper(predict, found), task)
+            on_first(lambda: write_json(folder / "temperature.json", kept))
+            of_tempered = f"{name}{TEMPERED} {seed}".rstrip()
+            _evaluate_into(folder / names[TEMPERED], of_tempered, temper(predict, found), task)
         if plan.local:
             calibration = fit_local_calibration(predict, task.dataset, task.splits.val)
-            name = f"{config.loss}{LOCAL} {seed}".rstrip()
-            _evaluate_into(run / names[LOCAL], name, predict, task, calibration)
+            of_local = f"{name}{LOCAL} {seed}".rstrip()
+            _evaluate_into(folder / names[LOCAL], of_local, predict, task, calibration)
     return [ModelResult.load(file) for file in files]
 
 

@@ -119,6 +119,9 @@ class ModelConfig:
     regions in its order."""
     dropout: float = 0.0
     """Dropout rate."""
+    slices: bool = False
+    """Apply a 2-D network to each slice of 3-D images along their last axis. A --patch whose last side is 1 holds
+    single slices."""
     norm: Literal["", "instance", "affine-instance", "group", "batch"] = ""
     """Normalisation; left out, instance, for segresnet group (8 groups). batch is for imported weights: training
     leaves its means and variances as they are."""
@@ -168,6 +171,9 @@ class TrainingConfig:
     """Decoupled weight decay (AdamW)."""
     clip_norm: float = 0.0
     """Largest global norm of the gradient; 0 does not clip."""
+    ema: float = 0.0
+    """Decay of an exponential moving average of the weights, such as 0.999, which is evaluated and predicts instead
+    of the newest weights; 0 for none."""
     ace_delay: float = 0.3
     """Share of the steps in which mL1-ACE has no weight."""
     ace_ramp: float = 0.1
@@ -190,6 +196,8 @@ class TrainingConfig:
         numbers = ("warmup_steps", "weight_decay", "clip_norm", "validate_every", "checkpoint_every")
         limits = dict.fromkeys(numbers, (0, math.inf)) | dict.fromkeys(("steps", "batch_size"), (1, math.inf))
         limits |= dict.fromkeys(("warmup_from", "ace_delay", "ace_ramp"), (0, 1))
+        if not 0 <= self.ema < 1:
+            raise InputError(f"ema is {self.ema}: give a decay from 0 (no average) to below 1.")
         check_numbers(self, seed=(0, 2**32 - 1), **limits)
         if not self.learning_rate > 0:
             raise InputError(f"learning_rate is {self.learning_rate}: give a positive number.")
@@ -304,7 +312,7 @@ def resolve_regions(model: ModelConfig, dataset: "Dataset") -> ModelConfig:
 
 
 def resolve_patch(
-    patch: Sequence[int], largest_shape: Sequence[int], divisor: int, *, option: str = "patch"
+    patch: Sequence[int], largest_shape: Sequence[int], divisors: Sequence[int], *, option: str = "patch"
 ) -> tuple[int, ...]:
     """Checks a patch. An empty one becomes the smallest that holds every case, at most 128 along each axis.
 
@@ -312,20 +320,23 @@ def resolve_patch(
         InputError: if the patch has another rank than the data, or the network's strides do not divide it.
 
     Example:
-        >>> resolve_patch((), (41, 59, 46), 8)
+        >>> resolve_patch((), (41, 59, 46), (8, 8, 8))
         (48, 64, 48)
     """
     if not patch:
-        most = 128 // divisor * divisor or divisor
-        return tuple(min(-(-size // divisor) * divisor, most) for size in largest_shape)
+        return tuple(
+            min(-(-size // divisor) * divisor, 128 // divisor * divisor or divisor)
+            for size, divisor in zip(largest_shape, divisors, strict=True)
+        )
     if len(patch) != len(largest_shape):
         raise InputError(
             f"{option} {tuple(patch)} has {len(patch)} sides, the data {len(largest_shape)} axes: give as many."
         )
-    if any(size < 1 or size % divisor for size in patch):
-        fitting = tuple(max(1, round(size / divisor)) * divisor for size in patch)
+    sides = list(zip(patch, divisors, strict=True))
+    if any(size < 1 or size % divisor for size, divisor in sides):
+        fitting = tuple(max(1, round(size / divisor)) * divisor for size, divisor in sides)
         raise InputError(
-            f"{option} {tuple(patch)} is not divided by the network's strides, whose product is {divisor}; "
+            f"{option} {tuple(patch)} is not divided by the network's strides, whose product is {max(divisors)}; "
             f"{fitting} would be."
         )
     return tuple(patch)

@@ -71,11 +71,14 @@ def fit(task: Task, folder: Path, *, resume: bool = False, check: bool = True) -
 def initial_state(task: Task, info: DataInfo) -> tuple[nnx.GraphDef, TrainState]:
     """The network's static part and the state before the first step, on the task's mesh."""
     config = task.config
-    graphdef, state = init_state(make_model(config, info), make_optimizer(config.training))
+    graphdef, state = init_state(
+        make_model(config, info), make_optimizer(config.training), ema=config.training.ema
+    )
     state = place_weights(state, task.mesh)
     if config.init:
         _, initial = load_network(Path(config.init), mesh=task.mesh)
-        state = state._replace(params=initial.params, rest=initial.rest)
+        average = None if state.average is None else jax.tree.map(jnp.copy, initial.evaluated)
+        state = state._replace(params=initial.evaluated, rest=initial.rest, average=average)
     return graphdef, state
 
 

@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Shaped, UInt8
 from train import cpu
 from train.data.shapes import Ids, Image, Shares
 from train.data.transforms import crop_back, pad_to_hold
+from train.errors import InputError
 from train.sharding import on_first_device
 from train.step import TrainState
 
@@ -65,6 +66,38 @@ class Network:
         model = nnx.merge(self.graphdef, *weights)
         model.eval()
         return model(images).astype(jnp.float32)
+
+
+@dataclass(frozen=True)
+class Ensemble(Network):
+    """Averages the probabilities of networks of one architecture. Its weights are a tuple with those of each."""
+
+    def logits(
+        self, weights: Any, images: Float[Array, "batch *patch channels"]
+    ) -> Float32[Array, "batch *patch classes"]:
+        """Logarithms of the mean probabilities or, for sigmoids, logits of them."""
+        members = jnp.stack([super(Ensemble, self).logits(each, images) for each in weights])
+        if not self.regions:
+            return jax.nn.logsumexp(jax.nn.log_softmax(members), 0) - math.log(len(weights))
+        inside, outside = (jax.nn.logsumexp(jax.nn.log_sigmoid(x), 0) for x in (members, -members))
+        return inside - outside
+
+
+def ensemble(members: Sequence["VolumePredictor"]) -> "VolumePredictor":
+    """Makes the predictor that averages the probabilities of others.
+
+    Raises:
+        InputError: the members have different networks, regions or patches.
+    """
+    first = members[0]
+    assert isinstance(first.forward, Network)
+    if any((each.forward, each.patch) != (first.forward, first.patch) for each in members):
+        raise InputError(
+            "The runs of an ensemble have different networks, regions or patches: give runs that differ in their "
+            "weights only, or average their predictions with `calib-jax ensemble`."
+        )
+    forward = Ensemble(first.forward.graphdef, first.forward.regions)
+    return replace(first, forward=forward, weights=tuple(each.weights for each in members))
 
 
 @dataclass(frozen=True)
@@ -267,7 +300,7 @@ def volume_predictor(
         patch: size of a sliding window, in voxels.
         regions: name of the region of each output channel, for sigmoids; empty for a softmax over classes.
     """
-    weights = on_first_device((state.params, state.rest))
+    weights = on_first_device((state.evaluated, state.rest))
     return VolumePredictor(
         Network(graphdef, regions), weights, patch, windows_per_batch=windows_at_once(patch)
     )

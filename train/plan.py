@@ -50,7 +50,7 @@ from train.targets import (
     run_for,
     use_no_device,
 )
-from train.task import find_divisor, make_model, open_cases, resolve_config
+from train.task import find_divisors, make_model, open_cases, resolve_config
 
 if TYPE_CHECKING:
     from train.cli import Plan
@@ -202,7 +202,7 @@ def _savings(run: Run, target: Target) -> Iterator[tuple[str, list[str]]]:
 def _meshes(run: Run, target: Target) -> list[str]:
     """Meshes that split volumes over 2, 4, ... times as many devices as that of the run, where that is possible."""
     data, fsdp, space = mesh_shape(run.devices.mesh, target.num_devices)
-    step = space * find_divisor(run.config, run.info)
+    step = space * find_divisors(run.config, run.info)[0]
     meshes = []
     for factor in (2, 4, 8, 16, 32):
         of_data = math.gcd(factor, data)
@@ -274,7 +274,7 @@ def compile_for(target: Target, request: Any) -> dict[str, Any]:
         step, state, batch = abstract_step(run, mesh)
         figures = compile_and_describe(step, (state, batch), target.compiler_options())
     sizes = {
-        "weight_bytes": bytes_on_each((state.params, state.rest)),
+        "weight_bytes": bytes_on_each((state.params, state.rest, state.average)),
         "optimizer_bytes": bytes_on_each((state.step, state.opt_state)),
         "batch_bytes": bytes_on_each(batch),
     }
@@ -290,7 +290,7 @@ def abstract_step(run: Run, mesh: Mesh) -> tuple[Any, TrainState, dict[str, jax.
     config, info, patch = run.config, run.info, run.config.data.patch
     batch_size = config.training.batch_size
     accumulate = parts_in_turn(run.devices.accumulate, batch_size, mesh)
-    check_split(batch_size, patch, find_divisor(config, info), accumulate, mesh)
+    check_split(batch_size, patch, find_divisors(config, info)[0], accumulate, mesh)
     process_share(mesh, 0)
     loss = dataclasses.replace(parse_loss(config.loss), regions=run.regions)
     check_loss(
@@ -304,7 +304,8 @@ def abstract_step(run: Run, mesh: Mesh) -> tuple[Any, TrainState, dict[str, jax.
     optimizer = make_optimizer(config.training)
     graphdef, params, rest = nnx.split(nnx.eval_shape(lambda: make_model(config, info)), nnx.Param, ...)
     step_number: Any = jax.ShapeDtypeStruct((), jnp.int32)
-    state = TrainState(step_number, params, rest, jax.eval_shape(optimizer.init, params))
+    average = params if config.training.ema else None
+    state = TrainState(step_number, params, rest, jax.eval_shape(optimizer.init, params), average)
     step = make_train_step(
         graphdef,
         optimizer,

@@ -115,7 +115,7 @@ def check_split(batch_size: int, patch: Sequence[int], divisor: int, accumulate:
     Args:
         batch_size: examples per step.
         patch: voxels of an example along each axis.
-        divisor: factor by which the network reduces the patch.
+        divisor: factor by which the network reduces the first side of the patch.
         accumulate: number of parts in which a batch is computed one after the other.
         mesh: the devices.
     """

@@ -33,12 +33,19 @@ class TrainState(NamedTuple):
         params: trainable arrays.
         rest: the model's other state, such as the counters of dropout.
         opt_state: the optimiser's moments.
+        average: exponential moving average of `params`, which is what a run with `ema` evaluates; else None.
     """
 
     step: Int[Array, ""]
     params: Any
     rest: Any
     opt_state: Any
+    average: Any = None
+
+    @property
+    def evaluated(self) -> Any:
+        """The trainable arrays that predict: the average if there is one."""
+        return self.params if self.average is None else self.average
 
 
 Batch = Mapping[str, Array]
@@ -64,10 +71,13 @@ def learning_rate(config: TrainingConfig) -> optax.Schedule:
     return optax.warmup_constant_schedule(start if warmup else peak, peak, warmup)
 
 
-def init_state(model: nnx.Module, optimizer: optax.GradientTransformation) -> tuple[nnx.GraphDef, TrainState]:
+def init_state(
+    model: nnx.Module, optimizer: optax.GradientTransformation, *, ema: float = 0.0
+) -> tuple[nnx.GraphDef, TrainState]:
     """The model's static part, and the state of a run before its first step."""
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-    return graphdef, TrainState(jnp.zeros((), jnp.int32), params, rest, optimizer.init(params))
+    average = jax.tree.map(jnp.copy, params) if ema else None  # a step donates both
+    return graphdef, TrainState(jnp.zeros((), jnp.int32), params, rest, optimizer.init(params), average)
 
 
 def make_train_step(
@@ -118,7 +128,8 @@ def make_train_step(
             "learning_rate": jnp.asarray(schedule(state.step)),
         }
         params = optax.apply_updates(state.params, updates)
-        after = TrainState(state.step + 1, params, rest, opt_state)
+        average = _moved(state.average, params, config.training.ema, state.step)
+        after = TrainState(state.step + 1, params, rest, opt_state, average)
         return lax.with_sharding_constraint(after, weight_shardings(after, mesh)), metrics
 
     options = cpu.compiler_options(mesh.devices.flat[0].platform)
@@ -248,6 +259,14 @@ def _accumulated(gradients: Gradients, parts: int, mesh: Mesh) -> Gradients:
         return *jax.tree.map(lambda leaf: leaf / parts, total), rest
 
     return all_parts
+
+
+def _moved(average: Any, params: Any, decay: float, step: Array) -> Any:
+    """The moving average after a step. Early steps count more, so that the first weights are soon forgotten."""
+    if not decay:
+        return None
+    done = step.astype(jnp.float32)
+    return optax.incremental_update(params, average, 1 - jnp.minimum(decay, (1 + done) / (10 + done)))
 
 
 def _ace_scale(config: TrainingConfig, step: Array) -> Array:

@@ -3,6 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from flax import nnx
 from jax.sharding import Mesh
@@ -57,10 +58,10 @@ def open_task(config: RunConfig, devices: DeviceConfig = DeviceConfig()) -> Task
     """Opens the data of a run, resolves its options and checks everything that can be checked before it starts."""
     dataset, splits = open_data(config.data)
     config = resolve_config(config, dataset)
-    patch, divisor = config.data.patch, find_divisor(config, DataInfo.of(dataset))
+    patch, divisors = config.data.patch, find_divisors(config, DataInfo.of(dataset))
     batch_size, mesh = config.training.batch_size, device_mesh(devices.mesh)
     devices = dataclasses.replace(devices, accumulate=parts_in_turn(devices.accumulate, batch_size, mesh))
-    check_split(batch_size, patch, divisor, devices.accumulate, mesh)
+    check_split(batch_size, patch, divisors[0], devices.accumulate, mesh)
     if config.init:
         check_initial(Path(config.init), read_cases(Path(config.init)), dataset, splits)
     note_duplicates(dataset, splits)
@@ -74,10 +75,10 @@ def resolve_config(config: RunConfig, dataset: Dataset) -> RunConfig:
     info = DataInfo.of(dataset)
     config = _with_initial_network(config, info) if config.init else config
     config = dataclasses.replace(config, model=resolve_regions(config.model, dataset))
-    divisor = find_divisor(config, info)
-    patch = resolve_patch(config.data.patch, dataset.largest_shape, divisor)
+    divisors = find_divisors(config, info)
+    patch = resolve_patch(config.data.patch, dataset.largest_shape, divisors)
     # The run keeps its patches, so that prediction needs no data set to find them.
-    data = dataclasses.replace(config.data, patch=patch, eval_patch=_eval_patch(config, patch, divisor))
+    data = dataclasses.replace(config.data, patch=patch, eval_patch=_eval_patch(config, patch, divisors))
     config = dataclasses.replace(config, data=data)
     _check_options(config, info)
     return config
@@ -107,6 +108,8 @@ def _check_options(config: RunConfig, info: DataInfo) -> None:
         raise InputError(
             f"flip_axes is {config.augment.flip_axes}, but the images have the axes 0 to {info.spatial_dims - 1}."
         )
+    if config.model.slices and info.spatial_dims != 3:
+        raise InputError(f"slices needs 3-D images, those of {info.name} are 2-D: leave --slices out.")
     network = nnx.eval_shape(lambda: make_model(config, info))
     if is_external(config.model.architecture):
         patches = dict.fromkeys((config.data.patch, config.data.sliding_window))
@@ -127,7 +130,7 @@ def check_best_is_known(task: Task) -> None:
         )
 
 
-def _eval_patch(config: RunConfig, patch: tuple[int, ...], divisor: int) -> tuple[int, ...]:
+def _eval_patch(config: RunConfig, patch: tuple[int, ...], divisors: tuple[int, ...]) -> tuple[int, ...]:
     """The patch of evaluation; empty if it is the training patch."""
     eval_patch = config.data.eval_patch
     if not eval_patch or eval_patch == patch:
@@ -137,7 +140,7 @@ def _eval_patch(config: RunConfig, patch: tuple[int, ...], divisor: int) -> tupl
             f"eval_patch is {eval_patch}, but {config.model.architecture} sees patches of one size only: leave it "
             "out."
         )
-    return resolve_patch(eval_patch, patch, divisor, option="eval_patch")
+    return resolve_patch(eval_patch, patch, divisors, option="eval_patch")
 
 
 def open_data(data: DataConfig) -> tuple[Dataset, Splits]:
@@ -235,10 +238,12 @@ def make_model(config: RunConfig, data: DataInfo) -> nnx.Module:
     )
 
 
-def find_divisor(config: RunConfig, data: DataInfo) -> int:
-    """What every side of a patch must be a multiple of. A network from outside the project says so itself."""
-    if not is_external(config.model.architecture):
-        return config.model.network.divisor
-    any_patch = config.data.patch or (128,) * data.spatial_dims
-    tried = dataclasses.replace(config, data=dataclasses.replace(config.data, patch=any_patch))
-    return int(getattr(nnx.eval_shape(lambda: make_model(tried, data)), "divisor", 1))
+def find_divisors(config: RunConfig, data: DataInfo) -> tuple[int, ...]:
+    """What each side of a patch must be a multiple of. A network from outside the project says so itself."""
+    divisor = config.model.network.divisor
+    if is_external(config.model.architecture):
+        any_patch = config.data.patch or (128,) * data.spatial_dims
+        tried = dataclasses.replace(config, data=dataclasses.replace(config.data, patch=any_patch))
+        network: Any = nnx.eval_shape(lambda: make_model(tried, data))
+        divisor = int(getattr(network.network if config.model.slices else network, "divisor", 1))
+    return (divisor,) * (data.spatial_dims - 1) + (1 if config.model.slices else divisor,)

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -22,22 +22,30 @@ from train.inference import Network, VolumePredictor, cut_windows, inside
 from train.losses import Regions, as_pairs
 
 
-class Tempered(Network):
+@dataclass(frozen=True)
+class Tempered:
     """A network whose logits are divided by a temperature. Its weights are (the network's weights, temperature)."""
 
-    def logits(
+    network: Network
+
+    @property
+    def regions(self) -> tuple[str, ...]:
+        """Name of the region of each output channel, for sigmoids; empty for a softmax over classes."""
+        return self.network.regions
+
+    def __call__(
         self, weights: Any, images: Float[Array, "batch *patch channels"]
     ) -> Float32[Array, "batch *patch classes"]:
-        """The output of the model over the temperature, before the softmax or the sigmoids."""
+        """Softmax or sigmoids of the logits over the temperature."""
         network_weights, temperature = weights
-        return calib_jax.apply_temperature(super().logits(network_weights, images), temperature)
+        logits = self.network.logits(network_weights, images)
+        return self.network.probabilities(calib_jax.apply_temperature(logits, temperature))
 
 
 def temper(predict: VolumePredictor, temperature: Float32[Array, ""]) -> VolumePredictor:
     """`predict` with the logits of its network divided by `temperature` in each sliding window."""
     assert isinstance(predict.forward, Network)
-    forward = Tempered(predict.forward.graphdef, predict.forward.regions)
-    return replace(predict, forward=forward, weights=(predict.weights, temperature))
+    return replace(predict, forward=Tempered(predict.forward), weights=(predict.weights, temperature))
 
 
 def fit_temperature(

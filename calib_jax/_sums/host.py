@@ -35,7 +35,7 @@ def quantile_ranks(size: int, num_bins: int) -> np.ndarray:
 
 def sums_in_bins(
     probs: Float[np.ndarray, "voxels"],
-    member: Bool[np.ndarray, "voxels"],
+    member: Bool[np.ndarray, "voxels"] | Float[np.ndarray, "voxels"],
     inner: Float[np.ndarray, "inner_edges"],
     bins: Bins,
 ) -> Float[np.ndarray, "3 bins"]:
@@ -43,7 +43,7 @@ def sums_in_bins(
 
     Args:
         probs: float32 probabilities of one class, a few at a time (`CHUNK`).
-        member: whether each voxel belongs to the class.
+        member: whether each voxel belongs to the class, or its share.
         inner: return value of `inner_edges` for the whole image.
         bins: the bins. Hard bins are closed on the right, as by default in `calib_jax.bin_statistics`.
     """
@@ -54,8 +54,9 @@ def sums_in_bins(
     for chosen, index in ((low, 0), (high, -1)):
         if number := np.count_nonzero(chosen):
             values = probs if number == chosen.size else probs[chosen]
-            counts = number, values.sum(dtype=np.float64), np.count_nonzero(member & chosen)
-            sums[:, index] += counts
+            soft = member.dtype != bool
+            members = member[chosen].sum(dtype=np.float64) if soft else np.count_nonzero(member & chosen)
+            sums[:, index] += number, values.sum(dtype=np.float64), members
     if between.size:
         values, members = probs[between], member[between]
         for index, weight in _in_bins(values, inner, bins):

@@ -11,6 +11,7 @@ from jaxtyping import Float
 
 from calib_jax._kept import safe_name
 from calib_jax.binning import BinStatistics
+from calib_jax.decisions import risk_coverage
 from calib_jax.report import wording
 from calib_jax.report.details import PICTURES, CasePicture, Details, Point, Section
 from calib_jax.report.gains import Gain
@@ -21,6 +22,7 @@ from calib_jax.results import CALIBRATION_ERRORS, ModelResult, nan_mean
 
 _WORST = 3
 _MOST_POINTS = 3000  # dots of a scatter plot
+_FEWEST_RANKED = 5  # cases with a rank correlation
 _FIRST = 15  # rows of the cases to look at first
 _QUOTED = (0.05, 0.2), (0.8, 0.95)  # ranges of probability, of which the summary quotes the worse one
 _WORTH_IT = 0.1  # a smaller change of ACE and NLL is called little
@@ -100,6 +102,7 @@ def details_of(
         _near_and_away(results),
         _volumes(results, table),
         _look_first(study, results, first_class),
+        _confidence(study, results, first_class),
     ]
     return Details(
         headline=_headline(results[0]) if len(results) == 1 else "",
@@ -361,6 +364,38 @@ def _volumes(results: Sequence[ModelResult], table: Sequence[Mapping[str, Any]])
 
 def _signed(x: float) -> str:
     return f"{x:+.3g}".replace("-", wording.MINUS)
+
+
+def _confidence(study: Study, results: Sequence[ModelResult], first_class: int) -> Section:
+    """Whether expected Dice, which needs no label, finds the bad cases."""
+    from scipy.stats import spearmanr  # here, since its import takes long
+
+    lines: list[Sequence[str]] = [
+        (
+            "Model",
+            "Cases",
+            "Rank correlation",
+            "Dice of all",
+            "Dice of the surer half",
+            "Area of risk-coverage",
+        )
+    ]
+    for result in results:
+        dice = nan_mean(result.metrics()["Dice"], axis=1)
+        expected = [float(nan_mean(case.expected_dice()[first_class:])) for case in study.cases[result.name]]
+        pairs = np.array([pair for pair in zip(expected, dice, strict=True) if np.isfinite(pair).all()])
+        if len(pairs) < _FEWEST_RANKED or (np.ptp(pairs, 0) == 0).any():
+            continue
+        curve = risk_coverage(pairs[:, 0], 1 - pairs[:, 1])
+        surer = 1 - float(curve.risk[(len(pairs) + 1) // 2 - 1])
+        numbers = (spearmanr(*pairs.T).statistic, pairs[:, 1].mean(), surer, float(curve.area))
+        lines.append((result.name, str(len(pairs)), *map(wording.number, numbers)))
+    how = (
+        "Whether the expected Dice of a case, which needs no label, tells how good its label map is: Spearman's "
+        "rank correlation with the true Dice; the mean Dice of the half of the cases that expect more; and the "
+        "mean of 1 \N{MINUS SIGN} Dice while ever less sure cases are accepted (smaller is better)."
+    )
+    return Section("Does the expected Dice find the bad cases?", how, lines, "volumes")
 
 
 def _look_first(study: Study, results: Sequence[ModelResult], first_class: int) -> Section:

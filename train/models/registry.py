@@ -4,6 +4,7 @@ To add a network, write one module in this package and one line in `NETWORKS`. T
 `NetworkConfig`, whose fields become options of the command line, and the network that it makes.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -92,6 +93,11 @@ def make_network(model: "ModelConfig", **sizes: Any) -> "nnx.Module":
     Raises:
         InputError: if the options contradict one another, or a factory from outside does not make a network.
     """
+    if model.slices:
+        from train.models.slicewise import Slicewise
+
+        planar = {**sizes, "spatial_dims": 2, "patch": sizes["patch"][:2]}
+        return Slicewise(make_network(dataclasses.replace(model, slices=False), **planar))
     if is_external(model.architecture):
         return _call_factory(model.architecture, sizes)
     norm = {"norm": model.norm} if model.norm else {}

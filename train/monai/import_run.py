@@ -58,6 +58,8 @@ def import_monai(
     """
     if is_external(model.architecture):
         raise InputError(f"MONAI has no {model.architecture}: give --architecture unet, segresnet or unetr.")
+    if model.slices:
+        raise InputError("slices is for networks that are trained here: leave --slices out.")
     dataset = splits = None
     if info is None:
         dataset, splits = open_data(data)
@@ -66,7 +68,7 @@ def import_monai(
     elif not data.patch:
         raise InputError("Without --data nothing says how much the network sees at once: give its --patch.")
     largest = (1,) * info.spatial_dims if dataset is None else dataset.largest_shape
-    patch = resolve_patch(data.patch, largest, model.network.divisor)
+    patch = resolve_patch(data.patch, largest, (model.network.divisor,) * info.spatial_dims)
     config = RunConfig(IMPORTED, dataclasses.replace(data, patch=patch), model)
     network = make_model(config, info)
     notes = load_weights(network, file, config, info)

@@ -106,12 +106,11 @@ class Checkpoints:
             InputError: this checkpoint or the one before cannot be written.
         """
         self.wait()
+        parts = {name: part for name, part in state._asdict().items() if part is not None}
         if not self._has_saved and is_first():
-            self._unread = _Saved.of(state._asdict())
+            self._unread = _Saved.of(parts)
         self._has_saved = True
-        items = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(state._asdict()), data=ocp.args.JsonSave(data_state)
-        )
+        items = ocp.args.Composite(state=ocp.args.PyTreeSave(parts), data=ocp.args.JsonSave(data_state))
         try:
             self._manager.save(int(state.step), args=items, metrics=dict(metrics))
         except _FILE_ERRORS as error:

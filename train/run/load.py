@@ -49,7 +49,8 @@ def load_network(
         raise InputError(f"{folder} holds no checkpoint: train it first, or --resume its training.")
     graphdef, *parts = nnx.split(nnx.eval_shape(lambda: make_model(config, info)), nnx.Param, ...)
     step: Any = jax.ShapeDtypeStruct((), jnp.int32)
-    shapes = TrainState(step, *parts, opt_state=None)
+    average = parts[0] if config.training.ema else None
+    shapes = TrainState(step, *parts, opt_state=None, average=average)
     first = SingleDeviceSharding(jax.local_devices()[0])
     shardings = jax.tree.map(lambda _: first, shapes) if mesh is None else weight_shardings(shapes, mesh)
     like = jax.tree.map(
