@@ -312,6 +312,8 @@ def test_voxels_are_read_once_and_only_where_they_are_used(tmp_path, folders, mo
     read.clear()
     predictions.read("b", "A", parts=("labels",))
     assert read == ["probs", "labels"]
+    with pytest.raises(ValueError, match="parts names label: choose from labels, image, predicted"):
+        predictions.read("b", "A", parts=("label",))
 
 
 def test_figures_are_those_of_monai(tmp_path, folders):

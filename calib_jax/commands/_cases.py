@@ -80,7 +80,8 @@ def write_cases(
     outcome = for_each_case(cases, write, find=find, done="written", place=out, jobs=options.jobs)
     if predictions.dataset is not None:  # so that the folder is read like the one that it came from
         copy_file(predictions.dataset.file, out / "dataset.json")
-    print(f"Wrote {what}{len(outcome.found) - outcome.reused} cases to {out}")
+    number = len(outcome.found) - outcome.reused
+    print(f"Wrote {what}{number} {'case' if number == 1 else 'cases'} to {out}")
     return outcome.status
 
 

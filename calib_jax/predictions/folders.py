@@ -83,7 +83,10 @@ class Predictions:
         Raises:
             PredictionError: a file of the case is broken, does not fit the others, or holds no probabilities.
             KeyError: there is no such case or model.
+            ValueError: there is no such part.
         """
+        if unknown := set(parts) - set(PARTS):
+            raise ValueError(f"parts names {', '.join(sorted(unknown))}: choose from {', '.join(PARTS)}.")
         return self._load(case_name, self.models[0] if model is None else model, parts)[0]
 
     def __iter__(self) -> Iterator[Case]:
