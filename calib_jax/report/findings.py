@@ -388,7 +388,8 @@ def _confidence(study: Study, results: Sequence[ModelResult], first_class: int) 
             continue
         curve = risk_coverage(pairs[:, 0], 1 - pairs[:, 1])
         surer = 1 - float(curve.risk[(len(pairs) + 1) // 2 - 1])
-        numbers = (spearmanr(*pairs.T).statistic, pairs[:, 1].mean(), surer, float(curve.area))
+        correlation: Any = spearmanr(*pairs.T)
+        numbers = (correlation.statistic, pairs[:, 1].mean(), surer, float(curve.area))
         lines.append((result.name, str(len(pairs)), *map(wording.number, numbers)))
     how = (
         "Whether the expected Dice of a case, which needs no label, tells how good its label map is: Spearman's "
