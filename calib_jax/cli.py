@@ -6,7 +6,9 @@ Each command is a module of `calib_jax.commands`, which is imported when its com
 import argparse
 import contextlib
 import importlib
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
@@ -22,14 +24,14 @@ example:
   calib-jax report --probs predictions --labels labelsTs --out report
 
 `calib-jax COMMAND --help` explains a command. Exit status: 0 if all went well, 1 if some case could not be used,
-2 if nothing could be done, 130 after Ctrl-C.
+2 if nothing could be done, 130 after Ctrl-C or SIGTERM.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    with _printable():
+    with _printable(), _terminated_as_interrupted():
         options = _parser(arguments).parse_args(arguments)
         module = importlib.import_module(f"calib_jax.commands.{options.command}")
         try:
@@ -79,3 +81,20 @@ def _printable() -> Iterator[None]:
 
     print_in_any_encoding()
     yield
+
+
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM ends a command as Ctrl-C does: what is done is kept, and nothing half-written stays."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # handlers belong to the main thread
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -309,7 +309,7 @@ def _train_for_a_while(
     params: LocalCalibration,
     state: Any,
     samples: _Samples,
-    chosen: tuple[np.ndarray, np.ndarray],
+    chosen: Any,
     ace: float,
     *,
     max_steps: int,
@@ -325,7 +325,7 @@ def _train_for_a_while(
         stats = jax.tree.map(lambda x, rest: weight * x + rest[images], found, samples.rest)
         return losses.mean() + ace * jnp.nanmean(average_calibration_error(stats))
 
-    def step(carry: Any, chosen: tuple[Array, Array]) -> tuple[Any, None]:
+    def step(carry: Any, chosen: Any) -> tuple[Any, None]:
         params, state = carry
         gradient = jax.grad(loss)(params, *chosen)
         with jax.numpy_dtype_promotion("standard"):  # optax multiplies a number by the int32 of a step
@@ -374,7 +374,7 @@ def _cross_validated(
     before = float(_mean_losses(like, samples).mean())
     after = np.zeros((max_steps // _STEPS, images))
     for fold in range(folds):
-        left_out = np.arange(images) % folds == fold
+        left_out = np.arange(images) * folds // images == fold  # neighbours may be of one patient
         for part, params in enumerate(
             _training(like, samples, np.flatnonzero(~left_out), ace, max_steps, seed)
         ):

@@ -104,7 +104,8 @@ def reliability_diagram(
     _diagonal(ax)
     ax.bar(prob[filled], gap, width, bottom=prob[filled], color=colors, **bars)
     if band is not None and len(chosen.count) > 1:
-        pooled = jax.tree.map(lambda a: a.sum(1, keepdims=True), chosen)  # images keep all their classes
+        placed = _in_equal_bins(chosen)
+        pooled = jax.tree.map(lambda a: a.sum(1, keepdims=True), placed)  # images keep all their classes
         low, high = _band(jax.random.key(0), pooled, level=band)
         ax.fill_between(
             prob, np.asarray(low)[0], np.asarray(high)[0], color=INK, alpha=0.14, lw=0, zorder=1.8
@@ -385,7 +386,23 @@ def _chosen(stats: BinStatistics, class_index: int | None) -> BinStatistics:
 
 def _one_class(chosen: BinStatistics) -> BinStatistics:
     """The statistics with each class of an image as an image of its own: `[images * classes, 1, bins]`."""
-    return jax.tree.map(lambda a: a.reshape(-1, 1, a.shape[-1]), chosen)
+    return jax.tree.map(lambda a: a.reshape(-1, 1, a.shape[-1]), _in_equal_bins(chosen))
+
+
+def _in_equal_bins(chosen: BinStatistics) -> BinStatistics:
+    """Statistics of adaptive bins, each added to the bin of equal width that holds its mean probability.
+
+    Adaptive bins lie elsewhere in each image and class. Other statistics stay as they are: the mean of a hard bin
+    lies in the bin, that of a soft one at most half a width beside it.
+    """
+    filled, num_bins = chosen.count > 0, chosen.num_bins
+    mean = np.divide(chosen.prob_sum, chosen.count, out=np.zeros_like(chosen.count), where=filled)
+    beside = np.where(filled, abs(mean * num_bins - np.arange(num_bins) - 0.5), 0)
+    if beside.max(initial=0) <= 1.01:
+        return chosen
+    index = np.clip(np.ceil(mean * num_bins).astype(int) - 1, 0, num_bins - 1)
+    belongs = index[..., None] == np.arange(num_bins)
+    return jax.tree.map(lambda a: np.where(belongs & filled[..., None], a[..., None], 0).sum(-2), chosen)
 
 
 def _pooled_curve(chosen: BinStatistics) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

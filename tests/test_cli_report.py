@@ -17,13 +17,15 @@ from stand_in import InMemory, noisy_case
 
 import calib_jax
 from calib_jax import cli
+from calib_jax._case_loop import Progress, Stopped, for_each_case
+from calib_jax._kept import safe_name
 from calib_jax.calibrators import Calibrator
 from calib_jax.commands import options as shared
 from calib_jax.report import ModelResult, gains, study
 from calib_jax.report.__main__ import main as make_again
 from calib_jax.report.gains import cross_validate, cross_validate_local
 from calib_jax.report.measure import measure
-from calib_jax.report.study import Progress, Stopped, measure_cases, safe_name
+from calib_jax.report.study import measure_cases
 
 NASTY = "<script>alert(1)</script> & “$x$”"
 
@@ -374,9 +376,7 @@ def test_cross_validation_finds_the_temperature():
     cases = [
         measure(noisy_case(f"c{i}", seed=i, shape=(14, 14, 14)), study.Bins("hard", 20)) for i in range(4)
     ]
-    (result,) = study.results_of(
-        study.Study({"m": cases}, Path(), [], 0), ("background", "a", "b"), first_class=1
-    )
+    (result,) = study.results_of(study.Study({"m": cases}), ("background", "a", "b"), first_class=1)
     found = cross_validate(cases, result, study.Bins("hard", 20), first_class=1, regions=False)
     temperature = next(gain for gain in found if gain.calibrator == "temperature")
     assert temperature.keeps_labels
@@ -402,7 +402,7 @@ def test_local_calibration_is_judged_on_cases_that_it_was_not_fitted_to(regions,
     first = 0 if regions else 1
     predictions = InMemory({"m": cases}, names, regions=regions)
     measured = [measure(case, study.Bins("hard", 20)) for case in cases.values()]
-    (result,) = study.results_of(study.Study({"m": measured}, Path(), [], 0), names, first_class=first)
+    (result,) = study.results_of(study.Study({"m": measured}), names, first_class=first)
     fitted, applied = [], []
 
     def fit(batches, *, regions, spacing):
@@ -447,7 +447,7 @@ class TestProgress:
 
 
 def test_a_case_that_fails_among_others_is_tried_alone():
-    predictions, calls = InMemory({"m": dict.fromkeys("abc")}), []
+    calls = []
 
     def work(model, name):
         calls.append(name)
@@ -457,7 +457,7 @@ def test_a_case_that_fails_among_others_is_tried_alone():
             raise ValueError("c.npz is truncated: write it again.")
         return name
 
-    found, faults = study.for_each_case(predictions, work, jobs=2)
+    found, faults, _ = for_each_case([("m", name) for name in "abc"], work, jobs=2)
     assert found == {("m", "a"): "a", ("m", "b"): "b"}
     assert faults == ["c.npz is truncated: write it again."]
     assert sorted(calls) == ["a", "b", "b", "c", "c"]
@@ -506,7 +506,8 @@ class TestSweep:
         data = json.loads((tmp_path / "out" / "sweep.json").read_text(encoding="utf-8"))
         assert len(data["sweep"]) == len(rows)
         assert {path.name for path in (tmp_path / "out").iterdir()} == {
-            f"sweep.{x}" for x in ("csv", "json", "svg", "png")
+            *(f"sweep.{x}" for x in ("csv", "json", "svg", "png")),
+            "sweep_cases",
         }
         printed = capsys.readouterr().out
         assert "equal width" in printed

@@ -8,13 +8,14 @@ import matplotlib
 
 matplotlib.use("Agg")
 
+import jax
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from calib_jax import BinStatistics, plots
+from calib_jax import BinStatistics, bin_statistics, plots
 
 HISTORY = {"epoch": [1, 2, 3], "train_loss": [0.9, 0.6, 0.5], "val_loss": [None, 0.7, float("nan")]}
 
@@ -136,6 +137,25 @@ def test_histogram_shows_shares_of_images(stats, ax):
     (image,) = plots.reliability_histogram(stats, max_share=0.8, ax=ax).images
     np.testing.assert_array_equal(np.ma.filled(image.get_array(), 0), expected)
     assert (image.norm.vmin, image.norm.vmax) == (0, 0.8)
+
+
+def test_adaptive_bins_are_drawn_where_their_probabilities_lie(ax):
+    probs = np.random.default_rng(0).beta(0.5, 4, (3, 4000, 2)).astype(np.float32)
+    labels = (np.random.default_rng(1).random(probs.shape) < probs).astype(np.float32)
+    adaptive, hard = (
+        jax.device_get(bin_statistics(probs, labels, num_bins=10, binning=binning))
+        for binning in ("adaptive", "hard")
+    )
+    plots.bin_counts(adaptive, class_index=1, ax=ax)
+    heights = np.array([bar.get_height() for bar in ax.patches])
+    assert heights.sum() == 3 * 4000
+    assert heights[0] > 1.5 * 4000  # most probabilities are small: bins of equal mass would have equal bars
+    share = plots.histogram_share(adaptive)
+    assert share[:, 0].sum() == 1  # every image has probabilities near 0
+    assert share[:, -1].sum() == 0
+    plots.reliability_diagram(adaptive, ax=Figure().add_subplot())
+    chosen = plots._chosen(hard, None)
+    assert plots._in_equal_bins(chosen) is chosen
 
 
 def test_nothing_counted_still_draws(ax):

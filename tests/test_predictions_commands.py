@@ -1,6 +1,10 @@
 """`calib-jax calibrate`, `ensemble` and `convert`: what they write, and what they say of faults."""
 
+import contextlib
+import os
 import shutil
+import signal
+import time
 
 import jax
 import nibabel as nib
@@ -10,10 +14,12 @@ from test_predictions import AFFINE, LPS, SHAPE, make_case, save_dataset_json, s
 
 import calib_jax
 from calib_jax import _local_network as network
+from calib_jax._kept import replacing
 from calib_jax.calibrators import CALIBRATORS
 from calib_jax.cli import main
 from calib_jax.commands.calibrate import METHODS, Calibration
-from calib_jax.predictions import open_predictions
+from calib_jax.predictions import Predictions, open_predictions
+from calib_jax.predictions.volumes import VolumeFile
 
 
 @pytest.fixture
@@ -29,7 +35,9 @@ def folders(tmp_path):
 
 
 def files(folder):
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    """Files that are not hidden."""
+    inside = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    return sorted(path.as_posix() for path in inside if not any(part.startswith(".") for part in path.parts))
 
 
 def likelihood(probs_folder, label_folder):
@@ -265,6 +273,49 @@ def test_an_ensemble_averages_the_same_voxels_without_label_maps(tmp_path, capsy
     assert "another grid" in capsys.readouterr().err
 
 
+def test_a_label_map_in_two_files_goes_along_whole(tmp_path):
+    probs, _ = make_case()
+    save_nnunet(tmp_path / "probs", "a", probs, LPS, segmentation=False)
+    pair = nib.Nifti1Pair(probs.argmax(-1).astype(np.uint8), LPS)
+    nib.save(pair, tmp_path / "probs" / "a.hdr")
+    predictions = open_predictions(tmp_path / "probs")
+    assert {path.name for path in predictions.files("a")} == {"a.npz", "a.hdr", "a.img"}
+    given = f"--probs={tmp_path / 'probs'}"
+    assert main(["convert", given, "--to=nii.gz", f"--out={tmp_path / 'nifti'}"]) == 0
+    assert files(tmp_path / "nifti") == ["a.hdr", "a.img", "a_probs.nii.gz"]
+    for part in ("a.hdr", "a.img"):
+        assert (tmp_path / "nifti" / part).read_bytes() == (tmp_path / "probs" / part).read_bytes()
+    command = ["ensemble", given, f"--probs=again={tmp_path / 'probs'}", f"--out={tmp_path / 'mean'}"]
+    assert main(command) == 0
+    assert files(tmp_path / "mean") == ["a.npz", "a_label.nii.gz"]
+    label = nib.load(tmp_path / "mean" / "a_label.nii.gz")
+    np.testing.assert_array_equal(np.asarray(label.dataobj), probs.argmax(-1))
+    np.testing.assert_array_equal(label.affine, LPS)
+
+
+def test_voxels_are_read_once_and_only_where_they_are_used(tmp_path, folders, monkeypatch):
+    for name in "ab":
+        save_nifti(tmp_path / "images" / f"{name}.nii.gz", make_case()[1].astype(np.float32), LPS)
+    read, original = [], VolumeFile.read
+    monkeypatch.setattr(
+        VolumeFile, "read", lambda file: (read.append(file.path.parent.name), original(file))[1]
+    )
+    models = {"A": folders[0], "B": folders[0]}
+    predictions = open_predictions(models, folders[1], images=tmp_path / "images")
+    cases = [predictions.read("a", model) for model in models]
+    assert sorted(read) == ["images", "labels", "probs", "probs"]  # of each model the map beside its `.npz`
+    assert all(x is not None for case in cases for x in (case.image, case.labels, case.predicted))
+    read.clear()
+    case = predictions.read("b", "A", parts=())
+    assert (case.labels, case.where, case.image, case.predicted) == (None, None, None, None)
+    assert read == ["probs"]  # it tells the order of axes
+    read.clear()
+    predictions.read("b", "A", parts=("labels",))
+    assert read == ["probs", "labels"]
+    with pytest.raises(ValueError, match="parts names label: choose from labels, image, predicted"):
+        predictions.read("b", "A", parts=("label",))
+
+
 def test_figures_are_those_of_monai(tmp_path, folders):
     metrics = pytest.importorskip("monai.metrics")
     torch = pytest.importorskip("torch")
@@ -327,3 +378,109 @@ def test_local_calibration_sees_regions_and_images(tmp_path, capsys, monkeypatch
     image = ids.astype(np.float32)[None, ..., None]
     expected = np.asarray(CALIBRATORS["local"].apply(log_odds, params, image=image))[0]
     np.testing.assert_allclose(np.load(tmp_path / "out" / "a.npy"), 1 / (1 + np.exp(-expected)), atol=1e-5)
+
+
+# Stopped and started again.
+
+
+@pytest.fixture(params=["apply", "ensemble", "convert", "sweep"])
+def restarted(request, tmp_path, folders, monkeypatch):
+    """A command over three cases, arguments that change its results, the cases that it reads, and what stops it."""
+    read, stops, original = [], {}, Predictions.read
+
+    def counted(predictions, name, *args, **kwargs):
+        read.append(name)
+        stops.pop(name, int)()
+        return original(predictions, name, *args, **kwargs)
+
+    monkeypatch.setattr(Predictions, "read", counted)
+    monkeypatch.setattr("calib_jax.report.figures.draw", lambda *_, **__: None)
+    calibration = Calibration("temperature", ("background", "x", "y"), False, (np.float32(2),))
+    calibration.save(tmp_path / "fit.npz")
+    calibration._replace(params=(np.float32(3),)).save(tmp_path / "other.npz")
+    probs, out = ["--probs", str(folders[0])], ["--out", str(tmp_path / "out")]
+    command, other = {
+        "apply": (["calibrate", "apply", *probs, f"--params={tmp_path / 'fit.npz'}"], ["--uncertainty"]),
+        "ensemble": (["ensemble", f"--probs=A={folders[0]}", f"--probs=B={folders[0]}"], ["--logits"]),
+        "convert": (["convert", *probs, "--to", "npz"], ["--dtype", "float16"]),
+        "sweep": (["sweep", *probs, f"--labels={folders[1]}"], ["--num-bins", "7"]),
+    }[request.param]
+    return [*command, *out], other, read, stops
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.2)  # the signal reaches the main thread
+
+
+@pytest.mark.parametrize("stop", [interrupt, terminate])
+def test_a_command_that_was_stopped_goes_on_where_it_was(tmp_path, restarted, stop, capsys):
+    command, other, read, stops = restarted
+    word = "measured" if command[0] == "sweep" else "written"
+    stops["c d"] = stop
+    assert main(command) == 130
+    error = capsys.readouterr().err
+    assert f" of 3 cases are {word}. They are kept in {tmp_path / 'out'}" in error
+    assert "the same command goes on from there." in error
+    assert not list((tmp_path / "out").rglob(".partial-*"))
+    stops.clear()
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    done = 3 if stop is terminate else 2  # the case that had begun is finished
+    read.clear()
+    assert main(command) == 0
+    assert f"{done} of 3 cases were {word} before." in capsys.readouterr().err
+    assert read == ["c d"] * (3 - done) * (1 + (command[0] == "ensemble"))
+    assert {path: path.stat().st_mtime_ns for path in kept if path.name != "dataset.json"} == kept
+    read.clear()
+    assert main([*command, *other]) == 0
+    assert set(read) == {"a", "b", "c d"}
+
+
+def test_what_has_changed_is_made_again(tmp_path, folders, restarted, capsys):
+    command, _, read, _ = restarted
+    assert main(command) == 0
+    os.utime(folders[0] / "b.npz", ns=(1, 1))
+    read.clear()
+    assert main(command) == 0
+    assert set(read) == {"b"}
+    if command[0] == "sweep":
+        return
+    (tmp_path / "out" / "a.npz").write_bytes(b"edited")
+    (tmp_path / "out" / "c d.npz").unlink()
+    (tmp_path / "out" / ".calib-jax" / "b.npz").write_bytes(b"broken")
+    read.clear()
+    assert main(command) == 0
+    assert set(read) == {"a", "b", "c d"}
+    assert len(open_predictions(tmp_path / "out", folders[1])) == 3
+
+
+def test_other_parameters_are_applied_to_all_cases(tmp_path, folders):
+    probs, out = f"--probs={folders[0]}", tmp_path / "out"
+    written = []
+    for temperature in (2, 3):
+        params = Calibration("temperature", ("background", "x", "y"), False, (np.float32(temperature),))
+        params.save(tmp_path / "fit.npz")
+        assert main(["calibrate", "apply", probs, f"--params={tmp_path / 'fit.npz'}", f"--out={out}"]) == 0
+        written.append(np.load(out / "a.npz")["probabilities"])
+    assert written[0].max() > written[1].max()
+
+
+def test_nothing_half_written_stays_and_no_link_is_followed(tmp_path):
+    file, elsewhere = tmp_path / "case 1.nii.gz", tmp_path / "elsewhere"
+    elsewhere.write_bytes(b"mine")
+    with contextlib.suppress(ZeroDivisionError), replacing(file) as partial:
+        assert partial.name.endswith(".nii.gz")
+        partial.write_bytes(b"half")
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == [elsewhere]
+    partial.symlink_to(elsewhere)  # what a killed process may have left, or a trap
+    file.symlink_to(elsewhere)
+    with replacing(file) as again:
+        assert again == partial
+        again.write_bytes(b"whole")
+    assert file.read_bytes() == b"whole"
+    assert elsewhere.read_bytes() == b"mine"

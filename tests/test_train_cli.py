@@ -216,6 +216,32 @@ def test_predict_keeps_the_affine(trained: Path, msd: Path, tmp_path: Path) -> N
     assert len(list(out.iterdir())) == 12
 
 
+def test_predict_with_several_runs_and_uncertainty(
+    trained: Path, msd: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other, images = tmp_path / "other", ["--images", msd / "imagesTr"]
+    data = ["--data", f"msd:{msd}", "--num-test", 2, "--num-val", 1]
+    assert run("fit", *TINY, *data, "--loss", "dice", "--seed", 1, "--out", other) == 0
+    alone = []
+    for number, folder in enumerate((trained, other)):
+        assert run("predict", folder, *images, "--out", tmp_path / str(number), "--uncertainty") == 0
+        alone.append(nib.load(tmp_path / str(number) / "case_0_probs.nii.gz").get_fdata())
+    assert len(list((tmp_path / "0").iterdir())) == 18
+    out = tmp_path / "both"
+    assert run("predict", trained, other, *images, "--out", out, "--uncertainty") == 0
+    assert len(list(out.iterdir())) == 24
+    found = {
+        kind: nib.load(out / f"case_0_{kind}.nii.gz").get_fdata()
+        for kind in ("probs", "entropy", "mutual_information")
+    }
+    mean, *members = (-(p * np.log(p)).sum(-1) for p in (np.mean(alone, 0), *alone))
+    np.testing.assert_allclose(found["probs"], np.mean(alone, 0), atol=1e-6)
+    np.testing.assert_allclose(found["entropy"], mean, atol=1e-5)
+    np.testing.assert_allclose(found["mutual_information"], mean - np.mean(members, 0), atol=1e-5)
+    assert found["mutual_information"].max() > 1e-4
+    assert "There is no run" in refuses(capsys, "predict", *images, "--out", tmp_path / "none")
+
+
 STOPPABLE = ["--ema", "0.9", *PHANTOM, "--dropout", 0.2, "--checkpoint-every", 2]
 
 

@@ -33,6 +33,9 @@ from train.plugins import is_external
 
 # Each command imports what it runs, so that `--help` and errors about options come at once.
 RunFolder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="run", metavar="RUN")]
+RunFolders = Annotated[
+    tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(name="runs", metavar="RUN [RUN ...]")
+]
 
 
 @dataclass(frozen=True)
@@ -260,6 +263,8 @@ class Predict:
 
     python -m train predict runs/ace --images scans --out predictions
 
+    python -m train predict runs/seed0 runs/seed1 --images scans --out predictions --uncertainty
+
     Scans that cannot be predicted are named at the end, and the exit status is then 1. The same command goes on in
     the same --out with the scans that are not predicted yet.
 
@@ -268,19 +273,24 @@ class Predict:
     fourth axis.
     """
 
-    run_folder: RunFolder
-    """Folder of the run."""
+    run_folders: RunFolders
+    """Folder of the run; of several runs the probabilities are averaged."""
     images: Path
     """Folder of volumes: .nii, .nii.gz, .mgz, .mha, .nrrd and others."""
     out: Path
     """Output folder: new, empty, or one that the same command has begun to fill."""
     checkpoint: Literal["last", "best"] = "last"
     """Weights of the newest checkpoint, or the best one's of a run with --keep-best."""
+    uncertainty: bool = False
+    """Also write NAME_entropy, the entropy of each voxel in nats, and of several runs NAME_mutual_information, the
+    part of it that is disagreement between the networks."""
 
     def run(self) -> None:
         from train.predict import predict_folder
 
-        written = predict_folder(self.run_folder, self.images, self.out, self.checkpoint)
+        written = predict_folder(
+            self.run_folders, self.images, self.out, self.checkpoint, uncertainty=self.uncertainty
+        )
         print(f"\n{len(written)} files in {self.out}")
 
 

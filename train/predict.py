@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import nibabel as nib
 import numpy as np
 
-from train.config import DataInfo
+from train.config import DataInfo, check_same_data
 from train.data.faults import Fault, collected, refuse
 from train.data.io import Grid, check_same_grid, read_scan
 from train.data.names import CHANNEL
@@ -28,11 +28,14 @@ from train.run.checkpoint import Which
 from train.run.folder import PARTIAL, locked, written_whole
 from train.run.load import load_run
 
+_KINDS = ("label", "probs", "entropy", "mutual_information")  # end the names of output files
 _WRITER = "calib_jax predict"  # starts the description of every output file
 
 
-def predict_folder(run: Path, images: Path, out: Path, which: Which = "last") -> list[Path]:
-    """Predicts every case in `images` and writes two files per case into `out`.
+def predict_folder(
+    runs: Path | Sequence[Path], images: Path, out: Path, which: Which = "last", *, uncertainty: bool = False
+) -> list[Path]:
+    """Predicts every case in `images` and writes two files per case into `out`, or more with `uncertainty`.
 
     A case is one volume (several channels lie along the fourth axis), or as in nnU-Net one volume per channel,
     `NAME_0000.nii.gz` and on, see `find_cases`.
@@ -45,35 +48,56 @@ def predict_folder(run: Path, images: Path, out: Path, which: Which = "last") ->
     A network with sigmoids gives the probabilities of its regions, without a background. The label is then 1 where
     a region is more probable than not, else 0. Several regions, which may overlap, lie along the fourth axis.
 
+    Of several runs the probabilities are averaged. With `uncertainty`, `NAME_entropy.nii.gz` holds the entropy of
+    each voxel in nats: of its classes, or the sum over its regions. Of several runs the part of it that is
+    disagreement between the networks is in `NAME_mutual_information.nii.gz`.
+
     A case that cannot be predicted does not stop the others. The same call with the same `out` skips the cases that
     `out` holds already.
 
     Returns:
-        The files of all cases, `[label, probs, label, probs, ...]`.
+        The files of all cases, one case after the other.
 
     Raises:
-        InputError: no image is there, no image fits the network, two images have one name, or `out` holds anything
-            but predictions of this network and these images. Nothing is written.
+        InputError: no image is there, no image fits the network, two images have one name, the runs were trained
+            on different data, or `out` holds anything but predictions of these networks and images. Nothing is
+            written.
         CasesFailed: some cases could not be predicted. All others are written.
     """
-    config, info, predict = load_run(run, which)
+    runs = [runs] if isinstance(runs, Path) else list(runs)
+    if not runs:
+        raise InputError("There is no run to predict with: give the folder of one.")
+    loaded = [load_run(run, which) for run in runs]
+    info, networks = loaded[0][1], [predict for *_, predict in loaded]
+    for run, (_, other, predict) in zip(runs, loaded, strict=True):
+        check_same_data(str(runs[0]), info, run, other)
+        if predict.regions != networks[0].regions:
+            raise InputError(f"{run} predicts other regions than {runs[0]}: give runs with the same ones.")
     if info.spatial_dims != 3:
-        raise InputError(f"{run} was trained on {info.spatial_dims}-D images: NIfTI volumes need a 3-D run.")
+        raise InputError(
+            f"{runs[0]} was trained on {info.spatial_dims}-D images: NIfTI volumes need a 3-D run."
+        )
+    kinds = ("label", "probs", *(("entropy",) if uncertainty else ()))
+    kinds += ("mutual_information",) if uncertainty and len(runs) > 1 else ()
     cases, faults = find_cases(images, info)
     names = [*cases, *(fault.case for fault in faults)]
     refuse([fault for fault in faults if names.count(fault.case) > 1 or not cases])
     failed = {fault.case: f"{fault.file} {fault.problem}" for fault in faults}
-    network = _digest([repr((config, info)).encode(), *map(_as_bytes, jax.tree.leaves(predict.weights))])
+    network = _digest(
+        part
+        for config, info, predict in loaded
+        for part in (repr((config, info)).encode(), *map(_as_bytes, jax.tree.leaves(predict.weights)))
+    )
     with _opened(out):
-        left = _not_written(out, cases, network)
+        left = _not_written(out, cases, network, kinds)
         for done, name in enumerate(progress(left, desc="predicting")):
             try:
-                volumes = _predict(predict, info, cases[name], network)
+                volumes = _predict(networks, info, cases[name], network, kinds)
             except Exception as error:  # a fault of this case only
                 failed[name] = describe(error)
                 continue
             try:
-                for file, volume in zip(_outputs(out, name), volumes, strict=True):
+                for file, volume in zip(_outputs(out, name, kinds), volumes, strict=True):
                     with written_whole(file) as partial, gzip.open(partial, "wb", compresslevel=1) as stream:
                         volume.to_stream(stream)
             except OSError as error:
@@ -86,7 +110,7 @@ def predict_folder(run: Path, images: Path, out: Path, which: Which = "last") ->
             "these and start the same command again:",
             failed,
         )
-    return [file for name in cases for file in _outputs(out, name)]
+    return [file for name in cases for file in _outputs(out, name, kinds)]
 
 
 def find_cases(folder: Path, info: DataInfo) -> tuple[dict[str, list[Path]], list[Fault]]:
@@ -162,23 +186,44 @@ def check_fits(files: Sequence[Path], info: DataInfo) -> None:
 
 
 def _predict(
-    predict: VolumePredictor, info: DataInfo, files: Sequence[Path], network: str
-) -> tuple[nib.Nifti1Image, nib.Nifti1Image]:
-    """Label map and class probabilities of one case as volumes."""
+    networks: Sequence[VolumePredictor],
+    info: DataInfo,
+    files: Sequence[Path],
+    network: str,
+    kinds: Sequence[str],
+) -> list[nib.Nifti1Image]:
+    """Label map, class probabilities and maps of uncertainty of one case as volumes."""
     description = _description(files, network)
     voxels, grid = read_scan(files)
     image, placement = preprocess(
         voxels, grid.affine, intensity_range=info.intensity_range, geometry=info.geometry
     )
-    probs = placement.back(predict(image), background=not predict.regions)
-    if not np.isfinite(probs).all():
-        raise InputError(f"the network's probabilities of {files[0]} are not finite: check its weights.")
-    if predict.regions:
+    regions, probs, within = networks[0].regions, np.float32(0), np.float32(0)
+    for predict in networks:
+        found = placement.back(predict(image), background=not regions)
+        if not np.isfinite(found).all():
+            raise InputError(f"the network's probabilities of {files[0]} are not finite: check its weights.")
+        probs = probs + found.astype(np.float32) / len(networks)
+        if "mutual_information" in kinds:
+            within = within + _entropy(found, bool(regions)) / len(networks)
+    if regions:
         label = (probs > 0.5).astype(np.uint8)
-        label = label[..., 0] if len(predict.regions) == 1 else label
+        label = label[..., 0] if len(regions) == 1 else label
     else:
         label = probs.argmax(-1).astype(np.min_scalar_type(probs.shape[-1] - 1))
-    return _volume(label, grid, description), _volume(probs.astype(np.float32), grid, description)
+    maps = [label, probs]
+    if "entropy" in kinds:
+        entropy = _entropy(probs, bool(regions))
+        maps += [entropy, np.maximum(entropy - within, 0)][: len(kinds) - 2]
+    return [_volume(each, grid, description) for each in maps]
+
+
+def _entropy(probs: np.ndarray, regions: bool) -> np.ndarray:
+    """Entropy of each voxel in nats: of its classes, or the sum over its regions."""
+    from scipy.special import entr  # here, since its import takes long
+
+    nats = entr(np.clip(probs, 0, 1))
+    return ((nats + entr(np.clip(1 - probs, 0, 1))) if regions else nats).sum(-1, dtype=np.float32)
 
 
 def _volume(voxels: np.ndarray, grid: Grid, description: str) -> nib.Nifti1Image:
@@ -209,13 +254,15 @@ def _opened(out: Path) -> Iterator[None]:
         yield
 
 
-def _not_written(out: Path, cases: Mapping[str, Sequence[Path]], network: str) -> list[str]:
+def _not_written(
+    out: Path, cases: Mapping[str, Sequence[Path]], network: str, kinds: Sequence[str]
+) -> list[str]:
     """Names of the cases without complete predictions in `out`.
 
     Raises:
         InputError: `out` holds anything but predictions of this network and these images.
     """
-    case_of = {file: name for name in cases for file in _outputs(out, name)}
+    case_of = {file: name for name in cases for file in _outputs(out, name, _KINDS)}
     whole: set[Path] = set()
     for file in sorted(file for file in out.iterdir() if not file.name.startswith(".")):
         found = _read_description(file)
@@ -233,7 +280,7 @@ def _not_written(out: Path, cases: Mapping[str, Sequence[Path]], network: str) -
                 f"{file} was predicted from another image than {images[0]}: remove it, or choose another --out."
             )
         whole.add(file)
-    return [name for name in cases if not whole.issuperset(_outputs(out, name))]
+    return [name for name in cases if not whole.issuperset(_outputs(out, name, kinds))]
 
 
 def _description(files: Sequence[Path], network: str) -> str:
@@ -271,5 +318,5 @@ def _as_bytes(leaf: jax.Array) -> bytes:
     return np.asarray(jax.random.key_data(leaf) if is_key else leaf).tobytes()
 
 
-def _outputs(out: Path, name: str) -> tuple[Path, Path]:
-    return out / f"{name}_label.nii.gz", out / f"{name}_probs.nii.gz"
+def _outputs(out: Path, name: str, kinds: Sequence[str]) -> list[Path]:
+    return [out / f"{name}_{kind}.nii.gz" for kind in kinds]

@@ -1,12 +1,15 @@
-"""What commands that write a file for each case share."""
+"""What commands that write files for each case share."""
 
 import argparse
-import shutil
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from calib_jax.commands import options as shared
+
+_RECORDS = ".calib-jax"
+"""Folder in the output folder that says from what each case was made. Readers pass hidden names over."""
 
 
 def check_out(options: argparse.Namespace) -> None:
@@ -22,35 +25,64 @@ def check_out(options: argparse.Namespace) -> None:
             )
 
 
-def for_each_case(names: Sequence[str], work: Callable[[str], None]) -> tuple[int, int]:
-    """Calls `work` with the name of each case; a fault is printed and ends its case only.
+def write_cases(
+    options: argparse.Namespace,
+    predictions: Any,
+    work: Callable[[str], Sequence[Path]],
+    *,
+    settings: Sequence[Any],
+    what: str = "",
+) -> int:
+    """Writes every case that an earlier start with the same files and settings has not written.
+
+    Args:
+        options: of the command; files go to `options.out`.
+        predictions: whose cases are written.
+        work: writes a case and returns its files. A fault ends its case only.
+        settings: what the files depend on beside those of `predictions`; JSON.
+        what: what is written of the cases.
 
     Returns:
-        Number of cases without a fault, and the exit status: 0, or 1 if there was a fault.
+        The exit status.
 
     Raises:
-        ValueError: every case had a fault.
+        ValueError: no case could be written.
+        Stopped: on Ctrl-C, after the cases that were being written.
     """
-    from calib_jax.report.study import Progress
+    from calib_jax._case_loop import for_each_case
+    from calib_jax._kept import Kept, load_arrays, save_arrays, versions_of
+    from calib_jax.predictions.writing import copy_file
 
-    faults = 0
-    with Progress() as progress:
-        for done, name in enumerate(names, 1):
-            try:
-                work(name)
-            except (ValueError, OSError, MemoryError) as error:
-                progress.say(f"fault: {sentence(error, name)}")
-                faults += 1
-            progress(done, len(names))
-    if faults == len(names):
-        raise ValueError("no case could be used, see the sentences above.")
-    return len(names) - faults, 1 if faults else 0
+    out: Path = options.out
+    kept = Kept(
+        out / _RECORDS,
+        [*settings, options.logits, list(predictions.class_names)],
+        lambda name: [file for model in predictions.models for file in predictions.files(name, model)],
+    )
+    _check_inside(out, kept.folder)
 
+    def state(files: Sequence[str]) -> str:
+        return json.dumps([found[1:] for found in versions_of(out / file for file in files)])
 
-def sentence(error: Exception, name: str) -> str:
-    """The message of an exception on one line, with the name of the case."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if name in text else f"{name}: {text}"
+    def find(name: str) -> list[str] | None:
+        arrays = load_arrays(kept.path(name), kept.key(name))
+        if arrays is None or state(arrays["files"].tolist()) != str(arrays["state"]):
+            return None
+        return arrays["files"].tolist()
+
+    def write(name: str) -> list[str]:
+        key = kept.key(name)  # before the files are read
+        files = [path.relative_to(out).as_posix() for path in work(name)]
+        save_arrays(kept.path(name), key, {"files": files, "state": state(files)})
+        return files
+
+    cases = [(name,) for name in predictions.case_names]
+    outcome = for_each_case(cases, write, find=find, done="written", place=out, jobs=options.jobs)
+    if predictions.dataset is not None:  # so that the folder is read like the one that it came from
+        copy_file(predictions.dataset.file, out / "dataset.json")
+    number = len(outcome.found) - outcome.reused
+    print(f"Wrote {what}{number} {'case' if number == 1 else 'cases'} to {out}")
+    return outcome.status
 
 
 def image_of(case: Any, images: Path | None) -> Any:
@@ -72,52 +104,51 @@ def path_in(out: Path, template: Any) -> Path:
         ValueError: a link leads out of that folder.
     """
     path = template.path_in(out)
-    if not path.parent.resolve().is_relative_to(out.resolve()):
-        raise ValueError(f"{path.parent} leads out of {out}: remove this link.")
+    _check_inside(out, path.parent)
     return path
 
 
-def copy_dataset_json(predictions: Any, out: Path) -> None:
-    """Copies the `dataset.json` that was used, so that the output folder is read like the one that it came from."""
-    if predictions.dataset is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(predictions.dataset.file, out / "dataset.json")
+def _check_inside(out: Path, folder: Path) -> None:
+    if not folder.resolve().is_relative_to(out.resolve()):
+        raise ValueError(f"{folder} leads out of {out}: remove this link.")
 
 
-def copy_or_write_label(template: Any, path: Path, probs: Any, predictions: Any) -> None:
-    """Copies the label map beside a prediction, byte for byte; without one, writes that of its probabilities.
+def copy_label(template: Any, path: Path) -> list[Path]:
+    """Copies the label map beside a prediction, byte for byte, to the folder of `path`; returns its files."""
+    from calib_jax.predictions.volumes import parts_of
+    from calib_jax.predictions.writing import copy_file
 
-    Args:
-        template: of the prediction.
-        path: of its copy in the output folder.
-        probs: before they are changed.
-        predictions: that `template` comes from.
+    if template.segmentation is None:
+        return []
+    parts = parts_of(template.segmentation)
+    return [copy_file(part, path.with_name(part.name)) for part in parts]
+
+
+def write_label(template: Any, path: Path, probs: Any, predictions: Any) -> list[Path]:
+    """Writes the label map of probabilities, with the name of the one beside them or as `CASE_label`.
+
+    Returns:
+        Its file; none for regions whose order in a label map is not known.
     """
-    if template.segmentation is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(template.segmentation, path.with_name(template.segmentation.name))
-        return
-    write_label(template, path, probs, predictions)
-
-
-def write_label(template: Any, path: Path, probs: Any, predictions: Any) -> None:
-    """Writes the label map of probabilities: over the copy of the one beside them, or as `CASE_label`."""
     import numpy as np
 
     from calib_jax.predictions.arrays import ending_of
     from calib_jax.predictions.labels import predicted_ids
     from calib_jax.predictions.names import case_name
+    from calib_jax.predictions.volumes import DETACHED
     from calib_jax.predictions.writing import write_volume
 
     order = predictions.dataset.class_order if predictions.dataset is not None else ()
     ids = predicted_ids(probs, regions=predictions.regions, class_order=order)
     if ids is None:
-        return
-    if template.segmentation is not None:
-        target = path.with_name(template.segmentation.name)
+        return []
+    beside = template.segmentation
+    if beside is not None and not beside.name.lower().endswith(DETACHED):
+        target = path.with_name(beside.name)
     else:
         ending = {"volume": ending_of(path), "image": ".png"}.get(template.kind)
         if ending is None:
             ending = ".nii.gz" if template.reference.grid is not None else ".npy"
         target = path.with_name(f"{case_name(path) or path.parent.name}_label{ending}")
     write_volume(target, ids.astype(np.min_scalar_type(int(ids.max(initial=0)))), template.reference)
+    return [target]

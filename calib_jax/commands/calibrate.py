@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,9 @@ _DESCRIPTION = """\
 Mends probabilities without training. `fit` finds the parameters of a calibrator on cases with labels that the model
 was not trained on, such as a validation fold. `apply` changes the probabilities of other cases and writes them in
 the format that they came in. Label maps stay as they are.
+
+`fit` needs all cases at once, so it keeps nothing when it is stopped. `apply` writes each case whole or not at all,
+and the same command goes on where it was stopped.
 """
 _EXAMPLE = """\
 examples:
@@ -64,10 +68,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1 << 26,
         metavar="N",
-        help="probabilities to keep in memory; of more, a random part of each case's voxels is used "
-        "(default: 2^26)",
+        help="probabilities to keep in memory; of more, a random part of each case's voxels is used. Local "
+        "calibration keeps none: it reads whole cases, one after the other (default: 2^26)",
     )
-    shared.add_folders(fit)
+    shared.add_folders(fit, images="which local calibration then sees too; other methods do not use them")
     apply = actions.add_parser(
         "apply", help="mend the probabilities of cases", epilog=_APPLY, formatter_class=raw
     )
@@ -78,7 +82,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also write CASE_uncertainty: the entropy of the classes in nats, for regions summed over them",
     )
-    shared.add_folders(apply, labels=False)
+    images = f"for a calibration that sees them, and {shared.FOR_THE_GRID}"
+    shared.add_folders(apply, labels=False, images=images)
+    shared.add_jobs(apply)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -90,8 +96,8 @@ def _fit(options: argparse.Namespace) -> int:
     import jax
     import numpy as np
 
+    from calib_jax._case_loop import for_each_case
     from calib_jax.calibrators import CALIBRATORS
-    from calib_jax.commands import _cases
     from calib_jax.predictions.arrays import stem
 
     if options.out.suffix.lower() != ".npz" or options.out.is_dir():
@@ -106,9 +112,10 @@ def _fit(options: argparse.Namespace) -> int:
     found: list[tuple[np.ndarray, np.ndarray]] = []
 
     def work(name: str) -> None:
-        found.append(_sampled(predictions.read(name), max(per_case, 1), seed=len(found)))
+        case = predictions.read(name, parts=("labels",))
+        found.append(_sampled(case, max(per_case, 1), seed=len(found)))
 
-    done, status = _cases.for_each_case(predictions.case_names, work)
+    outcome = for_each_case([(name,) for name in predictions.case_names], work)
     probs = np.concatenate([probs for probs, _ in found])
     labels = np.concatenate([labels for _, labels in found])
     found.clear()
@@ -129,19 +136,19 @@ def _fit(options: argparse.Namespace) -> int:
     Calibration(options.method, names, predictions.regions, tuple(params)).save(options.out)
     print(
         f"{stem(options.out)}: {options.method}{_in_words(params[0]) if len(params) == 1 else ''}, "
-        f"negative log-likelihood {before:.5f} -> {after:.5f} on {done} cases\n"
+        f"negative log-likelihood {before:.5f} -> {after:.5f} on {len(outcome.found)} cases\n"
         f"Wrote {options.out}"
     )
-    return status
+    return outcome.status
 
 
 def _fit_local(options: argparse.Namespace, predictions: "Predictions") -> int:
     """Fits a local calibration, which sees whole cases, one after the other."""
     import numpy as np
 
+    from calib_jax._case_loop import FAULTS, Progress, sentence
     from calib_jax.calibrators import CALIBRATORS
     from calib_jax.commands import _cases
-    from calib_jax.report.study import Progress
 
     regions, names = predictions.regions, predictions.case_names
     faults: dict[str, str] = {}
@@ -152,10 +159,10 @@ def _fit_local(options: argparse.Namespace, predictions: "Predictions") -> int:
             if name in faults:
                 continue
             try:
-                case = predictions.read(name)
+                case = predictions.read(name, parts=("labels", "image"))
                 image = _cases.image_of(case, options.images) if options.images is not None else None
-            except (ValueError, OSError, MemoryError) as error:
-                faults[name] = _cases.sentence(error, name)
+            except FAULTS as error:
+                faults[name] = sentence(error, name)
                 progress.say(f"fault: {faults[name]}")
                 continue
             spacings.append(case.spacing)
@@ -168,7 +175,7 @@ def _fit_local(options: argparse.Namespace, predictions: "Predictions") -> int:
         for _ in batches():  # the first case that can be read tells the spacing
             break
         if not spacings:
-            raise ValueError("no case could be used, see the sentences above.")
+            raise ValueError("no case could be read, see the sentences above.")
         spacing = spacings[0] if max(spacings[0]) > 1.01 * min(spacings[0]) else ()
         with warnings_as_notes(f"fitting {options.method}"):
             params = CALIBRATORS[options.method].fit(batches, regions=regions, spacing=spacing)
@@ -185,6 +192,7 @@ def _apply(options: argparse.Namespace) -> int:
     from calib_jax.predictions.names import UNCERTAINTY, case_name
     from calib_jax.predictions.writing import write_volume
 
+    shared.check_jobs(options)
     calibration = Calibration.load(options.params)
     _cases.check_out(options)
     predictions = _one_model(options)
@@ -199,20 +207,24 @@ def _apply(options: argparse.Namespace) -> int:
             f"{kinds[predictions.regions]} ({', '.join(predictions.class_names)}): fit to predictions of this kind."
         )
 
-    def work(name: str) -> None:
-        case, template = predictions.read(name), predictions.template(name)
+    needs_image = calibration.method.startswith("local") and len(calibration.params[0].weights.image) > 0
+
+    def work(name: str) -> list[Path]:
+        case = predictions.read(name, parts=("image",) if needs_image else ())
+        template = predictions.template(name)
         path = _cases.path_in(options.out, template)
-        _cases.copy_or_write_label(template, path, case.probs, predictions)
+        written = _cases.copy_label(template, path) or _cases.write_label(
+            template, path, case.probs, predictions
+        )
         probs = case.probs if case.probs.flags.writeable else case.probs.copy(order="K")
         if calibration.method.startswith("local"):
-            (params,) = calibration.params
-            image = _cases.image_of(case, options.images) if len(params.weights.image) else None
+            image = _cases.image_of(case, options.images) if needs_image else None
             _calibrate_locally(probs, calibration, image)
         else:
             _calibrate(probs, calibration)
         if not np.isfinite(probs).all():
             raise PredictionError(f"{template.files[0]} gets probabilities that are not finite: fit again.")
-        write_probabilities(path, probs, template)
+        written += write_probabilities(path, probs, template)
         if options.uncertainty:
             entropy = _entropy(probs, regions=calibration.regions)
             ending = (
@@ -220,11 +232,11 @@ def _apply(options: argparse.Namespace) -> int:
             )
             target = path.with_name(f"{case_name(path) or path.parent.name}{UNCERTAINTY}{ending}")
             write_volume(target, entropy, template.reference)
+            written.append(target)
+        return written
 
-    done, status = _cases.for_each_case(predictions.case_names, work)
-    _cases.copy_dataset_json(predictions, options.out)
-    print(f"Wrote {done} cases to {options.out}")
-    return status
+    settings = ["apply", hashlib.sha256(options.params.read_bytes()).hexdigest(), options.uncertainty]
+    return _cases.write_cases(options, predictions, work, settings=settings)
 
 
 def _one_model(options: argparse.Namespace) -> "Predictions":

@@ -10,6 +10,8 @@ Averages the probabilities of several models or folds, case by case, and writes 
 
 All must have predicted the same cases. The files may differ in format and in the order of axes. Memory holds two
 predictions of one case. A label map beside the first prediction is replaced by that of the mean.
+
+A case is written whole or not at all. The same command goes on where it was stopped.
 """
 _EXAMPLE = """\
 examples:
@@ -22,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the command."""
     parser.description, parser.epilog = _DESCRIPTION, _EXAMPLE
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the mean")
-    shared.add_folders(parser, labels=False)
+    shared.add_folders(parser, labels=False, images=shared.FOR_THE_GRID)
+    shared.add_jobs(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -31,6 +34,7 @@ def run(options: argparse.Namespace) -> int:
     from calib_jax.predictions import PredictionError, write_probabilities
     from calib_jax.predictions.grids import GRID_TOLERANCE
 
+    shared.check_jobs(options)
     _cases.check_out(options)
     predictions = shared.open_folders(options)
     models = predictions.models
@@ -38,10 +42,10 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError("--probs names one folder: give it once for each model or fold, at least twice.")
     shared.print_notices(predictions)
 
-    def work(name: str) -> None:
+    def work(name: str) -> list[Path]:
         total, grid = None, None
         for model in models:
-            case = predictions.read(name, model)
+            case = predictions.read(name, model, parts=())
             template = predictions.template(name, model)
             if total is None:
                 total, grid = case.probs.copy(order="K"), template.reference.grid
@@ -64,10 +68,8 @@ def run(options: argparse.Namespace) -> int:
         total /= len(models)
         template = predictions.template(name, models[0])
         path = _cases.path_in(options.out, template)
-        write_probabilities(path, total, template)
-        _cases.write_label(template, path, total, predictions)
+        written = write_probabilities(path, total, template)
+        return [*written, *_cases.write_label(template, path, total, predictions)]
 
-    done, status = _cases.for_each_case(predictions.case_names, work)
-    _cases.copy_dataset_json(predictions, options.out)
-    print(f"Wrote the mean of {len(models)} predictions of {done} cases to {options.out}")
-    return status
+    what = f"the mean of {len(models)} predictions of "
+    return _cases.write_cases(options, predictions, work, settings=["ensemble"], what=what)

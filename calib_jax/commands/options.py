@@ -6,9 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+FOR_THE_GRID = "for the grid of .npz and .npy files without a label map beside them"
+"""What images are for where only probabilities are read."""
 
-def add_folders(parser: argparse.ArgumentParser, *, labels: bool = True, images: bool = True) -> None:
-    """Adds the options that say what to read; without `labels` or `images`, these are no option."""
+
+def add_folders(parser: argparse.ArgumentParser, *, labels: bool = True, images: str = "") -> None:
+    """Adds the options that say what to read.
+
+    Args:
+        parser: of the command.
+        labels: whether labels are read; else `--labels` is no option.
+        images: what images are for; without it, `--images` is no option.
+    """
     add = parser.add_argument_group("what to read").add_argument
     add(
         "--probs",
@@ -29,8 +38,7 @@ def add_folders(parser: argparse.ArgumentParser, *, labels: bool = True, images:
     else:
         parser.set_defaults(labels=None)
     if images:
-        used = "to show behind the labels" if labels else "for the grid of .npz and .npy files"
-        add("--images", type=Path, metavar="DIR", help=f"folder of images, {used}")
+        add("--images", type=Path, metavar="DIR", help=f"folder of images, {images}")
     add("--logits", action="store_true", help="the files hold logits rather than probabilities")
     add(
         "--dataset-json",

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from calib_jax._kept import CASES, replacing
 from calib_jax.commands import options as shared
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the command."""
     parser.description, parser.epilog = _DESCRIPTION, _EXAMPLE
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the report")
-    shared.add_folders(parser)
+    shared.add_folders(parser, images="to show behind the labels")
     add = parser.add_argument_group("what to measure").add_argument
     add("--num-bins", type=int, default=20, metavar="N", help="number of bins (default: 20)")
     add(
@@ -62,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
     shared.check_jobs(options)
     shared.check_report_folder(options)
     from calib_jax._sums.bins import Bins
-    from calib_jax.report.study import Progress, measure_cases
+    from calib_jax.report.study import measure_cases
 
     predictions = shared.open_folders(options)
     if options.baseline is not None and options.baseline not in predictions.models:
@@ -71,28 +72,29 @@ def run(options: argparse.Namespace) -> int:
         )
     before = predictions.notices
     shared.print_notices(predictions)
-    with Progress() as progress:
+    try:
         study = measure_cases(
             predictions,
             Bins(options.binning, options.num_bins),
             options.out,
             options={"logits": options.logits, "images": options.images is not None},
             jobs=options.jobs,
-            progress=progress,
-            fault=lambda sentence: progress.say(f"fault: {sentence}"),
         )
+    except KeyboardInterrupt:
+        _all_notices(options.out, predictions.notices, reused=True)
+        raise
     shared.print_notices(predictions, printed=before)
-    if not any(study.cases.values()):
-        raise ValueError("no case could be read, see the sentences above.")
     _write(options, predictions, study)
     return 1 if study.faults else 0
 
 
 def _write(options: argparse.Namespace, predictions: Any, study: "Study") -> None:
+    from calib_jax._case_loop import Progress
     from calib_jax._sums.bins import Bins
     from calib_jax.report import compare_models, findings, format_table, write_report
     from calib_jax.report.gains import cross_validate, cross_validate_local
-    from calib_jax.report.study import Progress, results_of
+    from calib_jax.report.study import results_of
+    from calib_jax.results import write_rows
 
     bins = Bins(options.binning, options.num_bins)
     regions, names = predictions.regions, predictions.class_names
@@ -102,7 +104,7 @@ def _write(options: argparse.Namespace, predictions: Any, study: "Study") -> Non
     baseline = options.baseline if options.baseline in shown else shown[0]
     rows = compare_models(results, baseline=baseline)
     table = list(findings.case_table(study, results, first_class=first))
-    findings.write_case_table(table, options.out / "cases.csv")
+    write_rows(options.out / "cases.csv", list(table[0]), table)
     gains = {
         result.name: cross_validate(
             study.cases[result.name], result, bins, first_class=first, regions=regions
@@ -122,7 +124,8 @@ def _write(options: argparse.Namespace, predictions: Any, study: "Study") -> Non
         gains,
         first_class=first,
         label_names=findings.label_names_of(names, regions=regions),
-        notices=_all_notices(options.out / "cases" / "notices.json", predictions.notices, study.reused > 0),
+        notices=_all_notices(options.out, predictions.notices, reused=study.reused > 0),
+        folder=options.out,
     )
     number = len({case for result in results for case in result.case_names})
     page = write_report(
@@ -140,14 +143,15 @@ def _write(options: argparse.Namespace, predictions: Any, study: "Study") -> Non
     print(f"\nWrote {page}")
 
 
-def _all_notices(file: Path, notices: Sequence[str], reused: bool) -> list[str]:
-    """The notices, and those of the starts in which reused cases were read; kept in `file`."""
-    found = list(notices)
+def _all_notices(folder: Path, notices: Sequence[str], *, reused: bool) -> list[str]:
+    """The notices, and those of the starts in which reused cases were read; kept in a file of the folder."""
+    found, file = list(notices), folder / CASES / "notices.json"
     if reused and file.is_file():
         with contextlib.suppress(ValueError):
             found += [x for x in json.loads(file.read_text(encoding="utf-8")) if isinstance(x, str)]
     found = list(dict.fromkeys(found))
-    file.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    with replacing(file) as partial:
+        partial.write_text(json.dumps(found, indent=1), encoding="utf-8")
     return found
 
 

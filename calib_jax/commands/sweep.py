@@ -1,7 +1,6 @@
 """`calib-jax sweep`: how calibration errors depend on the bins."""
 
 import argparse
-import csv
 import dataclasses
 import json
 import math
@@ -17,7 +16,8 @@ if TYPE_CHECKING:
 _NUMBERS = (5, 10, 15, 20, 25, 30, 40, 50, 75, 100)
 _DESCRIPTION = """\
 Shows how ACE, ECE and MCE depend on the number of bins and on their kind: bins of equal width, or of equal mass,
-which hold the same number of voxels of a case and class. Each case is read once.
+which hold the same number of voxels of a case and class. Each case is read once. What was measured of it is kept in
+OUT/sweep_cases, so that a sweep that was stopped goes on where it was.
 """
 _EXAMPLE = """\
 example:
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the command."""
     parser.description, parser.epilog = _DESCRIPTION, _EXAMPLE
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
-    shared.add_folders(parser, images=False)
+    shared.add_folders(parser)
     add = parser.add_argument_group("what to measure").add_argument
     add(
         "--num-bins",
@@ -51,27 +51,34 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"--num-bins must be at least 1; got {min(options.num_bins)}.")
     shared.check_jobs(options)
     shared.check_report_folder(options)
+    from calib_jax._case_loop import for_each_case
+    from calib_jax._kept import Kept, load_arrays, save_arrays
     from calib_jax.report import sweeping
-    from calib_jax.report.study import Progress, for_each_case
+    from calib_jax.report.study import cases_of
 
     numbers = sorted(set(options.num_bins))
     predictions = shared.open_folders(options)
     before = predictions.notices
     shared.print_notices(predictions)
-    with Progress() as progress:
-        found, faults = for_each_case(
-            predictions,
-            lambda model, name: sweeping.sweep_case(predictions.read(name, model), numbers),
-            jobs=options.jobs,
-            progress=progress,
-            fault=lambda sentence: progress.say(f"fault: {sentence}"),
-        )
+    settings = ["sweep", options.logits, list(predictions.class_names), numbers]
+    kept = Kept(options.out / "sweep_cases", settings, lambda model, name: predictions.files(name, model))
+
+    def find(model: str, name: str) -> sweeping.Errors | None:
+        arrays = load_arrays(kept.path(model, name), kept.key(model, name))
+        return arrays["errors"] if arrays is not None else None
+
+    def work(model: str, name: str) -> sweeping.Errors:
+        key = kept.key(model, name)
+        errors = sweeping.sweep_case(predictions.read(name, model), numbers)
+        save_arrays(kept.path(model, name), key, {"errors": errors})
+        return errors
+
+    cases = cases_of(predictions)
+    outcome = for_each_case(cases, work, find=find, done="measured", place=kept.folder, jobs=options.jobs)
     shared.print_notices(predictions, printed=before)
-    if not found:
-        raise ValueError("no case could be read, see the sentences above.")
     first = shared.first_class(options, predictions)
     errors = {
-        model: [found[model, name][..., first:] for name in predictions.case_names if (model, name) in found]
+        model: [errors[..., first:] for (of, _), errors in outcome.found.items() if of == model]
         for model in predictions.models
     }
     errors = {model: cases for model, cases in errors.items() if cases}
@@ -79,22 +86,19 @@ def run(options: argparse.Namespace) -> int:
     _write(points, options.out)
     print(_table(points))
     print(f"\nWrote {options.out / 'sweep.csv'}, sweep.json, sweep.svg and sweep.png")
-    return 1 if faults else 0
+    return outcome.status
 
 
 def _write(points: "list[Point]", folder: Path) -> None:
     from calib_jax.report import figures, sweeping
+    from calib_jax.results import write_rows
 
     folder.mkdir(parents=True, exist_ok=True)
     rows = [dataclasses.asdict(point) for point in points]
     for row in rows:
         row["class"] = row.pop("class_name")
-    with open(folder / "sweep.csv", "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-        writer = csv.DictWriter(
-            file, ["model", "class", *(x for x in rows[0] if x not in ("model", "class"))]
-        )
-        writer.writeheader()
-        writer.writerows(rows)
+    columns = ["model", "class", *(x for x in rows[0] if x not in ("model", "class"))]
+    write_rows(folder / "sweep.csv", columns, rows)
     finite: list[dict[str, Any]] = [
         {key: None if isinstance(x, float) and math.isnan(x) else x for key, x in row.items()} for row in rows
     ]

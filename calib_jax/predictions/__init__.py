@@ -5,7 +5,8 @@ reads one case at a time. This package needs the extra `report`.
 """
 
 from calib_jax.predictions.case import Case, PredictionError
-from calib_jax.predictions.folders import Predictions, open_predictions
+from calib_jax.predictions.folders import Predictions
+from calib_jax.predictions.opening import open_predictions
 from calib_jax.predictions.writing import PredictionFile, write_probabilities
 
 __all__ = [

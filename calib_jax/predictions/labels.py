@@ -7,7 +7,6 @@ from jaxtyping import Bool, Int32
 
 from calib_jax.predictions.arrays import ArrayFile
 from calib_jax.predictions.case import PredictionError
-from calib_jax.predictions.values import sample
 
 LABEL_TOLERANCE = 1e-3
 """Largest distance of a label from a whole number. Float32 copies and scaled headers round labels."""
@@ -15,12 +14,8 @@ LABEL_TOLERANCE = 1e-3
 _MOST = 2**20  # values up to which a table is kept
 
 
-def read_ids(file: ArrayFile, *, sampled: bool = False) -> Int32[np.ndarray, "*shape"]:
+def read_ids(file: ArrayFile) -> Int32[np.ndarray, "*shape"]:
     """The whole numbers of a label map, `[*spatial]`, or `[*spatial, channels]` if it has several channels.
-
-    Args:
-        file: with the label map.
-        sampled: return every few voxels only.
 
     Raises:
         PredictionError: the file is corrupt, holds other numbers, or is an image in colour.
@@ -36,8 +31,6 @@ def read_ids(file: ArrayFile, *, sampled: bool = False) -> Int32[np.ndarray, "*s
     if file.volume is not None:
         channels = file.volume.channels
         values = values.reshape(*file.volume.shape, *([channels] if channels > 1 else []))
-    if sampled:
-        values = sample(values[..., None])[..., 0] if values.ndim < 4 else sample(values)
     low, high = float(values.min()), float(values.max())
     if not max(abs(low), abs(high)) < 2**23:
         raise PredictionError(

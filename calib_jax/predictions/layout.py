@@ -11,6 +11,7 @@ from nibabel.orientations import apply_orientation, ornt_transform
 from calib_jax.predictions.arrays import NNUNET_KEYS, PAGES, ArrayFile
 from calib_jax.predictions.case import PredictionError
 from calib_jax.predictions.grids import GRID_TOLERANCE, Grid, affine_of
+from calib_jax.predictions.values import sample
 
 Turn = tuple[tuple[int, int], ...]
 """For each axis, the axis that it becomes and its direction, 1 or -1."""
@@ -245,3 +246,55 @@ def _fits_nowhere(file: ArrayFile, reference: Reference | None, channels: int | 
         f"{found}, but {reference.name} has {reference.shape}: export {classes} along the first or last axis, on "
         "one grid with it."
     )
+
+
+def read_stored(files: Sequence[ArrayFile], layouts: Sequence[Layout]) -> tuple[np.ndarray, list[Layout]]:
+    """The numbers of one file, or of one for each class, with the classes last; and layouts with this class axis.
+
+    Args:
+        files: of a case.
+        layouts: in which the first file fits, see `find_layouts`.
+
+    Raises:
+        PredictionError: a file cannot be read, or is stored in another way than the first one.
+    """
+    first, *others = files
+    array = first.read()
+    layouts = _with_constant_sums(layouts, array)
+    axis = layouts[0].class_axis
+    for file in others:
+        if file.shape != first.shape or file.dtype != first.dtype:
+            raise PredictionError(
+                f"{file.path} holds {file.dtype} of shape {file.shape}, but {first.path} {first.dtype} of shape "
+                f"{first.shape}: export the classes of a case alike."
+            )
+        if file.volume is not None and first.volume is not None:
+            own, one = affine_of(file.volume.header), affine_of(first.volume.header)
+            if not np.allclose(own, one, atol=1e-3):
+                raise PredictionError(
+                    f"{file.path} has another affine than {first.path}: export both on one grid."
+                )
+    last = [array[..., None] if axis is None else np.moveaxis(array, axis, -1)]
+    for file in others:
+        array = file.read()
+        last.append(array[..., None] if axis is None else np.moveaxis(array, axis, -1))
+    values = last[0] if len(last) == 1 else np.concatenate(last, axis=-1)
+    return values, [layout for layout in layouts if layout.class_axis == axis]
+
+
+def _with_constant_sums(layouts: Sequence[Layout], array: np.ndarray) -> list[Layout]:
+    """Of several possible class axes those along which numbers have one sum, as probabilities have; or all."""
+    axes = {layout.class_axis for layout in layouts} - {None}
+    if len(axes) < 2:
+        return list(layouts)
+
+    def is_constant(axis: int | None) -> bool:
+        sums = (
+            sample(np.moveaxis(array, axis, -1)).astype(np.float64).sum(-1)
+            if axis is not None
+            else np.zeros(1)
+        )
+        return bool(np.ptp(sums) <= 0.02 * abs(sums.max()))
+
+    kept = [layout for layout in layouts if is_constant(layout.class_axis)]
+    return kept or list(layouts)

@@ -8,6 +8,7 @@ import gzip
 import io
 import logging
 import math
+import re
 import warnings
 import zlib
 from collections.abc import Callable, Sequence
@@ -32,8 +33,8 @@ Affine = Float[np.ndarray, "4 4"]
 
 ITK_ENDINGS = (".mha", ".mhd", ".nrrd", ".nhdr", ".gipl")
 ENDINGS = (".nii.gz", ".nii", ".nii.bz2", ".hdr", ".mgz", ".mgh", ".mnc", *ITK_ENDINGS)
-# Headers with a separate voxel file beside them, and the endings of voxel files.
-_DETACHED = (".hdr", ".mhd", ".nhdr")
+DETACHED = (".hdr", ".mhd", ".nhdr")
+"""Headers whose voxels are in another file."""
 _VOXEL_ENDINGS = (".img", ".img.gz", ".raw", ".raw.gz", ".zraw")
 
 _GZIP = b"\x1f\x8b"
@@ -41,6 +42,11 @@ _CHUNK = 1 << 20  # bytes that are read or decompressed at a time
 _APPLE_DOUBLE = b"\x00\x05\x16\x07"
 DEFLATE = 1100
 """Bytes that one compressed byte stands for at most: a header that claims more is wrong."""
+
+# A field of a header that SimpleITK reads, and limits of MetaImage, beyond which it crashes.
+_FIELD = re.compile(rb"\s*([A-Za-z ]+?)\s*[=:]([^\n]*)")
+_ITK_DIMENSIONS = 10
+_ITK_NAME = 256
 
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 # nibabel logs each repair of a header; repairs are intended here.
@@ -156,7 +162,7 @@ def volumes_in(folder: Path, pattern: str = "*") -> list[Path]:
 
 def parts_of(path: Path) -> tuple[Path, ...]:
     """All files of a volume: the file itself and, for a detached header, its voxel files."""
-    if not path.name.lower().endswith(_DETACHED):
+    if not path.name.lower().endswith(DETACHED):
         return (path,)
     beside = [
         file
@@ -300,6 +306,7 @@ def _open_itk(path: Path) -> VolumeFile:
         raise PredictionError(
             f"{path} is read by SimpleITK, which is not installed: pip install 'calib_jax[itk]'."
         ) from error
+    _check_itk_header(path)
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
@@ -320,6 +327,26 @@ def _open_itk(path: Path) -> VolumeFile:
         return voxels.transpose(*reversed(range(dims)), *range(dims, voxels.ndim))
 
     return _volume(path, shape, _LPS_TO_RAS @ affine, _dtype_of(kind), decode)
+
+
+def _check_itk_header(path: Path) -> None:
+    """Raises for headers that would crash SimpleITK, or make it read files elsewhere."""
+    with path.open("rb") as file:
+        lines = file.read(_CHUNK).split(b"\n")
+    for line in lines:
+        field = _FIELD.match(line)
+        key, value = (part.strip() for part in field.groups()) if field else (b"", b"")
+        if key == b"NDims" and not (value.isdigit() and 0 < int(value) <= _ITK_DIMENSIONS):
+            raise PredictionError(f"{path} has no number of dimensions in its header: export it again.")
+        if key == b"Name" and len(value) >= _ITK_NAME:
+            raise PredictionError(f"{path} has a name of {len(value)} characters in its header: shorten it.")
+        if key in (b"ElementDataFile", b"data file", b"datafile"):
+            if value.startswith((b"/", b"\\")) or b".." in value or value[1:2] == b":":
+                raise PredictionError(f"{path} has its voxels in another folder: convert it to .nii.gz.")
+            if key == b"ElementDataFile" and b"%" in value:
+                raise PredictionError(f"{path} has its voxels in many files: convert it to .nii.gz.")
+            if key == b"ElementDataFile":
+                return
 
 
 def _dtype_of(kind: str) -> np.dtype:

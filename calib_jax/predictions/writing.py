@@ -3,7 +3,7 @@
 import contextlib
 import gzip
 import os
-import tempfile
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +14,13 @@ import numpy as np
 from jaxtyping import Float
 from nibabel.imageglobals import LoggingOutputSuppressor
 
+from calib_jax._kept import replacing
 from calib_jax.predictions.arrays import IMAGE_ENDINGS, PAGES, ending_of
 from calib_jax.predictions.case import PredictionError
 from calib_jax.predictions.grids import affine_of
 from calib_jax.predictions.layout import Layout, Reference
 from calib_jax.predictions.values import Encoding, encode
-from calib_jax.predictions.volumes import ITK_ENDINGS
-
-_DETACHED = (".hdr", ".mhd", ".nhdr")  # headers whose voxels are in another file
+from calib_jax.predictions.volumes import DETACHED, ITK_ENDINGS
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class PredictionFile:
 
 def write_probabilities(
     path: str | os.PathLike[str], probs: Float[np.ndarray, "*spatial classes"], like: PredictionFile
-) -> None:
+) -> tuple[Path, ...]:
     """Writes probabilities in the format, dtype, order of axes, and affine of another prediction.
 
     Args:
@@ -67,6 +66,9 @@ def write_probabilities(
             the names that they have in `like`.
         probs: as in `Case.probs`.
         like: of the same case, from `Predictions.template`.
+
+    Returns:
+        The files.
 
     Raises:
         PredictionError: the shape of `probs` is another than that of the case, or the file cannot be written.
@@ -87,14 +89,16 @@ def write_probabilities(
         )
     if not one_each:
         _write(path, like.layout.to_stored(stored), like, like.files[0])
-        return
-    for index, source in enumerate(like.files):
-        target = path if index == 0 else path.with_name(source.name)
+        return (path,)
+    targets = (path, *(path.with_name(source.name) for source in like.files[1:]))
+    for index, (target, source) in enumerate(zip(targets, like.files, strict=True)):
         _write(target, like.layout.to_stored(stored[..., index : index + 1]), like, source)
+    return targets
 
 
 def write_volume(path: Path, voxels: np.ndarray, reference: Reference) -> None:
     """Writes an array on a grid, in the format that the name says: a volume, an image, or `.npy`."""
+    _check_whole(path)
     name = path.name.lower()
     with written_whole(path) as partial:
         if name.endswith(IMAGE_ENDINGS):
@@ -108,6 +112,13 @@ def write_volume(path: Path, voxels: np.ndarray, reference: Reference) -> None:
             _save_nifti(partial, voxels, reference.grid.header.copy())
 
 
+def copy_file(source: Path, target: Path) -> Path:
+    """Copies a file byte for byte, whole or not at all; returns its copy."""
+    with written_whole(target) as partial:
+        shutil.copyfile(source, partial)
+    return target
+
+
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """A temporary name with the ending of a file, which gets its own name when the context ends well.
@@ -115,17 +126,9 @@ def written_whole(path: Path) -> Iterator[Path]:
     Raises:
         PredictionError: for any exception in the context.
     """
-    partial = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(
-            suffix=ending_of(path) or path.suffix, prefix=".partial-", dir=path.parent
-        )
-        os.close(handle)
-        partial = Path(name)
-        yield partial
-        os.chmod(partial, 0o666 & ~_umask())
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            yield partial
     except (PredictionError, MemoryError):
         raise
     except OSError as error:
@@ -137,15 +140,6 @@ def written_whole(path: Path) -> Iterator[Path]:
         raise PredictionError(
             f"{path} cannot be written ({reason}): convert it to .nii.gz or .npz."
         ) from error
-    finally:
-        if partial is not None:
-            partial.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _write(path: Path, stored: np.ndarray, like: PredictionFile, source: Path) -> None:
@@ -153,10 +147,7 @@ def _write(path: Path, stored: np.ndarray, like: PredictionFile, source: Path) -
         raise PredictionError(
             f"{path} has another ending than {source.name}: keep the ending {ending_of(source)}."
         )
-    if path.name.lower().endswith(_DETACHED):
-        raise PredictionError(
-            f"{path} is one of two files, which are not written: convert it to .nii.gz or .npz."
-        )
+    _check_whole(path)
     with written_whole(path) as partial:
         if like.kind == "npz":
             _save_npz(partial, stored.astype(like.dtype), like.key)
@@ -169,6 +160,13 @@ def _write(path: Path, stored: np.ndarray, like: PredictionFile, source: Path) -
             _save_like_itk(partial, stored.astype(like.dtype), source)
         else:
             _save_like_nibabel(partial, stored, like.dtype, source)
+
+
+def _check_whole(path: Path) -> None:
+    if path.name.lower().endswith(DETACHED):
+        raise PredictionError(
+            f"{path} is one of two files, which are not written: convert it to .nii.gz or .npz."
+        )
 
 
 def _save_npz(path: Path, array: np.ndarray, key: str) -> None:

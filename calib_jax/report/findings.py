@@ -1,6 +1,5 @@
 """What a folder of predictions shows: sentences, tables and pictures from the figures of its cases."""
 
-import csv
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,13 +9,14 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from calib_jax._kept import safe_name
 from calib_jax.binning import BinStatistics
 from calib_jax.decisions import risk_coverage
 from calib_jax.report import wording
 from calib_jax.report.details import PICTURES, CasePicture, Details, Point, Section
 from calib_jax.report.gains import Gain
 from calib_jax.report.slices import class_color, panels
-from calib_jax.report.study import Study, safe_name
+from calib_jax.report.study import Study
 from calib_jax.report.table import mean_interval
 from calib_jax.results import CALIBRATION_ERRORS, ModelResult, nan_mean
 
@@ -74,14 +74,6 @@ def case_table(study: Study, results: Sequence[ModelResult], *, first_class: int
                 }
 
 
-def write_case_table(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Writes the rows as CSV; numbers keep all their digits."""
-    with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def details_of(
     study: Study,
     results: Sequence[ModelResult],
@@ -91,6 +83,7 @@ def details_of(
     first_class: int,
     label_names: Sequence[str],
     notices: Sequence[str],
+    folder: Path,
 ) -> Details:
     """Findings of a study, and the files of its pictures.
 
@@ -102,6 +95,7 @@ def details_of(
         first_class: index of the first class that is reported.
         label_names: names of the values of label maps, background first.
         notices: what a reader should know about the files.
+        folder: of the report.
     """
     sections = [
         *([_changes_by_gain(gains)] if any(gains.values()) else []),
@@ -125,7 +119,7 @@ def details_of(
             for section in sections
             if len(section.lines) > 1
         ],
-        pictures=_pictures(study, results, label_names),
+        pictures=_pictures(study, results, label_names, folder / PICTURES),
         legend={name: class_color(i) for i, name in enumerate(label_names)},
         volumes=_points(table, "true_ml", "predicted_ml"),
         expected=_points(table, "expected_dice", "dice"),
@@ -394,7 +388,8 @@ def _confidence(study: Study, results: Sequence[ModelResult], first_class: int) 
             continue
         curve = risk_coverage(pairs[:, 0], 1 - pairs[:, 1])
         surer = 1 - float(curve.risk[(len(pairs) + 1) // 2 - 1])
-        numbers = (spearmanr(*pairs.T).statistic, pairs[:, 1].mean(), surer, float(curve.area))
+        correlation: Any = spearmanr(*pairs.T)
+        numbers = (correlation.statistic, pairs[:, 1].mean(), surer, float(curve.area))
         lines.append((result.name, str(len(pairs)), *map(wording.number, numbers)))
     how = (
         "Whether the expected Dice of a case, which needs no label, tells how good its label map is: Spearman's "
@@ -436,9 +431,10 @@ def _points(table: Sequence[Mapping[str, Any]], x: str, y: str) -> list[Point]:
     return [chosen[i] for i in np.sort(keep)]
 
 
-def _pictures(study: Study, results: Sequence[ModelResult], label_names: Sequence[str]) -> list[CasePicture]:
+def _pictures(
+    study: Study, results: Sequence[ModelResult], label_names: Sequence[str], folder: Path
+) -> list[CasePicture]:
     """The worst cases and the best one of each model; their files are written."""
-    folder = study.folder / PICTURES
     folder.mkdir(parents=True, exist_ok=True)
     pictures = []
     for number, result in enumerate(results):

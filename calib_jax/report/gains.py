@@ -10,7 +10,6 @@ import functools
 import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import jax
@@ -139,7 +138,7 @@ def cross_validate_local(
             logits = np.asarray(calibrator.apply(as_logits(case.probs, regions=regions)[None], params))[0]
             probs = as_probs(logits, regions=regions)
             figures[case.name] = measure(dataclasses.replace(case, probs=probs), bins)
-    study = Study({"local": [figures[name] for name in names]}, Path(), (), 0)
+    study = Study({"local": [figures[name] for name in names]})
     all_names = [*[""] * first_class, *result.class_names]
     (after,) = results_of(study, all_names, first_class=first_class, integer_counts=bins.binning != "soft")
     rows = compare_models([result, after], resamples=2000)

@@ -5,15 +5,13 @@ sums. Sums are float64, counts are exact. `CaseFigures` is what a report keeps o
 """
 
 import dataclasses
-import os
-import zipfile
-import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
+from calib_jax._kept import load_arrays, save_arrays
 from calib_jax._sums.bins import Bins
 from calib_jax._sums.host import CHUNK, inner_edges, sums_in_bins
 
@@ -28,7 +26,6 @@ _LISTED = 1 << 23  # voxels from which a sample is drawn
 _TINY = float(np.finfo(np.float32).tiny)
 _LARGEST_SLICE = 256  # pixels
 _MARGIN = 8  # pixels around what is shown of a slice
-_FORMAT = 1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -123,28 +120,23 @@ class CaseFigures:
         arrays = {f"slice_{name}": value for name, value in vars(self.slice).items()} if self.slice else {}
         arrays |= {f"sample_{name}": value for name, value in vars(self.sample).items()}
         arrays |= {name: value for name, value in vars(self).items() if name not in ("sample", "slice")}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.partial")
-        with open(partial, "wb") as file:
-            np.savez_compressed(file, format=np.array(_FORMAT), key=np.array(key), **arrays)
-        os.replace(partial, path)
+        save_arrays(path, key, arrays)
 
     @classmethod
     def load(cls, path: Path, key: str) -> "CaseFigures | None":
         """Reads figures that `save` wrote; None if there are none, or they were computed from something else."""
+        if (arrays := load_arrays(path, key)) is None:
+            return None
+        own = ("name", "sample", "slice")
+        fields = {field.name for field in dataclasses.fields(cls)} - set(own)
         try:
-            with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
-                if int(file["format"]) != _FORMAT or str(file["key"]) != key:
-                    return None
-                own = ("name", "sample", "slice")
-                fields = {field.name for field in dataclasses.fields(cls)} - set(own)
-                return cls(
-                    name=str(file["name"]),
-                    sample=Sample(**_read(file, Sample, "sample_")),
-                    slice=Slice(**_read(file, Slice, "slice_")),
-                    **{name: _scalar(file[name]) for name in fields},
-                )
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+            return cls(
+                name=str(arrays["name"]),
+                sample=Sample(**_read(arrays, Sample, "sample_")),
+                slice=Slice(**_read(arrays, Slice, "slice_")),
+                **{name: _scalar(arrays[name]) for name in fields},
+            )
+        except KeyError:  # another version wrote it
             return None
 
     @staticmethod

@@ -4,21 +4,15 @@ Each case leaves a small file in the folder of the report. A second start uses t
 or options have changed.
 """
 
-import concurrent.futures
 import dataclasses
-import functools
-import hashlib
-import json
-import os
-import re
-import sys
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from calib_jax._case_loop import for_each_case
+from calib_jax._kept import CASES, Kept
 from calib_jax._sums.bins import Bins
 from calib_jax.binning import BinStatistics
 from calib_jax.report.measure import CaseFigures, Slice, measure
@@ -26,12 +20,6 @@ from calib_jax.results import ModelResult
 
 if TYPE_CHECKING:
     from calib_jax.predictions import Predictions
-
-Value = TypeVar("Value")
-
-CASES = "cases"
-_FAULTS = (ValueError, OSError, MemoryError, SystemError)
-_LINE_EVERY = 10.0  # seconds between lines of progress where output is no terminal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,34 +29,24 @@ class Study:
     Attributes:
         cases: figures of the readable cases of each model, in the order of their names; without slices, which
             are large.
-        folder: folder of the report.
         faults: what went wrong, one sentence for each case.
+        kept: where the figures are kept; None if they are not.
         reused: number of cases that were found measured.
     """
 
     cases: Mapping[str, Sequence[CaseFigures]]
-    folder: Path
-    faults: Sequence[str]
-    reused: int
+    faults: Sequence[str] = ()
+    kept: Kept | None = None
+    reused: int = 0
 
     def slice_of(self, model: str, name: str) -> Slice:
         """The slice of a case, from its file."""
-        return CaseFigures.load_slice(_path(self.folder, model, name))
-
-
-class Stopped(KeyboardInterrupt):
-    """Ctrl-C while cases are measured; says how many are."""
+        assert self.kept is not None
+        return CaseFigures.load_slice(self.kept.path(model, name))
 
 
 def measure_cases(
-    predictions: "Predictions",
-    bins: Bins,
-    folder: Path,
-    *,
-    options: Mapping[str, Any],
-    jobs: int = 1,
-    progress: Callable[[int, int], Any] | None = None,
-    fault: Callable[[str], Any] | None = None,
+    predictions: "Predictions", bins: Bins, folder: Path, *, options: Mapping[str, Any], jobs: int = 1
 ) -> Study:
     """Measures every case of every model.
 
@@ -78,86 +56,35 @@ def measure_cases(
         folder: folder of the report; figures of cases go to `cases/MODEL/CASE.npz` in it.
         options: what the figures depend on beside the files; JSON.
         jobs: number of threads, each of which holds a case.
-        progress: called with the number of finished cases and of all cases, from this thread.
-        fault: called with the sentence of a case that cannot be read, when it is found.
 
     Raises:
+        ValueError: no case could be read.
         Stopped: on Ctrl-C, after the cases that were being measured are kept.
     """
+    settings = [options, dataclasses.asdict(bins), list(predictions.class_names)]
+    kept = Kept(folder / CASES, settings, lambda model, name: predictions.files(name, model))
 
-    def one(model: str, name: str) -> tuple[CaseFigures, bool]:
-        path = _path(folder, model, name)
-        facts = [options, dataclasses.asdict(bins), list(predictions.class_names), model, name]
-        key = json.dumps([*facts, _versions_of(predictions.files(name, model))], sort_keys=True)
-        kept = CaseFigures.load(path, key)
-        if kept is not None:
-            return dataclasses.replace(kept, slice=None), True
+    def find(model: str, name: str) -> CaseFigures | None:
+        figures = CaseFigures.load(kept.path(model, name), kept.key(model, name))
+        return figures and dataclasses.replace(figures, slice=None)
+
+    def one(model: str, name: str) -> CaseFigures:
+        key = kept.key(model, name)  # before the files are read
         figures = measure(predictions.read(name, model), bins)
-        figures.save(path, key)
-        return dataclasses.replace(figures, slice=None), False
+        figures.save(kept.path(model, name), key)
+        return dataclasses.replace(figures, slice=None)
 
-    try:
-        found, faults = for_each_case(predictions, one, jobs=jobs, progress=progress, fault=fault)
-    except Stopped as stopped:
-        message = f"{stopped} They are kept in {folder / CASES}, and the same command goes on from there."
-        raise Stopped(message) from None
-    reused = sum(old for _, old in found.values())
-    by_model = {
-        model: [found[model, name][0] for name in predictions.case_names if (model, name) in found]
-        for model in predictions.models
-    }
-    return Study(by_model, folder, faults, reused)
+    cases = cases_of(predictions)
+    found, faults, reused = for_each_case(
+        cases, one, find=find, done="measured", place=kept.folder, jobs=jobs
+    )
+    by_model = {model: [found[case] for case in found if case[0] == model] for model in predictions.models}
+    return Study(by_model, faults, kept, reused)
 
 
-def for_each_case(
-    predictions: "Predictions",
-    work: Callable[[str, str], Value],
-    *,
-    jobs: int = 1,
-    progress: Callable[[int, int], Any] | None = None,
-    fault: Callable[[str], Any] | None = None,
-) -> tuple[dict[tuple[str, str], Value], list[str]]:
-    """Calls `work(model, case name)` for every case of every model, in threads.
-
-    Returns:
-        What `work` returned, by model and case, and a sentence for each case whose files are at fault.
-
-    Raises:
-        Stopped: on Ctrl-C, after the calls that have begun.
-    """
-    tasks = [(model, name) for name in predictions.case_names for model in predictions.models]
-    found: dict[tuple[str, str], Value] = {}
-    faults: list[str] = []
-    again: list[tuple[str, str]] = []
-
-    def take(task: tuple[str, str], result: Callable[[], Value], *, may_repeat: bool) -> None:
-        try:
-            found[task] = result()
-        except _FAULTS as error:
-            if may_repeat:
-                again.append(task)
-                return
-            faults.append(_sentence(error, *task))
-            if fault:
-                fault(faults[-1])
-
-    with concurrent.futures.ThreadPoolExecutor(jobs, "case") as pool:
-        pending = {pool.submit(work, *task): task for task in tasks}
-        try:
-            for done, future in enumerate(concurrent.futures.as_completed(pending), 1):
-                take(pending[future], future.result, may_repeat=jobs > 1)
-                if progress:
-                    progress(done, len(tasks))
-            # Some faults go away when a case is alone: too little memory, and Python 3.11's parser, which NumPy
-            # reads headers with and which may fail in threads (CPython issue 106905).
-            for task in again:
-                take(task, functools.partial(work, *task), may_repeat=False)
-        except KeyboardInterrupt:
-            pool.shutdown(cancel_futures=True)
-            ended = [future for future in pending if future.done() and not future.cancelled()]
-            kept = sum(future.exception() is None for future in ended)
-            raise Stopped(f"stopped: {kept} of {len(tasks)} cases are measured.") from None
-    return found, sorted(faults)
+def cases_of(predictions: "Predictions") -> list[tuple[str, ...]]:
+    """`(model, case)` of every case of every model; a case's label is read once for all models."""
+    return [(model, name) for name in predictions.case_names for model in predictions.models]
 
 
 def results_of(
@@ -184,76 +111,3 @@ def results_of(
 def _stacked(bins: Sequence[np.ndarray], integer_counts: bool) -> BinStatistics:
     count, prob_sum, label_sum = np.stack(bins, 1)
     return BinStatistics(count.astype(np.int64) if integer_counts else count, prob_sum, label_sum)
-
-
-def _path(folder: Path, model: str, name: str) -> Path:
-    return folder / CASES / safe_name(model) / f"{safe_name(name)}.npz"
-
-
-def safe_name(name: str) -> str:
-    """A file name without separators, unlike that of any other name.
-
-    Example:
-        >>> safe_name("../A b")
-        'A-b-da87ebe7'
-    """
-    plain = re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip("-.")[:60]
-    digest = hashlib.sha1(name.encode("utf-8", "surrogateescape"), usedforsecurity=False).hexdigest()[:8]
-    return plain if plain == name and plain else f"{plain}-{digest}".lstrip("-")
-
-
-class Progress:
-    """A progress bar on a terminal, plain lines elsewhere. Use it as a context, and call it."""
-
-    def __init__(self, stream: TextIO | None = None, noun: str = "case"):
-        self.stream, self.noun, self.bar = stream or sys.stderr, noun, None
-        self.before, self.start = time.monotonic(), time.monotonic()
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-    def __call__(self, done: int, total: int) -> None:
-        if self.stream.isatty():
-            if self.bar is None:
-                from tqdm import tqdm
-
-                self.bar = tqdm(total=total, unit=self.noun, file=self.stream, dynamic_ncols=True)
-            self.bar.update(done - self.bar.n)
-        elif done == total or time.monotonic() - self.before >= _LINE_EVERY:
-            self.before = time.monotonic()
-            print(
-                f"{done} of {total} {self.noun}s, {self.before - self.start:.0f} s",
-                file=self.stream,
-                flush=True,
-            )
-
-    def say(self, sentence: str) -> None:
-        """Prints a sentence without disturbing the bar."""
-        if self.bar is None:
-            print(sentence, file=self.stream, flush=True)
-        else:
-            self.bar.write(sentence, file=self.stream)
-
-
-def _sentence(error: BaseException, model: str, name: str) -> str:
-    """The message on one line; an exception that does not say which case it is about gets its name."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, MemoryError):
-        text = f"the case does not fit into memory ({text}): try --jobs 1, or more memory."
-    return text if name in text else f"{name} of {model}: {text}"
-
-
-def _versions_of(files: Iterable[Path]) -> list[list[Any]]:
-    """Path, size and time of change of files; a file that is missing has only its path."""
-    entries = []
-    for file in files:
-        try:
-            info = file.stat()
-            entries.append([os.fspath(file), info.st_size, info.st_mtime_ns])
-        except OSError:
-            entries.append([os.fspath(file)])
-    return entries
