@@ -40,8 +40,8 @@ def expected_dice(
 
     Example:
         >>> probs = jnp.array([[[0.9, 0.1], [0.4, 0.6], [0.2, 0.8]]])
-        >>> expected_dice(probs, jnp.array([[0, 1, 1]])).round(3).tolist()
-        [[0.72, 0.8]]
+        >>> [round(x, 3) for x in expected_dice(probs, jnp.array([[0, 1, 1]]))[0].tolist()]
+        [0.72, 0.8]
 
     References:
         Borges et al., "Soft Dice Confidence: A Near-Optimal Confidence Estimator for Selective Prediction in
@@ -73,8 +73,9 @@ def dice_thresholds(stats: BinStatistics) -> Float[Array, "*batch classes"]:
     Example:
         >>> from calib_jax import bin_statistics
         >>> probs = jnp.array([[0.95, 0.9, 0.45, 0.45, 0.45, 0.02]])[..., None]
-        >>> dice_thresholds(bin_statistics(probs, jnp.zeros((1, 6), jnp.int32), num_bins=10))
-        Array([[0.4]], dtype=float32)
+        >>> stats = bin_statistics(probs, jnp.zeros((1, 6), jnp.int32), num_bins=10)
+        >>> round(dice_thresholds(stats).item(), 3)
+        0.4
 
     References:
         Nordström et al., "On Image Segmentation With Noisy Labels: Characterization and Volume Properties of the
@@ -120,7 +121,7 @@ def risk_coverage(confidence: Float[AnyArray, "cases"], risk: Float[AnyArray, "c
 
     Example:
         >>> curve = risk_coverage(jnp.array([0.9, 0.5, 0.7]), jnp.array([0.1, 0.4, 0.1]))
-        >>> curve.risk.round(2).tolist(), round(float(curve.area), 3)
+        >>> [round(x, 3) for x in curve.risk.tolist()], round(curve.area.item(), 3)
         ([0.1, 0.1, 0.2], 0.133)
 
     References:

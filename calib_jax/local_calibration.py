@@ -5,6 +5,7 @@ them. The correction here depends on the probabilities around a voxel and, if gi
 validation cases of any model, and can keep every label.
 """
 
+import dataclasses
 import functools
 import itertools
 import warnings
@@ -41,7 +42,7 @@ from calib_jax.errors import average_calibration_error
 
 _VOXELS = 2**14  # of an image that are kept
 _STEPS = 50  # between two looks at the images that are left out
-_FOLDS = 4
+_FOLDS = 2
 _IMAGES_PER_STEP = 4
 _VOXELS_PER_STEP = 2**10  # of each image
 _LEARNING_RATE = 1e-2
@@ -72,7 +73,8 @@ def fit_local_calibration(
     Voxels are left as they are where the smoothed probability of one class exceeds 0.9999. Logits below those of
     p = exp(-12) count as these, so that logits, float32 and float16 probabilities give nearly the same fit.
 
-    The number of steps is chosen by cross-validation over the images, so that few cases are not fitted too closely.
+    Cross-validation over the images chooses the number of steps, and whether `image` is used at all, so that few
+    cases are not fitted too closely.
 
     Args:
         logits: logits or log-probabilities `[batch, *spatial, classes]` with two or three spatial axes; or, without
@@ -123,9 +125,17 @@ def fit_local_calibration(
     like = LocalCalibration.identity(batches.classes, batches.channels, keeps_labels=keeps_labels, **options)
     samples = _collect(batches, like, seed)
     everything = np.arange(len(samples.count))
-    steps, message = _cross_validated(like, samples, ace, max_steps, seed)
-    training = _training(like, samples, everything, ace, max_steps, seed)
+    candidates = [samples]
+    if batches.channels:  # images of a few patients may mislead
+        candidates.append(samples._replace(image=jnp.zeros_like(samples.image)))
+    tried = [_cross_validated(like, some, ace, max_steps, seed) for some in candidates]
+    best = int(np.argmin([likelihood for likelihood, *_ in tried]))
+    _, steps, message = tried[best]
+    training = _training(like, candidates[best], everything, ace, max_steps, seed)
     *_, params = like, *itertools.islice(training, steps // _STEPS)
+    if best == 1:
+        weights = params.weights._replace(image=jnp.zeros_like(params.weights.image))
+        params = dataclasses.replace(params, weights=weights)
     if message:
         warnings.warn(message, RuntimeWarning, stacklevel=2)
     return params
@@ -362,15 +372,20 @@ def _training(
 
 def _cross_validated(
     like: LocalCalibration, samples: _Samples, ace: float, max_steps: int, seed: int
-) -> tuple[int, str]:
-    """The number of steps after which images that were left out are most likely, and a warning or ''."""
+) -> tuple[float, int, str]:
+    """Chooses the number of steps after which images that were left out are most likely.
+
+    Returns:
+        The negative log-likelihood of these images, the number of steps, and a warning or ''.
+    """
     images = len(samples.count)
     folds = min(_FOLDS, images)
     if folds < 2:
-        return _STEPS, (
+        message = (
             "there is one image, so that none can be left out to see whether local calibration helps. The fit took "
             f"{_STEPS} steps. Fit on more cases."
         )
+        return 0.0, _STEPS, message
     before = float(_mean_losses(like, samples).mean())
     after = np.zeros((max_steps // _STEPS, images))
     for fold in range(folds):
@@ -380,11 +395,12 @@ def _cross_validated(
         ):
             after[part, left_out] = np.asarray(_mean_losses(params, samples))[left_out]
     part = int(after.mean(1).argmin())
-    found = after[part].mean()
+    found = float(after[part].mean())
     if found < before:
-        return (part + 1) * _STEPS, ""
-    return 0, (
+        return found, (part + 1) * _STEPS, ""
+    message = (
         "local calibration does not help on these cases: the mean negative log-likelihood of uncertain voxels in "
         f"images that were left out is {before:.4g} before and {found:.4g} after it. Probabilities stay as they "
         "are. Fit on more cases, and check that labels and logits belong together."
     )
+    return found, 0, message

@@ -99,11 +99,11 @@ def compare(
             )
     for seed in seeds:
         dataclasses.replace(config.training, seed=seed)  # which checks it
+    if ensembles and len(seeds) < 2:
+        raise InputError("--ensembles averages the networks of several seeds: give two or more --seeds.")
     task = open_task(config, devices)
     for loss in parsed:
         check_task_loss(task, loss)
-    if ensembles and len(seeds) < 2:
-        raise InputError("--ensembles averages the networks of several seeds: give two or more --seeds.")
     for option, wanted in (("--temperature", temperature), ("--local-calibration", local)):
         if wanted and not task.splits.val:
             raise InputError(f"{option} is fitted on validation cases, but num_val is 0: hold some back.")
