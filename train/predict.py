@@ -198,7 +198,9 @@ def _predict(
     image, placement = preprocess(
         voxels, grid.affine, intensity_range=info.intensity_range, geometry=info.geometry
     )
-    regions, probs, within = networks[0].regions, np.float32(0), np.float32(0)
+    regions = networks[0].regions
+    probs: Any = np.float32(0)
+    within: Any = np.float32(0)
     for predict in networks:
         found = placement.back(predict(image), background=not regions)
         if not np.isfinite(found).all():
