@@ -11,6 +11,15 @@ def finite_log(probs: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"
     return np.log(np.maximum(probs, _LEAST), dtype=np.float32)
 
 
+def entropy(probs: Float[np.ndarray, "*shape classes"], *, regions: bool) -> Float[np.ndarray, "*shape"]:
+    """Entropy in nats, float32: of the classes, or the sum over regions."""
+    from scipy.special import entr  # here, since its import takes long
+
+    inside = entr(np.clip(probs, 0, 1))
+    nats = inside + entr(np.clip(1 - probs, 0, 1)) if regions else inside
+    return nats.sum(-1, dtype=np.float32)
+
+
 def as_logits(
     probs: Float[np.ndarray, "*shape classes"], *, regions: bool
 ) -> Float[np.ndarray, "*shape classes"]:

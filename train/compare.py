@@ -122,18 +122,7 @@ def compare(
         folders: dict[str, Path] = {}
         for name in names:
             runs = plan.runs(folder, name)
-            evaluated = []
-            for seed, (run_config, run) in runs.items():
-                make = partial(_trained, task, plan, run_config, run, resume=resume)
-                evaluated.append(_evaluated(task, plan, name, seed, run, make, resume=resume))
-            for ending, repeats in zip(plan.endings, zip(*evaluated, strict=True), strict=True):
-                by_seed = dict(zip(runs, repeats, strict=True))
-                results.append(by_seed[""] if "" in by_seed else RepeatedResult(name + ending, by_seed))
-            if ensembles:
-                members = [run for _, run in runs.values()]
-                averaged = f"{name}~{len(members)}"
-                make = partial(_ensemble, plan, members)
-                results += _evaluated(task, plan, averaged, "", folder / slug(averaged), make, resume=resume)
+            results += _results_of_loss(task, plan, name, folder, resume=resume)
             histories[name] = _mean_history([_history(run, task) for _, run in runs.values()])
             folders |= {f"{name} {seed}".rstrip(): run for seed, (_, run) in runs.items()}
         cases = read_cases(folder)
@@ -252,6 +241,24 @@ def slug(loss: str) -> str:
         ('dice+0.5xace', 'dice+package.module-term(scale=2)')
     """
     return re.sub(r"[^\w.+=,()-]+", "-", loss.replace("*", "x"))
+
+
+def _results_of_loss(task: Task, plan: Plan, name: str, folder: Path, *, resume: bool) -> list[Result]:
+    """Trains and evaluates the networks of a loss: a result for each ending of the plan, then their ensemble's."""
+    runs = plan.runs(folder, name)
+    evaluated: list[list[ModelResult]] = []
+    for seed, (config, run) in runs.items():
+        make = partial(_trained, task, plan, config, run, resume=resume)
+        evaluated.append(_evaluated(task, plan, name, seed, run, make, resume=resume))
+    results: list[Result] = []
+    for ending, repeats in zip(plan.endings, zip(*evaluated, strict=True), strict=True):
+        by_seed = dict(zip(runs, repeats, strict=True))
+        results.append(by_seed[""] if "" in by_seed else RepeatedResult(name + ending, by_seed))
+    if plan.ensembles:
+        averaged = f"{name}~{len(runs)}"
+        make = partial(_ensemble, plan, [run for _, run in runs.values()])
+        results += _evaluated(task, plan, averaged, "", folder / slug(averaged), make, resume=resume)
+    return results
 
 
 def _trained(task: Task, plan: Plan, config: RunConfig, run: Path, *, resume: bool) -> VolumePredictor:

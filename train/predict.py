@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import nibabel as nib
 import numpy as np
 
+from calib_jax._probabilities import entropy
 from train.config import DataInfo, check_same_data
 from train.data.faults import Fault, collected, refuse
 from train.data.io import Grid, check_same_grid, read_scan
@@ -207,7 +208,7 @@ def _predict(
             raise InputError(f"the network's probabilities of {files[0]} are not finite: check its weights.")
         probs = probs + found.astype(np.float32) / len(networks)
         if "mutual_information" in kinds:
-            within = within + _entropy(found, bool(regions)) / len(networks)
+            within = within + entropy(found, regions=bool(regions)) / len(networks)
     if regions:
         label = (probs > 0.5).astype(np.uint8)
         label = label[..., 0] if len(regions) == 1 else label
@@ -215,17 +216,9 @@ def _predict(
         label = probs.argmax(-1).astype(np.min_scalar_type(probs.shape[-1] - 1))
     maps = [label, probs]
     if "entropy" in kinds:
-        entropy = _entropy(probs, bool(regions))
-        maps += [entropy, np.maximum(entropy - within, 0)][: len(kinds) - 2]
+        total = entropy(probs, regions=bool(regions))
+        maps += [total, np.maximum(total - within, 0)][: len(kinds) - 2]
     return [_volume(each, grid, description) for each in maps]
-
-
-def _entropy(probs: np.ndarray, regions: bool) -> np.ndarray:
-    """Entropy of each voxel in nats: of its classes, or the sum over its regions."""
-    from scipy.special import entr  # here, since its import takes long
-
-    nats = entr(np.clip(probs, 0, 1))
-    return ((nats + entr(np.clip(1 - probs, 0, 1))) if regions else nats).sum(-1, dtype=np.float32)
 
 
 def _volume(voxels: np.ndarray, grid: Grid, description: str) -> nib.Nifti1Image:

@@ -224,7 +224,7 @@ def _make_gradients(
         values, d_logits = loss(logits, labels, ace_scale)
         (grads,) = pull_back(d_logits)
         grads = jax.tree.map(lambda grad: grad.astype(jnp.promote_types(grad.dtype, jnp.float32)), grads)
-        if mesh:
+        if mesh is not None:
             grads = lax.with_sharding_constraint(grads, weight_shardings(grads, mesh))
         return grads, values, after
 

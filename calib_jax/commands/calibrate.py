@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calib_jax._notes import warnings_as_notes
-from calib_jax._probabilities import as_logits, as_probs, finite_log
+from calib_jax._probabilities import as_logits, as_probs, entropy, finite_log
 from calib_jax.commands import options as shared
 from calib_jax.commands._calibration import METHODS, Calibration
 
@@ -226,12 +226,12 @@ def _apply(options: argparse.Namespace) -> int:
             raise PredictionError(f"{template.files[0]} gets probabilities that are not finite: fit again.")
         written += write_probabilities(path, probs, template)
         if options.uncertainty:
-            entropy = _entropy(probs, regions=calibration.regions)
+            nats = np.concatenate([entropy(x, regions=calibration.regions) for x, _ in _slabs(probs)])
             ending = (
-                ".nii.gz" if template.reference.grid is not None else ".tif" if entropy.ndim == 2 else ".npy"
+                ".nii.gz" if template.reference.grid is not None else ".tif" if nats.ndim == 2 else ".npy"
             )
             target = path.with_name(f"{case_name(path) or path.parent.name}{UNCERTAINTY}{ending}")
-            write_volume(target, entropy, template.reference)
+            write_volume(target, nats, template.reference)
             written.append(target)
         return written
 
@@ -322,19 +322,6 @@ def _calibrate_locally(probs: Any, calibration: Calibration, image: Any) -> None
     calibrated = np.asarray(CALIBRATORS[calibration.method].apply(logits, params, **options))[0]
     for (slab, _), (new, _) in zip(_slabs(probs), _slabs(calibrated), strict=True):
         slab[...] = as_probs(new, regions=calibration.regions)
-
-
-def _entropy(probs: Any, *, regions: bool) -> Any:
-    """Entropy of each voxel in nats: of its classes, or the sum over its regions."""
-    import numpy as np
-
-    entropy = np.empty(probs.shape[:-1], np.float32)
-    for (slab, _), (to, _) in zip(_slabs(probs), _slabs(entropy[..., None]), strict=True):
-        nats = -slab * finite_log(slab)
-        if regions:
-            nats -= (1 - slab) * finite_log(1 - slab)
-        to[..., 0] = nats.sum(-1)
-    return entropy
 
 
 def _slabs(array: Any) -> Iterator[tuple[Any, int]]:
