@@ -19,6 +19,10 @@ _AGAIN = (
 )
 
 
+# One function object, so that JAX traces it once for each set of shapes.
+_check = functools.partial(as_inputs, probs_name="logits", per_voxel=True)
+
+
 class Batches:
     """An iterable of `(logits, labels, where)`, or `with_images` of `(logits, labels, where, image)`.
 
@@ -75,8 +79,7 @@ class Batches:
         arrays: Any = (x if x is None or isinstance(x, jax.Array) else np.asarray(x) for x in filled)
         logits, labels, where, *image = arrays
         # Shapes alone: conversion to JAX arrays would compile a program for each of them.
-        check = functools.partial(as_inputs, probs_name="logits", per_voxel=True)
-        jax.eval_shape(check, logits, labels, where)
+        jax.eval_shape(_check, logits, labels, where)
         if logits.shape[-1] < self._least_classes:
             raise ValueError(
                 f"logits must have at least two classes for a softmax; got shape {logits.shape}."

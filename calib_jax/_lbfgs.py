@@ -1,7 +1,8 @@
 """L-BFGS for objectives that Python evaluates, such as a loop over the files of a data set.
 
 The directions are those of `optax.scale_by_lbfgs`. The line search is here: `optax.lbfgs` and
-`jax.scipy.optimize.minimize` search inside a compiled program, which cannot read files.
+`jax.scipy.optimize.minimize` search inside a compiled program, which cannot read files. Parameters are NumPy
+arrays, since JAX would compile a program for every sum of two of them.
 """
 
 import functools
@@ -9,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from calib_jax._checks import check_number, check_size
 
@@ -24,7 +25,7 @@ class Evaluation(NamedTuple):
 
     Attributes:
         value: the objective.
-        gradient: its gradient, a pytree like the parameters, float32.
+        gradient: its gradient, a pytree like the parameters, float32, on the host.
     """
 
     value: float
@@ -37,7 +38,7 @@ def minimise(
     """Minimises `objective`, at least to its value at `start`.
 
     Args:
-        objective: function of a pytree of float32 arrays.
+        objective: function of a pytree of float32 arrays, which are on the host.
         start: the first parameters.
         tolerance: the search ends where no component of the gradient exceeds it.
         max_steps: number of steps after which the search ends anyway.
@@ -74,11 +75,9 @@ def _line_search(
     Near the minimum, rounding hides the decrease. There the slope must not have turned (Hager and Zhang, "A New
     Conjugate Gradient Method with Guaranteed Descent and an Efficient Line Search", 2005).
     """
-    import optax
-
     length, slope = min(1.0, _LONGEST_STEP / _largest(direction)), _dot(direction, here.gradient)
     for _ in range(_HALVINGS):
-        there = optax.tree.add_scale(params, -length, direction)
+        there = _moved(params, direction, np.float32(length))
         evaluation = objective(there)
         gained, left = here.value - evaluation.value, _dot(direction, evaluation.gradient)
         if gained >= _SUFFICIENT * length * slope and gained > _ROUNDING * here.value:
@@ -95,29 +94,34 @@ def _lbfgs() -> tuple[Callable[..., Any], Callable[..., Any]]:
     import optax
 
     lbfgs = optax.scale_by_lbfgs()
-    return lbfgs.init, jax.jit(lbfgs.update)
+    return jax.jit(lbfgs.init), jax.jit(lbfgs.update)
 
 
 def _fresh_state(params: Any) -> Any:
     state = _lbfgs()[0](params)
-    return state._replace(weights_memory=state.weights_memory.astype(jnp.float32))  # float64 under x64
+    return state._replace(weights_memory=np.asarray(state.weights_memory, np.float32))  # float64 under x64
 
 
 def _next_direction(gradient: Any, state: Any, params: Any) -> tuple[Any, Any]:
     with jax.numpy_dtype_promotion("standard"):  # under x64, optax adds an int64 to an int32
-        return _lbfgs()[1](gradient, state, params)
+        direction, state = _lbfgs()[1](gradient, state, params)
+    return jax.device_get(direction), state
 
 
 def _downhill(gradient: Any, params: Any) -> tuple[Any, Any]:
     """The gradient, of length one, and a state that remembers nothing but this point."""
     length = _dot(gradient, gradient) ** 0.5
     _, state = _next_direction(gradient, _fresh_state(params), params)
-    return jax.tree.map(lambda x: x / length, gradient), state
+    return jax.tree.map(lambda x: x / np.float32(length), gradient), state
+
+
+def _moved(params: Any, direction: Any, length: np.float32) -> Any:
+    return jax.tree.map(lambda x, along: x - length * along, params, direction)
 
 
 def _dot(a: Any, b: Any) -> float:
-    return sum(float(jnp.vdot(x, y)) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    return sum(float(np.vdot(x, y)) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
 def _largest(x: Any) -> float:
-    return max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(x))
+    return max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(x))

@@ -26,14 +26,15 @@ class Objective:
         batches: the validation set.
         scaled: function from float32 logits and parameters to scaled logits. It is a key of the compiled programs,
             so define it at module level.
+        with_facts: whether the first pass also looks for `facts`, another program to compile.
 
     Attributes:
         facts: what the first pass found, `_Facts`.
         counted: number of voxels that the first pass counted.
     """
 
-    def __init__(self, batches: Batches, scaled: Callable[[Array, Any], Array]):
-        self.batches, self.scaled = batches, scaled
+    def __init__(self, batches: Batches, scaled: Callable[[Array, Any], Array], *, with_facts: bool = False):
+        self.batches, self.scaled, self.with_facts = batches, scaled, with_facts
         self.facts: Any = None
         self.counted: Any = None
 
@@ -49,7 +50,7 @@ class Objective:
                 )
             totals = [total + _over_images(pair) for total, pair in zip(totals, sums, strict=True)]
             count += int(voxels.sum())
-            if self.counted is None:
+            if self.counted is None and self.with_facts:
                 found = _batch_facts(params, *arrays, scaled=self.scaled)
                 self.facts = found if self.facts is None else self.facts.merge(found)
         if self.counted not in (None, count):
@@ -62,7 +63,7 @@ class Objective:
         self.counted = count
         loss, *slopes = (total / count for total in totals)
         leaves, treedef = jax.tree.flatten(params)
-        gradient = [jnp.asarray(x, jnp.float32).reshape(y.shape) for x, y in zip(slopes, leaves, strict=True)]
+        gradient = [np.asarray(x, np.float32).reshape(y.shape) for x, y in zip(slopes, leaves, strict=True)]
         return Evaluation(float(loss), treedef.unflatten(gradient))
 
     def spread(self) -> float:

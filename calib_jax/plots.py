@@ -201,7 +201,7 @@ def histogram_share(
 ) -> Float[np.ndarray, "bins bins"]:
     """Share of images in each cell of `reliability_histogram`: `[frequency bin, probability bin]`."""
     flat = _one_class(_chosen(stats, class_index))
-    return np.asarray(reliability.reliability_histogram(flat), np.float64)[0] / max(flat.count.shape[0], 1)
+    return np.asarray(_histogram(flat), np.float64)[0] / max(flat.count.shape[0], 1)
 
 
 def style_colorbar(bar: Any) -> None:
@@ -412,7 +412,9 @@ def _pooled_curve(chosen: BinStatistics) -> tuple[np.ndarray, np.ndarray, np.nda
     return prob, frequency, count
 
 
+# A program each, since JAX would compile one for each of their operations.
 _band = jax.jit(reliability.reliability_band, static_argnames="level")
+_histogram = jax.jit(reliability.reliability_histogram)
 
 
 def _mark_widest_gap(ax: Axes, prob: np.ndarray, frequency: np.ndarray) -> None:

@@ -105,9 +105,9 @@ def fit_temperature(
         Ding et al., "Local Temperature Scaling for Probability Calibration", ICCV 2021.
     """
 
-    objective = Objective(Batches(logits, labels, where), _over_temperature)
-    log_temperature, end, unfinished = minimise(objective, jnp.zeros((), jnp.float32), tolerance, max_steps)
-    temperature = jnp.exp(log_temperature)
+    objective = Objective(Batches(logits, labels, where), _over_temperature, with_facts=True)
+    log_temperature, end, unfinished = minimise(objective, np.zeros((), np.float32), tolerance, max_steps)
+    temperature = jnp.exp(jnp.asarray(log_temperature))
     without = _without_best_temperature(objective, float(temperature), end)
     if message := without or unfinished:
         warnings.warn(message, RuntimeWarning, stacklevel=2)
@@ -155,14 +155,14 @@ def fit_vector_scaling(
         Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
     """
     batches = Batches(logits, labels, where)
-    objective = Objective(batches, _scaled_by_class)
-    start = VectorScaling(*(jnp.full(batches.classes, x, jnp.float32) for x in (1, 0)))
+    objective = Objective(batches, _scaled_by_class, with_facts=True)
+    start = VectorScaling(*(np.full(batches.classes, x, np.float32) for x in (1, 0)))
     params, end, unfinished = minimise(objective, start, tolerance, max_steps)
     without = _without_best_scaling(objective, params, end, tolerance)
     if message := without or unfinished:
         warnings.warn(message, RuntimeWarning, stacklevel=2)
     params = params._replace(bias=params.bias - params.bias.mean())
-    return jax.tree.map(lambda x: jnp.clip(x, -_FURTHEST, _FURTHEST), params) if without else params
+    return _float32(jax.tree.map(lambda x: np.clip(x, -_FURTHEST, _FURTHEST), params) if without else params)
 
 
 def fit_class_temperature(
@@ -203,11 +203,11 @@ def fit_class_temperature(
     """
     batches = Batches(logits, labels, where)
     objective = _with_penalty(Objective(batches, _over_class_temperature), _sum_of_squares)
-    start = jnp.zeros(batches.classes, jnp.float32)
+    start = np.zeros(batches.classes, np.float32)
     log_temperature, _, unfinished = minimise(objective, start, tolerance, max_steps)
     if unfinished:
         warnings.warn(unfinished, RuntimeWarning, stacklevel=2)
-    return jnp.exp(log_temperature)
+    return jnp.exp(jnp.asarray(log_temperature))
 
 
 def fit_dirichlet(
@@ -248,11 +248,11 @@ def fit_dirichlet(
     """
     batches = Batches(logits, labels, where)
     objective = _with_penalty(Objective(batches, _by_matrix), _off_diagonal)
-    start = DirichletCalibration(jnp.eye(batches.classes), jnp.zeros(batches.classes))
-    params, _, unfinished = minimise(objective, _float32(start), tolerance, max_steps)
+    start = DirichletCalibration(*(make(batches.classes, dtype=np.float32) for make in (np.eye, np.zeros)))
+    params, _, unfinished = minimise(objective, start, tolerance, max_steps)
     if unfinished:
         warnings.warn(unfinished, RuntimeWarning, stacklevel=2)
-    return params
+    return _float32(params)
 
 
 def apply_temperature(
@@ -416,20 +416,24 @@ def _by_matrix(logits: Array, params: DirichletCalibration) -> Array:
 
 
 def _with_penalty(
-    objective: Callable[[Any], Evaluation], penalty: Callable[[Any], Array]
+    objective: Callable[[Any], Evaluation], penalty: Callable[[Any], tuple[Array, Any]]
 ) -> Callable[[Any], Evaluation]:
     def penalised(params: Any) -> Evaluation:
-        value, slope = jax.value_and_grad(penalty)(params)
+        value, slope = jax.device_get(penalty(params))
         found = objective(params)
-        return Evaluation(found.value + float(value), jax.tree.map(jnp.add, found.gradient, slope))
+        return Evaluation(found.value + float(value), jax.tree.map(np.add, found.gradient, slope))
 
     return penalised
 
 
+@jax.jit
+@jax.value_and_grad
 def _sum_of_squares(log_temperature: Array) -> Array:
     return _PENALTY * jnp.sum(log_temperature**2)
 
 
+@jax.jit
+@jax.value_and_grad
 def _off_diagonal(params: DirichletCalibration) -> Array:
     off = params.weight * (1 - jnp.eye(len(params.bias), dtype=jnp.float32))
     return _PENALTY * (jnp.sum(off**2) + jnp.sum(params.bias**2))

@@ -5,7 +5,9 @@ import contextlib
 import json
 import shlex
 import sys
+import warnings
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,7 +94,9 @@ def _write(options: argparse.Namespace, predictions: Any, study: "Study") -> Non
     from calib_jax._case_loop import Progress
     from calib_jax._sums.bins import Bins
     from calib_jax.report import compare_models, findings, format_table, write_report
+    from calib_jax.report.archive import ReportInputs
     from calib_jax.report.gains import cross_validate, cross_validate_local
+    from calib_jax.report.page import draw_figures
     from calib_jax.report.study import results_of
     from calib_jax.results import write_rows
 
@@ -102,15 +106,20 @@ def _write(options: argparse.Namespace, predictions: Any, study: "Study") -> Non
     results = results_of(study, names, first_class=first, integer_counts=options.binning != "soft")
     shown = [result.name for result in results]
     baseline = options.baseline if options.baseline in shown else shown[0]
-    rows = compare_models(results, baseline=baseline)
     table = list(findings.case_table(study, results, first_class=first))
     write_rows(options.out / "cases.csv", list(table[0]), table)
-    gains = {
-        result.name: cross_validate(
-            study.cases[result.name], result, bins, first_class=first, regions=regions
-        )
-        for result in results
-    }
+    inputs = ReportInputs(tuple(results), "", {}, {}, None, baseline, details=findings.points_of(table))
+    # Beside the calibrators, whose compilation leaves a core free. Both threads change which warnings are shown.
+    with warnings.catch_warnings(), ThreadPoolExecutor(1) as beside:
+        drawing = beside.submit(draw_figures, inputs, options.out)
+        rows = compare_models(results, baseline=baseline)
+        gains = {
+            result.name: cross_validate(
+                study.cases[result.name], result, bins, first_class=first, regions=regions
+            )
+            for result in results
+        }
+        drawing.exception()  # waits
     if options.local:
         with Progress(noun="read case") as progress:
             for result in results:
@@ -135,6 +144,7 @@ def _write(options: argparse.Namespace, predictions: Any, study: "Study") -> Non
         baseline=baseline,
         rows=rows,
         details=details,
+        drawn=drawing.result,
         provenance={"command": _command(), **_settings(options, names, regions), **_versions()},
     )
     print(format_table(rows, per_class=True))

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Float
 
@@ -104,7 +105,8 @@ def details_of(
         _look_first(study, results, first_class),
         _confidence(study, results, first_class),
     ]
-    return Details(
+    return dataclasses.replace(
+        points_of(table),
         headline=_headline(results[0]) if len(results) == 1 else "",
         summary={
             result.name: list(
@@ -121,8 +123,13 @@ def details_of(
         ],
         pictures=_pictures(study, results, label_names, folder / PICTURES),
         legend={name: class_color(i) for i, name in enumerate(label_names)},
-        volumes=_points(table, "true_ml", "predicted_ml"),
-        expected=_points(table, "expected_dice", "dice"),
+    )
+
+
+def points_of(table: Sequence[Mapping[str, Any]]) -> Details:
+    """Those details that are drawn, from rows of `case_table`."""
+    return Details(
+        volumes=_points(table, "true_ml", "predicted_ml"), expected=_points(table, "expected_dice", "dice")
     )
 
 
@@ -386,7 +393,7 @@ def _confidence(study: Study, results: Sequence[ModelResult], first_class: int) 
         pairs = np.array([pair for pair in zip(expected, dice, strict=True) if np.isfinite(pair).all()])
         if len(pairs) < _FEWEST_RANKED or (np.ptp(pairs, 0) == 0).any():
             continue
-        curve = risk_coverage(pairs[:, 0], 1 - pairs[:, 1])
+        curve = jax.jit(risk_coverage)(pairs[:, 0], 1 - pairs[:, 1])
         surer = 1 - float(curve.risk[(len(pairs) + 1) // 2 - 1])
         correlation: Any = spearmanr(*pairs.T)
         numbers = (correlation.statistic, pairs[:, 1].mean(), surer, float(curve.area))

@@ -380,8 +380,8 @@ def _sample(voxels: _Voxels, sums: _Sums) -> Sample:
             stratum = stratum & voxels.where
         size = int(np.count_nonzero(stratum))
         step = max(size // _LISTED, 1)  # the indices of all voxels of a large volume need gigabytes
-        members = np.flatnonzero(stratum[::step]) * step
-        drawn = members[_drawn(rng, members.size, min(number, most))]
+        members = np.flatnonzero(stratum[::step])
+        drawn = members[_drawn(rng, members.size, min(number, most))] * step
         picked.append(drawn)
         weights.append(np.full(drawn.size, size / max(drawn.size, 1)))
     index = np.concatenate(picked)

@@ -1,11 +1,12 @@
 """The report as one self-contained HTML page, with its figures, tables and inputs beside it."""
 
 import base64
+import functools
 import json
 import math
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from calib_jax.report.archive import ReportInputs, Table
 from calib_jax.report.details import CasePicture, Details
 from calib_jax.report.table import ModelRow, check_comparable, compare_models, to_json, write_csv
 from calib_jax.results import HIGHER_IS_BETTER, METRICS, SCORES, History, Result
+
+Figures = dict[str, list[dict[str, str]]]
 
 _WORST = 10
 _WORST_METRICS = ("ACE", "MCE", "Dice")
@@ -33,6 +36,7 @@ def write_report(
     tables: Mapping[str, Table] | None = None,
     rows: Sequence[ModelRow] | None = None,
     details: Details | None = None,
+    drawn: Callable[[], Figures] | None = None,
 ) -> Path:
     """Writes a report that compares models on a data set.
 
@@ -55,6 +59,7 @@ def write_report(
         rows: return value of `compare_models` for the same `results`, `baseline` and `reference`, to save the
             time of computing it again; None computes it.
         details: findings, further tables and pictures of cases, whose files lie in the folder already.
+        drawn: function that returns what `draw_figures` returned, such as the `result` of a future; None draws.
 
     Returns:
         Path of `index.html`.
@@ -82,18 +87,24 @@ def write_report(
         archive.save_inputs(folder, inputs, to_json(rows))
         write_csv(rows, folder / "metrics.csv")
     page = folder / "index.html"
-    html = render(inputs, rows, folder)
+    html = render(inputs, rows, folder, drawn)
     page.write_text(html, encoding="utf-8", errors="backslashreplace")  # a file name may hold surrogates
     return page
 
 
-def render(inputs: ReportInputs, rows: Sequence[ModelRow], folder: Path) -> str:
+def render(
+    inputs: ReportInputs,
+    rows: Sequence[ModelRow],
+    folder: Path,
+    drawn: Callable[[], Figures] | None = None,
+) -> str:
     """The page as a string of HTML.
 
     Args:
         inputs: arguments of `write_report`.
         rows: the table, from `compare_models`.
         folder: folder of the report, to which every figure is also saved.
+        drawn: see `write_report`.
     """
     import jinja2
 
@@ -115,7 +126,7 @@ def render(inputs: ReportInputs, rows: Sequence[ModelRow], folder: Path) -> str:
         tiles=[_tile(name, base, best) for name in METRICS],
         rows=rows,
         leaders=_leaders(rows),
-        figures=_drawn(inputs, folder / "figures"),
+        figures=_if_it_succeeds(drawn or functools.partial(draw_figures, inputs, folder)),
         details=inputs.details,
         pictures=_pictures(inputs.details, folder),
         same_in_classes=_same_in_classes(rows),
@@ -162,23 +173,28 @@ def _same_in_classes(rows: Sequence[ModelRow]) -> set[str]:
     }
 
 
-def _drawn(inputs: ReportInputs, figure_folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """The figures by kind, each with its picture as a data URI."""
-    drawn: dict[str, list[dict[str, Any]]] = {}
-    try:
-        from calib_jax.report import figures
+def draw_figures(inputs: ReportInputs, folder: Path) -> Figures:
+    """Draws the figures of a report into `folder/figures`, and returns them by kind, with pictures as data URIs."""
+    from calib_jax.report import figures
 
-        for figure in figures.report_figures(inputs):
-            uri = figures.draw(figure, figure_folder, save_svg=inputs.details is not None)
-            entry = {"title": figure.title, "alt": figure.alt, "uri": uri}
-            drawn.setdefault(figure.name.partition("-")[0], []).append(entry)
+    drawn: Figures = {}
+    for figure in figures.report_figures(inputs):
+        uri = figures.draw(figure, folder / "figures", save_svg=inputs.details is not None)
+        entry = {"title": figure.title, "alt": figure.alt, "uri": uri}
+        drawn.setdefault(figure.name.partition("-")[0], []).append(entry)
+    return drawn
+
+
+def _if_it_succeeds(draw: Callable[[], Figures]) -> Figures:
+    try:
+        return draw()
     except OSError:  # such as a full disk
         raise
     except Exception as error:  # a failure to draw must not cost the numbers, which took hours
         warnings.warn(
             f"the page lacks figures: matplotlib failed with {error!r}.", RuntimeWarning, stacklevel=4
         )
-    return drawn
+        return {}
 
 
 def _tile(metric: str, base: ModelRow, best: ModelRow) -> dict[str, Any]:
