@@ -19,7 +19,13 @@ from calib_jax.alternatives import (
 from calib_jax.binning import BinStatistics, bin_edges, bin_index, bin_statistics
 from calib_jax.bootstrap import bootstrap_interval
 from calib_jax.calibrators import CALIBRATORS
-from calib_jax.decisions import RiskCoverage, dice_thresholds, expected_dice, risk_coverage
+from calib_jax.decisions import (
+    RiskCoverage,
+    dice_thresholds,
+    expected_dice,
+    risk_coverage,
+    volume_interval,
+)
 from calib_jax.errors import (
     average_calibration_error,
     debiased_calibration_error,
@@ -102,5 +108,6 @@ __all__ = [
     "segmentation_loss_parts",
     "spatially_varying_label_smoothing_loss",
     "top_label_statistics",
+    "volume_interval",
 ]
 __version__ = "0.1.0"

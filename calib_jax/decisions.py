@@ -1,11 +1,12 @@
-"""What calibrated probabilities say without any label: expected Dice, thresholds, and which cases to check."""
+"""What calibrated probabilities say without a label: expected Dice and volume, thresholds, which cases to check."""
 
+import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
-from calib_jax._checks import AnyArray, Probs, as_inputs
+from calib_jax._checks import AnyArray, Probs, as_inputs, check_number
 from calib_jax._eager import compiled, nan_where_undefined
 from calib_jax._labels import one_hot
 from calib_jax._sums.voxels import sum_voxels
@@ -92,6 +93,66 @@ def dice_thresholds(stats: BinStatistics) -> Float[Array, "*batch classes"]:
     downwards = jnp.asarray(bin_edges(stats.num_bins)[-2::-1])  # of equal thresholds the highest
     best = downwards[jnp.argmax(jnp.flip(jnp.nan_to_num(expected), -1), -1)]
     return jnp.where(predicted[..., 0] > 0, best, jnp.nan)
+
+
+def volume_interval(
+    expected: Float[AnyArray, "*shape"],
+    labelled_expected: Float[AnyArray, "cases"],
+    labelled_true: Float[AnyArray, "cases"],
+    *,
+    level: float = 0.9,
+) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
+    r"""Interval that holds the true volume of a class in a new case.
+
+    The expected volume is the sum of the probabilities. In cases with labels the true volume is a multiple of it,
+    :math:`r_1 \le \dots \le r_n` in order. The interval is the expected volume times
+    :math:`r_{\lfloor (n + 1)(1 - l) / 2 \rfloor}` to times :math:`r_{\lceil (n + 1)(1 + l) / 2 \rceil}` at level l.
+    If new cases are like those with labels, it holds the true volume in at least this share of them, whatever the
+    model. The better the probabilities, the narrower the interval.
+
+    Args:
+        expected: expected volumes of new cases, in any unit.
+        labelled_expected: expected volumes, at least one voxel each, of cases that the probabilities were neither
+            trained nor calibrated on.
+        labelled_true: their true volumes.
+        level: share of cases that the interval is to hold.
+
+    Returns:
+        `(low, high)`, of the shape of `expected`.
+
+    Raises:
+        ValueError: if shapes do not fit, or `level` needs more cases: 19 for 0.9, 39 for 0.95.
+
+    Example:
+        >>> expected, true = jnp.full(19, 10.0), jnp.arange(1.0, 20.0)  # in truth 0.1 to 1.9 times as large
+        >>> low, high = volume_interval(jnp.array([20.0]), expected, true)
+        >>> round(low.item(), 3), round(high.item(), 3)
+        (2.0, 38.0)
+
+    References:
+        Lei et al., "Distribution-Free Predictive Inference for Regression", JASA 2018.
+    """
+    check_number("level", level, 0.0, 1.0)
+    labelled_expected, labelled_true = (
+        jnp.asarray(x, jnp.float32) for x in (labelled_expected, labelled_true)
+    )
+    if labelled_expected.ndim != 1 or labelled_expected.shape != labelled_true.shape:
+        raise ValueError(
+            "labelled_expected and labelled_true must have one volume for each case; got "
+            f"{labelled_expected.shape} and {labelled_true.shape}."
+        )
+    cases = len(labelled_expected)
+    # Rounding must not ask for one case more.
+    low, high = (
+        math.floor((cases + 1) * (1 - level) / 2 + 1e-9),
+        math.ceil((cases + 1) * (1 + level) / 2 - 1e-9),
+    )
+    if low < 1:
+        needed = math.ceil(2 / (1 - level) - 1e-9) - 1 if level < 1 else math.inf
+        raise ValueError(f"level {level} needs {needed} cases with labels; got {cases}: lower it.")
+    ratios = jnp.sort(labelled_true / labelled_expected)
+    expected = jnp.asarray(expected, jnp.float32)
+    return expected * ratios[low - 1], expected * ratios[high - 1]
 
 
 class RiskCoverage(NamedTuple):

@@ -75,3 +75,29 @@ def test_risk_coverage():
     np.testing.assert_allclose(perfect.coverage, np.arange(1, 31) / 30, rtol=1e-6)
     with pytest.raises(ValueError, match="one number for each case"):
         calib_jax.risk_coverage(risk, risk[:-1])
+
+
+def test_volume_interval_holds_new_cases_as_often_as_its_level_says():
+    rng = np.random.default_rng(0)
+    expected = rng.uniform(1, 9, (2000, 40)).astype(np.float32)
+    true = expected * rng.lognormal(0.2, 0.3, expected.shape).astype(np.float32)  # 20% larger than expected
+    find = jax.jit(jax.vmap(lambda *volumes: calib_jax.volume_interval(*volumes, level=0.8)))
+    low, high = find(expected[:, 0], expected[:, 1:], true[:, 1:])
+    held = (low <= true[:, 0]) & (true[:, 0] <= high)
+    np.testing.assert_allclose(held.mean(), 0.8, atol=0.03)  # three standard errors are 0.027
+    np.testing.assert_allclose((low > true[:, 0]).mean(), 0.1, atol=0.025)
+
+
+@pytest.mark.parametrize(("cases", "level", "needed"), [(18, 0.9, "19"), (38, 0.95, "39"), (50, 1.0, "inf")])
+def test_volume_interval_says_how_many_cases_a_level_needs(cases, level, needed):
+    ones = jnp.ones(cases)
+    with pytest.raises(ValueError, match=f"needs {needed} cases with labels; got {cases}"):
+        calib_jax.volume_interval(ones, ones, ones, level=level)
+    if level < 1:
+        more = jnp.ones(cases + 1)
+        assert calib_jax.volume_interval(ones, more, more, level=level)[0].shape == (cases,)
+
+
+def test_volume_interval_refuses_volumes_of_other_cases():
+    with pytest.raises(ValueError, match="one volume for each case"):
+        calib_jax.volume_interval(jnp.ones(3), jnp.ones(20), jnp.ones(19))

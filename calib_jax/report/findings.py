@@ -1,6 +1,7 @@
 """What a folder of predictions shows: sentences, tables and pictures from the figures of its cases."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from jaxtyping import Float
 
 from calib_jax._kept import safe_name
 from calib_jax.binning import BinStatistics
-from calib_jax.decisions import risk_coverage
+from calib_jax.decisions import risk_coverage, volume_interval
 from calib_jax.report import wording
 from calib_jax.report.details import PICTURES, CasePicture, Details, Point, Section
 from calib_jax.report.gains import Gain
@@ -27,6 +28,8 @@ _FEWEST_RANKED = 5  # cases with a rank correlation
 _FIRST = 15  # rows of the cases to look at first
 _QUOTED = (0.05, 0.2), (0.8, 0.95)  # ranges of probability, of which the summary quotes the worse one
 _WORTH_IT = 0.1  # a smaller change of ACE and NLL is called little
+_LEVEL = 0.9  # of the interval of a volume
+_FEWEST_IN_INTERVAL = 20  # cases: one of them is left out
 _ALIKE = 0.1  # classes whose ACE differs by less than this share are called alike
 _FEWEST_QUOTED = 100  # voxels in such a range
 
@@ -346,7 +349,10 @@ def _near_and_away(results: Sequence[ModelResult]) -> Section:
 
 def _volumes(results: Sequence[ModelResult], table: Sequence[Mapping[str, Any]]) -> Section:
     volumes = ("True (ml)", "Predicted (ml)", "Expected (ml)")
-    lines: list[Sequence[str]] = [("Model", "Class", *volumes, "Predicted − true", "95% of cases within")]
+    interval = f"{_LEVEL:.0%} interval", "It holds"
+    lines: list[Sequence[str]] = [
+        ("Model", "Class", *volumes, "Predicted − true", "95% of cases within", *interval)
+    ]
     for result in results:
         for class_name in result.class_names:
             rows = [row for row in table if (row["model"], row["class"]) == (result.name, class_name)]
@@ -363,10 +369,31 @@ def _volumes(results: Sequence[ModelResult], table: Sequence[Mapping[str, Any]])
                     *(f"{x.mean():.4g}" for x in (true, predicted, expected)),
                     wording.signed_percent(float(relative)),
                     "n/a" if math.isnan(ends[0]) else f"{_signed(ends[0])} to {_signed(ends[1])} ml",
+                    *_volume_interval(expected, true),
                 )
             )
-    how = "Means over cases. The expected volume is the sum of the probabilities; it should be right on average."
+    how = (
+        "Means over cases. The expected volume is the sum of the probabilities; it should be right on average. The "
+        "interval is around the expected volume and is meant to hold the true one of a new case; it comes from the "
+        "ratios of true to expected volume. Whether it holds a case is judged with the interval of all other cases."
+    )
     return Section("Volumes", how, lines, "volumes")
+
+
+def _volume_interval(expected: np.ndarray, true: np.ndarray) -> tuple[str, str]:
+    """The interval relative to the expected volume, and the share of cases that hold in the others' interval."""
+    expected, true = (x[expected > 0].astype(np.float32) for x in (expected, true))
+    cases = len(expected)
+    if cases < _FEWEST_IN_INTERVAL:
+        return "n/a", "n/a"
+    find = jax.jit(functools.partial(volume_interval, level=_LEVEL))
+    ends = find(np.ones(1, np.float32), expected, true)
+    others = [np.delete(np.arange(cases), i) for i in range(cases)]
+    low, high = np.array([find(expected[i : i + 1], expected[o], true[o]) for i, o in enumerate(others)])[
+        ..., 0
+    ].T
+    words = " to ".join(wording.signed_percent(float(end[0]) - 1) for end in ends)
+    return words, wording.percent(float(np.mean((low <= true) & (true <= high))))
 
 
 def _signed(x: float) -> str:
