@@ -16,6 +16,7 @@ COMMANDS: Final[Mapping[str, str]] = {
     "report": "how far to trust predictions: a page, tables and figures",
     "calibrate": "fit a calibrator to a folder of predictions, apply it to another",
     "ensemble": "average the predictions of several models or folds",
+    "triage": "which cases to look at first, without labels",
     "sweep": "how calibration errors depend on the number and kind of bins",
     "convert": "convert predictions between file formats",
 }

@@ -354,7 +354,7 @@ def test_a_report_names_every_broken_case_and_is_of_all_others(folders, tmp_path
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("command", ["apply", "ensemble", "convert", "sweep"])
+@pytest.mark.parametrize("command", ["apply", "ensemble", "convert", "sweep", "triage"])
 def test_other_commands_do_all_that_can_be_done(folders, tmp_path, capsys, command):
     probs, labels, good, broken, sprung = folders
     before, out = tree(probs.parent), tmp_path / "deep" / "out"
@@ -365,6 +365,7 @@ def test_other_commands_do_all_that_can_be_done(folders, tmp_path, capsys, comma
         "ensemble": ["ensemble", f"--probs=A={probs}", f"--probs=B={probs}"],
         "convert": ["convert", "--probs", str(probs), "--to", "npz"],
         "sweep": ["sweep", "--probs", str(probs), "--labels", str(labels), "--num-bins", "5"],
+        "triage": ["triage", "--probs", str(probs)],
     }[command]
     assert main([*given, "--out", str(out)]) == 1
     error = capsys.readouterr().err
@@ -374,6 +375,11 @@ def test_other_commands_do_all_that_can_be_done(folders, tmp_path, capsys, comma
         check_sentence(line, flat(str(probs.parent)))
     if command == "sweep":
         faults_of(error, broken, probs.parent)
+    elif command == "triage":
+        with (out / "triage.csv").open(newline="", encoding="utf-8") as file:
+            found = {row["case"] for row in csv.DictReader(file)}
+        escaped = {name.encode("utf-8", "backslashreplace").decode() for name in good}
+        assert escaped <= found
     else:
         written = {path.name for path in out.rglob("*") if not path.name.startswith(".")}
         assert {f"{name}.npz" for name in good} <= written

@@ -105,7 +105,7 @@ def check_report_folder(options: argparse.Namespace) -> None:
     folders = named_folders(options.probs)
     read = [*(folders.values() if isinstance(folders, dict) else [folders]), options.labels]
     for folder in read:
-        if folder.resolve() == options.out.resolve():
+        if folder is not None and folder.resolve() == options.out.resolve():
             raise ValueError(f"--out {options.out} is a folder to read: choose another output folder.")
 
 

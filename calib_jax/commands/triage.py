@@ -1,0 +1,166 @@
+"""`calib-jax triage`: which cases to look at first, without labels."""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calib_jax.commands import options as shared
+
+if TYPE_CHECKING:
+    from calib_jax.report.triage import Labelled
+
+_SHOWN = 15
+_LEVEL = 0.9
+_DESCRIPTION = """\
+Says without any label how good each predicted label map is likely to be, and how large each class is.
+
+The probabilities themselves expect a Dice and a volume. Both are only as good as the probabilities: calibrate these
+first (`calib-jax calibrate`). With the figures of a report on cases that have labels, each volume gets an interval
+that is meant to hold the true volume in 90% of the cases.
+
+What was measured of a case is kept in OUT/triage_cases, so that a start that was stopped goes on where it was.
+"""
+_EXAMPLE = """\
+examples:
+  calib-jax triage --probs calibrated --out triage
+  calib-jax triage --probs calibrated --labelled report/cases.csv --out triage
+
+OUT gets triage.csv and triage.json: for each case and class the expected Dice, the threshold that makes it largest,
+and the predicted and expected volume in ml with the ends of its interval. The cases to look at first are printed.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the command."""
+    parser.description, parser.epilog = _DESCRIPTION, _EXAMPLE
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
+    shared.add_folders(parser, labels=False, images=shared.FOR_THE_GRID)
+    add = parser.add_argument_group("what to say").add_argument
+    add(
+        "--labelled",
+        type=Path,
+        metavar="FILE",
+        help="cases.csv of a report on other cases, predicted and calibrated in the same way: gives intervals of "
+        "volumes",
+    )
+    add(
+        "--level",
+        type=float,
+        metavar="SHARE",
+        help=f"share of cases whose true volume the interval is to hold (default: {_LEVEL})",
+    )
+    add("--include-background", action="store_true", help="show the background as a class too")
+    shared.add_jobs(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measures the cases, writes the files and prints the cases to look at first."""
+    if options.level is not None and options.labelled is None:
+        raise ValueError("--level is of the interval that --labelled gives: give both.")
+    level = _LEVEL if options.level is None else options.level
+    if not 0 < level < 1:
+        raise ValueError(f"--level must lie between 0 and 1; got {level}.")
+    shared.check_jobs(options)
+    shared.check_report_folder(options)
+    from calib_jax._case_loop import for_each_case
+    from calib_jax._kept import Kept
+    from calib_jax.report import triage
+    from calib_jax.report.measure import CaseFigures
+    from calib_jax.report.study import cases_of
+
+    labelled, notices = (
+        triage.read_labelled(options.labelled, level=level) if options.labelled is not None else ({}, [])
+    )
+    for notice in notices:
+        print(f"note: {notice}", file=sys.stderr)
+    predictions = shared.open_folders(options)
+    before = predictions.notices
+    shared.print_notices(predictions)
+    settings = ["triage", options.logits, list(predictions.class_names)]
+    kept = Kept(options.out / "triage_cases", settings, lambda model, name: predictions.files(name, model))
+
+    def find(model: str, name: str) -> CaseFigures | None:
+        return CaseFigures.load(kept.path(model, name), kept.key(model, name))
+
+    def work(model: str, name: str) -> CaseFigures:
+        key = kept.key(model, name)
+        case = predictions.read(name, model, parts=("predicted",))
+        figures = triage.expect(case, regions=predictions.regions)
+        figures.save(kept.path(model, name), key)
+        return figures
+
+    cases = cases_of(predictions)
+    outcome = for_each_case(cases, work, find=find, done="measured", place=kept.folder, jobs=options.jobs)
+    shared.print_notices(predictions, printed=before)
+    by_model = {
+        model: [figures for (of, _), figures in outcome.found.items() if of == model]
+        for model in predictions.models
+    }
+    by_model = {model: figures for model, figures in by_model.items() if figures}
+    rows = list(
+        triage.rows_of(
+            by_model,
+            predictions.class_names,
+            first_class=shared.first_class(options, predictions),
+            labelled=_matched(labelled, list(by_model), options),
+            level=level,
+        )
+    )
+    _write(rows, options.out)
+    print(_table(rows))
+    print(f"\nWrote {options.out / 'triage.csv'} and triage.json")
+    return outcome.status
+
+
+def _matched(labelled: "Labelled", models: list[str], options: argparse.Namespace) -> "Labelled":
+    """The volumes under the names of the models here: a single model on both sides may have two names."""
+    if not labelled:
+        return {}
+    there = list(dict.fromkeys(model for model, _ in labelled))
+    if len(models) == len(there) == 1:
+        return {(models[0], name): volumes for (_, name), volumes in labelled.items()}
+    if missing := [model for model in models if model not in there]:
+        raise ValueError(
+            f"{options.labelled} is of {', '.join(there)} and lacks {', '.join(missing)}: name the models as "
+            "there, as in --probs NAME=DIR."
+        )
+    return labelled
+
+
+def _write(rows: list[dict[str, Any]], folder: Path) -> None:
+    from calib_jax.results import write_rows
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_rows(folder / "triage.csv", list(rows[0]), rows)
+    finite = [
+        {key: None if isinstance(x, float) and math.isnan(x) else x for key, x in row.items()} for row in rows
+    ]
+    text = json.dumps({"command": [*sys.argv], "triage": finite}, indent=1, ensure_ascii=False)
+    (folder / "triage.json").write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    """The cases of the lowest expected Dice, each with the class that lowers it most."""
+    by_case: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        if not math.isnan(row["expected_dice"]):
+            by_case.setdefault((row["model"], row["case"]), []).append(row)
+    if not by_case:
+        return "No class is expected anywhere."
+    means = {key: sum(row["expected_dice"] for row in of) / len(of) for key, of in by_case.items()}
+    lowest = sorted(means, key=lambda key: means[key])[:_SHOWN]
+    several = len({model for model, _ in means}) > 1
+    lines = ["Look at these first (expected Dice: mean over classes, lowest class):"]
+    names = {key: " ".join(key if several else key[1:]) for key in lowest}
+    width = max(map(len, names.values()))
+    for key in lowest:
+        worst = min(by_case[key], key=lambda row: row["expected_dice"])
+        lines.append(
+            f"{names[key]:<{width}}  {means[key]:.3f}  {worst['expected_dice']:.3f} {worst['class']}"
+        )
+    if len(means) > len(lowest):
+        lines.append(f"and {len(means) - len(lowest)} more, see triage.csv")
+    return "\n".join(lines)
