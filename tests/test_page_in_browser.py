@@ -12,6 +12,7 @@ from test_cli_report import write_folders
 from calib_jax import cli
 
 WIDTHS = (360, 1280)
+PAPER = 688  # pixels of A4 between its margins; the page has its print style there
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=20000"),
@@ -39,6 +40,8 @@ addEventListener("load", () => {
     width: innerWidth,
     scroll: document.documentElement.scrollWidth,
     outside: outside.map(one => one.outerHTML.slice(0, 90)),
+    wide: [...document.querySelectorAll(".scroll")].filter(one => one.scrollWidth > one.clientWidth + 1)
+      .map(one => one.outerHTML.slice(0, 90)),
     images: [...document.images].map(one => [one.alt, one.complete && one.naturalWidth > 0]),
     requests: performance.getEntriesByType("resource").map(one => one.name),
     tables: [...document.querySelectorAll("table.sortable")].map(table => {
@@ -83,11 +86,14 @@ def seen(tmp_path_factory):
         assert cli.main(["report", *arguments, "--out", str(root / "out")]) == 0
     page = (root / "out" / "index.html").read_text(encoding="utf-8")
     assert page.count("<head>") == page.count("</body>") == 1
-    (root / "page.html").write_text(
-        page.replace("<head>", f"<head>{FIRST}").replace("</body>", f"{LAST}</body>"), encoding="utf-8"
-    )
+    page = page.replace("<head>", f"<head>{FIRST}").replace("</body>", f"{LAST}</body>")
+    (root / "page.html").write_text(page, encoding="utf-8")
+    assert page.count("@media print") == 1
+    (root / "print.html").write_text(page.replace("@media print", "@media all"), encoding="utf-8")
     frames = "".join(
-        f'<iframe src="page.html" style="width:{width}px;height:900px;border:0"></iframe>' for width in WIDTHS
+        f'<iframe src="{"print" if width == PAPER else "page"}.html" style="width:{width}px;height:900px;border:0">'
+        "</iframe>"
+        for width in (*WIDTHS, PAPER)
     )
     (root / "outer.html").write_text(OUTER + frames, encoding="utf-8")
     command = [BROWSER, *FLAGS, f"--user-data-dir={root / 'profile'}"]
@@ -104,7 +110,7 @@ def seen(tmp_path_factory):
 
 def test_the_page_opens_without_errors_and_requests(seen):
     found, log = seen
-    assert set(found) == {str(width) for width in WIDTHS}
+    assert set(found) == {str(width) for width in (*WIDTHS, PAPER)}
     for one in found.values():
         assert one["errors"] == []
         assert all(request.startswith("data:") for request in one["requests"])
@@ -123,6 +129,11 @@ def test_nothing_overflows(seen, width):
     assert one["width"] == width
     assert one["outside"] == []
     assert one["scroll"] == width
+
+
+def test_nothing_is_cut_off_on_paper(seen):
+    one = seen[0][str(PAPER)]
+    assert one["outside"] == one["wide"] == []
 
 
 def test_tables_sort_up_and_down(seen):
