@@ -113,11 +113,21 @@ def sentence(error: BaseException, *case: str) -> str:
         >>> sentence(ValueError("a.npz is truncated."), "m", "a"), sentence(ValueError("truncated."), "m", "a")
         ('a.npz is truncated.', 'a of m: truncated.')
     """
-    text, *words = (" ".join(part.split()) for part in (str(error) or type(error).__name__, *case))
+    text, *words = (printable(" ".join(x.split())) for x in (str(error) or type(error).__name__, *case))
     if isinstance(error, MemoryError):
         text = f"the case does not fit into memory ({text}): try --jobs 1, or more memory."
     named = re.search(rf"(?<!\w){re.escape(words[-1])}(?!\w)", text)
     return text if named else f"{' of '.join(reversed(words))}: {text}"
+
+
+def printable(text: str) -> str:
+    """`text` with escapes for what is no printable character: a file name must not steer the terminal.
+
+    Example:
+        >>> printable("a\x1b[2Jb")
+        'a\\x1b[2Jb'
+    """
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 class Progress:

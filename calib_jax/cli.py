@@ -52,7 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except BrokenPipeError:
             return 0
         except (ValueError, OSError, MemoryError) as error:
-            print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+            from calib_jax._case_loop import printable
+
+            words = " ".join(str(error).split()) or type(error).__name__
+            print(f"error: {printable(words)}", file=sys.stderr)
             return 2
 
 

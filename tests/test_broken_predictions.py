@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_predictions import make_case, save_nifti
 
+from calib_jax._case_loop import printable
 from calib_jax.cli import main
 from calib_jax.commands.calibrate import Calibration
 from calib_jax.predictions import PredictionError, open_predictions
@@ -317,7 +318,8 @@ def faults_of(text, broken, folder):
     for line in lines:
         check_sentence(line, flat(str(folder)))
     for name in broken:
-        found = [line for line in lines if re.search(rf"/{re.escape(flat(as_shown(name)))}[._]", line)]
+        shown = printable(flat(as_shown(name)))
+        found = [line for line in lines if re.search(rf"/{re.escape(shown)}[._]", line)]
         assert len(found) == 1, (name, found)
     assert len(lines) == len(broken)
     return lines

@@ -463,6 +463,17 @@ def test_a_case_that_fails_among_others_is_tried_alone():
     assert sorted(calls) == ["a", "b", "b", "c", "c"]
 
 
+def test_a_name_cannot_steer_the_terminal(tmp_path, capsys):
+    arguments = write_folders(tmp_path, cases=3)
+    (tmp_path / "model0" / "\x1b[2J\u202e.npy").write_bytes(b"nothing")
+    (tmp_path / "labels" / "\x1b[2J\u202e.npy").write_bytes(b"nothing")
+    assert cli.main(["sweep", *arguments, "--num-bins", "5", "--out", str(tmp_path / "out")]) == 1
+    printed = "".join(capsys.readouterr())
+    assert "\\x1b[2J\\u202e" in printed
+    assert "\x1b" not in printed
+    assert "\u202e" not in printed
+
+
 def test_safe_names_differ():
     names = ["a", "A b", "A-b", "../a", "a/", "", ".", "..", "é", "CON", "x" * 90, "x" * 91]
     safe = [safe_name(name) for name in names]

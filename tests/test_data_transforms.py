@@ -8,6 +8,8 @@ import scipy.ndimage
 
 from train.data.augment_config import NO_AUGMENTATION, AugmentConfig
 from train.data.augmentation import (
+    _interpolate,
+    _interpolate_channels,
     augment,
     random_affine,
     random_flip,
@@ -214,6 +216,15 @@ def test_soft_labels_are_resampled_as_images_and_ids_stay_ids():
     sure = np.asarray(moved.max(-1) > 0.99)
     assert sure.mean() > 0.3
     np.testing.assert_array_equal(np.asarray(nearest)[sure], np.asarray(moved.argmax(-1))[sure])
+
+
+def test_channels_in_turn_are_interpolated_as_all_at_once():
+    """The program of TPUs, on the platform the tests run on."""
+    rng = np.random.default_rng(0)
+    image = jnp.asarray(rng.normal(size=(5, 6, 7, 3)), jnp.float32)
+    matrix = jnp.asarray(np.eye(3) + rng.normal(size=(3, 3)) / 5, jnp.float32)
+    in_turn, at_once = jax.jit(_interpolate_channels)(image, matrix), _interpolate(image, matrix)
+    np.testing.assert_allclose(in_turn, at_once, atol=1e-6)
 
 
 def test_an_affine_map_that_is_not_drawn_is_exactly_the_identity():

@@ -111,9 +111,11 @@ def check_report_folder(options: argparse.Namespace) -> None:
 
 def print_notices(predictions: Any, *, printed: Sequence[str] = ()) -> None:
     """Prints what a reader should know about the files and has not been `printed`."""
+    from calib_jax._case_loop import printable
+
     for notice in predictions.notices:
         if notice not in printed:
-            print(f"note: {notice}", file=sys.stderr)
+            print(f"note: {printable(notice)}", file=sys.stderr)
 
 
 def open_folders(options: argparse.Namespace) -> Any:

@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"--level must lie between 0 and 1; got {level}.")
     shared.check_jobs(options)
     shared.check_report_folder(options)
-    from calib_jax._case_loop import for_each_case
+    from calib_jax._case_loop import for_each_case, printable
     from calib_jax._kept import Kept
     from calib_jax.report import triage
     from calib_jax.report.measure import CaseFigures
@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
         triage.read_labelled(options.labelled, level=level) if options.labelled is not None else ({}, [])
     )
     for notice in notices:
-        print(f"note: {notice}", file=sys.stderr)
+        print(f"note: {printable(notice)}", file=sys.stderr)
     predictions = shared.open_folders(options)
     before = predictions.notices
     shared.print_notices(predictions)
@@ -144,6 +144,8 @@ def _write(rows: list[dict[str, Any]], folder: Path) -> None:
 
 def _table(rows: list[dict[str, Any]]) -> str:
     """The cases of the lowest expected Dice, each with the class that lowers it most."""
+    from calib_jax._case_loop import printable
+
     by_case: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
         if not math.isnan(row["expected_dice"]):
@@ -154,7 +156,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
     lowest = sorted(means, key=lambda key: means[key])[:_SHOWN]
     several = len({model for model, _ in means}) > 1
     lines = ["Look at these first (expected Dice: mean over classes, lowest class):"]
-    names = {key: " ".join(key if several else key[1:]) for key in lowest}
+    names = {key: printable(" ".join(key if several else key[1:])) for key in lowest}
     width = max(map(len, names.values()))
     for key in lowest:
         worst = min(by_case[key], key=lambda row: row["expected_dice"])

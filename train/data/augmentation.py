@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Sequence
+from functools import reduce
 
 import jax
 import jax.numpy as jnp
@@ -73,11 +74,11 @@ def random_affine(
     factor = jnp.where(zooms, jax.random.uniform(factor_key, (), image.dtype, *config.zoom), 1)
     most = math.radians(config.rotation)
     angles = jnp.where(turns, jax.random.uniform(angle_key, (len(planes),), image.dtype, -most, most), 0)
-    coordinates = _affine_coordinates(_rotation(angles, planes, len(shape)) / factor, shape)
+    matrix = _rotation(angles, planes, len(shape)) / factor
     if label.ndim == image.ndim:
-        return _interpolate(image, coordinates), _interpolate(label, coordinates)
-    nearest = map_coordinates(label.astype(image.dtype), list(coordinates), 0, mode="nearest")
-    return _interpolate(image, coordinates), nearest.astype(label.dtype)
+        return _interpolate(image, matrix), _interpolate(label, matrix)
+    nearest = map_coordinates(label.astype(image.dtype), _coordinates(matrix, shape), 0, mode="nearest")
+    return _interpolate(image, matrix), nearest.astype(label.dtype)
 
 
 def _rotation(
@@ -92,34 +93,50 @@ def _rotation(
     return matrix
 
 
-def _affine_coordinates(
-    matrix: Float[Array, "dims dims"], shape: Sequence[int]
-) -> Float[Array, "dims *spatial"]:
-    """The source coordinates of each voxel of the result."""
-    lines = [jnp.arange(size, dtype=matrix.dtype) - (size - 1) / 2 for size in shape]
-    offsets = jnp.stack(jnp.meshgrid(*lines, indexing="ij"))
-    # The default precision of accelerators would round the coordinates.
-    turned = jnp.tensordot(matrix, offsets, 1, precision="highest")
-    return jnp.stack([offset + (size - 1) / 2 for offset, size in zip(turned, shape, strict=True)])
+def _coordinates(matrix: Float[Array, "dims dims"], shape: Sequence[int]) -> list[Float[Array, "*spatial"]]:
+    """The source coordinates of each voxel of the result, one array for each axis."""
+    middles = [(size - 1) / 2 for size in shape]
+    lines = [
+        jnp.arange(size, dtype=matrix.dtype) - middle for size, middle in zip(shape, middles, strict=True)
+    ]
+    offsets = jnp.meshgrid(*lines, indexing="ij", sparse=True)
+    # Not a matrix product, which accelerators would round, and TPUs compile slowly in full precision.
+    turned = [reduce(jnp.add, map(jnp.multiply, row, offsets)) for row in matrix]
+    return [offset + middle for offset, middle in zip(turned, middles, strict=True)]
 
 
-def _interpolate(array: Image, coordinates: Float[Array, "dims *spatial"]) -> Image:
-    """Linear interpolation, constant beyond the rim.
+def _interpolate(array: Image, matrix: Float[Array, "dims dims"]) -> Image:
+    """Linear interpolation at `_coordinates`, constant beyond the rim."""
+    return jax.lax.platform_dependent(array, matrix, tpu=_interpolate_channels, default=_sum_of_corners)
+
+
+def _interpolate_channels(array: Image, matrix: Float[Array, "dims dims"]) -> Image:
+    """`_interpolate`, one channel after the other. TPUs pad rows of few channels and compile them slowly."""
+    channels = jnp.moveaxis(array, -1, 0)
+    return jnp.moveaxis(jax.lax.map(lambda channel: _sum_of_corners(channel, matrix), channels), 0, -1)
+
+
+def _sum_of_corners(
+    array: Float[Array, "*spatial_and_channels"], matrix: Float[Array, "dims dims"]
+) -> Float[Array, "*spatial_and_channels"]:
+    """`_interpolate` with or without channels.
 
     Equals `map_coordinates` of order 1. The loop over corners computes the result once; XLA for CPU would otherwise
     fuse the gathers into every read of the smoothing, and repeat them there.
     """
-    shape = array.shape[:-1]
-    lower = jnp.floor(coordinates)
-    upper_weights = coordinates - lower
-    voxels = array.reshape(-1, array.shape[-1])
+    shape, channels = array.shape[: len(matrix)], array.shape[len(matrix) :]
+    voxels = array.reshape(-1, *channels)
 
     def add_corner(total: Array, corner: Array) -> tuple[Array, None]:
         weights, places = jnp.ones(shape, array.dtype), jnp.zeros(shape, jnp.int32)
-        for axis, size in enumerate(shape):
-            weights *= jnp.where(corner[axis] == 1, upper_weights[axis], 1 - upper_weights[axis])
-            places = places * size + jnp.clip(lower[axis].astype(jnp.int32) + corner[axis], 0, size - 1)
-        return total + weights[..., None] * voxels[places], None
+        for axis, coordinate in enumerate(_coordinates(matrix, shape)):
+            lower = jnp.floor(coordinate)
+            weight = coordinate - lower
+            weights *= jnp.where(corner[axis] == 1, weight, 1 - weight)
+            place = jnp.clip(lower.astype(jnp.int32) + corner[axis], 0, shape[axis] - 1)
+            places = places * shape[axis] + place
+        values = voxels.at[places].get(mode="promise_in_bounds")
+        return total + weights.reshape(*shape, *(1 for _ in channels)) * values, None
 
     corners = jnp.array(list(itertools.product((0, 1), repeat=len(shape))), jnp.int32)
     return jax.lax.scan(add_corner, jnp.zeros_like(array), corners)[0]
