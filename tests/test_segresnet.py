@@ -8,6 +8,7 @@ from networks import assert_equals_monai, assert_equals_stored, make_segresnet, 
 
 from train.errors import InputError
 from train.losses import nearest, parse_loss
+from train.models.segresnet import _between_neighbours, _resized
 
 SMALL = {"spatial_dims": 2, "blocks_down": (1, 1, 1)}
 CASES = {
@@ -148,3 +149,20 @@ def test_size_that_cannot_be_halved():
     model = make_segresnet(in_channels=1, out_channels=3, **SMALL)
     with pytest.raises(ValueError, match="multiple of 4"):
         jax.eval_shape(model, jnp.zeros((1, 8, 10, 1)))
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 6, 3), (1, 4, 1, 3, 2)])
+def test_doubling_between_neighbours_equals_the_resize_of_cpus(shape):
+    """The form of GPUs and TPUs, and its gradient."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+    weights = jnp.asarray(np.random.default_rng(1).normal(size=_resized(x).shape), jnp.float32)
+    values, gradients = zip(
+        *(
+            jax.value_and_grad(lambda x, f=f: (f(x) * weights).sum())(x)
+            for f in (_between_neighbours, _resized)
+        ),
+        strict=True,
+    )
+    np.testing.assert_allclose(_between_neighbours(x), _resized(x), atol=1e-6)
+    np.testing.assert_allclose(*values, rtol=1e-5)
+    np.testing.assert_allclose(*gradients, atol=1e-5)

@@ -1,6 +1,7 @@
 """SegResNet, plain and with deep supervision: MONAI's `SegResNet` and `SegResNetDS`, channel last, in Flax NNX."""
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -125,5 +126,21 @@ class PreActivationBlock(nnx.Module):
 
 def double(x: Float[Array, "batch *spatial channels"]) -> Float[Array, "batch *doubled channels"]:
     """Twice the size by linear interpolation between voxel centres."""
+    return jax.lax.platform_dependent(x, cpu=_resized, default=_between_neighbours)
+
+
+def _resized(x: Array) -> Array:
     batch, *spatial, channels = x.shape
     return jax.image.resize(x, (batch, *(2 * size for size in spatial), channels), "linear")
+
+
+def _between_neighbours(x: Array) -> Array:
+    """`_resized` without its matrix products, which are faster on CPU, and which XLA cannot compile for H100s."""
+    for axis in range(1, x.ndim - 1):
+        rim = [(0, 0)] * x.ndim
+        rim[axis] = (1, 1)
+        padded = jnp.pad(x, rim, mode="edge")
+        before, after = (jax.lax.slice_in_dim(padded, i, i + x.shape[axis], axis=axis) for i in (0, 2))
+        halves = jnp.stack([0.25 * before + 0.75 * x, 0.75 * x + 0.25 * after], axis + 1)
+        x = halves.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
+    return x
