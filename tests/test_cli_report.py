@@ -21,7 +21,7 @@ from calib_jax._case_loop import Progress, Stopped, for_each_case
 from calib_jax._kept import safe_name
 from calib_jax.calibrators import Calibrator
 from calib_jax.commands import options as shared
-from calib_jax.report import ModelResult, gains, study
+from calib_jax.report import ModelResult, findings, gains, study
 from calib_jax.report.__main__ import main as make_again
 from calib_jax.report.gains import cross_validate, cross_validate_local
 from calib_jax.report.measure import measure
@@ -576,3 +576,10 @@ def test_module_is_the_command(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 2, time.monotonic() - start
     assert "calib-jax report: error: the following arguments are required" in done.stderr
+
+
+def test_the_interval_of_a_volume_is_judged_on_cases_that_did_not_make_it():
+    expected = np.full(20, 10.0)
+    true = np.arange(1, 21.0)  # of the smallest and the largest the others' interval is too narrow
+    assert findings._volume_interval(expected, true) == ("−90% to +100%", "90%")
+    assert findings._volume_interval(expected[1:], true[1:]) == ("n/a", "n/a")

@@ -2,13 +2,11 @@
 
 import argparse
 import dataclasses
-import json
-import math
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from calib_jax.commands import options as shared
+from calib_jax.commands._table import write_table
 
 if TYPE_CHECKING:
     from calib_jax.report.sweeping import Point
@@ -91,19 +89,12 @@ def run(options: argparse.Namespace) -> int:
 
 def _write(points: "list[Point]", folder: Path) -> None:
     from calib_jax.report import figures, sweeping
-    from calib_jax.results import write_rows
 
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = [dataclasses.asdict(point) for point in points]
-    for row in rows:
-        row["class"] = row.pop("class_name")
-    columns = ["model", "class", *(x for x in rows[0] if x not in ("model", "class"))]
-    write_rows(folder / "sweep.csv", columns, rows)
-    finite: list[dict[str, Any]] = [
-        {key: None if isinstance(x, float) and math.isnan(x) else x for key, x in row.items()} for row in rows
-    ]
-    text = json.dumps({"command": [*sys.argv], "sweep": finite}, indent=1, ensure_ascii=False)
-    (folder / "sweep.json").write_text(text, encoding="utf-8", errors="backslashreplace")
+    rows = []
+    for point in points:
+        row = dataclasses.asdict(point)
+        rows.append({"model": row.pop("model"), "class": row.pop("class_name"), **row})
+    write_table(rows, folder, "sweep")
     drawing = figures.ReportFigure("sweep", "", "", lambda: sweeping.draw(points))
     figures.draw(drawing, folder, save_svg=True)
 

@@ -1,13 +1,13 @@
 """`calib-jax triage`: which cases to look at first, without labels."""
 
 import argparse
-import json
 import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calib_jax.commands import options as shared
+from calib_jax.commands._table import write_table
 
 if TYPE_CHECKING:
     from calib_jax.report.triage import Labelled
@@ -109,7 +109,7 @@ def run(options: argparse.Namespace) -> int:
             level=level,
         )
     )
-    _write(rows, options.out)
+    write_table(rows, options.out, "triage")
     print(_table(rows))
     print(f"\nWrote {options.out / 'triage.csv'} and triage.json")
     return outcome.status
@@ -128,18 +128,6 @@ def _matched(labelled: "Labelled", models: list[str], options: argparse.Namespac
             "there, as in --probs NAME=DIR."
         )
     return labelled
-
-
-def _write(rows: list[dict[str, Any]], folder: Path) -> None:
-    from calib_jax.results import write_rows
-
-    folder.mkdir(parents=True, exist_ok=True)
-    write_rows(folder / "triage.csv", list(rows[0]), rows)
-    finite = [
-        {key: None if isinstance(x, float) and math.isnan(x) else x for key, x in row.items()} for row in rows
-    ]
-    text = json.dumps({"command": [*sys.argv], "triage": finite}, indent=1, ensure_ascii=False)
-    (folder / "triage.json").write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def _table(rows: list[dict[str, Any]]) -> str:

@@ -386,14 +386,16 @@ def _volume_interval(expected: np.ndarray, true: np.ndarray) -> tuple[str, str]:
     cases = len(expected)
     if cases < _FEWEST_IN_INTERVAL:
         return "n/a", "n/a"
-    find = jax.jit(functools.partial(volume_interval, level=_LEVEL))
-    ends = find(np.ones(1, np.float32), expected, true)
+    ends = _ratio_interval(np.ones(1, np.float32), expected, true)
     others = [np.delete(np.arange(cases), i) for i in range(cases)]
-    low, high = np.array([find(expected[i : i + 1], expected[o], true[o]) for i, o in enumerate(others)])[
-        ..., 0
-    ].T
+    low, high = np.array(
+        [_ratio_interval(expected[i : i + 1], expected[o], true[o]) for i, o in enumerate(others)]
+    )[..., 0].T
     words = " to ".join(wording.signed_percent(float(end[0]) - 1) for end in ends)
     return words, wording.percent(float(np.mean((low <= true) & (true <= high))))
+
+
+_ratio_interval = jax.jit(functools.partial(volume_interval, level=_LEVEL))
 
 
 def _signed(x: float) -> str:
