@@ -103,17 +103,24 @@ def test_intervals_come_from_cases_with_labels(folder, tmp_path, capsys):
         (["--labelled", "{other}"], "lacks the columns"),
         (["--labelled", "{two}"], "lacks model"),
         (["--labelled", "{absent}"], "absent"),
+        (["--labelled", "{broken}"], "holds no volumes in line 2"),
+        (
+            ["--labelled", "{cases}", "--class-names", "background", "x", "y"],
+            "is of the classes class 1, and",
+        ),
         (["--jobs", "0"], "--jobs"),
     ],
 )
 def test_wrong_options(options, message, folder, tmp_path, capsys):
     (tmp_path / "other.csv").write_text("model,class\n")
+    (tmp_path / "broken.csv").write_text("model,class,expected_ml,true_ml,expected_voxels\na,class 1,2\n")
     files = {
         "few": labelled(tmp_path / "few.csv", cases=18),
         "cases": labelled(tmp_path / "cases.csv"),
         "two": labelled(tmp_path / "two.csv", models=("a", "b")),
         "other": tmp_path / "other.csv",
         "absent": tmp_path / "absent.csv",
+        "broken": tmp_path / "broken.csv",
     }
     given = [option.format(**files) for option in options]
     assert cli.main(["triage", "--probs", str(folder), "--out", str(tmp_path / "out"), *given]) == 2

@@ -3,6 +3,7 @@
 import argparse
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +80,7 @@ def run(options: argparse.Namespace) -> int:
     predictions = shared.open_folders(options)
     before = predictions.notices
     shared.print_notices(predictions)
+    labelled = _matched(labelled, list(predictions.models), predictions.class_names, options)
     settings = ["triage", options.logits, list(predictions.class_names)]
     kept = Kept(options.out / "triage_cases", settings, lambda model, name: predictions.files(name, model))
 
@@ -105,7 +107,7 @@ def run(options: argparse.Namespace) -> int:
             by_model,
             predictions.class_names,
             first_class=shared.first_class(options, predictions),
-            labelled=_matched(labelled, list(by_model), options),
+            labelled=labelled,
             level=level,
         )
     )
@@ -115,17 +117,25 @@ def run(options: argparse.Namespace) -> int:
     return outcome.status
 
 
-def _matched(labelled: "Labelled", models: list[str], options: argparse.Namespace) -> "Labelled":
+def _matched(
+    labelled: "Labelled", models: list[str], class_names: Sequence[str], options: argparse.Namespace
+) -> "Labelled":
     """The volumes under the names of the models here: a single model on both sides may have two names."""
     if not labelled:
         return {}
     there = list(dict.fromkeys(model for model, _ in labelled))
     if len(models) == len(there) == 1:
-        return {(models[0], name): volumes for (_, name), volumes in labelled.items()}
+        labelled, there = {(models[0], name): volumes for (_, name), volumes in labelled.items()}, models
     if missing := [model for model in models if model not in there]:
         raise ValueError(
             f"{options.labelled} is of {', '.join(there)} and lacks {', '.join(missing)}: name the models as "
             "there, as in --probs NAME=DIR."
+        )
+    found = dict.fromkeys(name for _, name in labelled)
+    if not found.keys() & set(class_names):
+        raise ValueError(
+            f"{options.labelled} is of the classes {', '.join(found)}, and the predictions of "
+            f"{', '.join(class_names)}: give --class-names or --dataset-json as for the report."
         )
     return labelled
 

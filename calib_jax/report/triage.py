@@ -50,10 +50,17 @@ def read_labelled(path: Path, *, level: float) -> tuple[Labelled, list[str]]:
         if missing := set(needed).difference(rows.fieldnames or ()):
             lacks = f"{path} lacks the columns {', '.join(sorted(missing))}"
             raise ValueError(f"{lacks}: give the cases.csv that `calib-jax report` wrote.")
-        found: dict[tuple[str, str], list[tuple[float, float]]] = {}
+        found: dict[tuple[str, str], list[list[float]]] = {}
         for row in rows:
-            if float(row["expected_voxels"]) >= _FEWEST:
-                volumes = float(row["expected_ml"]), float(row["true_ml"])
+            try:
+                voxels, *volumes = (
+                    float(row[name]) for name in ("expected_voxels", "expected_ml", "true_ml")
+                )
+            except (TypeError, ValueError):
+                raise ValueError(
+                    f"{path} holds no volumes in line {rows.line_num}: make the report again."
+                ) from None
+            if voxels >= _FEWEST:
                 found.setdefault((row["model"], row["class"]), []).append(volumes)
     labelled, notices = {}, []
     for (model, name), pairs in found.items():
