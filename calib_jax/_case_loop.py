@@ -121,7 +121,7 @@ def sentence(error: BaseException, *case: str) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` with escapes for what is no printable character: a file name must not steer the terminal.
+    r"""`text` with escapes for what is no printable character: a file name must not steer the terminal.
 
     Example:
         >>> printable("a\x1b[2Jb")
