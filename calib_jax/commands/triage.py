@@ -66,11 +66,9 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"--level must lie between 0 and 1; got {level}.")
     shared.check_jobs(options)
     shared.check_report_folder(options)
-    from calib_jax._case_loop import for_each_case, printable
-    from calib_jax._kept import Kept
+    from calib_jax._case_loop import printable
     from calib_jax.report import triage
-    from calib_jax.report.measure import CaseFigures
-    from calib_jax.report.study import cases_of
+    from calib_jax.report.study import measure_cases
 
     labelled, notices = (
         triage.read_labelled(options.labelled, level=level) if options.labelled is not None else ({}, [])
@@ -81,30 +79,21 @@ def run(options: argparse.Namespace) -> int:
     before = predictions.notices
     shared.print_notices(predictions)
     labelled = _matched(labelled, list(predictions.models), predictions.class_names, options)
-    settings = ["triage", options.logits, list(predictions.class_names)]
-    kept = Kept(options.out / "triage_cases", settings, lambda model, name: predictions.files(name, model))
-
-    def find(model: str, name: str) -> CaseFigures | None:
-        return CaseFigures.load(kept.path(model, name), kept.key(model, name))
-
-    def work(model: str, name: str) -> CaseFigures:
-        key = kept.key(model, name)
-        case = predictions.read(name, model, parts=("predicted",))
-        figures = triage.expect(case, regions=predictions.regions)
-        figures.save(kept.path(model, name), key)
-        return figures
-
-    cases = cases_of(predictions)
-    outcome = for_each_case(cases, work, find=find, done="measured", place=kept.folder, jobs=options.jobs)
+    study = measure_cases(
+        predictions,
+        triage.BINS,
+        options.out,
+        options={"logits": options.logits, "labels": False},
+        jobs=options.jobs,
+        kept_in="triage_cases",
+        figures_of=lambda model, name: triage.expect(
+            predictions.read(name, model, parts=("predicted",)), regions=predictions.regions
+        ),
+    )
     shared.print_notices(predictions, printed=before)
-    by_model = {
-        model: [figures for (of, _), figures in outcome.found.items() if of == model]
-        for model in predictions.models
-    }
-    by_model = {model: figures for model, figures in by_model.items() if figures}
     rows = list(
         triage.rows_of(
-            by_model,
+            study.cases,
             predictions.class_names,
             first_class=shared.first_class(options, predictions),
             labelled=labelled,
@@ -114,7 +103,7 @@ def run(options: argparse.Namespace) -> int:
     write_table(rows, options.out, "triage")
     print(_table(rows))
     print(f"\nWrote {options.out / 'triage.csv'} and triage.json")
-    return outcome.status
+    return 1 if study.faults else 0
 
 
 def _matched(

@@ -188,9 +188,8 @@ def _applied(
     log_probs = finite_log(_exclusive(np.concatenate(samples), regions))
     size, classes = log_probs.shape
     padded = np.pad(log_probs, ((0, -size % _IN_BATCH), (0, 0))).reshape(-1, _IN_BATCH, classes)
-    logits = np.concatenate([np.asarray(_compiled(calibrator.apply)(x, params), np.float64) for x in padded])[
-        :size
-    ]
+    apply = _compiled(calibrator.apply)
+    logits = np.concatenate([np.asarray(apply(x, params), np.float64) for x in padded])[:size]
     exclusive = as_probs(logits, regions=False).astype(np.float32)
     probs = exclusive[:, 1].reshape(-1, samples[0].shape[1]) if regions else exclusive
     return np.split(probs, np.cumsum([len(sample) for sample in samples])[:-1])

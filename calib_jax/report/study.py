@@ -5,7 +5,7 @@ or options have changed.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,23 +46,32 @@ class Study:
 
 
 def measure_cases(
-    predictions: "Predictions", bins: Bins, folder: Path, *, options: Mapping[str, Any], jobs: int = 1
+    predictions: "Predictions",
+    bins: Bins,
+    folder: Path,
+    *,
+    options: Mapping[str, Any],
+    jobs: int = 1,
+    kept_in: str = CASES,
+    figures_of: Callable[[str, str], CaseFigures] | None = None,
 ) -> Study:
     """Measures every case of every model.
 
     Args:
         predictions: return value of `calib_jax.predictions.open_predictions`.
         bins: how [0, 1] is divided into bins.
-        folder: folder of the report; figures of cases go to `cases/MODEL/CASE.npz` in it.
+        folder: folder of the results; figures of cases go to `MODEL/CASE.npz` in its folder `kept_in`.
         options: what the figures depend on beside the files; JSON.
         jobs: number of threads, each of which holds a case.
+        kept_in: name of a folder.
+        figures_of: reads and measures a case of a model; None compares its predictions with its labels.
 
     Raises:
         ValueError: no case could be read.
         Stopped: on Ctrl-C, after the cases that were being measured are kept.
     """
     settings = [options, dataclasses.asdict(bins), list(predictions.class_names)]
-    kept = Kept(folder / CASES, settings, lambda model, name: predictions.files(name, model))
+    kept = Kept(folder / kept_in, settings, lambda model, name: predictions.files(name, model))
 
     def find(model: str, name: str) -> CaseFigures | None:
         figures = CaseFigures.load(kept.path(model, name), kept.key(model, name))
@@ -70,7 +79,7 @@ def measure_cases(
 
     def one(model: str, name: str) -> CaseFigures:
         key = kept.key(model, name)  # before the files are read
-        figures = measure(predictions.read(name, model), bins)
+        figures = figures_of(model, name) if figures_of else measure(predictions.read(name, model), bins)
         figures.save(kept.path(model, name), key)
         return dataclasses.replace(figures, slice=None)
 

@@ -17,7 +17,7 @@ from calib_jax.report.measure import CaseFigures, measure
 if TYPE_CHECKING:
     from calib_jax.predictions import Case
 
-_BINS: Final = Bins("hard", 200)  # thresholds to 0.005
+BINS: Final = Bins("hard", 200)  # thresholds to 0.005
 _FEWEST: Final = 1.0  # voxels that are expected of a class, below which a ratio of volumes says nothing
 Labelled = Mapping[tuple[str, str], Float[np.ndarray, "2 cases"]]
 """Expected and true volumes in ml of cases with labels, by model and class."""
@@ -33,7 +33,7 @@ def expect(case: "Case", *, regions: bool) -> CaseFigures:
     prediction = case.predicted
     if prediction is None:
         prediction = case.probs > 0.5 if regions else case.probs.argmax(-1).astype(np.int32)
-    return measure(dataclasses.replace(case, labels=prediction, where=None), _BINS)
+    return measure(dataclasses.replace(case, labels=prediction, where=None), BINS)
 
 
 def read_labelled(path: Path, *, level: float) -> tuple[Labelled, list[str]]:
@@ -87,7 +87,7 @@ def rows_of(
     """A row for each model, case and class.
 
     Args:
-        cases: of each model, from `expect`.
+        cases: of each model, from `expect`; a model may have none.
         class_names: all classes.
         first_class: index of the first class that gets rows.
         labelled: volumes of cases with labels; a model or class without any gets no interval.
@@ -98,6 +98,8 @@ def rows_of(
         the ends of the interval of the true volume, None if there is none.
     """
     for model, figures in cases.items():
+        if not figures:
+            continue
         stats = BinStatistics(*np.stack([case.bins[:, first_class:] for case in figures], 1))
         thresholds = np.asarray(dice_thresholds(stats), np.float64)
         expected = np.array([case.prob_total[first_class:] * case.voxel_ml for case in figures])

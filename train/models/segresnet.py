@@ -135,7 +135,10 @@ def _resized(x: Array) -> Array:
 
 
 def _between_neighbours(x: Array) -> Array:
-    """`_resized` without its matrix products, which are faster on CPU, and which XLA cannot compile for H100s."""
+    """`_resized` without its matrix products.
+
+    CPUs compute the products faster. XLA fails to compile them for H100s at some sizes.
+    """
     for axis in range(1, x.ndim - 1):
         rim = [(0, 0)] * x.ndim
         rim[axis] = (1, 1)
