@@ -19,8 +19,10 @@ _AGAIN = (
 )
 
 
-# One function object, so that JAX traces it once for each set of shapes.
-_check = functools.partial(as_inputs, probs_name="logits", per_voxel=True)
+@functools.lru_cache(maxsize=1024)
+def _check(*arrays: jax.ShapeDtypeStruct | None) -> None:
+    """Raises unless logits, labels and where fit together. Arrays instead of shapes would compile programs."""
+    jax.eval_shape(functools.partial(as_inputs, probs_name="logits", per_voxel=True), *arrays)
 
 
 class Batches:
@@ -78,8 +80,7 @@ class Batches:
         filled = (*batch, None, None)[: 1 + len(self._forms)]
         arrays: Any = (x if x is None or isinstance(x, jax.Array) else np.asarray(x) for x in filled)
         logits, labels, where, *image = arrays
-        # Shapes alone: conversion to JAX arrays would compile a program for each of them.
-        jax.eval_shape(_check, logits, labels, where)
+        _check(*(x if x is None else jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (logits, labels, where)))
         if logits.shape[-1] < self._least_classes:
             raise ValueError(
                 f"logits must have at least two classes for a softmax; got shape {logits.shape}."

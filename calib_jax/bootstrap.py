@@ -6,7 +6,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jaxtyping import PRNGKeyArray, PyTree
+from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from calib_jax._checks import check_number, check_size
 from calib_jax._eager import nan_where_undefined
@@ -67,17 +67,15 @@ def bootstrap_interval(
             f"{[leaf.shape for leaf in jax.tree.leaves(cases)]}."
         )
 
-    def one(key: PRNGKeyArray) -> PyTree:
-        drawn = jax.random.randint(key, (size,), 0, size, jnp.int32)
+    def one(drawn: Array) -> PyTree:
         return statistic(jax.tree.map(lambda leaf: leaf[drawn], cases))
 
-    keys = jax.random.split(key, num_resamples)
-    if isinstance(keys, Tracer):
-        values = jax.lax.map(one, keys, batch_size=min(num_resamples, _AT_ONCE))
+    drawn = jax.random.randint(key, (num_resamples, size), 0, size, jnp.int32)
+    if isinstance(drawn, Tracer):
+        values = jax.lax.map(one, drawn, batch_size=min(num_resamples, _AT_ONCE))
     else:  # `lax.map` would compile a program for each new `statistic`; these operations are compiled once
-        chunks = [
-            jax.vmap(one)(keys[start : start + _AT_ONCE]) for start in range(0, num_resamples, _AT_ONCE)
-        ]
+        starts = range(0, num_resamples, _AT_ONCE)
+        chunks = [jax.vmap(one)(drawn[start : start + _AT_ONCE]) for start in starts]
         values = jax.tree.map(lambda *parts: jnp.concatenate(parts), *chunks)
     ends = jnp.array([(1 - level) / 2, (1 + level) / 2])
     bounds = jax.tree.map(lambda x: jnp.nanquantile(x, ends, axis=0), values)

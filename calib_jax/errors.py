@@ -6,9 +6,11 @@ calibration error. Its mean over the classes of pooled images, `expected_calibra
 average="macro")`, is the classwise calibration error.
 """
 
+import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -195,21 +197,42 @@ def top_label_statistics(
     return statistics_in_bins(probs.max(-1, keepdims=True), hit, where, bins)
 
 
-def are_counted(stats: BinStatistics) -> Bool[Array, "*batch classes"]:
+class _BinSums(NamedTuple):
+    """What errors depend on, float32 `[*batch, classes, num_bins]`.
+
+    Attributes:
+        weight: number of voxels.
+        difference: sum of probabilities minus sum of labels. NumPy's sums are subtracted in float64.
+        label_sum: sum of labels.
+    """
+
+    weight: Array
+    difference: Array
+    label_sum: Array
+
+
+def are_counted(stats: BinStatistics | _BinSums) -> Bool[Array, "*batch classes"]:
     """Where an error is defined: at least one bin is filled."""
     return _are_filled(stats).any(-1)
 
 
-def _are_filled(stats: BinStatistics) -> Bool[Array, "*batch classes bins"]:
+def _are_filled(stats: BinStatistics | _BinSums) -> Bool[Array, "*batch classes bins"]:
     return stats.weight >= _LEAST_WEIGHT
 
 
 @nan_where_undefined
-def _averaged(error: Callable[[BinStatistics], Array], stats: BinStatistics, average: Average) -> Array:
+def _averaged(error: Callable[[_BinSums], Array], stats: BinStatistics, average: Average) -> Array:
     check_choice("average", average, ("none", "macro", "micro"))
     if average == "micro":
         stats = stats.sum(tuple(range(stats.count.ndim - 1)))
-    counted, errors = are_counted(stats), error(stats)
+    difference, label_sum = stats.prob_sum - stats.label_sum, stats.label_sum
+    bins = _BinSums(stats.weight, *(jnp.asarray(x, jnp.float32) for x in (difference, label_sum)))
+    return _averaged_bins(error, bins, average)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2), inline=True)
+def _averaged_bins(error: Callable[[_BinSums], Array], bins: _BinSums, average: Average) -> Array:
+    counted, errors = are_counted(bins), error(bins)
     if average == "macro":
         return mean_or_nan(jnp.where(counted, errors, 0).sum(), counted.sum())
     return jnp.where(counted, errors, jnp.nan)
@@ -218,36 +241,36 @@ def _averaged(error: Callable[[BinStatistics], Array], stats: BinStatistics, ave
 # One error for each image and class. Zero, or anything finite, where no bin is filled.
 
 
-def _ace(stats: BinStatistics) -> Array:
-    gaps = _gaps(stats)
-    return gaps.sum(-1) / jnp.maximum(_are_filled(stats).sum(-1, dtype=gaps.dtype), 1)
+def _ace(bins: _BinSums) -> Array:
+    gaps = _gaps(bins)
+    return gaps.sum(-1) / jnp.maximum(_are_filled(bins).sum(-1, dtype=gaps.dtype), 1)
 
 
-def _ece(stats: BinStatistics) -> Array:
-    return (_share(stats) * _gaps(stats)).sum(-1)
+def _ece(bins: _BinSums) -> Array:
+    return (_share(bins) * _gaps(bins)).sum(-1)
 
 
-def _mce(stats: BinStatistics) -> Array:
-    return _gaps(stats).max(-1)
+def _mce(bins: _BinSums) -> Array:
+    return _gaps(bins).max(-1)
 
 
-def _debiased(stats: BinStatistics) -> Array:
-    gaps, several = _gaps(stats), stats.weight >= 2
-    frequency = jnp.where(several, stats.mean_label, 0)
-    chance = frequency * (1 - frequency) / jnp.where(several, stats.weight - 1, 1)
+def _debiased(bins: _BinSums) -> Array:
+    gaps, several = _gaps(bins), bins.weight >= 2
+    frequency = jnp.where(several, bins.label_sum, 0) / jnp.where(several, bins.weight, 1)
+    chance = frequency * (1 - frequency) / jnp.where(several, bins.weight - 1, 1)
     # 0 * gaps, not 0: a NaN must show.
-    square = (_share(stats) * jnp.where(several, gaps**2 - chance, 0 * gaps)).sum(-1)
+    square = (_share(bins) * jnp.where(several, gaps**2 - chance, 0 * gaps)).sum(-1)
     return jnp.sqrt(jnp.maximum(square, 0))
 
 
-def _share(stats: BinStatistics) -> Array:
-    return stats.weight / jnp.maximum(stats.weight.sum(-1, keepdims=True), _LEAST_WEIGHT)
+def _share(bins: _BinSums) -> Array:
+    return bins.weight / jnp.maximum(bins.weight.sum(-1, keepdims=True), _LEAST_WEIGHT)
 
 
-def _gaps(stats: BinStatistics) -> Float[Array, "*batch classes bins"]:
+def _gaps(bins: _BinSums) -> Float[Array, "*batch classes bins"]:
     """Gap of each bin, zero in empty ones. The division is safe, so gradients are finite."""
-    filled = _are_filled(stats)
-    difference = jnp.where(filled, jnp.asarray(stats.prob_sum - stats.label_sum, jnp.float32), 0)
+    filled = _are_filled(bins)
+    difference = jnp.where(filled, bins.difference, 0)
     # Not abs: its gradient at 0 is 1 in JAX, which would push at bins that are calibrated exactly.
     magnitude = jnp.sign(difference) * difference
-    return magnitude / jnp.where(filled, stats.weight, 1)
+    return magnitude / jnp.where(filled, bins.weight, 1)

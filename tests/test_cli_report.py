@@ -254,6 +254,9 @@ class TestRestart:
             assert cli.main([*arguments, "--out", str(tmp_path / jobs), "--jobs", jobs]) == 0
         files = [(tmp_path / jobs / "cases.csv").read_bytes() for jobs in ("1", "3")]
         assert files[0] == files[1]
+        # Several jobs draw in a process of its own, which `no_figures` does not reach.
+        assert (tmp_path / "3" / "figures" / "reliability-all.svg").is_file()
+        assert "data:image/svg+xml" in (tmp_path / "3" / "index.html").read_text()
 
 
 @pytest.mark.usefixtures("no_figures")

@@ -11,6 +11,7 @@ from compilations import compilations
 
 import calib_jax
 from calib_jax import (
+    BinStatistics,
     average_calibration_error,
     bin_statistics,
     bootstrap_interval,
@@ -84,6 +85,15 @@ def test_transformed_functions_compile_once(transform, binning):
     with compilations() as found:
         jax.block_until_ready(call(probs * np.float32(0.5), labels))
     assert not found
+
+
+def test_an_error_of_sums_on_the_host_compiles_no_program_for_each_operation():
+    count = np.full((3, 2, 7), 5, np.int64)  # a shape of no other test
+    stats = BinStatistics(count, count * 0.25, count * 0.5)
+    with compilations() as found:
+        error = average_calibration_error(stats)
+    assert len(found) <= 2  # and a conversion of the counts
+    np.testing.assert_allclose(error, np.full((3, 2), 0.25))
 
 
 def test_intervals_of_a_new_statistic_compile_nothing():

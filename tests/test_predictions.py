@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calib_jax.predictions import PredictionError, open_predictions, write_probabilities
+from calib_jax.predictions.arrays import open_array
 from calib_jax.predictions.names import find_predictions
 
 SHAPE = (7, 6, 5)
@@ -265,6 +266,16 @@ def test_pickles_are_never_loaded(tmp_path, folders):
 
 
 # Other programs.
+
+
+def test_a_changed_bit_in_npz_is_found_by_the_checksum(tmp_path):
+    file = tmp_path / "a.npz"
+    np.savez(file, probabilities=np.full((2, 8, 8, 8), 0.5, np.float32))
+    content = bytearray(file.read_bytes())
+    content[content.index(b"\x00\x00\x00?") + 400] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(PredictionError, match=r"a\.npz is truncated or corrupt"):
+        open_array(file).read()
 
 
 @pytest.mark.parametrize("ending", [".nii.gz", ".nii", ".mha", ".nrrd", ".npy", ".npz"])

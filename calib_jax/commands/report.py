@@ -3,11 +3,12 @@
 import argparse
 import contextlib
 import json
+import multiprocessing
 import shlex
+import signal
 import sys
-import warnings
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,9 +110,8 @@ def _write(options: argparse.Namespace, predictions: Any, study: "Study") -> Non
     table = list(findings.case_table(study, results, first_class=first))
     write_rows(options.out / "cases.csv", list(table[0]), table)
     inputs = ReportInputs(tuple(results), "", {}, {}, None, baseline, details=findings.points_of(table))
-    # Beside the calibrators, whose compilation leaves a core free. Both threads change which warnings are shown.
-    with warnings.catch_warnings(), ThreadPoolExecutor(1) as beside:
-        drawing = beside.submit(draw_figures, inputs, options.out)
+    with _beside(options.jobs) as beside:
+        drawing = beside and beside.submit(draw_figures, inputs, options.out)
         rows = compare_models(results, baseline=baseline)
         gains = {
             result.name: cross_validate(
@@ -119,7 +119,6 @@ def _write(options: argparse.Namespace, predictions: Any, study: "Study") -> Non
             )
             for result in results
         }
-        drawing.exception()  # waits
     if options.local:
         with Progress(noun="read case") as progress:
             for result in results:
@@ -144,13 +143,27 @@ def _write(options: argparse.Namespace, predictions: Any, study: "Study") -> Non
         baseline=baseline,
         rows=rows,
         details=details,
-        drawn=drawing.result,
+        drawn=drawing and drawing.result,
         provenance={"command": _command(), **_settings(options, names, regions), **_versions()},
     )
     print(format_table(rows, per_class=True))
     for model, sentences in details.summary.items():
         print("", *([f"{model}:"] if len(shown) > 1 else []), *sentences, sep="\n")
     print(f"\nWrote {page}")
+
+
+def _beside(jobs: int) -> contextlib.AbstractContextManager[ProcessPoolExecutor | None]:
+    """A process that draws while calibrators are fitted here; None for one job."""
+    if jobs == 1:
+        return contextlib.nullcontext()
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _leave_devices_alone)
+
+
+def _leave_devices_alone() -> None:
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # a GPU is in use by the other process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # which is the other process's to handle
 
 
 def _all_notices(folder: Path, notices: Sequence[str], *, reused: bool) -> list[str]:

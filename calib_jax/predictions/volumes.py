@@ -18,7 +18,7 @@ from typing import IO, Any
 
 import nibabel as nib
 import numpy as np
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Num
 from nibabel.affines import voxel_sizes
 from nibabel.arrayproxy import ArrayProxy
 from nibabel.nifti1 import Nifti1Header, Nifti1PairHeader
@@ -65,7 +65,7 @@ class VolumeFile:
         header: NIfTI header with the file's affine, also where the file has another format.
         dtype: of the voxels as stored.
         is_scaled: whether the header scales stored voxels.
-        decode: reads the array of `stored_shape`.
+        decode: reads the array of `stored_shape`: unscaled voxels as stored or as float32, scaled ones as float32.
     """
 
     path: Path
@@ -83,18 +83,27 @@ class VolumeFile:
         Raises:
             PredictionError: the file is truncated or corrupt, or holds voxels that are not finite.
         """
-        try:
-            with np.errstate(over="ignore"):  # values beyond float32 become infinite, a fault below
-                voxels = self.decode().astype(np.float32, copy=False)
-            voxels = voxels.reshape(*self.shape, self.channels)
-        except Exception as error:
-            raise _corrupt(self.path, error) from error
+        voxels = self.read_stored()
+        with np.errstate(over="ignore"):  # values beyond float32 become infinite, a fault below
+            voxels = voxels.astype(np.float32, copy=False)
         bad = voxels.size - np.count_nonzero(np.isfinite(voxels))
         if bad:
             raise PredictionError(
                 f"{self.path} holds {bad} voxels that are NaN or infinite: mend or leave out this file."
             )
         return voxels
+
+    def read_stored(self) -> Num[np.ndarray, "x y z channels"]:
+        """Reads all voxels as `decode` returns them.
+
+        Raises:
+            PredictionError: the file is truncated or corrupt.
+        """
+        try:
+            with np.errstate(over="ignore"):
+                return self.decode().reshape(*self.shape, self.channels)
+        except Exception as error:
+            raise _corrupt(self.path, error) from error
 
 
 def open_volume(path: Path) -> VolumeFile:
@@ -221,7 +230,7 @@ def _open_nifti(path: Path, header: Any) -> VolumeFile:
             return np.asanyarray(ArrayProxy(io.BytesIO(content), header, mmap=False), dtype=np.float32)
         # No copy of the largest of all volumes: unscaled voxels lie in the buffer as they are.
         voxels = np.frombuffer(content, header.get_data_dtype(), math.prod(shape), header.get_data_offset())
-        return voxels.reshape(shape, order="F").astype(np.float32, copy=False)
+        return voxels.reshape(shape, order="F")
 
     is_plain = type(header) is Nifti1Header
     kept = header.as_byteswapped("<") if is_plain else _new_header(spatial, header.get_best_affine())
