@@ -1,6 +1,10 @@
-"""The page of a report in headless Chromium: no errors, no requests, figures, sorting, and nothing overflows."""
+"""The page of a report in headless Chromium.
+
+There are no errors, requests or missing figures, tables sort, nothing overflows, and screen readers find their way.
+"""
 
 import html
+import importlib.resources
 import json
 import re
 import shutil
@@ -73,9 +77,19 @@ addEventListener("message", event => {
 </script>"""
 
 
+# Put behind the page: what axe-core, which checks pages for accessibility, objects to.
+AXE = """<pre id="found"></pre><script>
+addEventListener("load", () => axe.run(document).then(({violations, passes}) => {
+  const objections = violations.flatMap(rule => rule.nodes.map(node => `${rule.id}: ${node.html.slice(0, 90)}`));
+  const dark = matchMedia("(prefers-color-scheme: dark)").matches;
+  document.getElementById("found").textContent = JSON.stringify({objections, dark, passed: passes.length});
+}));
+</script>"""
+
+
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory):
-    """What the browser found at each width, and its log."""
+def root(tmp_path_factory):
+    """Folder with the page of a report, `out/index.html`."""
     if BROWSER is None:
         pytest.skip("no chromium, chromium-browser or google-chrome in PATH: the page is not opened")
     root = tmp_path_factory.mktemp("browser")
@@ -84,6 +98,23 @@ def seen(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("calib_jax.report.gains.SHOWN", ())
         assert cli.main(["report", *arguments, "--out", str(root / "out")]) == 0
+    return root
+
+
+def opened(root, file, *flags):
+    """What a page writes into its element `found`, and the log of the browser."""
+    command = [BROWSER, *FLAGS, *flags, f"--user-data-dir={root / 'profile'}", "--window-size=1400,2000"]
+    done = subprocess.run(
+        [*command, "--dump-dom", (root / file).as_uri()], capture_output=True, text=True, timeout=60
+    )
+    text = re.search(r'<pre id="found">(.+?)</pre>', done.stdout, re.DOTALL)
+    assert text, done.stderr[-2000:]
+    return json.loads(html.unescape(text[1])), done.stderr
+
+
+@pytest.fixture(scope="module")
+def seen(root):
+    """What the browser found at each width, and its log."""
     page = (root / "out" / "index.html").read_text(encoding="utf-8")
     assert page.count("<head>") == page.count("</body>") == 1
     page = page.replace("<head>", f"<head>{FIRST}").replace("</body>", f"{LAST}</body>")
@@ -96,16 +127,7 @@ def seen(tmp_path_factory):
         for width in (*WIDTHS, PAPER)
     )
     (root / "outer.html").write_text(OUTER + frames, encoding="utf-8")
-    command = [BROWSER, *FLAGS, f"--user-data-dir={root / 'profile'}"]
-    done = subprocess.run(
-        [*command, "--window-size=1400,2000", "--dump-dom", (root / "outer.html").as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    text = re.search(r'<pre id="found">(.+?)</pre>', done.stdout, re.DOTALL)
-    assert text, done.stderr[-2000:]
-    return json.loads(html.unescape(text[1])), done.stderr
+    return opened(root, "outer.html")
 
 
 def test_the_page_opens_without_errors_and_requests(seen):
@@ -151,3 +173,17 @@ def test_tables_sort_up_and_down(seen):
             assert [number(x) for x in down] == sorted(map(number, down), reverse=True)
             numeric += 1
     assert numeric > 0
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_screen_readers_find_their_way(root, scheme):
+    pytest.importorskip("axe_core_python", reason="install axe-core-python: accessibility is not checked")
+    axe = (importlib.resources.files("axe_core_python") / "axe.min.js").read_text(encoding="utf-8")
+    page = (root / "out" / "index.html").read_text(encoding="utf-8")
+    page = page.replace("</body>", f"<script>{axe}</script>{AXE}</body>")
+    (root / "axe.html").write_text(page, encoding="utf-8")
+    flags = ["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []
+    found, _ = opened(root, "axe.html", *flags)
+    assert found["dark"] == (scheme == "dark")
+    assert found["passed"] > 20
+    assert found["objections"] == []
