@@ -89,6 +89,20 @@ def test_compare_with_seeds_temperature_and_ensembles_goes_on_at_each_network(
     assert [arguments[0] for arguments in evaluated] == ["dice+T seed 3"]
 
 
+def test_pairs_have_the_labels_of_the_first_loss_and_the_probabilities_of_another(tmp_path: Path) -> None:
+    out = tmp_path / "compare"
+    command = ["compare", *PHANTOM, "--losses", "dice", "ce", "--seeds", 0, 1, "--ensembles", "--pairs"]
+    assert run(*command, "--out", out) == 0
+    models = {row["name"]: row["metrics"] for row in json.loads((out / "table.json").read_text())["models"]}
+    assert list(models)[:6] == ["dice", "dice~2", "ce", "ce~2", "dice|ce", "dice~2|ce~2"]
+    for kind in ("", "~2"):
+        labels, probs, pair = (models[name + kind] for name in ("dice", "ce", f"dice{kind}|ce"))
+        assert pair["Dice"]["mean"] == labels["Dice"]["mean"] != probs["Dice"]["mean"]
+        for metric in ("ACE", "ECE", "MCE"):
+            assert pair[metric]["mean"] == probs[metric]["mean"]
+    assert list(models["dice|ce"]["ACE"]["per_repeat"]) == ["seed 0", "seed 1"]
+
+
 def counted(calls: list[tuple], function: Callable) -> Callable:
     """`function`, whose calls are kept."""
 
@@ -292,6 +306,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         (["--losses", "dice+focal(gama=3)", "--data", "msd:/nowhere"], ["no argument 'gama'", "gamma"]),
         (["--seeds", "1", "1"], ["--seeds 1 1", "twice"]),
         (["--ensembles"], ["--ensembles", "two or more --seeds"]),
+        (["--losses", "dice", "--pairs"], ["--pairs", "two or more --losses"]),
         (["--temperature", "--num-val", "0", "--batch-size", "8"], ["--temperature", "num_val"]),
         (["--losses", "dice", "dice+-1*ace"], ["Weight", "positive"]),
         (["--data", "brain"], ["brain", "phantom", "LAYOUT:PATH", "msd"]),

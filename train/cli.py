@@ -93,6 +93,9 @@ class Compare(_Options):
     labels stay those of the network."""
     ensembles: bool = False
     """Show the mean probabilities of the --seeds of each loss as well, in a row `LOSS~3` for three seeds."""
+    pairs: bool = False
+    """Show the labels of the first loss with the probabilities of each other loss as well, in a row `FIRST|LOSS`.
+    These are two networks; `predict RUN --labels-of FIRST_RUN` writes the labels and probabilities of both."""
     checkpoint: Literal["last", "best"] = "last"
     """Evaluate each network's newest weights, or the best ones by --keep-best on the validation cases."""
     recipe: tuple[str, ...] = ()
@@ -114,6 +117,7 @@ class Compare(_Options):
             temperature=self.temperature,
             local=self.local_calibration,
             ensembles=self.ensembles,
+            pairs=self.pairs,
             which=self.checkpoint,
             devices=self.devices,
             resume=self.resume,
@@ -284,12 +288,20 @@ class Predict:
     uncertainty: bool = False
     """Also write NAME_entropy, the entropy of each voxel in nats, and of several runs NAME_mutual_information, the
     part of it that is disagreement between the networks."""
+    labels_of: Path | None = None
+    """Folder of another run, whose labels are written with the probabilities of RUN_FOLDERS: Dice may train labels
+    and mL1-ACE probabilities, see `compare --pairs`."""
 
     def run(self) -> None:
         from train.predict import predict_folder
 
         written = predict_folder(
-            self.run_folders, self.images, self.out, self.checkpoint, uncertainty=self.uncertainty
+            self.run_folders,
+            self.images,
+            self.out,
+            self.checkpoint,
+            uncertainty=self.uncertainty,
+            labels_of=self.labels_of,
         )
         print(f"\n{len(written)} files in {self.out}")
 

@@ -59,6 +59,7 @@ def compare(
     temperature: bool = False,
     local: bool = False,
     ensembles: bool = False,
+    pairs: bool = False,
     which: Which = "last",
     devices: DeviceConfig = DeviceConfig(),  # noqa: B008, it is frozen
     resume: bool = False,
@@ -78,6 +79,7 @@ def compare(
         temperature: also show each network with temperature scaling, fitted on the validation cases.
         local: also show each network with local calibration, fitted on the validation cases.
         ensembles: also show the mean probabilities of the seeds of each loss.
+        pairs: also show the labels of the first loss's networks with the probabilities of every other loss's.
         which: weights to evaluate: the last or the best by `keep_best`.
         devices: to train on.
         resume: continue the comparison in `folder`.
@@ -101,6 +103,8 @@ def compare(
         dataclasses.replace(config.training, seed=seed)  # which checks it
     if ensembles and len(seeds) < 2:
         raise InputError("--ensembles averages the networks of several seeds: give two or more --seeds.")
+    if pairs and len(losses) < 2:
+        raise InputError("--pairs shows networks of two losses side by side: give two or more --losses.")
     task = open_task(config, devices)
     for loss in parsed:
         check_task_loss(task, loss)
@@ -111,7 +115,7 @@ def compare(
         raise InputError("--checkpoint best needs --keep-best and validation cases (--num-val): give both.")
     if not published:
         check_best_is_known(task)
-    plan = Plan(tuple(names), task.config, tuple(seeds), temperature, which, local, ensembles)
+    plan = Plan(tuple(names), task.config, tuple(seeds), temperature, which, local, ensembles, pairs)
     kept = as_kept(task.config, folder, task.dataset, task.splits) if resume else task.config
     check = partial(check_task, task)
     open_run(folder, dataclasses.replace(plan, run=kept), resume=resume, check=check)
@@ -125,6 +129,8 @@ def compare(
             results += _results_of_loss(task, plan, name, folder, resume=resume)
             histories[name] = _mean_history([_history(run, task) for _, run in runs.values()])
             folders |= {f"{name} {seed}".rstrip(): run for seed, (_, run) in runs.items()}
+        if pairs:
+            results += _pairs(plan, {result.name: result for result in results})
         cases = read_cases(folder)
         remarks = _remarks(config, which, cases, folders) | _temperatures(folder)
         kind = KINDS["test"] if cases.complete else ""
@@ -142,6 +148,7 @@ class Plan:
     which: Which = "last"
     local: bool = False
     ensembles: bool = False
+    pairs: bool = False
 
     @property
     def endings(self) -> list[str]:
@@ -259,6 +266,29 @@ def _results_of_loss(task: Task, plan: Plan, name: str, folder: Path, *, resume:
         make = partial(_ensemble, plan, [run for _, run in runs.values()])
         results += _evaluated(task, plan, averaged, "", folder / slug(averaged), make, resume=resume)
     return results
+
+
+def _pairs(plan: Plan, results: Mapping[str, Result]) -> list[Result]:
+    """The networks of the first loss, for labels, with those of every other loss, for probabilities."""
+    first, *others = plan.losses
+    kinds = ["", *([f"~{len(plan.seeds)}"] if plan.ensembles else [])]
+    return [
+        _paired(f"{first}|{name}{kind}{ending}", results[first + kind], results[f"{name}{kind}{ending}"])
+        for name in others
+        for kind in kinds
+        for ending in plan.endings
+    ]
+
+
+def _paired(name: str, labels: Result, probs: Result) -> Result:
+    """The result of two models, one for the labels and one for the probabilities."""
+    if isinstance(probs, ModelResult):
+        assert isinstance(labels, ModelResult)
+        return dataclasses.replace(probs, name=name, dice=labels.dice)
+    pairs = {
+        seed: _paired(f"{name} {seed}", labels.repeats[seed], one) for seed, one in probs.repeats.items()
+    }
+    return RepeatedResult(name, pairs)  # type: ignore[arg-type]
 
 
 def _trained(task: Task, plan: Plan, config: RunConfig, run: Path, *, resume: bool) -> VolumePredictor:

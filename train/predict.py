@@ -34,7 +34,13 @@ _WRITER = "calib_jax predict"  # starts the description of every output file
 
 
 def predict_folder(
-    runs: Path | Sequence[Path], images: Path, out: Path, which: Which = "last", *, uncertainty: bool = False
+    runs: Path | Sequence[Path],
+    images: Path,
+    out: Path,
+    which: Which = "last",
+    *,
+    uncertainty: bool = False,
+    labels_of: Path | None = None,
 ) -> list[Path]:
     """Predicts every case in `images` and writes two files per case into `out`, or more with `uncertainty`.
 
@@ -53,6 +59,8 @@ def predict_folder(
     each voxel in nats: of its classes, or the sum over its regions. Of several runs the part of it that is
     disagreement between the networks is in `NAME_mutual_information.nii.gz`.
 
+    With `labels_of`, the folder of another run, the label map is that of its network.
+
     A case that cannot be predicted does not stop the others. The same call with the same `out` skips the cases that
     `out` holds already.
 
@@ -68,9 +76,10 @@ def predict_folder(
     runs = [runs] if isinstance(runs, Path) else list(runs)
     if not runs:
         raise InputError("There is no run to predict with: give the folder of one.")
-    loaded = [load_run(run, which) for run in runs]
+    all_runs = [*runs, *([labels_of] if labels_of else [])]
+    loaded = [load_run(run, which) for run in all_runs]
     info, networks = loaded[0][1], [predict for *_, predict in loaded]
-    for run, (_, other, predict) in zip(runs, loaded, strict=True):
+    for run, (_, other, predict) in zip(all_runs, loaded, strict=True):
         check_same_data(str(runs[0]), info, run, other)
         if predict.regions != networks[0].regions:
             raise InputError(f"{run} predicts other regions than {runs[0]}: give runs with the same ones.")
@@ -89,11 +98,14 @@ def predict_folder(
         for config, info, predict in loaded
         for part in (repr((config, info)).encode(), *map(_as_bytes, jax.tree.leaves(predict.weights)))
     )
+    labels = networks.pop() if labels_of else None
+    if labels:
+        network = _digest([b"labels", network.encode()])
     with _opened(out):
         left = _not_written(out, cases, network, kinds)
         for done, name in enumerate(progress(left, desc="predicting")):
             try:
-                volumes = _predict(networks, info, cases[name], network, kinds)
+                volumes = _predict(networks, labels, info, cases[name], network, kinds)
             except Exception as error:  # a fault of this case only
                 failed[name] = describe(error)
                 continue
@@ -188,6 +200,7 @@ def check_fits(files: Sequence[Path], info: DataInfo) -> None:
 
 def _predict(
     networks: Sequence[VolumePredictor],
+    labels: VolumePredictor | None,
     info: DataInfo,
     files: Sequence[Path],
     network: str,
@@ -200,20 +213,26 @@ def _predict(
         voxels, grid.affine, intensity_range=info.intensity_range, geometry=info.geometry
     )
     regions = networks[0].regions
-    probs: Any = np.float32(0)
-    within: Any = np.float32(0)
-    for predict in networks:
+
+    def predicted(predict: VolumePredictor) -> np.ndarray:
         found = placement.back(predict(image), background=not regions)
         if not np.isfinite(found).all():
             raise InputError(f"the network's probabilities of {files[0]} are not finite: check its weights.")
-        probs = probs + found.astype(np.float32) / len(networks)
+        return found.astype(np.float32)
+
+    probs: Any = np.float32(0)
+    within: Any = np.float32(0)
+    for predict in networks:
+        found = predicted(predict)
+        probs = probs + found / len(networks)
         if "mutual_information" in kinds:
             within = within + entropy(found, regions=bool(regions)) / len(networks)
+    decisive = probs if labels is None else predicted(labels)
     if regions:
-        label = (probs > 0.5).astype(np.uint8)
+        label = (decisive > 0.5).astype(np.uint8)
         label = label[..., 0] if len(regions) == 1 else label
     else:
-        label = probs.argmax(-1).astype(np.min_scalar_type(probs.shape[-1] - 1))
+        label = decisive.argmax(-1).astype(np.min_scalar_type(probs.shape[-1] - 1))
     maps = [label, probs]
     if "entropy" in kinds:
         total = entropy(probs, regions=bool(regions))
