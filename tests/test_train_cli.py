@@ -96,7 +96,7 @@ def test_pairs_have_the_labels_of_the_first_loss_and_the_probabilities_of_anothe
     models = {row["name"]: row["metrics"] for row in json.loads((out / "table.json").read_text())["models"]}
     assert list(models)[:6] == ["dice", "dice~2", "ce", "ce~2", "dice|ce", "dice~2|ce~2"]
     for kind in ("", "~2"):
-        labels, probs, pair = (models[name + kind] for name in ("dice", "ce", f"dice{kind}|ce"))
+        labels, probs, pair = (models[name] for name in (f"dice{kind}", f"ce{kind}", f"dice{kind}|ce{kind}"))
         assert pair["Dice"]["mean"] == labels["Dice"]["mean"] != probs["Dice"]["mean"]
         for metric in ("ACE", "ECE", "MCE"):
             assert pair[metric]["mean"] == probs[metric]["mean"]
@@ -253,6 +253,10 @@ def test_predict_with_several_runs_and_uncertainty(
     np.testing.assert_allclose(found["entropy"], mean, atol=1e-5)
     np.testing.assert_allclose(found["mutual_information"], mean - np.mean(members, 0), atol=1e-5)
     assert found["mutual_information"].max() > 1e-4
+    assert run("predict", trained, *images, "--out", tmp_path / "pair", "--labels-of", other) == 0
+    for kind, number in (("label", 1), ("probs", 0)):
+        files = (tmp_path / folder / f"case_0_{kind}.nii.gz" for folder in ("pair", str(number)))
+        np.testing.assert_array_equal(*(nib.load(file).get_fdata() for file in files))
     assert "There is no run" in refuses(capsys, "predict", *images, "--out", tmp_path / "none")
 
 

@@ -273,7 +273,9 @@ def _pairs(plan: Plan, results: Mapping[str, Result]) -> list[Result]:
     first, *others = plan.losses
     kinds = ["", *([f"~{len(plan.seeds)}"] if plan.ensembles else [])]
     return [
-        _paired(f"{first}|{name}{kind}{ending}", results[first + kind], results[f"{name}{kind}{ending}"])
+        _paired(
+            f"{first}{kind}|{name}{kind}{ending}", results[first + kind], results[f"{name}{kind}{ending}"]
+        )
         for name in others
         for kind in kinds
         for ending in plan.endings
