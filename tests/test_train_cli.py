@@ -17,6 +17,10 @@ import pytest
 from commands import refuses, run, write_msd
 from killed import logged, weights
 
+from calib_jax import BinStatistics
+from calib_jax.results import ModelResult, RepeatedResult
+from train.compare import Plan, _pairs
+from train.config import RunConfig
 from train.run.folder import claimed
 from train.run.logs import RunLog
 
@@ -89,18 +93,31 @@ def test_compare_with_seeds_temperature_and_ensembles_goes_on_at_each_network(
     assert [arguments[0] for arguments in evaluated] == ["dice+T seed 3"]
 
 
-def test_pairs_have_the_labels_of_the_first_loss_and_the_probabilities_of_another(tmp_path: Path) -> None:
-    out = tmp_path / "compare"
-    command = ["compare", *PHANTOM, "--losses", "dice", "ce", "--seeds", 0, 1, "--ensembles", "--pairs"]
-    assert run(*command, "--out", out) == 0
-    models = {row["name"]: row["metrics"] for row in json.loads((out / "table.json").read_text())["models"]}
-    assert list(models)[:6] == ["dice", "dice~2", "ce", "ce~2", "dice|ce", "dice~2|ce~2"]
-    for kind in ("", "~2"):
-        labels, probs, pair = (models[name] for name in (f"dice{kind}", f"ce{kind}", f"dice{kind}|ce{kind}"))
-        assert pair["Dice"]["mean"] == labels["Dice"]["mean"] != probs["Dice"]["mean"]
-        for metric in ("ACE", "ECE", "MCE"):
-            assert pair[metric]["mean"] == probs[metric]["mean"]
-    assert list(models["dice|ce"]["ACE"]["per_repeat"]) == ["seed 0", "seed 1"]
+def test_pairs_of_seeds_and_ensembles_have_the_labels_of_the_first_loss() -> None:
+    def model(name: str, value: float) -> ModelResult:
+        count = np.full((1, 1, 1), 8)
+        return ModelResult(name, ("case",), ("class",), BinStatistics(count, value * count, count), [[value]])
+
+    def seeds(name: str, *values: float) -> RepeatedResult:
+        return RepeatedResult(name, {f"seed {i}": model(f"{name} seed {i}", x) for i, x in enumerate(values)})
+
+    plan = Plan(("dice", "ce"), RunConfig("dice"), (0, 1), temperature=True, ensembles=True, pairs=True)
+    results = [
+        seeds("dice", 0.1, 0.2),
+        seeds("dice+T", 0.3, 0.3),
+        seeds("ce", 0.4, 0.5),
+        seeds("ce+T", 0.6, 0.7),
+    ]
+    results += [model("dice~2", 0.15), model("dice~2+T", 0.3), model("ce~2", 0.45), model("ce~2+T", 0.65)]
+    pairs = _pairs(plan, {result.name: result for result in results})
+    found = {pair.name: [pair.metrics()[metric].item() for metric in ("Dice", "ACE")] for pair in pairs}
+    assert found == {
+        "dice|ce": pytest.approx([0.15, 0.55]),
+        "dice|ce+T": pytest.approx([0.15, 0.35]),
+        "dice~2|ce~2": pytest.approx([0.15, 0.55]),
+        "dice~2|ce~2+T": pytest.approx([0.15, 0.35]),
+    }
+    assert [one.name for one in pairs[0].repeats.values()] == ["dice|ce seed 0", "dice|ce seed 1"]
 
 
 def counted(calls: list[tuple], function: Callable) -> Callable:
@@ -524,7 +541,7 @@ def test_a_comparison_stopped_and_resumed_goes_on_with_its_loss_and_leaves_a_pag
     whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "both"
-    command = ["compare", *STOPPABLE, "--losses", "dice", "dice+ace", "--out", out]
+    command = ["compare", *STOPPABLE, "--losses", "dice", "dice+ace", "--pairs", "--out", out]
     take = RunLog.add_step
 
     def add_step_and_terminate(log: RunLog, row: dict, cases: list[str]) -> None:
@@ -549,8 +566,11 @@ def test_a_comparison_stopped_and_resumed_goes_on_with_its_loss_and_leaves_a_pag
         assert name in printed
     assert "dice+ace" in (out / "index.html").read_text()
     assert len(list((out / "figures").glob("*.png"))) >= 4
-    table = json.loads((out / "table.json").read_text())
-    assert [row["name"] for row in table["models"]] == ["dice", "dice+ace", "true posterior"]
+    models = {row["name"]: row["metrics"] for row in json.loads((out / "table.json").read_text())["models"]}
+    assert list(models) == ["dice", "dice+ace", "dice|dice+ace", "true posterior"]
+    labels, probs, pair = list(models.values())[:3]
+    assert pair["Dice"]["mean"] == labels["Dice"]["mean"]
+    assert pair["ACE"]["mean"] == probs["ACE"]["mean"]
     cases = rows(out / "cases" / "01-dice-ace.csv")
     assert len(cases) == 3 * 3  # cases by foreground classes
     splits = json.loads((out / "splits.json").read_text())
