@@ -1,6 +1,7 @@
 """The main job: train one network under several losses, and compare the results on held-out cases."""
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -272,14 +273,11 @@ def _pairs(plan: Plan, results: Mapping[str, Result]) -> list[Result]:
     """The networks of the first loss, for labels, with those of every other loss, for probabilities."""
     first, *others = plan.losses
     kinds = ["", *([f"~{len(plan.seeds)}"] if plan.ensembles else [])]
-    return [
-        _paired(
-            f"{first}{kind}|{name}{kind}{ending}", results[first + kind], results[f"{name}{kind}{ending}"]
-        )
-        for name in others
-        for kind in kinds
-        for ending in plan.endings
-    ]
+    pairs = []
+    for name, kind, ending in itertools.product(others, kinds, plan.endings):
+        labels, probs = results[first + kind], results[f"{name}{kind}{ending}"]
+        pairs.append(_paired(f"{labels.name}|{probs.name}", labels, probs))
+    return pairs
 
 
 def _paired(name: str, labels: Result, probs: Result) -> Result:

@@ -75,9 +75,8 @@ class ArrayFile:
         Raises:
             PredictionError: the file is truncated or corrupt, or a volume holds numbers that are not finite.
         """
-        if (
-            self.volume is not None
-        ):  # NumPy turns float32 to integers twenty times as slowly as it copies them
+        if self.volume is not None:
+            # Labels stay integers: NumPy turns float32 to integers twenty times as slowly as it copies integers.
             whole = self.dtype.kind in "bui" and not self.is_scaled
             return (self.volume.read_stored() if whole else self.volume.read()).reshape(self.shape)
         try:
