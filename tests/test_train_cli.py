@@ -21,6 +21,7 @@ from calib_jax import BinStatistics
 from calib_jax.results import ModelResult, RepeatedResult
 from train.compare import Plan, _pairs
 from train.config import RunConfig
+from train.data import open_dataset
 from train.run.folder import claimed
 from train.run.logs import RunLog
 
@@ -245,6 +246,34 @@ def test_predict_keeps_the_affine(trained: Path, msd: Path, tmp_path: Path) -> N
     np.testing.assert_allclose(probs.get_fdata().sum(-1), 1.0, atol=1e-5)
     np.testing.assert_array_equal(probs.get_fdata().argmax(-1), label.get_fdata())
     assert len(list(out.iterdir())) == 12
+
+
+def test_predict_of_a_split_is_that_of_the_same_scans_in_a_folder(
+    trained: Path,
+    msd: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder, split = tmp_path / "folder", tmp_path / "split"
+    assert run("predict", trained, "--images", msd / "imagesTr", "--out", folder) == 0
+    assert run("predict", trained, "--split", "test", "--out", split) == 0
+    test = json.loads((trained / "splits.json").read_text())["test"]
+    assert {file.name for file in split.iterdir()} == {
+        f"{x}_{y}.nii.gz" for x in test for y in ("label", "probs")
+    }
+    for file in split.iterdir():
+        np.testing.assert_array_equal(*(nib.load(at / file.name).get_fdata() for at in (folder, split)))
+    both = ["--images", msd / "imagesTr", "--split", "val"]
+    for arguments in ([trained], [trained, *both]):
+        assert "either --images or --split" in refuses(capsys, "predict", *arguments, "--out", tmp_path / "x")
+    other = shutil.copytree(trained, tmp_path / "other")
+    (other / "splits.json").write_text(json.dumps({"train": [], "val": [], "test": ["case_9"]}))
+    words = ["predict", trained, other, "--split", "test", "--out", tmp_path / "x"]
+    assert "has another test split than" in refuses(capsys, *words)
+    monkeypatch.setattr("train.predict.open_cases", lambda data: open_dataset("phantom2d"))
+    words = ["predict", trained, "--split", "test", "--out", tmp_path / "x"]
+    assert "no image files: give --images" in refuses(capsys, *words)
 
 
 def test_predict_with_several_runs_and_uncertainty(

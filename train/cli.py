@@ -263,9 +263,11 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Predict:
-    """Label maps and class probabilities of a folder of volumes as NIfTI, with each volume's own affine.
+    """Label maps and class probabilities of volumes as NIfTI, with each volume's own affine.
 
     python -m train predict runs/ace --images scans --out predictions
+
+    python -m train predict runs/ace --split test --out predictions
 
     python -m train predict runs/seed0 runs/seed1 --images scans --out predictions --uncertainty
 
@@ -279,10 +281,13 @@ class Predict:
 
     run_folders: RunFolders
     """Folder of the run; of several runs the probabilities are averaged."""
-    images: Path
-    """Folder of volumes: .nii, .nii.gz, .mgz, .mha, .nrrd and others."""
     out: Path
     """Output folder: new, empty, or one that the same command has begun to fill."""
+    images: Path | None = None
+    """Folder of volumes: .nii, .nii.gz, .mgz, .mha, .nrrd and others."""
+    split: Literal["train", "val", "test"] | None = None
+    """Instead of --images, cases of the run's own data: its validation cases, to fit a calibrator to them with
+    `calib-jax calibrate`, or its test cases, for `calib-jax report`."""
     checkpoint: Literal["last", "best"] = "last"
     """Weights of the newest checkpoint, or the best one's of a run with --keep-best."""
     uncertainty: bool = False
@@ -300,6 +305,7 @@ class Predict:
             self.images,
             self.out,
             self.checkpoint,
+            split=self.split,
             uncertainty=self.uncertainty,
             labels_of=self.labels_of,
         )

@@ -1,6 +1,7 @@
 """Predicts images without labels: writes label maps and class probabilities as NIfTI."""
 
 import contextlib
+import dataclasses
 import gzip
 import hashlib
 import math
@@ -15,19 +16,23 @@ import nibabel as nib
 import numpy as np
 
 from calib_jax._probabilities import entropy
-from train.config import DataInfo, check_same_data
+from train.config import DataInfo, RunConfig, check_same_data
 from train.data.faults import Fault, collected, refuse
 from train.data.io import Grid, check_same_grid, read_scan
 from train.data.names import CHANNEL
 from train.data.preprocess import preprocess
+from train.data.splits import read_splits
 from train.data.volume_files import ENDINGS, open_volume, parts_of, stem, volumes_in
+from train.data.volumes import VolumeDataset
 from train.errors import CasesFailed, InputError, describe
 from train.files import make_folder, visible
 from train.inference import VolumePredictor
 from train.progress import progress
+from train.run.cases import choose_cases, own_data, read_cases
 from train.run.checkpoint import Which
 from train.run.folder import PARTIAL, locked, written_whole
 from train.run.load import load_run
+from train.task import open_cases
 
 _KINDS = ("label", "probs", "entropy", "mutual_information")  # end the names of output files
 _WRITER = "calib_jax predict"  # starts the description of every output file
@@ -35,14 +40,17 @@ _WRITER = "calib_jax predict"  # starts the description of every output file
 
 def predict_folder(
     runs: Path | Sequence[Path],
-    images: Path,
+    images: Path | None,
     out: Path,
     which: Which = "last",
     *,
+    split: str | None = None,
     uncertainty: bool = False,
     labels_of: Path | None = None,
 ) -> list[Path]:
-    """Predicts every case in `images` and writes two files per case into `out`, or more with `uncertainty`.
+    """Predicts every case in `images`, or of a split of the runs' own data.
+
+    It writes two files per case into `out`, or more with `uncertainty`.
 
     A case is one volume (several channels lie along the fourth axis), or as in nnU-Net one volume per channel,
     `NAME_0000.nii.gz` and on, see `find_cases`.
@@ -69,13 +77,15 @@ def predict_folder(
 
     Raises:
         InputError: no image is there, no image fits the network, two images have one name, the runs were trained
-            on different data, or `out` holds anything but predictions of these networks and images. Nothing is
-            written.
+            on different data or splits, or `out` holds anything but predictions of these networks and images.
+            Nothing is written.
         CasesFailed: some cases could not be predicted. All others are written.
     """
     runs = [runs] if isinstance(runs, Path) else list(runs)
     if not runs:
         raise InputError("There is no run to predict with: give the folder of one.")
+    if (images is None) == (split is None):
+        raise InputError("What to predict: give either --images or --split.")
     all_runs = [*runs, *([labels_of] if labels_of else [])]
     loaded = [load_run(run, which) for run in all_runs]
     info, networks = loaded[0][1], [predict for *_, predict in loaded]
@@ -89,7 +99,11 @@ def predict_folder(
         )
     kinds = ("label", "probs", *(("entropy",) if uncertainty else ()))
     kinds += ("mutual_information",) if uncertainty and len(runs) > 1 else ()
-    cases, faults = find_cases(images, info)
+    if images is not None:
+        cases, faults = find_cases(images, info)
+    else:
+        assert split is not None
+        cases, faults = _cases_of_split(all_runs, *loaded[0][:2], split), []
     names = [*cases, *(fault.case for fault in faults)]
     refuse([fault for fault in faults if names.count(fault.case) > 1 or not cases])
     failed = {fault.case: f"{fault.file} {fault.problem}" for fault in faults}
@@ -159,6 +173,35 @@ def find_cases(folder: Path, info: DataInfo) -> tuple[dict[str, list[Path]], lis
             check_fits(parts, info)
             cases[name] = parts
     return cases, faults
+
+
+def _cases_of_split(
+    runs: Sequence[Path], config: RunConfig, info: DataInfo, split: str
+) -> dict[str, list[Path]]:
+    """The image files of each case in a split that all runs have.
+
+    Args:
+        runs: their folders.
+        config: of the first run.
+        info: of its data set.
+        split: `train`, `val` or `test`.
+
+    Raises:
+        InputError: the runs have different splits, or the split has no case or no files.
+    """
+    first, *others = runs
+    own = own_data(first, config.data.data)
+    dataset = open_cases(dataclasses.replace(config.data, data=own, spacing=info.geometry.spacing))
+    if not isinstance(dataset, VolumeDataset):
+        raise InputError(f"{first} was trained on {info.name}, which has no image files: give --images.")
+    chosen = choose_cases(first, read_cases(first), dataset, split, given=None)
+    for note in chosen.notes:
+        print(f"note: {note}", file=sys.stderr)
+    for other in others:
+        if set(getattr(read_splits(other / "splits.json"), split)) != set(chosen.names):
+            raise InputError(f"{other} has another {split} split than {first}: give --images.")
+    images = {entry.name: list(entry.images) for entry in dataset.layout.entries}
+    return {name: images[name] for name in chosen.names}
 
 
 def group_channels(files: Sequence[Path], channels: int) -> list[tuple[str, list[Path]]]:
