@@ -21,7 +21,7 @@ from calib_jax import BinStatistics
 from calib_jax.results import ModelResult, RepeatedResult
 from train.compare import Plan, _pairs
 from train.config import RunConfig
-from train.data import open_dataset
+from train.data.open import open_dataset
 from train.run.folder import claimed
 from train.run.logs import RunLog
 
