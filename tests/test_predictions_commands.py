@@ -296,9 +296,9 @@ def test_a_label_map_in_two_files_goes_along_whole(tmp_path):
 def test_voxels_are_read_once_and_only_where_they_are_used(tmp_path, folders, monkeypatch):
     for name in "ab":
         save_nifti(tmp_path / "images" / f"{name}.nii.gz", make_case()[1].astype(np.float32), LPS)
-    read, original = [], VolumeFile.read
+    read, original = [], VolumeFile.read_stored
     monkeypatch.setattr(
-        VolumeFile, "read", lambda file: (read.append(file.path.parent.name), original(file))[1]
+        VolumeFile, "read_stored", lambda file: (read.append(file.path.parent.name), original(file))[1]
     )
     models = {"A": folders[0], "B": folders[0]}
     predictions = open_predictions(models, folders[1], images=tmp_path / "images")
