@@ -102,7 +102,7 @@ def test_pairs_of_seeds_and_ensembles_have_the_labels_of_the_first_loss() -> Non
     def seeds(name: str, *values: float) -> RepeatedResult:
         return RepeatedResult(name, {f"seed {i}": model(f"{name} seed {i}", x) for i, x in enumerate(values)})
 
-    plan = Plan(("dice", "ce"), RunConfig("dice"), (0, 1), temperature=True, ensembles=True, pairs=True)
+    plan = Plan(("dice", "ce"), RunConfig("dice"), (0, 1), temperature=True, ensembles=True)
     results = [
         seeds("dice", 0.1, 0.2),
         seeds("dice+T", 0.3, 0.3),
@@ -271,7 +271,7 @@ def test_predict_of_a_split_is_that_of_the_same_scans_in_a_folder(
     (other / "splits.json").write_text(json.dumps({"train": [], "val": [], "test": ["case_9"]}))
     words = ["predict", trained, other, "--split", "test", "--out", tmp_path / "x"]
     assert "has another test split than" in refuses(capsys, *words)
-    monkeypatch.setattr("train.predict.open_cases", lambda data: open_dataset("phantom2d"))
+    monkeypatch.setattr("train.predict.open_cases_of", lambda *_: (open_dataset("phantom2d"), None))
     words = ["predict", trained, "--split", "test", "--out", tmp_path / "x"]
     assert "no image files: give --images" in refuses(capsys, *words)
 
@@ -570,7 +570,7 @@ def test_a_comparison_stopped_and_resumed_goes_on_with_its_loss_and_leaves_a_pag
     whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "both"
-    command = ["compare", *STOPPABLE, "--losses", "dice", "dice+ace", "--pairs", "--out", out]
+    command = ["compare", *STOPPABLE, "--losses", "dice", "dice+ace", "--out", out]
     take = RunLog.add_step
 
     def add_step_and_terminate(log: RunLog, row: dict, cases: list[str]) -> None:
@@ -586,7 +586,7 @@ def test_a_comparison_stopped_and_resumed_goes_on_with_its_loss_and_leaves_a_pag
     assert run("status", out) == 0
     assert "comparison, stopped; --resume goes on" in capsys.readouterr().out
     first = (out / "dice" / "log.csv").stat().st_mtime_ns
-    assert run(*command, "--resume") == 0
+    assert run(*command, "--resume", "--pairs") == 0  # a row of what is there
     assert (out / "dice" / "log.csv").stat().st_mtime_ns == first
     for name in ("log.csv", "validation.csv"):
         assert logged(out / "dice+ace", name) == logged(whole, name)

@@ -95,7 +95,8 @@ class Compare(_Options):
     """Show the mean probabilities of the --seeds of each loss as well, in a row `LOSS~3` for three seeds."""
     pairs: bool = False
     """Show the labels of the first loss with the probabilities of each other loss as well, in a row `FIRST|LOSS`.
-    These are two networks; `predict RUN --labels-of FIRST_RUN` writes the labels and probabilities of both."""
+    These are two networks; `predict RUN --labels-of FIRST_RUN` writes the labels and probabilities of both. With
+    --resume it adds the rows to a comparison that is done."""
     checkpoint: Literal["last", "best"] = "last"
     """Evaluate each network's newest weights, or the best ones by --keep-best on the validation cases."""
     recipe: tuple[str, ...] = ()

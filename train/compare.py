@@ -14,7 +14,7 @@ from calib_jax import LocalCalibration
 from calib_jax.report import compare_models, format_table, write_report
 from calib_jax.results import ModelResult, RepeatedResult, Result
 from train.check import check_cases
-from train.config import DataInfo, DeviceConfig, RunConfig, check_same_data, resolve_regions, to_json
+from train.config import DataInfo, DeviceConfig, RunConfig, resolve_regions, to_json
 from train.data import Dataset
 from train.errors import InputError
 from train.evaluate import evaluate, evaluate_posterior
@@ -25,7 +25,7 @@ from train.local_calibration import fit_local_calibration
 from train.losses import parse_loss
 from train.processes import is_first, on_first
 from train.published import HEADER, Row, rows_of, to_markdown, write_table
-from train.run.cases import KINDS, RunCases, as_kept, choose_cases, own_data, read_cases, resolved
+from train.run.cases import KINDS, RunCases, as_kept, read_cases
 from train.run.checkpoint import Which
 from train.run.folder import claimed, command, open_run, versions, write_json, writing, written_whole
 from train.run.load import load_run
@@ -35,7 +35,7 @@ from train.task import (
     check_best_is_known,
     check_task,
     check_task_loss,
-    open_cases,
+    open_cases_of,
     open_task,
     write_split,
 )
@@ -116,7 +116,7 @@ def compare(
         raise InputError("--checkpoint best needs --keep-best and validation cases (--num-val): give both.")
     if not published:
         check_best_is_known(task)
-    plan = Plan(tuple(names), task.config, tuple(seeds), temperature, which, local, ensembles, pairs)
+    plan = Plan(tuple(names), task.config, tuple(seeds), temperature, which, local, ensembles)
     kept = as_kept(task.config, folder, task.dataset, task.splits) if resume else task.config
     check = partial(check_task, task)
     open_run(folder, dataclasses.replace(plan, run=kept), resume=resume, check=check)
@@ -149,7 +149,6 @@ class Plan:
     which: Which = "last"
     local: bool = False
     ensembles: bool = False
-    pairs: bool = False
 
     @property
     def endings(self) -> list[str]:
@@ -203,26 +202,21 @@ def evaluate_run(
     config, info, predict = load_run(run, which)
     if split not in KINDS:
         raise InputError(f"split is {split!r}: give train, val or test.")
-    own = own_data(run, config.data.data)
-    spec = data or own
-    dataset = open_cases(dataclasses.replace(config.data, data=spec, spacing=info.geometry.spacing))
-    found = DataInfo.of(dataset)
-    check_same_data(spec, found, run, info)
+    dataset, chosen = open_cases_of(run, config, info, split, data)
     resolve_regions(config.model, dataset)
     cases = read_cases(run)
-    chosen = choose_cases(run, cases, dataset, split, given=None if resolved(spec) == own else spec)
     for option, wanted in (("--temperature", temperature), ("--local-calibration", local)):
         if wanted and not chosen.own:
             raise InputError(f"{option} is fitted on the run's own validation cases: leave out --data.")
         if wanted and not chosen.val:
             raise InputError(
-                f"{run} has no validation cases to fit to, or {spec} lacks some: leave out {option}."
+                f"{run} has no validation cases to fit to, or {dataset.name} lacks some: leave out {option}."
             )
-    ending = f"{split if chosen.own else found.name}{'' if which == 'last' else f'-{which}'}"
+    ending = f"{split if chosen.own else dataset.name}{'' if which == 'last' else f'-{which}'}"
     folder = out or run / f"evaluate-{ending}"
     check = partial(check_cases, dataset, (*chosen.names, *(chosen.val if temperature or local else ())))
     unfinished = folder.exists() and {path.name for path in visible(folder)} <= _UNFINISHED
-    open_run(folder, config, resume=resume or unfinished, check=check, data=to_json(found))
+    open_run(folder, config, resume=resume or unfinished, check=check, data=to_json(DataInfo.of(dataset)))
     if is_first():
         for note in chosen.notes:
             print(f"note: {note}")

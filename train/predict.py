@@ -1,7 +1,6 @@
 """Predicts images without labels: writes label maps and class probabilities as NIfTI."""
 
 import contextlib
-import dataclasses
 import gzip
 import hashlib
 import math
@@ -28,11 +27,10 @@ from train.errors import CasesFailed, InputError, describe
 from train.files import make_folder, visible
 from train.inference import VolumePredictor
 from train.progress import progress
-from train.run.cases import choose_cases, own_data, read_cases
 from train.run.checkpoint import Which
 from train.run.folder import PARTIAL, locked, written_whole
 from train.run.load import load_run
-from train.task import open_cases
+from train.task import open_cases_of
 
 _KINDS = ("label", "probs", "entropy", "mutual_information")  # end the names of output files
 _WRITER = "calib_jax predict"  # starts the description of every output file
@@ -87,34 +85,20 @@ def predict_folder(
     if (images is None) == (split is None):
         raise InputError("What to predict: give either --images or --split.")
     all_runs = [*runs, *([labels_of] if labels_of else [])]
-    loaded = [load_run(run, which) for run in all_runs]
-    info, networks = loaded[0][1], [predict for *_, predict in loaded]
-    for run, (_, other, predict) in zip(all_runs, loaded, strict=True):
-        check_same_data(str(runs[0]), info, run, other)
-        if predict.regions != networks[0].regions:
-            raise InputError(f"{run} predicts other regions than {runs[0]}: give runs with the same ones.")
-    if info.spatial_dims != 3:
-        raise InputError(
-            f"{runs[0]} was trained on {info.spatial_dims}-D images: NIfTI volumes need a 3-D run."
-        )
-    kinds = ("label", "probs", *(("entropy",) if uncertainty else ()))
-    kinds += ("mutual_information",) if uncertainty and len(runs) > 1 else ()
-    if images is not None:
-        cases, faults = find_cases(images, info)
-    else:
-        assert split is not None
-        cases, faults = _cases_of_split(all_runs, *loaded[0][:2], split), []
-    names = [*cases, *(fault.case for fault in faults)]
-    refuse([fault for fault in faults if names.count(fault.case) > 1 or not cases])
-    failed = {fault.case: f"{fault.file} {fault.problem}" for fault in faults}
-    network = _digest(
-        part
-        for config, info, predict in loaded
-        for part in (repr((config, info)).encode(), *map(_as_bytes, jax.tree.leaves(predict.weights)))
-    )
+    config, info, networks, network = _load(all_runs, which)
     labels = networks.pop() if labels_of else None
     if labels:
         network = _digest([b"labels", network.encode()])
+    kinds = ("label", "probs", *(("entropy",) if uncertainty else ()))
+    kinds += ("mutual_information",) if uncertainty and len(runs) > 1 else ()
+    if split is not None:
+        cases, faults = _cases_of_split(all_runs, config, info, split), []
+    else:
+        assert images is not None
+        cases, faults = find_cases(images, info)
+    names = [*cases, *(fault.case for fault in faults)]
+    refuse([fault for fault in faults if names.count(fault.case) > 1 or not cases])
+    failed = {fault.case: f"{fault.file} {fault.problem}" for fault in faults}
     with _opened(out):
         left = _not_written(out, cases, network, kinds)
         for done, name in enumerate(progress(left, desc="predicting")):
@@ -138,6 +122,30 @@ def predict_folder(
             failed,
         )
     return [file for name in cases for file in _outputs(out, name, kinds)]
+
+
+def _load(runs: Sequence[Path], which: Which) -> tuple[RunConfig, DataInfo, list[VolumePredictor], str]:
+    """Configuration and data of the first run, the network of each, and a digest of all.
+
+    Raises:
+        InputError: the runs were trained on different data or regions, or on 2-D images.
+    """
+    loaded = [load_run(run, which) for run in runs]
+    first, info, network = loaded[0]
+    for run, (_, other, predict) in zip(runs, loaded, strict=True):
+        check_same_data(str(runs[0]), info, run, other)
+        if predict.regions != network.regions:
+            raise InputError(f"{run} predicts other regions than {runs[0]}: give runs with the same ones.")
+    if info.spatial_dims != 3:
+        raise InputError(
+            f"{runs[0]} was trained on {info.spatial_dims}-D images: NIfTI volumes need a 3-D run."
+        )
+    digest = _digest(
+        part
+        for config, data, predict in loaded
+        for part in (repr((config, data)).encode(), *map(_as_bytes, jax.tree.leaves(predict.weights)))
+    )
+    return first, info, [predict for *_, predict in loaded], digest
 
 
 def find_cases(folder: Path, info: DataInfo) -> tuple[dict[str, list[Path]], list[Fault]]:
@@ -190,11 +198,9 @@ def _cases_of_split(
         InputError: the runs have different splits, or the split has no case or no files.
     """
     first, *others = runs
-    own = own_data(first, config.data.data)
-    dataset = open_cases(dataclasses.replace(config.data, data=own, spacing=info.geometry.spacing))
+    dataset, chosen = open_cases_of(first, config, info, split)
     if not isinstance(dataset, VolumeDataset):
         raise InputError(f"{first} was trained on {info.name}, which has no image files: give --images.")
-    chosen = choose_cases(first, read_cases(first), dataset, split, given=None)
     for note in chosen.notes:
         print(f"note: {note}", file=sys.stderr)
     for other in others:

@@ -30,7 +30,16 @@ from train.losses import Loss, parse_loss
 from train.models.registry import check_logits, make_network
 from train.plugins import is_external
 from train.processes import is_first
-from train.run.cases import cases_for, check_initial, note_duplicates, read_cases
+from train.run.cases import (
+    Choice,
+    cases_for,
+    check_initial,
+    choose_cases,
+    note_duplicates,
+    own_data,
+    read_cases,
+    resolved,
+)
 from train.sharding import check_split, device_mesh, parts_in_turn
 from train.step import check_loss
 
@@ -160,6 +169,29 @@ def open_cases(data: DataConfig) -> Dataset:
         intensities=data.intensities,
         label_values=data.label_values,
     )
+
+
+def open_cases_of(
+    run: Path, config: RunConfig, info: DataInfo, split: str, data: str | None = None
+) -> tuple[Dataset, Choice]:
+    """Opens the data set of a trained run, or another one, and chooses the cases of a split, see `choose_cases`.
+
+    Args:
+        run: folder of the run.
+        config: of the run.
+        info: of the data that the run was trained on.
+        split: `train`, `val` or `test`.
+        data: a data set; None for the run's own.
+
+    Raises:
+        InputError: the data set does not fit the run, or no case is left.
+    """
+    own = own_data(run, config.data.data)
+    spec = data or own
+    dataset = open_cases(dataclasses.replace(config.data, data=spec, spacing=info.geometry.spacing))
+    check_same_data(spec, DataInfo.of(dataset), run, info)
+    given = None if resolved(spec) == own else spec
+    return dataset, choose_cases(run, read_cases(run), dataset, split, given=given)
 
 
 def _splits(data: DataConfig, dataset: Dataset) -> Splits:

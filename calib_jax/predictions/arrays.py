@@ -15,7 +15,6 @@ from calib_jax.predictions.case import PredictionError
 from calib_jax.predictions.volumes import DEFLATE, VolumeFile
 
 ARRAY_ENDINGS = (".npz", ".npy")
-_CHUNK = 1 << 20  # bytes that are decompressed at a time
 PAGES = "pages"  # key of an image that has a page for each class
 IMAGE_ENDINGS = (".png", ".tiff", ".tif")
 ENDINGS = (*volumes.ENDINGS, *ARRAY_ENDINGS, *IMAGE_ENDINGS)
@@ -143,40 +142,30 @@ def _open_npz(path: Path) -> ArrayFile:
                 f"{path} is compressed in another way than NumPy does: write it with numpy.savez_compressed."
             )
         with archive.open(info) as stream:
-            shape, order, dtype, offset = _npy_header(path, stream)
+            shape, dtype, offset = _npy_header(path, stream)
     _check_size(path, shape, dtype, info.file_size - offset)
     _check_size(path, shape, dtype, info.compress_size * DEFLATE)
 
     def decode() -> np.ndarray:
-        values = np.empty(shape, dtype, order)
-        content, filled = values.reshape(-1, order=order).view(np.uint8), 0
-        with zipfile.ZipFile(path) as archive, archive.open(info.filename) as stream:
-            stream.read(offset)
-            while filled < content.size:
-                chunk = stream.read(min(_CHUNK, content.size - filled))
-                if not chunk:
-                    raise EOFError("the numbers are cut off")
-                content[filled : filled + len(chunk)] = np.frombuffer(chunk, np.uint8)
-                filled += len(chunk)
-            stream.read(1)  # past the end, where the checksum is compared
-        return values
+        with np.load(path, allow_pickle=False) as arrays:
+            return arrays[key]
 
     return ArrayFile(path, "npz", shape, dtype, key, None, decode)
 
 
 def _open_npy(path: Path) -> ArrayFile:
     with path.open("rb") as stream:
-        shape, _, dtype, offset = _npy_header(path, stream)
+        shape, dtype, offset = _npy_header(path, stream)
     _check_size(path, shape, dtype, path.stat().st_size - offset)
     return ArrayFile(
         path, "npy", shape, dtype, "", None, lambda: np.load(path, mmap_mode="r", allow_pickle=False)
     )
 
 
-def _npy_header(path: Path, stream: Any) -> tuple[tuple[int, ...], Literal["C", "F"], np.dtype, int]:
-    """Shape, order of axes, dtype and length of the header."""
+def _npy_header(path: Path, stream: Any) -> tuple[tuple[int, ...], np.dtype, int]:
+    """Shape, dtype and length of the header."""
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    shape, is_fortran, dtype = readers[np.lib.format.read_magic(stream)](stream)
+    shape, _, dtype = readers[np.lib.format.read_magic(stream)](stream)
     if dtype.hasobject:
         raise PredictionError(
             f"{path} holds pickled objects, which are never loaded: save an array of numbers."
@@ -185,7 +174,7 @@ def _npy_header(path: Path, stream: Any) -> tuple[tuple[int, ...], Literal["C", 
         raise PredictionError(f"{path} holds numbers of type {dtype}: save real numbers of at most 64 bits.")
     if 0 in shape:
         raise PredictionError(f"{path} holds an empty array of shape {shape}: export it again.")
-    return shape, "F" if is_fortran else "C", dtype, stream.tell()
+    return shape, dtype, stream.tell()
 
 
 def _check_size(path: Path, shape: tuple[int, ...], dtype: np.dtype, most: int) -> None:

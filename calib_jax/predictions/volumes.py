@@ -224,7 +224,8 @@ def _open_nifti(path: Path, header: Any) -> VolumeFile:
     def decode() -> np.ndarray:
         with source.open("rb") as file:
             if not _is_gzip(file):
-                return np.asanyarray(ArrayProxy(file, header, mmap=False), dtype=np.float32)
+                dtype = np.float32 if is_scaled else None
+                return np.asanyarray(ArrayProxy(file, header, mmap=False), dtype=dtype)
             content = _gunzip(file, needed)
         if is_scaled:
             return np.asanyarray(ArrayProxy(io.BytesIO(content), header, mmap=False), dtype=np.float32)

@@ -192,7 +192,7 @@ def _if_it_succeeds(draw: Callable[[], Figures]) -> Figures:
         raise
     except Exception as error:  # a failure to draw must not cost the numbers, which took hours
         warnings.warn(
-            f"the page lacks figures: matplotlib failed with {error!r}.", RuntimeWarning, stacklevel=4
+            f"the page lacks figures: drawing them failed with {error!r}.", RuntimeWarning, stacklevel=4
         )
         return {}
 
