@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--method", default="local-free", help="calibrator (default: local-free)")
     parser.add_argument("--out", type=Path, required=True, help="JSON file for the figures")
     options = parser.parse_args()
-    reference.use_all_cores()
+    reference.at_its_fastest()
     names = sorted(file.name[: -len(".nii.gz")] for file in (options.data / "labelsTr").glob("[!.]*.nii.gz"))
     names = [names[i] for i in np.random.default_rng(0).permutation(len(names))]
     cases = {name: read(options.data, name) for name in names}

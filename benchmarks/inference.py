@@ -46,7 +46,7 @@ class Statistics(NamedTuple):
 
 def run(options: Inference) -> None:
     """Checks that both sides agree, times them, prints the ratio and writes the results."""
-    reference.use_all_cores()
+    reference.at_its_fastest()
     network = reference.paper_unet(options.channels, options.classes).eval()
     predict = _predictor(options, reference.parameters(network))
     _check_agreement(options, network, predict)

@@ -35,7 +35,7 @@ def run(options: Loss) -> None:
     """Measures every shape and kind, prints the ratios and writes the results and their plot."""
     from benchmarks import plots, reference
 
-    reference.use_all_cores()
+    reference.at_its_fastest()
     cases = [_measure(options, shape, kind) for shape in options.shapes for kind in options.kinds]
     print(format_table([_row(case) for case in cases]))
     print("ratios: ours / the other within a round, median of the rounds (quartiles); lower = faster than it")

@@ -27,7 +27,7 @@ def run(options: Memory) -> None:
     """Checks that the programs agree, measures their memory, and writes the results and their plot."""
     from benchmarks import plots, reference
 
-    reference.use_all_cores()
+    reference.at_its_fastest()
     data = loss.make_data(parse_shape(options.shape), options.kind)
     programs = loss.ace_programs(data, reference.ace_inputs(*data), options.num_bins)
     errors = loss.check_agreement(programs, loss.exact_loss(data, options.num_bins))
@@ -102,7 +102,7 @@ def _program(name: str, data: loss.Data, num_bins: int) -> loss.Program:
         return lambda: jax.block_until_ready(compiled(probs, labels))
     from benchmarks import reference
 
-    reference.use_all_cores()
+    reference.at_its_fastest()
     return reference.ace_program(reference.ACE_LOSSES[name], reference.ace_inputs(*data), num_bins)
 
 

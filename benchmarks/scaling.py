@@ -19,7 +19,7 @@ def run(options: Scaling) -> None:
     """Measures every axis, prints the growth of the cost and writes the results and their plot."""
     from benchmarks import plots, reference
 
-    reference.use_all_cores()
+    reference.at_its_fastest()
     fixed = {
         "voxels": options.fixed_voxels,
         "bins": options.fixed_bins,

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
 from flax import nnx
@@ -25,7 +24,7 @@ LOSSES = ("dice", "dice+ace")
 
 def run(options: Step) -> None:
     """Checks that the steps agree, times them, prints the ratios and writes the results."""
-    reference.use_all_cores()
+    reference.at_its_fastest()
     batch = _batch(options)
     programs: dict[str, Callable[[], Any]] = {}
     for name in LOSSES:
@@ -36,7 +35,8 @@ def run(options: Step) -> None:
         model = make_model(config, data)
         load_monai_weights(model, reference.parameters(network))
         loss = reference.Loss(options.classes, ace="ace" in name)
-        difference = _check_agreement(name, model, network, _reference_step(loss, network, batch), batch)
+        with reference.full_precision():
+            difference = _check_agreement(name, model, network, _reference_step(loss, network, batch), batch)
         print(f"{name}: same loss, gradients differ by {difference:.1e} of the largest at most")
         programs[f"calib_jax {name}"] = _our_step(config, model, batch)
         programs[f"reference {name}"] = _reference_step(loss, network, batch, options.precision)
@@ -148,12 +148,11 @@ def _check_agreement(
     """Asserts that both sides give the same loss and gradients; returns the largest difference of a gradient."""
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     loss = parse_loss(name)
-    images, labels = jnp.asarray(batch["image"]), jnp.asarray(batch["label"])
 
-    def objective(params: Any) -> jax.Array:
+    def objective(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
         return loss.total(loss.parts(nnx.merge(graphdef, params, rest)(images), labels))
 
-    ours, grads = jax.jit(jax.value_and_grad(objective))(params)
+    ours, grads = jax.jit(jax.value_and_grad(objective))(params, batch["image"], batch["label"])
     theirs = torch_step()
     assert abs(float(ours) - theirs) < 1e-4, f"{name}: loss {float(ours)} here, {theirs} in the reference"
     expected = nnx.clone(model)

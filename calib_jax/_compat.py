@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 from jax import lax
 from jaxtyping import Array
 
@@ -10,7 +11,7 @@ try:
 except ImportError:  # before 0.8
     from jax.experimental import enable_x64  # pyright: ignore[reportAttributeAccessIssue]
 
-__all__ = ["as_varying", "enable_x64"]
+__all__ = ["as_varying", "enable_x64", "shape_from"]
 
 
 def as_varying(x: Array, axis_name: str | tuple[str, ...]) -> Any:
@@ -18,3 +19,10 @@ def as_varying(x: Array, axis_name: str | tuple[str, ...]) -> Any:
     if hasattr(lax, "pcast"):
         return lax.pcast(x, axis_name, to="varying")
     return lax.pvary(x, axis_name)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def shape_from(inputs: Any, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    """An array that differs between the devices of a `shard_map` where one of the inputs does."""
+    mixed = jax.eval_shape(lambda *arrays: sum(x.ravel()[0].astype(dtype) for x in arrays), *inputs)
+    kinds = {name: getattr(mixed, name, None) for name in ("manual_axis_type", "vma")}
+    return jax.ShapeDtypeStruct(shape, dtype, **{name: kind for name, kind in kinds.items() if kind})

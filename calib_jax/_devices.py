@@ -13,6 +13,17 @@ from calib_jax._compat import as_varying
 AxisName = str | tuple[str, ...]
 
 
+def is_whole() -> bool:
+    """Whether the compiler splits no axis of the program that is traced over devices.
+
+    There is one device, or `shard_map` split the program already.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.axis_names and set(mesh.manual_axes) == set(mesh.axis_names):
+        return True
+    return jax.device_count() == 1 and jax.sharding.AxisType.Explicit not in mesh.axis_types
+
+
 def whole_sum(parts: Any, axis_name: AxisName | None) -> Any:
     """Sums over whole images from the sums over each device's part. `axis_name=None`: the part is the whole.
 

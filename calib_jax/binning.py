@@ -14,7 +14,7 @@ from calib_jax._checks import AnyArray, Labels, Mask, Probs, as_inputs, check_ch
 from calib_jax._devices import AxisName, check_not_split, whole_sum
 from calib_jax._eager import compiled, nan_where_undefined
 from calib_jax._labels import one_hot
-from calib_jax._sums import cpu, gpu, tpu
+from calib_jax._sums import cpu, gpu, gpu_kernel, tpu
 from calib_jax._sums.bins import Binning, Bins, Closed, equal_edges, merge_space, single_or_double
 from calib_jax._sums.cpu import hard_index, soft_neighbours
 from calib_jax._sums.exact import mean_or_nan
@@ -264,9 +264,10 @@ def _bin_sums(
     def of_voxels(sums: Any) -> Any:
         return lambda *images: sums(*(merge_space(x, probs.ndim) for x in images[:3]), images[3], bins)
 
-    on_cpu, on_gpu = map(of_voxels, (cpu.bin_sums, gpu.bin_sums))
-    on_tpu = functools.partial(tpu.bin_sums, bins=bins)
-    return lax.platform_dependent(probs, labels, where, edges, cpu=on_cpu, tpu=on_tpu, default=on_gpu)
+    platforms = {"cpu": of_voxels(cpu.bin_sums), "tpu": functools.partial(tpu.bin_sums, bins=bins)}
+    if gpu_kernel.fits(probs, bins):
+        platforms["cuda"] = of_voxels(gpu_kernel.bin_sums)
+    return lax.platform_dependent(probs, labels, where, edges, **platforms, default=of_voxels(gpu.bin_sums))
 
 
 def _bin_sums_forward(probs: Array, labels: Array, where: Any, edges: Any, bins: Bins) -> Any:

@@ -14,7 +14,8 @@ from jax import export
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from calib_jax import binning
-from calib_jax._sums import cpu, gpu, tpu
+from calib_jax._devices import is_whole
+from calib_jax._sums import cpu, gpu, gpu_kernel, tpu
 from calib_jax._sums.bins import Bins, merge_space
 from calib_jax.binning import bin_index
 
@@ -29,6 +30,7 @@ METHODS = {
     "scatter": _by_image,
     "flat_scatter": lambda images, bins: cpu.sum_images(*images, bins),
     "masked": lambda images, bins: gpu.bin_sums(*images, bins),
+    "kernel": lambda images, bins: gpu_kernel.bin_sums(*images, bins, interpret=True),
     "masked_in_groups": lambda images, bins: tpu.bin_sums(*images, bins),
 }
 PLATFORMS = list(METHODS)[1:]
@@ -166,7 +168,7 @@ def test_half_precision_is_added_in_float32(method, dtype):
     _assert_equal(_sums(probs, labels, method=method), want)
 
 
-@pytest.mark.parametrize("method", ["auto", "masked"])
+@pytest.mark.parametrize("method", ["auto", "masked", "kernel"])
 def test_vmap_equals_a_longer_batch(method):
     probs, labels, rng = _draw((6, 3_000, 2))
     where = rng.random((*labels.shape, 1)) < 0.5
@@ -192,6 +194,38 @@ def test_a_sharded_batch_is_not_gathered(method):
     assert not re.findall(r"(all-gather|all-reduce|all-to-all|collective-permute)\S*\(", program)
 
 
+def test_the_kernel_sums_what_shard_map_gives_each_device(monkeypatch):
+    mesh = Mesh(np.array(jax.devices()), ("batch",))
+    probs, labels, _ = _draw((mesh.size, 3_000, 2))
+    here = PartitionSpec("batch")
+    map_ = functools.partial(jax.shard_map, mesh=mesh, in_specs=here, out_specs=here)
+    # JAX interprets no kernel while it checks which values differ between devices; it does lower one.
+    run = jax.jit(map_(lambda p, y: _sums(p, y, method="kernel"), check_vma=False))
+    _assert_equal(run(probs, labels), _expected(probs, labels, None, 20))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    checked = jax.jit(map_(lambda p, y: binning._bin_sums(p, y, None, None, Bins("hard", 20))))
+    assert "triton" in checked.trace(probs, labels).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(
+    ("bins", "devices", "there"),
+    [
+        (Bins("hard", 20), 1, True),
+        (Bins("soft", 20), 1, True),
+        (Bins("adaptive", 20), 1, False),
+        (Bins("hard", 1000), 1, False),
+        (Bins("hard", 20), 8, False),
+    ],
+)
+def test_one_gpu_runs_the_kernel(monkeypatch, bins, devices, there):
+    """The compiler cannot split a kernel over several, and would gather the images instead."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    program = _exported("cuda", bins=bins)
+    assert ("triton" in program) is there
+    assert "triton" not in _exported("cpu", bins=bins)
+
+
 def test_shard_map_and_sharded_jit_equal_one_device():
     mesh = Mesh(np.array(jax.devices()), ("batch",))
     probs, labels, _ = _draw((2 * mesh.size, 3_000, 2))
@@ -202,15 +236,19 @@ def test_shard_map_and_sharded_jit_equal_one_device():
         _assert_equal(got, _expected(probs, labels, None, 20))
 
 
-def _exported(platform, voxels=5_000):
-    probs = jax.ShapeDtypeStruct((2, voxels, 3), jnp.float32)
-    labels = jax.ShapeDtypeStruct((2, voxels), jnp.int32)
-    return export.export(_program("auto"), platforms=[platform])(probs, labels, None).mlir_module()
+def _exported(platform, bins):
+    probs = jax.ShapeDtypeStruct((2, 5_000, 3), jnp.float32)
+    labels = jax.ShapeDtypeStruct((2, 5_000), jnp.int32)
+    edges = jax.ShapeDtypeStruct((2, 3, 19), jnp.float32) if bins.binning == "adaptive" else None
+    run = jax.jit(lambda *images: binning._bin_sums(*images, bins))
+    checks = [export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]
+    made = export.export(run, platforms=[platform], disabled_checks=checks)(probs, labels, None, edges)
+    return made.mlir_module()
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "rocm", "tpu"])
 def test_lowers_for_every_platform_and_scatters_on_cpu_only(platform):
-    program = _exported(platform)
+    program = _exported(platform, Bins("hard", 20))
     assert ("stablehlo.scatter" in program) == (platform == "cpu")
     assert "stablehlo.dot_general" not in program
 
@@ -235,7 +273,10 @@ def test_every_platform_fills_the_same_bins(binning_, soft, shape):
     flat = [merge_space(x, probs.ndim) for x in (probs, labels, where)]
     edges = binning._adaptive_edges(jnp.asarray(flat[0]), flat[2], 33) if binning_ == "adaptive" else None
     want = cpu.sum_images(*flat, edges, bins)
-    for got in (gpu.bin_sums(*flat, edges, bins), tpu.bin_sums(probs, labels, where, edges, bins)):
+    found = [gpu.bin_sums(*flat, edges, bins), tpu.bin_sums(probs, labels, where, edges, bins)]
+    if edges is None:
+        found.append(gpu_kernel.bin_sums(*flat, edges, bins, interpret=True))
+    for got in found:
         assert [x.dtype for x in got] == [x.dtype for x in want]
         for one, other in zip(got, want, strict=True):
             # A fused multiplication and addition moves a soft voxel by float32's last digit of 33.
@@ -265,10 +306,10 @@ def test_lookup_is_the_transpose_of_the_sum(num_bins):
 def test_one_device_takes_one_long_row_and_asks_for_no_other_platform():
     """With `JAX_PLATFORMS=cuda` there is no CPU backend, and asking for it would be an error."""
     program = (
-        "import jax; from calib_jax._sums.cpu import _on_one_device as one; "
+        "import jax; from calib_jax._devices import is_whole as one; "
         "seen = []; jax.devices = jax.local_devices = lambda *a: seen.append(a); print(one(), seen)"
     )
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert done.stdout.strip() == "True []", done.stderr
-    assert not cpu._on_one_device()  # here are eight
+    assert not is_whole()  # here are eight

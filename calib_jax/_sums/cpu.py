@@ -14,6 +14,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from calib_jax._compat import enable_x64
+from calib_jax._devices import is_whole
 from calib_jax._labels import are_dense
 from calib_jax._sums.bins import Bins, equal_edges, single_or_double
 
@@ -49,7 +50,7 @@ def bin_sums(
 
     If the batch may be split over devices, each image is summed by itself, so that images stay on their devices.
     """
-    if _on_one_device():
+    if is_whole():
         return sum_images(probs, labels, where, edges, bins)
     return jax.vmap(functools.partial(_sum_image, bins=bins))(probs, labels, where, edges)
 
@@ -67,13 +68,6 @@ def look_up(
     table = written.set(table, mode="promise_in_bounds")
     take = functools.partial(jnp.take, mode="clip")
     return jax.vmap(take)(table.reshape(-1, classes * num_bins), place)
-
-
-def _on_one_device() -> bool:
-    """Whether no traced axis can be split over devices: there is one device, or `shard_map` split it already."""
-    mesh = jax.sharding.get_abstract_mesh()
-    manual = bool(mesh.axis_names) and set(mesh.manual_axes) == set(mesh.axis_names)
-    return manual or (jax.default_backend() == "cpu" and jax.device_count() == 1)
 
 
 def _sum_image(

@@ -5,9 +5,11 @@ to one address. XLA stores them nevertheless unless each of the three sums compa
 they compare the same), rows of voxels are summed first, and the rows divide the image.
 """
 
+import functools
 import operator
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -15,7 +17,6 @@ from jaxtyping import Array, Float, Int, Num
 
 from calib_jax._compat import enable_x64
 from calib_jax._labels import one_hot_by_arithmetic
-from calib_jax._sums import cpu, tpu
 from calib_jax._sums.bins import Bins, bin_limits, in_rows, share_of_bin, single_or_double
 
 _ROWS = range(2048, 255, -1)  # voxels of a row
@@ -70,8 +71,11 @@ def bin_sums(
 def look_up(
     table: Float[Array, "batch classes bins"], index: Int[Array, "batch *spatial classes"]
 ) -> Float[Array, "batch *spatial classes"]:
-    """`table[b, c, index[b, ..., c]]`, the transpose of the sum in bins."""
-    return (tpu if table.shape[-1] <= tpu.WRITTEN_OUT else cpu).look_up(table, index)
+    """`table[b, c, index[b, ..., c]]`, the transpose of the sum in bins, by a gather."""
+    classes, num_bins = table.shape[1:]
+    place = index + num_bins * lax.broadcasted_iota(jnp.int32, index.shape, index.ndim - 1)
+    take = functools.partial(jnp.take, mode="clip")
+    return jax.vmap(take)(table.reshape(-1, classes * num_bins), place)
 
 
 def _sum_of_rows(x: Array) -> Array:
