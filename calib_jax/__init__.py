@@ -7,107 +7,27 @@ calibrator (`fit_temperature` and the others) is the exception: it is a loop of 
     loss = calib_jax.mL1_ace(jax.nn.softmax(logits), labels)
 """
 
-from calib_jax.accumulators import Accumulator, case_results, dataset_totals
-from calib_jax.alternatives import (
-    dsc_plus_plus_loss,
-    focal_loss,
-    label_smoothing_loss,
-    margin_label_smoothing_loss,
-    neighbor_aware_loss,
-    spatially_varying_label_smoothing_loss,
-)
-from calib_jax.binning import BinStatistics, bin_edges, bin_index, bin_statistics
-from calib_jax.bootstrap import bootstrap_interval
-from calib_jax.calibrators import CALIBRATORS
-from calib_jax.decisions import (
-    RiskCoverage,
-    dice_thresholds,
-    expected_dice,
-    risk_coverage,
-    volume_interval,
-)
-from calib_jax.errors import (
-    average_calibration_error,
-    debiased_calibration_error,
-    expected_calibration_error,
-    maximum_calibration_error,
-    top_label_statistics,
-)
-from calib_jax.isotonic import apply_isotonic, fit_isotonic
-from calib_jax.local_calibration import (
-    LocalCalibration,
-    apply_local_calibration,
-    fit_local_calibration,
-)
-from calib_jax.losses import mL1_ace, mL1_ece, mL1_mce
-from calib_jax.metrics import brier_score, dice_score, negative_log_likelihood
-from calib_jax.reliability import ReliabilityCurve, reliability_band, reliability_curve, reliability_histogram
-from calib_jax.scaling import (
-    DirichletCalibration,
-    VectorScaling,
-    apply_class_temperature,
-    apply_dirichlet,
-    apply_temperature,
-    apply_vector_scaling,
-    fit_class_temperature,
-    fit_dirichlet,
-    fit_temperature,
-    fit_vector_scaling,
-)
-from calib_jax.segmentation import segmentation_loss, segmentation_loss_parts
+import importlib.util
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "CALIBRATORS",
-    "Accumulator",
-    "BinStatistics",
-    "DirichletCalibration",
-    "LocalCalibration",
-    "ReliabilityCurve",
-    "RiskCoverage",
-    "VectorScaling",
-    "apply_class_temperature",
-    "apply_dirichlet",
-    "apply_isotonic",
-    "apply_local_calibration",
-    "apply_temperature",
-    "apply_vector_scaling",
-    "average_calibration_error",
-    "bin_edges",
-    "bin_index",
-    "bin_statistics",
-    "bootstrap_interval",
-    "brier_score",
-    "case_results",
-    "dataset_totals",
-    "debiased_calibration_error",
-    "dice_score",
-    "dice_thresholds",
-    "dsc_plus_plus_loss",
-    "expected_calibration_error",
-    "expected_dice",
-    "fit_class_temperature",
-    "fit_dirichlet",
-    "fit_isotonic",
-    "fit_local_calibration",
-    "fit_temperature",
-    "fit_vector_scaling",
-    "focal_loss",
-    "label_smoothing_loss",
-    "mL1_ace",
-    "mL1_ece",
-    "mL1_mce",
-    "margin_label_smoothing_loss",
-    "maximum_calibration_error",
-    "negative_log_likelihood",
-    "neighbor_aware_loss",
-    "reliability_band",
-    "reliability_curve",
-    "reliability_histogram",
-    "risk_coverage",
-    "segmentation_loss",
-    "segmentation_loss_parts",
-    "spatially_varying_label_smoothing_loss",
-    "top_label_statistics",
-    "volume_interval",
-]
+if TYPE_CHECKING:
+    from calib_jax._public import *  # noqa: F403
+
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """A module, a public name or `__all__`. The package alone loads no JAX, so that `calib-jax --help` is quick."""
+    if name.startswith("_") and name != "__all__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if importlib.util.find_spec(f"{__name__}.{name}"):
+        return importlib.import_module(f"{__name__}.{name}")
+    try:
+        found = getattr(importlib.import_module(f"{__name__}._public"), name)
+    except AttributeError:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+    return globals().setdefault(name, found)  # found at once from now on
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__getattr__("__all__")})

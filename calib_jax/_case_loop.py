@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, NamedTuple, TextIO, TypeVar
 
+from calib_jax._terminal import printable
+
 Value = TypeVar("Value")
 Words = tuple[str, ...]
 """What names a case: `(model, case)`, or `(case,)`."""
@@ -118,16 +120,6 @@ def sentence(error: BaseException, *case: str) -> str:
         text = f"the case does not fit into memory ({text}): try --jobs 1, or more memory."
     named = re.search(rf"(?<!\w){re.escape(words[-1])}(?!\w)", text)
     return text if named else f"{' of '.join(reversed(words))}: {text}"
-
-
-def printable(text: str) -> str:
-    r"""`text` with escapes for what is no printable character: a file name must not steer the terminal.
-
-    Example:
-        >>> printable("a\x1b[2Jb")
-        'a\\x1b[2Jb'
-    """
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 class Progress:

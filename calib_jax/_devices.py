@@ -13,15 +13,22 @@ from calib_jax._compat import as_varying
 AxisName = str | tuple[str, ...]
 
 
-def is_whole() -> bool:
-    """Whether the compiler splits no axis of the program that is traced over devices.
+def platform() -> str:
+    """The platform that the traced program is for, as far as it is known: the mesh's, or JAX's default."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return getattr(device, "platform", None) or jax.default_backend()
 
-    There is one device, or `shard_map` split the program already.
+
+def is_whole() -> bool:
+    """Whether the compiler splits no axis of the traced program over devices.
+
+    There is one device, or `shard_map` has split the program already.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.axis_names and set(mesh.manual_axes) == set(mesh.axis_names):
         return True
-    return jax.device_count() == 1 and jax.sharding.AxisType.Explicit not in mesh.axis_types
+    devices = mesh.size if mesh.axis_names else jax.device_count()
+    return devices == 1 and jax.sharding.AxisType.Explicit not in mesh.axis_types
 
 
 def whole_sum(parts: Any, axis_name: AxisName | None) -> Any:

@@ -12,6 +12,8 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
+from calib_jax._terminal import print_in_any_encoding, printable
+
 COMMANDS: Final[Mapping[str, str]] = {
     "report": "how far to trust predictions: a page, tables and figures",
     "calibrate": "fit a calibrator to a folder of predictions, apply it to another",
@@ -52,8 +54,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except BrokenPipeError:
             return 0
         except (ValueError, OSError, MemoryError) as error:
-            from calib_jax._case_loop import printable
-
             words = " ".join(str(error).split()) or type(error).__name__
             print(f"error: {printable(words)}", file=sys.stderr)
             return 2
@@ -81,8 +81,6 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
 @contextlib.contextmanager
 def _printable() -> Iterator[None]:
     """Characters that the terminal's encoding lacks, such as an arrow or a file name, never stop a command."""
-    from calib_jax.report.text import print_in_any_encoding
-
     print_in_any_encoding()
     yield
 

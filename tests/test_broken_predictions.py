@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_predictions import make_case, save_nifti
 
-from calib_jax._case_loop import printable
+from calib_jax._terminal import printable
 from calib_jax.cli import main
 from calib_jax.commands.calibrate import Calibration
 from calib_jax.predictions import PredictionError, open_predictions

@@ -44,17 +44,52 @@ def run(program):
 
 def test_import_costs_little_more_than_importing_jax():
     """Neither an extra is imported nor optax, which takes longer than all of the library."""
-    loaded = set(json.loads(run("import json, sys, calib_jax; print(json.dumps(sorted(sys.modules)))")))
+    program = "import json, sys, calib_jax; calib_jax.mL1_ace; print(json.dumps(sorted(sys.modules)))"
+    loaded = set(json.loads(run(program)))
     assert {"calib_jax", "jax", "jaxtyping"} <= loaded
     by_jax = set(json.loads(run("import json, sys, jax; print(json.dumps(sorted(sys.modules)))")))
     assert not HEAVY & (loaded - by_jax)
 
 
+def test_names_are_there_before_they_are_used():
+    program = """
+        import sys, calib_jax
+        print("jax" in sys.modules, "mL1_ace" in dir(calib_jax), calib_jax.binning.__name__)
+        try:
+            calib_jax.nothing
+        except AttributeError as error:
+            print(error)
+        from calib_jax import *
+        print(mL1_ace.__module__)
+    """
+    assert run(program).splitlines() == [
+        "False True calib_jax.binning",
+        "module 'calib_jax' has no attribute 'nothing'",
+        "calib_jax.losses",
+    ]
+
+
+def test_help_of_the_console_script_loads_no_jax():
+    program = """
+        import sys
+        from calib_jax.cli import main
+        try:
+            main({arguments})
+        except SystemExit:
+            print("jax" in sys.modules)
+    """
+    for arguments in (["--help"], ["report", "--help"], ["triage", "--help"]):
+        assert run(program.format(arguments=arguments)).splitlines()[-1] == "False"
+
+
 def test_import_starts_no_device():
     """The number of devices can be set afterwards, which JAX refuses once it has looked for them."""
-    program = (
-        "import calib_jax, jax; jax.config.update('jax_num_cpu_devices', 3); print(jax.device_count('cpu'))"
-    )
+    program = """
+        import calib_jax, jax
+        calib_jax.mL1_ace
+        jax.config.update("jax_num_cpu_devices", 3)
+        print(jax.device_count("cpu"))
+    """
     assert run(program).strip() == "3"
 
 
@@ -75,6 +110,7 @@ def test_annotated_shapes_hold_at_run_time():
         modules = [f"calib_jax.{name}" for name in ("binning", "errors", "losses", "metrics", "reliability")]
         with jaxtyping.install_import_hook(modules, "beartype.beartype"):
             import calib_jax as cj
+            cj.mL1_ace  # the first name that is used imports the modules
 
         import jax, jax.numpy as jnp, numpy as np
 

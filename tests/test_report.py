@@ -23,6 +23,7 @@ import pytest
 
 import calib_jax
 from calib_jax import BinStatistics
+from calib_jax._terminal import print_in_any_encoding
 from calib_jax.report import (
     ModelResult,
     RepeatedResult,
@@ -34,7 +35,6 @@ from calib_jax.report import (
     write_report,
 )
 from calib_jax.report.__main__ import main
-from calib_jax.report.text import print_in_any_encoding
 
 
 def result(name, gaps, dice=0.8, *, cases=None, classes=("tumour",)):

@@ -202,7 +202,7 @@ def test_the_kernel_sums_what_shard_map_gives_each_device(monkeypatch):
     # JAX interprets no kernel while it checks which values differ between devices; it does lower one.
     run = jax.jit(map_(lambda p, y: _sums(p, y, method="kernel"), check_vma=False))
     _assert_equal(run(probs, labels), _expected(probs, labels, None, 20))
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(gpu_kernel, "platform", lambda: "gpu")
     checked = jax.jit(map_(lambda p, y: binning._bin_sums(p, y, None, None, Bins("hard", 20))))
     assert "triton" in checked.trace(probs, labels).lower(lowering_platforms=("cuda",)).as_text()
 
@@ -219,7 +219,7 @@ def test_the_kernel_sums_what_shard_map_gives_each_device(monkeypatch):
 )
 def test_one_gpu_runs_the_kernel(monkeypatch, bins, devices, there):
     """The compiler cannot split a kernel over several, and would gather the images instead."""
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(gpu_kernel, "platform", lambda: "gpu")
     monkeypatch.setattr(jax, "device_count", lambda: devices)
     program = _exported("cuda", bins=bins)
     assert ("triton" in program) is there

@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from calib_jax._terminal import print_in_any_encoding
+
 # These libraries log their own workings. Their failures are raised as well.
 _LOGGERS = ("absl", "etils", "grain", "matplotlib", "orbax", "tensorstore")
 _OTHERS = r"(?!(train|calib_jax)(\.|$))"
@@ -57,8 +59,6 @@ class _Stream:
         try:
             self._stream.write(text)
         except UnicodeEncodeError:
-            from calib_jax.report.text import print_in_any_encoding  # heavy, and hardly ever needed
-
             with contextlib.redirect_stdout(self._stream):
                 print_in_any_encoding()  # from now on
             self._stream.write(text)

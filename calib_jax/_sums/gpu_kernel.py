@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Num
 
 from calib_jax._compat import enable_x64, shape_from
-from calib_jax._devices import is_whole
+from calib_jax._devices import is_whole, platform
 from calib_jax._labels import are_dense
 from calib_jax._sums import cpu
 from calib_jax._sums.bins import Bins, share_of_bin
@@ -39,7 +39,7 @@ def fits(probs: Float[Array, "batch voxels classes"], bins: Bins) -> bool:
     The compiler cannot split a kernel over devices: there is one device, or `shard_map` has split the images.
     """
     return (
-        jax.default_backend() == "gpu"
+        platform() == "gpu"
         and is_whole()
         and bins.binning != "adaptive"
         and bins.num_bins <= _MOST_BINS

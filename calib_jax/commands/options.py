@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from calib_jax._terminal import printable
+
 FOR_THE_GRID = "for the grid of .npz and .npy files without a label map beside them"
 """What images are for where only probabilities are read."""
 
@@ -111,8 +113,6 @@ def check_report_folder(options: argparse.Namespace) -> None:
 
 def print_notices(predictions: Any, *, printed: Sequence[str] = ()) -> None:
     """Prints what a reader should know about the files and has not been `printed`."""
-    from calib_jax._case_loop import printable
-
     for notice in predictions.notices:
         if notice not in printed:
             print(f"note: {printable(notice)}", file=sys.stderr)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from calib_jax._terminal import printable
 from calib_jax.commands import options as shared
 from calib_jax.commands._table import write_table
 
@@ -66,7 +67,6 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"--level must lie between 0 and 1; got {level}.")
     shared.check_jobs(options)
     shared.check_report_folder(options)
-    from calib_jax._case_loop import printable
     from calib_jax.report import triage
     from calib_jax.report.study import measure_cases
 
@@ -131,8 +131,6 @@ def _matched(
 
 def _table(rows: list[dict[str, Any]]) -> str:
     """The cases of the lowest expected Dice, each with the class that lowers it most."""
-    from calib_jax._case_loop import printable
-
     by_case: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
         if not math.isnan(row["expected_dice"]):

@@ -7,11 +7,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from calib_jax._terminal import print_in_any_encoding
 from calib_jax.report.archive import ReportInputs, load_inputs
 from calib_jax.report.details import PICTURES
 from calib_jax.report.page import write_report
 from calib_jax.report.table import compare_models
-from calib_jax.report.text import format_table, print_in_any_encoding
+from calib_jax.report.text import format_table
 from calib_jax.report.wording import headline
 
 _EXAMPLES = """\

@@ -1,8 +1,5 @@
 """The table as text for a terminal."""
 
-import codecs
-import io
-import sys
 import textwrap
 from collections.abc import Sequence
 
@@ -37,26 +34,6 @@ def format_table(rows: Sequence[ModelRow], *, per_class: bool = False) -> str:
         lines += _model_lines(row, width, classes)
     notes = [line for note in wording.footnote(rows) for line in textwrap.wrap(note, _WIDTH)]
     return "\n".join([*lines, "", *notes])
-
-
-def print_in_any_encoding() -> None:
-    """Makes `print` replace characters that the terminal's encoding lacks, such as `-` for a minus sign, else `?`.
-
-    An ASCII terminal or pipe (LANG=C, PYTHONIOENCODING=ascii) would raise UnicodeEncodeError at the first ±.
-    """
-    codecs.register_error("calib_jax.plain", _plain)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # streams of a notebook are not, and can print any character
-            stream.reconfigure(errors="calib_jax.plain")
-
-
-def _plain(error: UnicodeError) -> tuple[str, int]:
-    assert isinstance(error, UnicodeEncodeError)
-    return "".join(_PLAIN.get(c) or ascii(c)[1:-1] for c in error.object[error.start : error.end]), error.end
-
-
-_PLAIN = dict.fromkeys("−–—─", "-") | dict.fromkeys("“”", '"') | dict.fromkeys("‘’", "'")
-_PLAIN |= {"±": "+/-", "×": "x", "…": "...", "↑": "^", "↓": "v"}
 
 
 def _model_lines(row: ModelRow, width: int, classes: Sequence[str]) -> list[str]:
