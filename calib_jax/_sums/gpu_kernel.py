@@ -199,9 +199,8 @@ def _program(*refs: Any, shape: tuple[int, ...], plan: _Plan, bins: Bins, dense:
     def zeros(columns: int) -> list[list[Array]]:
         return [[jnp.zeros(_LANES, jnp.float32)] * plan.bins_at_once for _ in range(columns)]
 
-    (*tally,) = zeros(1 - weighted)
-    pairs = jax.tree.map(as_pair, zeros(floats))
-    pairs, tally = lax.fori_loop(np.int32(0), np.int32(plan.steps), step, (pairs, tally[0] if tally else []))
+    start = jax.tree.map(as_pair, zeros(floats)), [] if weighted else zeros(1)[0]
+    pairs, tally = lax.fori_loop(np.int32(0), np.int32(plan.steps), step, start)
     columns = jax.tree.map(rounded, pairs, is_leaf=lambda x: isinstance(x, tuple))
     columns += [[_packed(x) for x in tally]] if tally else []
     of_group = lax.broadcasted_iota(jnp.int32, (plan.width,), 0)
