@@ -85,7 +85,10 @@ def _row(target: Target, name: str, options: Compiled) -> dict[str, Any]:
     try:
         figures = run_for(target, "benchmarks.compiled:compile_for", request, options.limit_s)
     except (CompilationFailed, InputError) as error:
-        return {**fixed, "failed": str(error)[:2000], "after_s": round(time.perf_counter() - start, 1)}
+        why = str(error).partition("\n\nSuspected Python Code Location")[
+            0
+        ]  # files of the machine that compiled
+        return {**fixed, "failed": why[:2000], "after_s": round(time.perf_counter() - start, 1)}
     return {**fixed, **figures}
 
 
