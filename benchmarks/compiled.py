@@ -85,9 +85,8 @@ def _row(target: Target, name: str, options: Compiled) -> dict[str, Any]:
     try:
         figures = run_for(target, "benchmarks.compiled:compile_for", request, options.limit_s)
     except (CompilationFailed, InputError) as error:
-        why = str(error).partition("\n\nSuspected Python Code Location")[
-            0
-        ]  # files of the machine that compiled
+        # What follows names files of the machine that compiled.
+        why, *_ = str(error).split("\n\nSuspected Python Code Location")
         return {**fixed, "failed": why[:2000], "after_s": round(time.perf_counter() - start, 1)}
     return {**fixed, **figures}
 

@@ -49,7 +49,8 @@ def run(options: Inference) -> None:
     reference.at_its_fastest()
     network = reference.paper_unet(options.channels, options.classes).eval()
     predict = _predictor(options, reference.parameters(network))
-    _check_agreement(options, network, predict)
+    with reference.full_precision():
+        _check_agreement(options, network, predict)
     volume = _volume(options, options.shape)
     programs: dict[str, Callable[[], Any]] = {
         OURS: lambda: our_statistics(predict, volume),

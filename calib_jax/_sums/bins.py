@@ -1,12 +1,14 @@
 """What bins are: their options, edges and limits, and the share of a voxel that falls between two limits."""
 
 import dataclasses
+import functools
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jax import lax
+from jaxtyping import Array, Float, Int
 
 from calib_jax._checks import AnyArray
 
@@ -77,6 +79,19 @@ def share_of_bin(values: Array, lower: AnyArray, upper: AnyArray, bins: Bins) ->
     if bins.closed == "left":
         return ~(values < lower) & ((values < upper) | (upper == np.inf))
     return ~(values <= lower) & ((values <= upper) | (upper == np.inf))
+
+
+# The transpose of a sum in bins.
+
+
+def gather(
+    table: Float[Array, "batch classes bins"], index: Int[Array, "batch *spatial classes"]
+) -> Float[Array, "batch *spatial classes"]:
+    """`table[b, c, index[b, ..., c]]`: each element looks up the entry of its own bin."""
+    classes, num_bins = table.shape[1:]
+    place = index + num_bins * lax.broadcasted_iota(jnp.int32, index.shape, index.ndim - 1)
+    take = functools.partial(jnp.take, mode="clip")
+    return jax.vmap(take)(table.reshape(-1, classes * num_bins), place)
 
 
 # Images as rows of voxels.

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Num
 from calib_jax._compat import enable_x64
 from calib_jax._devices import is_whole
 from calib_jax._labels import are_dense
-from calib_jax._sums.bins import Bins, equal_edges, single_or_double
+from calib_jax._sums.bins import Bins, equal_edges, gather, single_or_double
 
 # An image is cut into pieces of at most so many probabilities, which stay in cache. A piece is scattered by one
 # thread. A step of the loop scatters several pieces side by side.
@@ -58,16 +58,9 @@ def bin_sums(
 def look_up(
     table: Float[Array, "batch classes bins"], index: Int[Array, "batch *spatial classes"]
 ) -> Float[Array, "batch *spatial classes"]:
-    """`table[b, c, index[b, v, c]]`, the transpose of the sum in bins, by a gather.
-
-    Writing the table out by a scatter keeps XLA on CPU from computing an entry anew for every element.
-    """
-    classes, num_bins = table.shape[1:]
-    place = index + num_bins * lax.broadcasted_iota(jnp.int32, index.shape, index.ndim - 1)
-    written = jnp.zeros_like(table).at[..., jnp.arange(num_bins, dtype=jnp.int32)]
-    table = written.set(table, mode="promise_in_bounds")
-    take = functools.partial(jnp.take, mode="clip")
-    return jax.vmap(take)(table.reshape(-1, classes * num_bins), place)
+    """`gather` from a table that a scatter has written out, or XLA on CPU computes an entry for every element."""
+    written = jnp.zeros_like(table).at[..., jnp.arange(table.shape[-1], dtype=jnp.int32)]
+    return gather(written.set(table, mode="promise_in_bounds"), index)
 
 
 def _sum_image(

@@ -1,23 +1,22 @@
-"""Sums in bins on a GPU, and on platforms without a file of their own: masked sums, in float64.
+"""Sums in bins on GPUs where `gpu_kernel` does not fit, and on platforms without a file: masked sums, in float64.
 
 XLA fuses the comparison of an element with a bin into the sum: comparisons take no memory, and no two threads write
 to one address. XLA stores them nevertheless unless each of the three sums compares by itself (a barrier hides that
 they compare the same), rows of voxels are summed first, and the rows divide the image.
 """
 
-import functools
 import operator
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, Float, Num
 
 from calib_jax._compat import enable_x64
 from calib_jax._labels import one_hot_by_arithmetic
 from calib_jax._sums.bins import Bins, bin_limits, in_rows, share_of_bin, single_or_double
+from calib_jax._sums.bins import gather as look_up  # noqa: F401
 
 _ROWS = range(2048, 255, -1)  # voxels of a row
 
@@ -66,16 +65,6 @@ def bin_sums(
         )
         prob_sum, label_sum = (lax.convert_element_type(x, jnp.float32) for x in (prob_sum, label_sum))
         return lax.convert_element_type(count, jnp.float32 if weighted else jnp.int32), prob_sum, label_sum
-
-
-def look_up(
-    table: Float[Array, "batch classes bins"], index: Int[Array, "batch *spatial classes"]
-) -> Float[Array, "batch *spatial classes"]:
-    """`table[b, c, index[b, ..., c]]`, the transpose of the sum in bins, by a gather."""
-    classes, num_bins = table.shape[1:]
-    place = index + num_bins * lax.broadcasted_iota(jnp.int32, index.shape, index.ndim - 1)
-    take = functools.partial(jnp.take, mode="clip")
-    return jax.vmap(take)(table.reshape(-1, classes * num_bins), place)
 
 
 def _sum_of_rows(x: Array) -> Array:

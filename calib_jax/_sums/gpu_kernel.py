@@ -211,7 +211,7 @@ def _program(*refs: Any, shape: tuple[int, ...], plan: _Plan, bins: Bins, dense:
 
 
 def _moved(pair: Pair, x: Array) -> Pair:
-    """`add_pairs` of a number that is smaller, or as large to within a few of the first sums."""
+    """`add_pairs` of a number that is smaller, or as large to within a few of the first sums, in half the steps."""
     total = pair[0] + x
     return total, pair[1] + (x - (total - pair[0]))
 

@@ -19,7 +19,7 @@ from calib_jax._sums.exact import add_pairs, as_pair, rounded
 
 _TOGETHER = 40  # sums in one pass, each in vector registers of its own
 _ROW = 512  # voxels of a row of an image that has one long spatial axis
-WRITTEN_OUT = 64  # entries of a table that a look-up compares in one pass
+_WRITTEN_OUT = 64  # entries of a table that a look-up compares in one pass
 
 
 def bin_sums(
@@ -88,7 +88,7 @@ def look_up(
         return jnp.where(here, _beside_voxels(rows[m], index.ndim), found)
 
     found = jnp.zeros(index.shape, table.dtype)
-    if len(rows) > WRITTEN_OUT:
+    if len(rows) > _WRITTEN_OUT:
         return lax.fori_loop(0, len(rows), pick, found)
     for m in range(len(rows)):
         found = pick(m, found)

@@ -7,8 +7,8 @@ two dimensions:
 
 - On GPUs each plane has its neighbours' channels beside its own (`_beside_neighbours`). cuDNN's 3-D convolutions of
   few channels are slow, and XLA gives them channels in an order that cuDNN changes and changes back. On an H200 the
-  training step of the paper's U-Net, batch 8 of 96x96x96 with 4 channels, takes 9.9 ms instead of 22.6 in bfloat16
-  and 11.8 instead of 18.9 in float32, of which the kernel of the loss saves 1.3.
+  training step of the paper's U-Net, batch 8 of 96x96x96 with 4 channels, takes 9.9 ms instead of 22.7 in bfloat16
+  and 11.8 instead of 19.2 in float32, of which the kernel of the loss saves 1.3.
 - On TPUs the planes yield what they contribute to their neighbours (`_in_stacked_planes`). XLA's TPU compiler pads
   the few channels of a 3-D convolution many times over. With 8 channels, 96^3 voxels and gradients this takes a
   seventh of the memory, a quarter of the traffic and half the time to compile.
