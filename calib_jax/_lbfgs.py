@@ -1,11 +1,10 @@
 """L-BFGS for objectives that Python evaluates, such as a loop over the files of a data set.
 
-The directions are those of `optax.scale_by_lbfgs`. The line search is here: `optax.lbfgs` and
-`jax.scipy.optimize.minimize` search inside a compiled program, which cannot read files. Parameters are NumPy
-arrays, since JAX would compile a program for every sum of two of them.
+The directions are SciPy's. The line search is here: that of SciPy ends with an error where rounding hides the
+decrease, and those of optax and JAX run inside a compiled program, which cannot read files.
 """
 
-import functools
+from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ import numpy as np
 
 from calib_jax._checks import check_number, check_size
 
+_REMEMBERED = 10  # steps from which the curvature is known
 _LONGEST_STEP = 2.0  # in any parameter: a curvature near 0 asks for more than is good
 _SUFFICIENT = 1e-4  # share of the decrease that the slope promises, below which a step is halved (Armijo)
 _ROUNDING = 2.0**-21  # of the objective, relative: differences below it say nothing
@@ -32,6 +32,14 @@ class Evaluation(NamedTuple):
     gradient: Any
 
 
+class _Point(NamedTuple):
+    """Parameters as a vector, the objective there, and its gradient as a vector."""
+
+    x: np.ndarray
+    evaluation: Evaluation
+    gradient: np.ndarray
+
+
 def minimise(
     objective: Callable[[Any], Evaluation], start: Any, tolerance: float, max_steps: int
 ) -> tuple[Any, Evaluation, str | None]:
@@ -48,80 +56,72 @@ def minimise(
     """
     check_number("tolerance", tolerance, 0.0)
     check_size("max_steps", max_steps)
-    params, here, state, unfinished = start, objective(start), _fresh_state(start), None
-    first, steps = here, 0
-    while (largest := _largest(here.gradient)) > tolerance:
-        direction, state = _next_direction(here.gradient, state, params)
-        if not _dot(direction, here.gradient) > 0:  # no positive curvature: the minimum is far away
-            direction, state = _downhill(here.gradient, params)
-        step = _line_search(objective, params, here, direction) if steps < max_steps else None
-        if step is None:
+    leaves, treedef = jax.tree.flatten(start)
+    ends = np.cumsum([leaf.size for leaf in leaves])[:-1]
+
+    def as_tree(x: np.ndarray) -> Any:
+        parts = zip(np.split(x, ends), leaves, strict=True)
+        return treedef.unflatten([part.reshape(leaf.shape) for part, leaf in parts])
+
+    def evaluated(x: np.ndarray) -> _Point:
+        found = objective(as_tree(x))
+        return _Point(x, found, _as_vector(found.gradient))
+
+    here = first = evaluated(_as_vector(start))
+    unfinished, steps, pairs = None, 0, deque[tuple[np.ndarray, np.ndarray]](maxlen=_REMEMBERED)
+    while (largest := np.abs(here.gradient).max()) > tolerance:
+        there = _line_search(evaluated, here, _direction(pairs, here.gradient)) if steps < max_steps else None
+        if there is None:
             unfinished = (
                 f"the fit ended after {steps} steps with a gradient of {largest:.1e}, above the tolerance of "
                 f"{tolerance:.1e}. Raise max_steps or tolerance, and check that every pass finds the same batches."
             )
             break
-        (params, here), steps = step, steps + 1
-    if here.value > first.value:  # by rounding
-        params, here = start, first
-    return params, here, unfinished
+        pairs.append((there.x - here.x, there.gradient - here.gradient))
+        if not np.vdot(*pairs[-1]) > 0:  # no positive curvature: the minimum is far away
+            pairs.clear()
+        here, steps = there, steps + 1
+    if here.evaluation.value > first.evaluation.value:  # by rounding
+        here = first
+    return as_tree(here.x), here.evaluation, unfinished
+
+
+def _direction(pairs: deque[tuple[np.ndarray, np.ndarray]], gradient: np.ndarray) -> np.ndarray:
+    """The inverse Hessian times the gradient; without any step before, the gradient, of length one.
+
+    The inverse Hessian is that of the last step times the identity, corrected by all steps (Nocedal and Wright,
+    "Numerical Optimization", 2006, equation 7.20). SciPy corrects the identity itself.
+    """
+    from scipy.optimize import LbfgsInvHessProduct  # here, since its import takes long
+
+    if not pairs:
+        return gradient / np.float32(np.linalg.norm(gradient))
+    steps, changes = (np.stack(columns).astype(np.float64) for columns in zip(*pairs, strict=True))
+    scale = np.sqrt(np.vdot(steps[-1], changes[-1]) / np.vdot(changes[-1], changes[-1]))
+    product = LbfgsInvHessProduct(steps / scale, changes * scale)
+    return (scale * product.matvec(scale * gradient)).astype(np.float32)
 
 
 def _line_search(
-    objective: Callable[[Any], Evaluation], params: Any, here: Evaluation, direction: Any
-) -> tuple[Any, Evaluation] | None:
+    evaluated: Callable[[np.ndarray], _Point], here: _Point, direction: np.ndarray
+) -> _Point | None:
     """Halves the step until it decreases the objective enough. Returns the new point, or None.
 
     Near the minimum, rounding hides the decrease. There the slope must not have turned (Hager and Zhang, "A New
     Conjugate Gradient Method with Guaranteed Descent and an Efficient Line Search", 2005).
     """
-    length, slope = min(1.0, _LONGEST_STEP / _largest(direction)), _dot(direction, here.gradient)
+    length = min(1.0, _LONGEST_STEP / float(np.abs(direction).max()))
+    before, slope = here.evaluation.value, float(np.vdot(direction, here.gradient))
     for _ in range(_HALVINGS):
-        there = _moved(params, direction, np.float32(length))
-        evaluation = objective(there)
-        gained, left = here.value - evaluation.value, _dot(direction, evaluation.gradient)
-        if gained >= _SUFFICIENT * length * slope and gained > _ROUNDING * here.value:
-            return there, evaluation
-        if abs(gained) <= _ROUNDING * here.value and abs(left) < (1 - 2 * _SUFFICIENT) * slope:
-            return there, evaluation
+        there = evaluated(here.x - np.float32(length) * direction)
+        gained, left = before - there.evaluation.value, float(np.vdot(direction, there.gradient))
+        if gained >= _SUFFICIENT * length * slope and gained > _ROUNDING * before:
+            return there
+        if abs(gained) <= _ROUNDING * before and abs(left) < (1 - 2 * _SUFFICIENT) * slope:
+            return there
         length /= 2
     return None
 
 
-@functools.cache
-def _lbfgs() -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The functions `init` and `update` of L-BFGS. optax is imported here, since its import takes long."""
-    import optax
-
-    lbfgs = optax.scale_by_lbfgs()
-    return jax.jit(lbfgs.init), jax.jit(lbfgs.update)
-
-
-def _fresh_state(params: Any) -> Any:
-    state = _lbfgs()[0](params)
-    return state._replace(weights_memory=np.asarray(state.weights_memory, np.float32))  # float64 under x64
-
-
-def _next_direction(gradient: Any, state: Any, params: Any) -> tuple[Any, Any]:
-    with jax.numpy_dtype_promotion("standard"):  # under x64, optax adds an int64 to an int32
-        direction, state = _lbfgs()[1](gradient, state, params)
-    return jax.device_get(direction), state
-
-
-def _downhill(gradient: Any, params: Any) -> tuple[Any, Any]:
-    """The gradient, of length one, and a state that remembers nothing but this point."""
-    length = _dot(gradient, gradient) ** 0.5
-    _, state = _next_direction(gradient, _fresh_state(params), params)
-    return jax.tree.map(lambda x: x / np.float32(length), gradient), state
-
-
-def _moved(params: Any, direction: Any, length: np.float32) -> Any:
-    return jax.tree.map(lambda x, along: x - length * along, params, direction)
-
-
-def _dot(a: Any, b: Any) -> float:
-    return sum(float(np.vdot(x, y)) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
-
-
-def _largest(x: Any) -> float:
-    return max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(x))
+def _as_vector(x: Any) -> np.ndarray:
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(x)])

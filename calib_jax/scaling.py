@@ -403,8 +403,8 @@ def _scaled_by_class(logits: Array, params: VectorScaling) -> Array:
 
 def _over_class_temperature(logits: Array, log_temperature: Array) -> Array:
     predicted = memberships(logits.argmax(-1), logits.shape[-1])
-    slope = jnp.exp(-log_temperature).reshape((1,) * (logits.ndim - 1) + (-1,))
-    return logits * jnp.where(predicted, slope, 0).sum(-1, keepdims=True)
+    of_classes = log_temperature.reshape((1,) * (logits.ndim - 1) + (-1,))
+    return logits * jnp.exp(-jnp.where(predicted, of_classes, 0).sum(-1, keepdims=True))
 
 
 def _by_matrix(logits: Array, params: DirichletCalibration) -> Array:

@@ -1,5 +1,8 @@
 """Float32 sums that keep what they round away, and means."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -38,6 +41,7 @@ def rounded(pair: Pair) -> Float[Array, "*shape"]:
     return jnp.where(jnp.isfinite(high), high + low, high)
 
 
+@functools.partial(jax.jit, inline=True)
 def mean_or_nan(total: Float[Array, "*shape"], count: Num[Array, "*shape"]) -> Float[Array, "*shape"]:
     """`total / count`, NaN where nothing was counted. Gradients are finite."""
     count = count.astype(total.dtype)

@@ -2,12 +2,13 @@
 
 import argparse
 import contextlib
+import importlib
 import json
 import multiprocessing
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,23 +76,26 @@ def run(options: argparse.Namespace) -> int:
         )
     before = predictions.notices
     shared.print_notices(predictions)
-    try:
-        study = measure_cases(
-            predictions,
-            Bins(options.binning, options.num_bins),
-            options.out,
-            options={"logits": options.logits, "images": options.images is not None},
-            jobs=options.jobs,
-        )
-    except KeyboardInterrupt:
-        _all_notices(options.out, predictions.notices, reused=True)
-        raise
-    shared.print_notices(predictions, printed=before)
-    _write(options, predictions, study)
+    with _beside(options.jobs) as beside:
+        try:
+            study = measure_cases(
+                predictions,
+                Bins(options.binning, options.num_bins),
+                options.out,
+                options={"logits": options.logits, "images": options.images is not None},
+                jobs=options.jobs,
+            )
+        except KeyboardInterrupt:
+            _all_notices(options.out, predictions.notices, reused=True)
+            raise
+        shared.print_notices(predictions, printed=before)
+        _write(options, predictions, study, beside)
     return 1 if study.faults else 0
 
 
-def _write(options: argparse.Namespace, predictions: Any, study: "Study") -> None:
+def _write(
+    options: argparse.Namespace, predictions: Any, study: "Study", beside: ProcessPoolExecutor | None
+) -> None:
     from calib_jax._case_loop import Progress
     from calib_jax._sums.bins import Bins
     from calib_jax.report import compare_models, findings, format_table, write_report
@@ -110,15 +114,14 @@ def _write(options: argparse.Namespace, predictions: Any, study: "Study") -> Non
     table = list(findings.case_table(study, results, first_class=first))
     write_rows(options.out / "cases.csv", list(table[0]), table)
     inputs = ReportInputs(tuple(results), "", {}, {}, None, baseline, details=findings.points_of(table))
-    with _beside(options.jobs) as beside:
-        drawing = beside and beside.submit(draw_figures, inputs, options.out)
-        rows = compare_models(results, baseline=baseline)
-        gains = {
-            result.name: cross_validate(
-                study.cases[result.name], result, bins, first_class=first, regions=regions
-            )
-            for result in results
-        }
+    drawing = beside and beside.submit(draw_figures, inputs, options.out)
+    rows = compare_models(results, baseline=baseline)
+    gains = {
+        result.name: cross_validate(
+            study.cases[result.name], result, bins, first_class=first, regions=regions
+        )
+        for result in results
+    }
     if options.local:
         with Progress(noun="read case") as progress:
             for result in results:
@@ -152,18 +155,27 @@ def _write(options: argparse.Namespace, predictions: Any, study: "Study") -> Non
     print(f"\nWrote {page}")
 
 
-def _beside(jobs: int) -> contextlib.AbstractContextManager[ProcessPoolExecutor | None]:
+@contextlib.contextmanager
+def _beside(jobs: int) -> Iterator[ProcessPoolExecutor | None]:
     """A process that draws while calibrators are fitted here; None for one job."""
     if jobs == 1:
-        return contextlib.nullcontext()
-    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _leave_devices_alone)
+        yield None
+        return
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _ignore_interrupts) as process:
+        process.submit(_be_ready_to_draw)
+        yield process
 
 
-def _leave_devices_alone() -> None:
+def _ignore_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # which is the other process's to handle
+
+
+def _be_ready_to_draw() -> None:
+    """Imports what drawing needs, while the other process waits for files."""
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # a GPU is in use by the other process
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # which is the other process's to handle
+    importlib.import_module("calib_jax.report.figures")
 
 
 def _all_notices(folder: Path, notices: Sequence[str], *, reused: bool) -> list[str]:

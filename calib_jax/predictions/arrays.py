@@ -12,7 +12,8 @@ import numpy as np
 
 from calib_jax.predictions import volumes
 from calib_jax.predictions.case import PredictionError
-from calib_jax.predictions.volumes import DEFLATE, VolumeFile
+from calib_jax.predictions.inflate import MOST_INFLATED, unzip
+from calib_jax.predictions.volumes import VolumeFile
 
 ARRAY_ENDINGS = (".npz", ".npy")
 PAGES = "pages"  # key of an image that has a page for each class
@@ -142,30 +143,31 @@ def _open_npz(path: Path) -> ArrayFile:
                 f"{path} is compressed in another way than NumPy does: write it with numpy.savez_compressed."
             )
         with archive.open(info) as stream:
-            shape, dtype, offset = _npy_header(path, stream)
+            shape, dtype, offset, order = _npy_header(path, stream)
     _check_size(path, shape, dtype, info.file_size - offset)
-    _check_size(path, shape, dtype, info.compress_size * DEFLATE)
+    _check_size(path, shape, dtype, info.compress_size * MOST_INFLATED)
 
     def decode() -> np.ndarray:
-        with np.load(path, allow_pickle=False) as arrays:
-            return arrays[key]
+        with zipfile.ZipFile(path) as archive:
+            content = unzip(archive, info)
+        return np.frombuffer(content, dtype, math.prod(shape), offset).reshape(shape, order=order)
 
     return ArrayFile(path, "npz", shape, dtype, key, None, decode)
 
 
 def _open_npy(path: Path) -> ArrayFile:
     with path.open("rb") as stream:
-        shape, dtype, offset = _npy_header(path, stream)
+        shape, dtype, offset, _ = _npy_header(path, stream)
     _check_size(path, shape, dtype, path.stat().st_size - offset)
     return ArrayFile(
         path, "npy", shape, dtype, "", None, lambda: np.load(path, mmap_mode="r", allow_pickle=False)
     )
 
 
-def _npy_header(path: Path, stream: Any) -> tuple[tuple[int, ...], np.dtype, int]:
-    """Shape, dtype and length of the header."""
+def _npy_header(path: Path, stream: Any) -> tuple[tuple[int, ...], np.dtype, int, Literal["C", "F"]]:
+    """Shape and dtype of the array, length of the header, and the order of the numbers."""
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    shape, _, dtype = readers[np.lib.format.read_magic(stream)](stream)
+    shape, reversed_axes, dtype = readers[np.lib.format.read_magic(stream)](stream)
     if dtype.hasobject:
         raise PredictionError(
             f"{path} holds pickled objects, which are never loaded: save an array of numbers."
@@ -174,7 +176,7 @@ def _npy_header(path: Path, stream: Any) -> tuple[tuple[int, ...], np.dtype, int
         raise PredictionError(f"{path} holds numbers of type {dtype}: save real numbers of at most 64 bits.")
     if 0 in shape:
         raise PredictionError(f"{path} holds an empty array of shape {shape}: export it again.")
-    return shape, dtype, stream.tell()
+    return shape, dtype, stream.tell(), "F" if reversed_axes else "C"
 
 
 def _check_size(path: Path, shape: tuple[int, ...], dtype: np.dtype, most: int) -> None:
@@ -214,7 +216,7 @@ def _open_image(path: Path) -> ArrayFile:
         raise PredictionError(f"{path} has several pages of {mode} pixels: save a page for each class.")
     dtype = np.dtype(kind)
     if is_png:  # one bit stands for at most eight pixels
-        _check_size(path, shape, dtype, path.stat().st_size * DEFLATE * 8)
+        _check_size(path, shape, dtype, path.stat().st_size * MOST_INFLATED * 8)
 
     def decode() -> np.ndarray:
         with Image.open(path, formats=("PNG", "TIFF")) as image:

@@ -10,11 +10,10 @@ import logging
 import math
 import re
 import warnings
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -27,6 +26,7 @@ from nibabel.spatialimages import HeaderDataError, SpatialImage
 from nibabel.tripwire import TripWireError
 
 from calib_jax.predictions.case import PredictionError
+from calib_jax.predictions.inflate import MOST_INFLATED, gunzip, is_gzip
 
 Affine = Float[np.ndarray, "4 4"]
 """From voxel index to millimetres."""
@@ -37,11 +37,8 @@ DETACHED = (".hdr", ".mhd", ".nhdr")
 """Headers whose voxels are in another file."""
 _VOXEL_ENDINGS = (".img", ".img.gz", ".raw", ".raw.gz", ".zraw")
 
-_GZIP = b"\x1f\x8b"
-_CHUNK = 1 << 20  # bytes that are read or decompressed at a time
+_HEADER = 1 << 20  # bytes in which a header of SimpleITK's formats ends
 _APPLE_DOUBLE = b"\x00\x05\x16\x07"
-DEFLATE = 1100
-"""Bytes that one compressed byte stands for at most: a header that claims more is wrong."""
 
 # A field of a header that SimpleITK reads, and limits of MetaImage, beyond which it crashes.
 _FIELD = re.compile(rb"\s*([A-Za-z ]+?)\s*[=:]([^\n]*)")
@@ -187,7 +184,7 @@ def parts_of(path: Path) -> tuple[Path, ...]:
 def _nifti_header(path: Path) -> Any:
     """The header as stored; None if the content is no NIfTI."""
     with path.open("rb") as file:
-        stream: Any = gzip.GzipFile(fileobj=file) if _is_gzip(file) else file
+        stream: Any = gzip.GzipFile(fileobj=file) if is_gzip(file) else file
         start = stream.read(348)
         kind = {
             b"n+1\0": Nifti1Header,
@@ -213,9 +210,9 @@ def _open_nifti(path: Path, header: Any) -> VolumeFile:
         )
     needed = header.get_data_offset() + math.prod(shape) * header.get_data_dtype().itemsize
     with source.open("rb") as file:
-        is_gzip = _is_gzip(file)
+        compressed = is_gzip(file)
     found = source.stat().st_size
-    if found * (DEFLATE if is_gzip else 1) < needed:
+    if found * (MOST_INFLATED if compressed else 1) < needed:
         raise PredictionError(
             f"{source} is truncated or corrupt, it has {found} bytes of {needed}: fetch or export it again."
         )
@@ -223,12 +220,12 @@ def _open_nifti(path: Path, header: Any) -> VolumeFile:
 
     def decode() -> np.ndarray:
         with source.open("rb") as file:
-            if not _is_gzip(file):
+            if not is_gzip(file):
                 dtype = np.float32 if is_scaled else None
                 return np.asanyarray(ArrayProxy(file, header, mmap=False), dtype=dtype)
-            content = _gunzip(file, needed)
+            content = gunzip(file, needed)
         if is_scaled:
-            return np.asanyarray(ArrayProxy(io.BytesIO(content), header, mmap=False), dtype=np.float32)
+            return np.asanyarray(ArrayProxy(io.BytesIO(content.data), header, mmap=False), dtype=np.float32)
         # No copy of the largest of all volumes: unscaled voxels lie in the buffer as they are.
         voxels = np.frombuffer(content, header.get_data_dtype(), math.prod(shape), header.get_data_offset())
         return voxels.reshape(shape, order="F")
@@ -342,7 +339,7 @@ def _open_itk(path: Path) -> VolumeFile:
 def _check_itk_header(path: Path) -> None:
     """Raises for headers that would crash SimpleITK, or make it read files elsewhere."""
     with path.open("rb") as file:
-        lines = file.read(_CHUNK).split(b"\n")
+        lines = file.read(_HEADER).split(b"\n")
     for line in lines:
         field = _FIELD.match(line)
         key, value = (part.strip() for part in field.groups()) if field else (b"", b"")
@@ -380,7 +377,7 @@ def _volume(
             f"{path} has an affine that cannot be inverted: write its voxel spacing into the header."
         )
     needed, found = math.prod(stored) * dtype.itemsize, sum(part.stat().st_size for part in parts_of(path))
-    if found * DEFLATE < needed and not path.name.lower().endswith(".bz2"):
+    if found * MOST_INFLATED < needed and not path.name.lower().endswith(".bz2"):
         raise PredictionError(
             f"{path} is truncated or corrupt, it has {found} bytes and its header claims {needed}: fetch or export "
             "it again."
@@ -417,41 +414,6 @@ def _check_type(path: Path, dtype: np.dtype) -> None:
 
 def _strange_type(path: Path, kind: str) -> PredictionError:
     return PredictionError(f"{path} has voxels of type {kind}: give real numbers, one per voxel and channel.")
-
-
-def _is_gzip(file: IO[bytes]) -> bool:
-    """Whether the content is compressed, whatever the name of the file."""
-    start = file.read(2)
-    file.seek(0)
-    return start == _GZIP
-
-
-def _gunzip(file: IO[bytes], needed: int) -> bytearray:
-    """The first bytes of all members of a gzip file, whose checksums are checked to the end.
-
-    Bytes behind the last member are ignored. Memory holds little more than the result.
-
-    Raises:
-        EOFError: a member is cut off, or there are fewer bytes than needed.
-        zlib.error: a member is corrupt.
-    """
-    content, filled = bytearray(needed), 0
-    view, chunk = memoryview(content), file.read(_CHUNK)
-    while chunk.startswith(_GZIP):
-        member = zlib.decompressobj(16 + zlib.MAX_WBITS)
-        while not member.eof:
-            if not chunk:
-                raise EOFError("the end of the compressed data is missing")
-            found = member.decompress(chunk, _CHUNK)[: needed - filled]
-            view[filled : filled + len(found)] = found
-            filled += len(found)
-            chunk = member.unconsumed_tail or (b"" if member.eof else file.read(_CHUNK))
-        chunk = member.unused_data.lstrip(b"\0")
-        while len(chunk) < len(_GZIP) and (more := file.read(_CHUNK)):
-            chunk = (chunk + more).lstrip(b"\0")
-    if filled < needed:
-        raise EOFError("the voxels are cut off")
-    return content
 
 
 def _corrupt(path: Path, error: Exception) -> Exception:

@@ -97,8 +97,9 @@ def draw(figure: ReportFigure, folder: Path, *, save_svg: bool = False) -> str:
     png, svg = io.BytesIO(), io.BytesIO()
     with style():
         drawing = figure.draw()
-        drawing.savefig(png, format="png", backend="agg", dpi=200)
         drawing.savefig(svg, format="svg", backend="svg", metadata={"Date": None})
+        drawing.set_layout_engine("none")  # everything stays where it is
+        drawing.savefig(png, format="png", backend="agg", dpi=200)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{figure.name}.png").write_bytes(png.getvalue())
     if save_svg:

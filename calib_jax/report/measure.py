@@ -207,10 +207,11 @@ class _Voxels:
         self.shape = tuple(spatial[axis] for axis in self.axes)
         self.probs = probs.transpose(-1 % probs.ndim, *self.axes).reshape(probs.shape[-1], -1)
         self.regions = case.labels.ndim == probs.ndim
-        self.labels = self.in_order(case.labels)
+        labels = _narrow(case.labels)
+        self.labels = self.in_order(labels)
         self.where = None if case.where is None else self.in_order(case.where)
         self.predicted = None if case.predicted is None else self.in_order(case.predicted)
-        self.boundary = self.in_order(near_border(case.labels, case.where, case.spacing))
+        self.boundary = self.in_order(near_border(labels, case.where, case.spacing))
         self.size = self.probs.shape[1]
 
     def in_order(self, x: np.ndarray) -> np.ndarray:
@@ -221,6 +222,12 @@ class _Voxels:
     def in_space(self, x: np.ndarray) -> np.ndarray:
         """A row of voxels as an array over the spatial axes of the case."""
         return x.reshape(self.shape).transpose(np.argsort(self.axes))
+
+
+def _narrow(labels: np.ndarray) -> np.ndarray:
+    """Class ids in one byte, if they fit: they are compared again and again."""
+    fits = labels.dtype != bool and labels.min() >= -128 and labels.max() < 128
+    return labels.astype(np.int8) if fits else labels
 
 
 class _Sums:
@@ -252,33 +259,41 @@ class _Sums:
         self.prediction[..., part], self.confidence[part] = prediction, confidence
         if self.of.where is not None and not (keep := self.of.where[part]).all():
             probs, labels, boundary = probs[:, keep], labels[..., keep], boundary[keep]
-            prediction = prediction[..., keep]
+            prediction, confidence = prediction[..., keep], confidence[keep]
         near = np.flatnonzero(boundary)
+        near_probs, near_labels = probs[:, near], labels[..., near]
         self.voxels += probs.shape[1]
         for c, (values, inner) in enumerate(zip(probs, self.inner, strict=True)):
-            member, chosen = (labels[c], prediction[c]) if self.of.regions else (labels == c, prediction == c)
+            member, near_member, chosen = (
+                x[c] if self.of.regions else x == c for x in (labels, near_labels, prediction)
+            )
             self.bins[:, c] += sums_in_bins(values, member, inner, self.bin_options)
-            self.boundary_bins[:, c] += sums_in_bins(values[near], member[near], inner, self.bin_options)
+            self.boundary_bins[:, c] += sums_in_bins(near_probs[c], near_member, inner, self.bin_options)
             error = np.subtract(values, member, dtype=np.float64)
             self.squared_error[c] += np.square(error, out=error).sum()  # a dot product would start threads
             self.prob_inside[c] += values[chosen].sum(dtype=np.float64)
             self.overlap[c] += np.count_nonzero(member & chosen)
             self.predicted[c] += np.count_nonzero(chosen)
             self.true[c] += np.count_nonzero(member)
-        self._add_likelihoods(probs, labels)
-
-    def _add_likelihoods(self, probs: np.ndarray, labels: np.ndarray) -> None:
         if self.of.regions:
-            for c, (values, member) in enumerate(zip(probs, labels, strict=True)):
-                right = np.where(member, values, 1 - values.astype(np.float64))
-                self.nll[c] -= np.log(np.maximum(right[right < 1], _TINY)).sum()
-            return
-        known = (labels >= 0) & (labels < len(probs))
-        ids = np.where(known, labels, 0).astype(np.intp)
-        chosen = probs.ravel()[ids * probs.shape[1] + np.arange(probs.shape[1])]
-        unsure = np.flatnonzero(known & (chosen < 1))
+            self._add_likelihoods_of_regions(probs, labels)
+        else:
+            self._add_likelihoods(probs, labels, np.flatnonzero((confidence < 1) | (prediction != labels)))
+
+    def _add_likelihoods_of_regions(self, probs: np.ndarray, labels: np.ndarray) -> None:
+        for c, (values, member) in enumerate(zip(probs, labels, strict=True)):
+            right = np.where(member, values, 1 - values.astype(np.float64))
+            self.nll[c] -= np.log(np.maximum(right[right < 1], _TINY)).sum()
+
+    def _add_likelihoods(self, probs: np.ndarray, labels: np.ndarray, unsure: np.ndarray) -> None:
+        """Adds the voxels `unsure`: in all others the label is predicted with probability 1."""
+        ids = labels[unsure]
+        known = (ids >= 0) & (ids < len(probs))
+        unsure = unsure[known]
+        chosen = probs[ids[known], unsure]
+        below = chosen < 1
+        unsure, chosen = unsure[below], np.maximum(chosen[below].astype(np.float64), _TINY)
         # The sum of the others in float64 keeps the digits that 1 - p in float32 would lose.
-        chosen = np.maximum(chosen[unsure].astype(np.float64), _TINY)
         others = probs[:, unsure].sum(0, dtype=np.float64) - chosen
         self.nll[0] += np.log1p(np.maximum(others, 0) / chosen).sum()
 
@@ -305,7 +320,9 @@ def near_border(
     ndim = labels.ndim if labels.dtype != bool else labels.ndim - 1
     spacing = spacing or (1.0,) * ndim
     axes = [axis for axis in range(ndim) if spacing[axis] <= 3 * min(spacing)]
-    found = np.zeros(labels.shape[:ndim], bool)
+    found = np.zeros_like(
+        labels if labels.ndim == ndim else labels[..., 0], bool
+    )  # in the same order in memory
     box = _bounding_box(np.any(labels, -1) if labels.dtype == bool else np.not_equal(labels, 0))
     if box is None:
         return found
@@ -322,7 +339,7 @@ def near_border(
         near[below] |= differs
         near[above] |= differs
     for _ in range(BORDER_VOXELS - 1):
-        reached = near.copy()
+        reached = near.copy("K")
         for axis in axes:
             below, above = _neighbours(axis)
             near[below] |= reached[above]
@@ -357,7 +374,10 @@ def _predicted(
         chosen = probs > 0.5 if given is None else given
         return chosen, np.where(chosen, probs, 1 - probs).min(0)
     if given is not None:
-        return given, np.take_along_axis(probs, given[None], 0)[0]
+        confidence = np.zeros(given.shape, np.float32)
+        for c, values in enumerate(probs):
+            np.copyto(confidence, values, where=given == c)
+        return given, confidence
     best, winner = probs[0].copy(), np.zeros(probs.shape[1], np.min_scalar_type(len(probs)))
     for c, values in enumerate(probs[1:], 1):
         better = values > best
@@ -383,7 +403,7 @@ def _sample(voxels: _Voxels, sums: _Sums) -> Sample:
     index = np.concatenate(picked)
     return Sample(
         np.ascontiguousarray(voxels.probs[:, index].T, np.float32),
-        np.ascontiguousarray(voxels.labels[..., index].T),
+        np.ascontiguousarray(voxels.labels[..., index].T, bool if voxels.regions else np.int32),
         np.concatenate(weights),
     )
 
@@ -416,7 +436,7 @@ def _slice(case: "Case", voxels: _Voxels, sums: _Sums) -> Slice:
     assert case.labels is not None
     label, prediction = (_as_map(x, voxels, sums.true) for x in (voxels.labels, sums.prediction))
     confidence = voxels.in_space(sums.confidence)
-    counted = np.ones(label.shape, bool) if case.where is None else case.where
+    counted = np.ones_like(label, bool) if case.where is None else case.where
     index = -1
     image = case.image
     if label.ndim == 3:
