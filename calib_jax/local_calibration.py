@@ -7,9 +7,9 @@ validation cases of any model, and can keep every label.
 
 import dataclasses
 import functools
-import itertools
+import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -41,10 +41,9 @@ from calib_jax.binning import BinStatistics, bin_statistics
 from calib_jax.errors import average_calibration_error
 
 _VOXELS = 2**14  # of an image that are kept
-_STEPS = 50  # between two looks at the images that are left out
+_STEPS = 50  # of the shorter one of two fits
 _FOLDS = 2
-_IMAGES_PER_STEP = 4
-_VOXELS_PER_STEP = 2**10  # of each image
+_VOXELS_PER_STEP = 2**12  # of one image: few of each of several would make mL1-ACE noisy
 _LEARNING_RATE = 1e-2
 _BINS = Bins("soft", 20)  # of the loss
 
@@ -73,8 +72,8 @@ def fit_local_calibration(
     Voxels are left as they are where the smoothed probability of one class exceeds 0.9999. Logits below those of
     p = exp(-12) count as these, so that logits, float32 and float16 probabilities give nearly the same fit.
 
-    Cross-validation over the images chooses the number of steps, and whether `image` is used at all, so that few
-    cases are not fitted too closely.
+    Cross-validation over the images chooses between a short and a long fit, and whether `image` is used at all, so
+    that few cases are not fitted too closely.
 
     Args:
         logits: logits or log-probabilities `[batch, *spatial, classes]` with two or three spatial axes; or, without
@@ -90,13 +89,13 @@ def fit_local_calibration(
         spacing: millimetres between voxels along each axis. A coarse axis takes part in a smoothing only if its
             spacing is not larger than that smoothing. Left out, all axes have the same spacing.
         ace: weight of mL1-ACE.
-        max_steps: largest number of steps; a multiple of 50.
+        max_steps: steps of the long fit, a multiple of 50. The short one takes 50.
         seed: of weights, sampled voxels and order of the steps. The same seed gives the same fit.
 
     Returns:
-        `LocalCalibration` for `apply_local_calibration`. If the likelihood of images that were left out did not
-        improve, probabilities stay as they are, and a `RuntimeWarning` says so with figures. Of a single image
-        nothing can be left out, and a warning says that too.
+        `LocalCalibration` for `apply_local_calibration`. If the loss of images that were left out did not fall
+        by two standard errors, probabilities stay as they are, and a `RuntimeWarning` says so with figures. Of a
+        single image nothing can be left out, and a warning says that too.
 
     Raises:
         TypeError, ValueError: on dtypes, shapes or options that do not fit, and if no voxel can be fitted.
@@ -124,21 +123,33 @@ def fit_local_calibration(
     options: dict[str, Any] = {"regions": regions, "spacing": spacing, "seed": seed}
     like = LocalCalibration.identity(batches.classes, batches.channels, keeps_labels=keeps_labels, **options)
     samples = _collect(batches, like, seed)
+    fit = functools.partial(_fit, like, samples, ace=ace, seed=seed)
     everything = np.arange(len(samples.count))
-    candidates = [samples]
-    if batches.channels:  # images of a few patients may mislead
-        candidates.append(samples._replace(image=jnp.zeros_like(samples.image)))
-    tried = [_cross_validated(like, some, ace, max_steps, seed) for some in candidates]
-    best = int(np.argmin([likelihood for likelihood, *_ in tried]))
-    _, steps, message = tried[best]
-    training = _training(like, candidates[best], everything, ace, max_steps, seed)
-    *_, params = like, *itertools.islice(training, steps // _STEPS)
-    if best == 1:
-        weights = params.weights._replace(image=jnp.zeros_like(params.weights.image))
-        params = dataclasses.replace(params, weights=weights)
-    if message:
+    if len(everything) == 1:
+        message = (
+            "there is one image, so that none can be left out to see whether local calibration helps. The fit took "
+            f"{_STEPS} steps. Fit on more cases."
+        )
         warnings.warn(message, RuntimeWarning, stacklevel=2)
-    return params
+        return fit(everything, False, _STEPS)
+    before = np.asarray(_losses(like, samples, np.float32(ace)))
+    blind = [(False, steps) for steps in sorted({_STEPS, max_steps})]
+    seeing = [(True, steps) for _, steps in blind] if batches.channels else []
+    left_out = {options: _left_out_losses(fit, samples, ace, *options) for options in (*blind, *seeing)}
+    best = min(blind, key=lambda options: left_out[options].mean())
+    for options in seeing:  # images of a few patients may mislead
+        if _is_lower(left_out[options], left_out[best]):
+            best = options
+    if not _is_lower(left_out[best], before):
+        message = (
+            "local calibration does not help on these cases: the loss (negative log-likelihood of uncertain voxels "
+            f"+ {ace:g} * mL1-ACE) of images that were left out is {before.mean():.4g} before and "
+            f"{left_out[best].mean():.4g} after it, no clear gain. Probabilities stay as they are. Fit on more "
+            "cases, and check that labels and logits belong together."
+        )
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        return like
+    return fit(everything, *best)
 
 
 def apply_local_calibration(
@@ -304,40 +315,38 @@ def _negative_log_likelihood(
     return optax.losses.softmax_cross_entropy(logits, labels), jax.nn.softmax(logits)
 
 
+def _loss(
+    params: LocalCalibration, samples: _Samples, ace: Any, index: Array, voxels: Array
+) -> Float[Array, ""]:
+    """Mean negative log-likelihood + `ace` * mL1-ACE of some voxels of one image."""
+    log_probs, features, image, labels = (x[index, voxels][None] for x in samples[:4])
+    losses, probs = _negative_log_likelihood(params, log_probs, features, image, labels)
+    found = bin_statistics(probs, labels, binning="soft")
+    weight = samples.weight[index] * samples.count[index].astype(jnp.float32) / len(voxels)
+    stats = jax.tree.map(lambda x, rest: weight * x + rest[index][None], found, samples.rest)
+    return losses.mean() + ace * jnp.nanmean(average_calibration_error(stats))
+
+
 @jax.jit
-def _mean_losses(params: LocalCalibration, samples: _Samples) -> Float[Array, "images"]:
-    """Mean negative log-likelihood of some voxels of each image."""
-    some = min(samples.labels.shape[1], 4 * _VOXELS_PER_STEP)
-    losses, _ = _negative_log_likelihood(params, *(x[:, :some] for x in samples[:4]))
-    count = jnp.minimum(samples.count, some)[:, None]
-    inside = jnp.arange(some, dtype=jnp.int32)[None] < count
-    return jnp.where(inside, losses, 0).sum(1) / count[:, 0].astype(jnp.float32)
+def _losses(params: LocalCalibration, samples: _Samples, ace: Any) -> Float[Array, "images"]:
+    """The loss of each image, from voxels that are spread evenly over those that were kept."""
+
+    def of_image(index: Array) -> Array:
+        spread = jnp.arange(_VOXELS_PER_STEP, dtype=jnp.int32) * samples.count[index] // _VOXELS_PER_STEP
+        return _loss(params, samples, ace, index, spread)
+
+    return lax.map(of_image, jnp.arange(len(samples.count), dtype=jnp.int32))
 
 
-@functools.partial(jax.jit, static_argnames="max_steps")
-def _train_for_a_while(
-    params: LocalCalibration,
-    state: Any,
-    samples: _Samples,
-    chosen: Any,
-    ace: float,
-    *,
-    max_steps: int,
+@jax.jit
+def _some_steps(
+    params: LocalCalibration, state: Any, samples: _Samples, chosen: Any, ace: Any, max_steps: Any
 ) -> tuple[LocalCalibration, Any]:
-    """Steps of Adam, each on some voxels `[steps, images, voxels]` of some images `[steps, images]`."""
-
-    def loss(params: LocalCalibration, images: Array, voxels: Array) -> Array:
-        count = samples.count[images]
-        log_probs, features, image, labels = (x[images[:, None], voxels] for x in samples[:4])
-        losses, probs = _negative_log_likelihood(params, log_probs, features, image, labels)
-        found = bin_statistics(probs, labels, binning="soft")
-        weight = (samples.weight[images] * count.astype(jnp.float32) / _VOXELS_PER_STEP)[:, None, None]
-        stats = jax.tree.map(lambda x, rest: weight * x + rest[images], found, samples.rest)
-        return losses.mean() + ace * jnp.nanmean(average_calibration_error(stats))
+    """Steps of Adam, each on some voxels `[steps, voxels]` of one image `[steps]`."""
 
     def step(carry: Any, chosen: Any) -> tuple[Any, None]:
         params, state = carry
-        gradient = jax.grad(loss)(params, *chosen)
+        gradient = jax.grad(_loss)(params, samples, ace, *chosen)
         with jax.numpy_dtype_promotion("standard"):  # optax multiplies a number by the int32 of a step
             updates, state = _optimizer(max_steps).update(gradient, state, params)
         return (jax.tree.map(jnp.add, params, updates), state), None
@@ -345,62 +354,55 @@ def _train_for_a_while(
     return lax.scan(step, (params, state), chosen)[0]
 
 
-def _optimizer(max_steps: int) -> Any:
+def _optimizer(max_steps: Any) -> Any:
     import optax
 
-    return optax.adamw(optax.cosine_decay_schedule(_LEARNING_RATE, max_steps), weight_decay=1e-4)
+    def cosine(step: Array) -> Array:  # optax's own takes no traced number of steps
+        return _LEARNING_RATE * (1 + jnp.cos(jnp.float32(jnp.pi) * step.astype(jnp.float32) / max_steps)) / 2
+
+    return optax.adamw(cosine, weight_decay=1e-4)
 
 
-def _training(
+def _fit(
     params: LocalCalibration,
     samples: _Samples,
     images: np.ndarray,
+    sees_image: bool,
+    steps: int,
+    *,
     ace: float,
-    max_steps: int,
     seed: int,
-) -> Iterator[LocalCalibration]:
-    """Yields the parameters after each `_STEPS` steps on some of the images."""
-    state = _optimizer(max_steps).init(params)
+) -> LocalCalibration:
+    """Fits to some of the images."""
+    if not sees_image:
+        samples = samples._replace(image=jnp.zeros_like(samples.image))
+    state = _optimizer(steps).init(params)
     rng, count = np.random.default_rng(seed), np.asarray(samples.count)
-    for _ in range(max_steps // _STEPS):
-        drawn = rng.choice(images, (_STEPS, _IMAGES_PER_STEP))
-        voxels = rng.integers(0, count[drawn][..., None], (*drawn.shape, _VOXELS_PER_STEP))
+    for _ in range(steps // _STEPS):  # one program for fits of all lengths
+        drawn = rng.choice(images, _STEPS)
+        voxels = rng.integers(0, count[drawn][:, None], (_STEPS, _VOXELS_PER_STEP))
         chosen = drawn.astype(np.int32), voxels.astype(np.int32)
-        params, state = _train_for_a_while(params, state, samples, chosen, ace, max_steps=max_steps)
-        yield params
+        params, state = _some_steps(params, state, samples, chosen, np.float32(ace), np.float32(steps))
+    if not sees_image:
+        weights = params.weights._replace(image=jnp.zeros_like(params.weights.image))
+        params = dataclasses.replace(params, weights=weights)
+    return params
 
 
-def _cross_validated(
-    like: LocalCalibration, samples: _Samples, ace: float, max_steps: int, seed: int
-) -> tuple[float, int, str]:
-    """Chooses the number of steps after which images that were left out are most likely.
+def _is_lower(after: np.ndarray, before: np.ndarray) -> bool:
+    """Whether the losses of the images have fallen by more than two standard errors of the mean change."""
+    gain = before - after
+    return bool(gain.mean() > 2 * gain.std() / math.sqrt(gain.size))
 
-    Returns:
-        The negative log-likelihood of these images, the number of steps, and a warning or ''.
-    """
+
+def _left_out_losses(
+    fit: Callable[..., LocalCalibration], samples: _Samples, ace: float, *options: Any
+) -> Float[np.ndarray, "images"]:
+    """The loss of each image, calibrated by a fit to others."""
     images = len(samples.count)
-    folds = min(_FOLDS, images)
-    if folds < 2:
-        message = (
-            "there is one image, so that none can be left out to see whether local calibration helps. The fit took "
-            f"{_STEPS} steps. Fit on more cases."
-        )
-        return 0.0, _STEPS, message
-    before = float(_mean_losses(like, samples).mean())
-    after = np.zeros((max_steps // _STEPS, images))
-    for fold in range(folds):
-        left_out = np.arange(images) * folds // images == fold  # neighbours may be of one patient
-        for part, params in enumerate(
-            _training(like, samples, np.flatnonzero(~left_out), ace, max_steps, seed)
-        ):
-            after[part, left_out] = np.asarray(_mean_losses(params, samples))[left_out]
-    part = int(after.mean(1).argmin())
-    found = float(after[part].mean())
-    if found < before:
-        return found, (part + 1) * _STEPS, ""
-    message = (
-        "local calibration does not help on these cases: the mean negative log-likelihood of uncertain voxels in "
-        f"images that were left out is {before:.4g} before and {found:.4g} after it. Probabilities stay as they "
-        "are. Fit on more cases, and check that labels and logits belong together."
-    )
-    return found, 0, message
+    found = np.zeros(images)
+    for fold in range(_FOLDS):
+        left_out = np.arange(images) * _FOLDS // images == fold  # neighbours may be of one patient
+        params = fit(np.flatnonzero(~left_out), *options)
+        found[left_out] = np.asarray(_losses(params, samples, np.float32(ace)))[left_out]
+    return found

@@ -99,6 +99,25 @@ class TestMeasure:
         np.testing.assert_allclose(found.dice(), dice[0], rtol=1e-6)
         np.testing.assert_array_equal(found.bins, measure(case, Bins("hard", 20)).bins)
 
+    def test_likelihood_of_certain_voxels_right_and_wrong(self):
+        probs = np.eye(3, dtype=np.float32)[[0, 0, 1, 2, 2, 1]]
+        probs[5] = 0.25, 0.75, 0
+        labels = np.array([0, 1, 1, 2, -1, 1], np.int32)
+        case = Case("a", "m", probs[None], labels[None], None, None, (1.0, 1.0))
+        found = measure(case, Bins("hard", 20))
+        tiny = np.finfo(np.float32).tiny
+        np.testing.assert_allclose(found.nll, -np.log(tiny) - np.log(0.75))
+        assert found.labelled == 5
+
+    def test_more_classes_than_a_byte_counts(self):
+        rng = np.random.default_rng(0)
+        probs = rng.dirichlet(np.ones(200), (20, 20)).astype(np.float32)
+        labels = rng.integers(0, 200, (20, 20)).astype(np.int32)
+        found = measure(Case("a", "m", probs, labels, None, None, (1.0, 1.0)), Bins("hard", 20))
+        np.testing.assert_array_equal(found.true, np.bincount(labels.ravel(), minlength=200))
+        nll = calib_jax.negative_log_likelihood(jnp.log(probs[None]), labels[None])
+        np.testing.assert_allclose(found.mean_nll()[0], nll[0], rtol=1e-6)
+
     def test_ignored_voxels_do_not_count(self):
         case = noisy_case()
         where = np.random.default_rng(1).random(case.labels.shape) < 0.6

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calib_jax.predictions import PredictionError, open_predictions, write_probabilities
+from calib_jax.predictions import PredictionError, inflate, open_predictions, write_probabilities
 from calib_jax.predictions.arrays import open_array
 from calib_jax.predictions.names import find_predictions
 
@@ -268,14 +268,25 @@ def test_pickles_are_never_loaded(tmp_path, folders):
 # Other programs.
 
 
-def test_a_changed_bit_in_npz_is_found_by_the_checksum(tmp_path):
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("module", ["zlib", "zlib_ng.zlib_ng"])
+def test_a_changed_bit_in_npz_is_found_by_the_checksum(tmp_path, monkeypatch, save, module):
+    monkeypatch.setattr(inflate, "zlib", pytest.importorskip(module))
     file = tmp_path / "a.npz"
-    np.savez(file, probabilities=np.full((2, 8, 8, 8), 0.5, np.float32))
+    probs = np.random.default_rng(0).random((2, 32, 32, 32), np.float32)
+    save(file, probabilities=probs)
+    np.testing.assert_array_equal(open_array(file).read(), probs)
     content = bytearray(file.read_bytes())
-    content[content.index(b"\x00\x00\x00?") + 400] ^= 1
+    content[len(content) // 2] ^= 1
     file.write_bytes(content)
     with pytest.raises(PredictionError, match=r"a\.npz is truncated or corrupt"):
         open_array(file).read()
+
+
+def test_an_array_in_npz_may_have_its_axes_reversed(tmp_path):
+    probs = np.asfortranarray(np.random.default_rng(0).random((2, 3, 4, 5), np.float32))
+    np.savez_compressed(tmp_path / "a.npz", probabilities=probs)
+    np.testing.assert_array_equal(open_array(tmp_path / "a.npz").read(), probs)
 
 
 @pytest.mark.parametrize("ending", [".nii.gz", ".nii", ".mha", ".nrrd", ".npy", ".npz"])
