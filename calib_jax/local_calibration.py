@@ -135,11 +135,11 @@ def fit_local_calibration(
     before = np.asarray(_losses(like, samples, np.float32(ace)))
     blind = [(False, steps) for steps in sorted({_STEPS, max_steps})]
     seeing = [(True, steps) for _, steps in blind] if batches.channels else []
-    left_out = {options: _left_out_losses(fit, samples, ace, *options) for options in (*blind, *seeing)}
-    best = min(blind, key=lambda options: left_out[options].mean())
-    for options in seeing:  # images of a few patients may mislead
-        if _is_lower(left_out[options], left_out[best]):
-            best = options
+    left_out = {choice: _left_out_losses(fit, samples, ace, *choice) for choice in (*blind, *seeing)}
+    best = min(blind, key=lambda choice: left_out[choice].mean())
+    for choice in seeing:  # images of a few patients may mislead
+        if _is_lower(left_out[choice], left_out[best]):
+            best = choice
     if not _is_lower(left_out[best], before):
         message = (
             "local calibration does not help on these cases: the loss (negative log-likelihood of uncertain voxels "
@@ -357,7 +357,7 @@ def _some_steps(
 def _optimizer(max_steps: Any) -> Any:
     import optax
 
-    def cosine(step: Array) -> Array:  # optax's own takes no traced number of steps
+    def cosine(step: Any) -> Array:  # optax's own takes no traced number of steps
         return _LEARNING_RATE * (1 + jnp.cos(jnp.float32(jnp.pi) * step.astype(jnp.float32) / max_steps)) / 2
 
     return optax.adamw(cosine, weight_decay=1e-4)
@@ -396,13 +396,13 @@ def _is_lower(after: np.ndarray, before: np.ndarray) -> bool:
 
 
 def _left_out_losses(
-    fit: Callable[..., LocalCalibration], samples: _Samples, ace: float, *options: Any
+    fit: Callable[..., LocalCalibration], samples: _Samples, ace: float, sees_image: bool, steps: int
 ) -> Float[np.ndarray, "images"]:
     """The loss of each image, calibrated by a fit to others."""
     images = len(samples.count)
     found = np.zeros(images)
     for fold in range(_FOLDS):
         left_out = np.arange(images) * _FOLDS // images == fold  # neighbours may be of one patient
-        params = fit(np.flatnonzero(~left_out), *options)
+        params = fit(np.flatnonzero(~left_out), sees_image, steps)
         found[left_out] = np.asarray(_losses(params, samples, np.float32(ace)))[left_out]
     return found

@@ -157,6 +157,13 @@ def test_nothing_to_gain_leaves_the_probabilities_and_warns():
     )
 
 
+def test_an_image_that_says_nothing_is_not_used():
+    logits, labels = overconfident(13, images=4)
+    image = np.random.default_rng(0).normal(size=(*labels.shape, 1)).astype(np.float32)
+    params = fit_local_calibration(logits, labels, image=image, max_steps=100)
+    assert not np.any(params.weights.image)
+
+
 def test_one_image_warns():
     logits, labels = overconfident(10)
     with pytest.warns(RuntimeWarning, match="one image"):
