@@ -320,9 +320,8 @@ def near_border(
     ndim = labels.ndim if labels.dtype != bool else labels.ndim - 1
     spacing = spacing or (1.0,) * ndim
     axes = [axis for axis in range(ndim) if spacing[axis] <= 3 * min(spacing)]
-    found = np.zeros_like(
-        labels if labels.ndim == ndim else labels[..., 0], bool
-    )  # in the same order in memory
+    shaped_alike = labels if labels.ndim == ndim else labels[..., 0]
+    found = np.zeros_like(shaped_alike, bool)  # in the same order in memory
     box = _bounding_box(np.any(labels, -1) if labels.dtype == bool else np.not_equal(labels, 0))
     if box is None:
         return found
