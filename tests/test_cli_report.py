@@ -21,13 +21,15 @@ from calib_jax._case_loop import Progress, Stopped, for_each_case
 from calib_jax._kept import safe_name
 from calib_jax.calibrators import Calibrator
 from calib_jax.commands import options as shared
-from calib_jax.report import ModelResult, findings, gains, study
+from calib_jax.report import ModelResult, findings, gains, study, wording
 from calib_jax.report.__main__ import main as make_again
 from calib_jax.report.gains import cross_validate, cross_validate_local
 from calib_jax.report.measure import measure
 from calib_jax.report.study import measure_cases
 
 NASTY = "<script>alert(1)</script> & “$x$”"
+
+BINS = study.Bins("hard", 20)
 
 
 def write_folders(root, models=("a",), cases=4, **options):
@@ -376,11 +378,9 @@ class TestKinds:
 
 
 def test_cross_validation_finds_the_temperature():
-    cases = [
-        measure(noisy_case(f"c{i}", seed=i, shape=(14, 14, 14)), study.Bins("hard", 20)) for i in range(4)
-    ]
-    (result,) = study.results_of(study.Study({"m": cases}), ("background", "a", "b"), first_class=1)
-    found = cross_validate(cases, result, study.Bins("hard", 20), first_class=1, regions=False)
+    cases = [measure(noisy_case(f"c{i}", seed=i, shape=(14, 14, 14)), BINS) for i in range(4)]
+    (result,) = study.results_of(study.Study({"m": cases}, BINS), ("background", "a", "b"), first_class=1)
+    found = cross_validate(cases, result, BINS, first_class=1, regions=False)
     temperature = next(gain for gain in found if gain.calibrator == "temperature")
     assert temperature.keeps_labels
     probs = np.concatenate([noisy_case(f"c{i}", seed=i, shape=(14, 14, 14)).probs for i in range(4)])
@@ -404,8 +404,8 @@ def test_local_calibration_is_judged_on_cases_that_it_was_not_fitted_to(regions,
         names = ("a", "b")
     first = 0 if regions else 1
     predictions = InMemory({"m": cases}, names, regions=regions)
-    measured = [measure(case, study.Bins("hard", 20)) for case in cases.values()]
-    (result,) = study.results_of(study.Study({"m": measured}), names, first_class=first)
+    measured = [measure(case, BINS) for case in cases.values()]
+    (result,) = study.results_of(study.Study({"m": measured}, BINS), names, first_class=first)
     fitted, applied = [], []
 
     def fit(batches, *, regions, spacing):
@@ -418,7 +418,7 @@ def test_local_calibration_is_judged_on_cases_that_it_was_not_fitted_to(regions,
         return logits / params
 
     monkeypatch.setattr(gains, "CALIBRATORS", {"local": Calibrator(fit, apply, True, "")})
-    (gain,) = cross_validate_local(predictions, result, study.Bins("hard", 20), first_class=first)
+    (gain,) = cross_validate_local(predictions, result, BINS, first_class=first)
     assert gain.row.metrics["NLL"].change.difference != 0
     if not regions:
         likelihoods = [
@@ -586,3 +586,18 @@ def test_the_interval_of_a_volume_is_judged_on_cases_that_did_not_make_it():
     true = np.arange(1, 21.0)  # of the smallest and the largest the others' interval is too narrow
     assert findings._volume_interval(expected, true) == ("−90% to +100%", "90%")
     assert findings._volume_interval(expected[1:], true[1:]) == ("n/a", "n/a")
+
+
+def test_thresholds_are_judged_by_the_voxels_above_them():
+    measured = [measure(noisy_case(f"c{i}", seed=i, shape=(14, 14, 14)), BINS) for i in range(3)]
+    (result,) = study.results_of(study.Study({"m": measured}, BINS), ("background", "a", "b"), first_class=1)
+    section = findings._thresholds([result])
+    thresholds = np.asarray(calib_jax.dice_thresholds(result.stats), np.float64)
+    for j, line in enumerate(section.lines[1:]):
+        dice = []
+        for i, threshold in enumerate(thresholds[:, j]):
+            case = noisy_case(seed=i, shape=(14, 14, 14))
+            above, true = case.probs[..., 1 + j] > np.float32(threshold), case.labels == 1 + j
+            dice.append(2 * (above & true).sum() / (above.sum() + true.sum()))
+        numbers = (thresholds[:, j].mean(), result.dice[:, j].mean(), np.mean(dice))
+        assert list(line[2:]) == [wording.number(float(x)) for x in numbers]

@@ -59,7 +59,7 @@ def test_compare_with_seeds_temperature_and_ensembles_goes_on_at_each_network(
     out = tmp_path / "compare"
     command = ["compare", *PHANTOM, "--losses", "dice", "--seeds", 0, 3, "--temperature", "--ensembles"]
     command += ["--out", out]
-    assert run(*command) == 0
+    assert run(*command, "--no-local-calibration") == 0
     table = json.loads((out / "table.json").read_text())
     names = [row["name"] for row in table["models"]]
     assert names == ["dice", "dice+T", "dice~2", "dice~2+T", "true posterior"]
@@ -88,10 +88,17 @@ def test_compare_with_seeds_temperature_and_ensembles_goes_on_at_each_network(
     monkeypatch.setattr(compare_module, "fit", counted(trained, compare_module.fit))
     monkeypatch.setattr(compare_module, "evaluate", counted(evaluated, compare_module.evaluate))
     (out / "dice-seed3" / "test-temperature.npz").unlink()
-    assert run(*command, "--resume") == 0
+    assert run(*command, "--no-local-calibration", "--resume") == 0
     assert json.loads((out / "table.json").read_text()) == table
     assert [arguments[1].name for arguments in trained] == ["dice-seed3"]
     assert [arguments[0] for arguments in evaluated] == ["dice+T seed 3"]
+
+    assert run(*command, "--resume") == 0  # with the rows that come without an option
+    more = json.loads((out / "table.json").read_text())["models"]
+    kinds = [f"{name}{ending}" for name in ("dice", "dice~2") for ending in ("", "+T", "+L")]
+    assert [row["name"] for row in more] == [*kinds, "true posterior"]
+    assert [row for row in more if "+L" not in row["name"]] == table["models"]
+    assert [arguments[0] for arguments in evaluated[1:]] == ["dice+L seed 0", "dice+L seed 3", "dice~2+L"]
 
 
 def test_pairs_of_seeds_and_ensembles_have_the_labels_of_the_first_loss() -> None:
@@ -150,7 +157,9 @@ def test_an_evaluation_goes_on_after_a_full_disk_and_is_done_once(
     (line,) = [line for line in told.err.splitlines() if line.startswith("error: ")]
     assert f"{tmp_path / 'out'} could not be written (No space left on device)" in line
     assert run("evaluate", trained, "--out", tmp_path / "out") == 0
-    assert (tmp_path / "out" / "index.html").exists()
+    assert "over-confident" in capsys.readouterr().out
+    files = {"index.html", "table.csv", "table.json", "metrics.csv", "cases.csv", "report.json"}
+    assert files <= {path.name for path in (tmp_path / "out").iterdir()}
     for finished in (tmp_path / "out", trained):
         assert "already holds another run" in refuses(capsys, "evaluate", trained, "--out", finished)
 
@@ -274,6 +283,41 @@ def test_predict_of_a_split_is_that_of_the_same_scans_in_a_folder(
     monkeypatch.setattr("train.predict.open_cases_of", lambda *_: (open_dataset("phantom2d"), None))
     words = ["predict", trained, "--split", "test", "--out", tmp_path / "x"]
     assert "no image files: give --images" in refuses(capsys, *words)
+
+
+def test_predict_with_local_calibration_is_what_evaluate_judges(
+    trained: Path,
+    msd: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import train.predict
+
+    assert run("evaluate", trained, "--local-calibration", "--out", tmp_path / "evaluated") == 0
+    plain, out = tmp_path / "plain", tmp_path / "calibrated"
+    command = ["predict", trained, "--split", "test", "--local-calibration", "--out", out]
+    assert run("predict", trained, "--split", "test", "--out", plain) == 0
+    assert run(*command) == 0
+    test = json.loads((trained / "splits.json").read_text())["test"]
+    kept = ModelResult.load(tmp_path / "evaluated" / "results" / "01-dice-0-5-ace-l.npz")
+    for name in test:
+        labels = [nib.load(folder / f"{name}_label.nii.gz").get_fdata() for folder in (plain, out)]
+        np.testing.assert_array_equal(*labels)
+        probs, calibrated = (
+            nib.load(folder / f"{name}_probs.nii.gz").get_fdata(dtype=np.float32) for folder in (plain, out)
+        )
+        assert np.abs(probs - calibrated).max() > 1e-3
+        count = np.histogram(calibrated[..., 1], np.linspace(0, 1, 21))[0]
+        np.testing.assert_array_equal(count, kept.stats.count[kept.case_names.index(name), 0])
+    with monkeypatch.context() as patch:  # nothing is left to predict, so nothing is fitted
+        patch.setattr(train.predict, "fit_local_calibration", None)
+        assert run(*command) == 0
+    assert "other weights or settings" in refuses(capsys, *[w for w in command if w != "--local-calibration"])
+    none = shutil.copytree(trained, tmp_path / "none")
+    (none / "splits.json").write_text(json.dumps({"train": [], "val": [], "test": test}))
+    words = ["predict", none, "--images", msd / "imagesTr", "--local-calibration", "--out", tmp_path / "x"]
+    assert "val" in refuses(capsys, *words)
 
 
 def test_predict_with_several_runs_and_uncertainty(
@@ -570,7 +614,7 @@ def test_a_comparison_stopped_and_resumed_goes_on_with_its_loss_and_leaves_a_pag
     whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "both"
-    command = ["compare", *STOPPABLE, "--losses", "dice", "dice+ace", "--out", out]
+    command = ["compare", *STOPPABLE, "--losses", "dice", "dice+ace", "--no-local-calibration", "--out", out]
     take = RunLog.add_step
 
     def add_step_and_terminate(log: RunLog, row: dict, cases: list[str]) -> None:

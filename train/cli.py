@@ -88,15 +88,15 @@ class Compare(_Options):
     temperature: bool = False
     """Show each network with temperature scaling as well, fitted on its validation cases (of several annotators to
     the majority), in a row `LOSS+T`."""
-    local_calibration: bool = False
+    local_calibration: bool = True
     """Show each network with local calibration as well, fitted on its validation cases, in a row `LOSS+L`. The
-    labels stay those of the network."""
+    labels stay those of the network. Without validation cases there is no such row."""
     ensembles: bool = False
     """Show the mean probabilities of the --seeds of each loss as well, in a row `LOSS~3` for three seeds."""
     pairs: bool = False
     """Show the labels of the first loss with the probabilities of each other loss as well, in a row `FIRST|LOSS`.
-    These are two networks; `predict RUN --labels-of FIRST_RUN` writes the labels and probabilities of both. With
-    --resume it adds the rows to a comparison that is done."""
+    These are two networks; `predict RUN --labels-of FIRST_RUN` writes the labels and probabilities of both.
+    This option and those before it add rows to a comparison that is done, with --resume."""
     checkpoint: Literal["last", "best"] = "last"
     """Evaluate each network's newest weights, or the best ones by --keep-best on the validation cases."""
     recipe: tuple[str, ...] = ()
@@ -294,6 +294,9 @@ class Predict:
     uncertainty: bool = False
     """Also write NAME_entropy, the entropy of each voxel in nats, and of several runs NAME_mutual_information, the
     part of it that is disagreement between the networks."""
+    local_calibration: bool = False
+    """Write locally calibrated probabilities, fitted on the first run's validation cases, which must be there. The
+    labels stay."""
     labels_of: Path | None = None
     """Folder of another run, whose labels are written with the probabilities of RUN_FOLDERS: Dice may train labels
     and mL1-ACE probabilities, see `compare --pairs`."""
@@ -309,6 +312,7 @@ class Predict:
             split=self.split,
             uncertainty=self.uncertainty,
             labels_of=self.labels_of,
+            local=self.local_calibration,
         )
         print(f"\n{len(written)} files in {self.out}")
 

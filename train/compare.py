@@ -12,6 +12,9 @@ import numpy as np
 
 from calib_jax import LocalCalibration
 from calib_jax.report import compare_models, format_table, write_report
+from calib_jax.report.details import Details
+from calib_jax.report.page import write_tables
+from calib_jax.report.text import format_summary
 from calib_jax.results import ModelResult, RepeatedResult, Result
 from train.check import check_cases
 from train.config import DataInfo, DeviceConfig, RunConfig, resolve_regions, to_json
@@ -19,12 +22,14 @@ from train.data import Dataset
 from train.errors import InputError
 from train.evaluate import evaluate, evaluate_posterior
 from train.files import parsing, read_json, visible
+from train.findings import Row, can_measure, details_of_rows, measure_rows, results_of_rows
 from train.fit import fit
 from train.inference import VolumePredictor, ensemble
 from train.local_calibration import fit_local_calibration
 from train.losses import parse_loss
 from train.processes import is_first, on_first
-from train.published import HEADER, Row, rows_of, to_markdown, write_table
+from train.published import HEADER, rows_of, to_markdown, write_table
+from train.published import Row as PublishedRow
 from train.run.cases import KINDS, RunCases, as_kept, read_cases
 from train.run.checkpoint import Which
 from train.run.folder import claimed, command, open_run, versions, write_json, writing, written_whole
@@ -47,7 +52,7 @@ LOCAL = "+L"  # ends the name of a network whose probabilities are locally calib
 # What an evaluation writes before its page.
 _UNFINISHED = {
     *("config.json", "published.md", "published.json", "report.json", "results", "cases", "figures"),
-    *("table.csv", "table.json"),
+    *("table.csv", "table.json", "metrics.csv", "cases.csv"),
 }
 
 
@@ -64,7 +69,7 @@ def compare(
     which: Which = "last",
     devices: DeviceConfig = DeviceConfig(),  # noqa: B008, it is frozen
     resume: bool = False,
-    published: Sequence[Row] = (),
+    published: Sequence[PublishedRow] = (),
 ) -> Path:
     """Trains one network per loss and seed, evaluates all on the test cases, and writes tables, figures and a page.
 
@@ -83,7 +88,7 @@ def compare(
         pairs: also show the labels of the first loss's networks with the probabilities of every other loss's.
         which: weights to evaluate: the last or the best by `keep_best`.
         devices: to train on.
-        resume: continue the comparison in `folder`.
+        resume: continue the comparison in `folder`, perhaps with more rows: what is trained and evaluated is read.
         published: figures to show beside those of the networks.
 
     Returns:
@@ -109,17 +114,22 @@ def compare(
     task = open_task(config, devices)
     for loss in parsed:
         check_task_loss(task, loss)
-    for option, wanted in (("--temperature", temperature), ("--local-calibration", local)):
-        if wanted and not task.splits.val:
-            raise InputError(f"{option} is fitted on validation cases, but num_val is 0: hold some back.")
+    if temperature and not task.splits.val:
+        raise InputError("--temperature is fitted on validation cases, but num_val is 0: hold some back.")
+    if local and not task.splits.val:
+        local = False
+        if is_first():
+            print(
+                "note: there is no row with local calibration, which is fitted on validation cases (--num-val)."
+            )
     if which == "best" and (config.training.keep_best == "none" or not task.splits.val):
         raise InputError("--checkpoint best needs --keep-best and validation cases (--num-val): give both.")
     if not published:
         check_best_is_known(task)
-    plan = Plan(tuple(names), task.config, tuple(seeds), temperature, which, local, ensembles)
+    plan = Plan(tuple(names), task.config, tuple(seeds), which, temperature, local, ensembles)
     kept = as_kept(task.config, folder, task.dataset, task.splits) if resume else task.config
     check = partial(check_task, task)
-    open_run(folder, dataclasses.replace(plan, run=kept), resume=resume, check=check)
+    open_run(folder, Trained(plan.losses, kept, plan.seeds, which), resume=resume, check=check)
     with claimed(folder):
         on_first(lambda: write_split(task, folder))
         results: list[Result] = []
@@ -139,14 +149,20 @@ def compare(
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The configuration of a comparison."""
+class Trained:
+    """What a comparison trains, and which weights it evaluates: the same whenever it is resumed."""
 
     losses: tuple[str, ...]
     run: RunConfig
     seeds: tuple[int, ...] = ()
-    temperature: bool = False
     which: Which = "last"
+
+
+@dataclass(frozen=True)
+class Plan(Trained):
+    """A comparison: what it trains, and the rows that it shows."""
+
+    temperature: bool = False
     local: bool = False
     ensembles: bool = False
 
@@ -175,7 +191,7 @@ def evaluate_run(
     *,
     temperature: bool = False,
     local: bool = False,
-    published: Sequence[Row] = (),
+    published: Sequence[PublishedRow] = (),
     resume: bool = False,
 ) -> Path:
     """Evaluates a trained run and writes its table, figures and page into `out`.
@@ -220,19 +236,25 @@ def evaluate_run(
     if is_first():
         for note in chosen.notes:
             print(f"note: {note}")
-    results = [evaluate(config.loss, predict, dataset, chosen.names)]
     remarks = _remarks(config, which, cases, {config.loss: run})
     if chosen.notes:
         remarks["note"] = "; ".join(chosen.notes)
+    rows = [Row(config.loss, predict)]
     if temperature:
         value = fit_temperature(predict, dataset, chosen.val)
         remarks[_TEMPERATURE] = f"{float(value):.3f}"
-        results.append(evaluate(config.loss + TEMPERED, temper(predict, value), dataset, chosen.names))
+        rows.append(Row(config.loss + TEMPERED, temper(predict, value)))
     if local:
-        calibration = fit_local_calibration(predict, dataset, chosen.val)
-        results.append(evaluate(config.loss + LOCAL, predict, dataset, chosen.names, calibration))
+        rows.append(Row(config.loss + LOCAL, predict, fit_local_calibration(predict, dataset, chosen.val)))
+    if can_measure(dataset, chosen.names):
+        study = measure_rows(rows, dataset, chosen.names)
+        results = results_of_rows(study, dataset, predict.regions)
+        details = partial(details_of_rows, study, results, dataset, predict.regions, folder)
+    else:
+        results = [evaluate(row.name, row.predict, dataset, chosen.names, row.local) for row in rows]
+        details = None
     kind = KINDS[split] if cases.complete or split != "test" else ""
-    return _report(dataset, chosen.names, folder, results, {}, remarks, published, kind)
+    return _report(dataset, chosen.names, folder, results, {}, remarks, published, kind, details)
 
 
 def slug(loss: str) -> str:
@@ -364,8 +386,9 @@ def _report(
     results: Sequence[Result],
     histories: Mapping[str, Mapping[str, Sequence[float]]],
     remarks: Mapping[str, str],
-    published: Sequence[Row],
+    published: Sequence[PublishedRow],
     kind: str,
+    details: Callable[[], Details] | None = None,
 ) -> Path:
     """Prints the table, then writes it with the figures and the page: a full disk loses no figure."""
     reference = evaluate_posterior(dataset, cases, results[0].class_names)
@@ -381,6 +404,10 @@ def _report(
     with writing(folder):
         if published:
             write_table(folder, rows)
+        found = details and details()
+        if found:
+            print(format_summary(found))
+            write_tables(folder, compared, results)  # beside the files of a page with details
         return write_report(
             folder,
             results,
@@ -396,6 +423,7 @@ def _report(
             reference=reference,
             tables=tables,
             rows=compared,
+            details=found,
         )
 
 

@@ -1,10 +1,8 @@
 """Local calibration of a trained network, fitted on cases that the network was not trained on."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
-from nibabel.affines import voxel_sizes
 
 import calib_jax
 from calib_jax import LocalCalibration
@@ -12,7 +10,8 @@ from calib_jax._notes import warnings_as_notes
 from calib_jax._probabilities import as_logits, as_probs
 from train.data import Dataset
 from train.data.annotators import soft_label
-from train.data.case import Case, ids_of
+from train.data.case import ids_of
+from train.data.geometry import spacing_of
 from train.data.ignore import IGNORE
 from train.data.pipeline import CachedCases
 from train.data.shapes import Image, Shares
@@ -57,7 +56,10 @@ def fit_local_calibration(
     with warnings_as_notes("fitting a local calibration"):
         try:
             return calib_jax.fit_local_calibration(
-                batches, keeps_labels=False, regions=bool(regions), spacing=_spacing(first)
+                batches,
+                keeps_labels=False,
+                regions=bool(regions),
+                spacing=spacing_of(first.affine, first.label.ndim),
             )
         except ValueError as error:
             raise InputError(f"Nothing can be calibrated on {', '.join(case_names)}: {error}") from error
@@ -70,8 +72,3 @@ def calibrate(probs: Shares, image: Image, params: LocalCalibration) -> Shares:
         calib_jax.apply_local_calibration(logits[None], params, image=image[None])[0], np.float32
     )
     return as_probs(calibrated, regions=params.regions)
-
-
-def _spacing(case: Case) -> tuple[float, ...]:
-    sizes: Any = voxel_sizes(case.affine)
-    return tuple(float(size) for size in sizes[: case.label.ndim])

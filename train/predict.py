@@ -14,18 +14,21 @@ import jax.numpy as jnp
 import nibabel as nib
 import numpy as np
 
+from calib_jax import LocalCalibration
 from calib_jax._probabilities import entropy
 from train.config import DataInfo, RunConfig, check_same_data
 from train.data.faults import Fault, collected, refuse
 from train.data.io import Grid, check_same_grid, read_scan
 from train.data.names import CHANNEL
 from train.data.preprocess import preprocess
+from train.data.shapes import Shares
 from train.data.splits import read_splits
 from train.data.volume_files import ENDINGS, open_volume, parts_of, stem, volumes_in
 from train.data.volumes import VolumeDataset
 from train.errors import CasesFailed, InputError, describe
 from train.files import make_folder, visible
-from train.inference import VolumePredictor
+from train.inference import VolumePredictor, ensemble
+from train.local_calibration import calibrate, fit_local_calibration
 from train.progress import progress
 from train.run.checkpoint import Which
 from train.run.folder import PARTIAL, locked, written_whole
@@ -45,6 +48,7 @@ def predict_folder(
     split: str | None = None,
     uncertainty: bool = False,
     labels_of: Path | None = None,
+    local: bool = False,
 ) -> list[Path]:
     """Predicts every case in `images`, or of a split of the runs' own data.
 
@@ -66,6 +70,9 @@ def predict_folder(
     disagreement between the networks is in `NAME_mutual_information.nii.gz`.
 
     With `labels_of`, the folder of another run, the label map is that of its network.
+
+    With `local`, the probabilities are locally calibrated, fitted to the validation cases of the first run. The
+    label map stays.
 
     A case that cannot be predicted does not stop the others. The same call with the same `out` skips the cases that
     `out` holds already.
@@ -89,6 +96,8 @@ def predict_folder(
     labels = networks.pop() if labels_of else None
     if labels:
         network = _digest([b"labels", network.encode()])
+    if local:
+        network = _digest([b"local", network.encode()])
     kinds = ("label", "probs", *(("entropy",) if uncertainty else ()))
     kinds += ("mutual_information",) if uncertainty and len(runs) > 1 else ()
     if split is not None:
@@ -101,9 +110,10 @@ def predict_folder(
     failed = {fault.case: f"{fault.file} {fault.problem}" for fault in faults}
     with _opened(out):
         left = _not_written(out, cases, network, kinds)
+        calibration = _calibration(runs[0], config, info, networks) if local and left else None
         for done, name in enumerate(progress(left, desc="predicting")):
             try:
-                volumes = _predict(networks, labels, info, cases[name], network, kinds)
+                volumes = _predict(networks, labels, calibration, info, cases[name], network, kinds)
             except Exception as error:  # a fault of this case only
                 failed[name] = describe(error)
                 continue
@@ -146,6 +156,21 @@ def _load(runs: Sequence[Path], which: Which) -> tuple[RunConfig, DataInfo, list
         for part in (repr((config, data)).encode(), *map(_as_bytes, jax.tree.leaves(predict.weights)))
     )
     return first, info, [predict for *_, predict in loaded], digest
+
+
+def _calibration(
+    run: Path, config: RunConfig, info: DataInfo, networks: Sequence[VolumePredictor]
+) -> LocalCalibration:
+    """The local calibration of the networks' mean probabilities, fitted to the validation cases of a run.
+
+    Raises:
+        InputError: there are no such cases, or the networks are of different kinds.
+    """
+    dataset, chosen = open_cases_of(run, config, info, "val")
+    if not chosen.names:
+        raise InputError(f"{run} has no validation cases to fit to: leave out --local-calibration.")
+    predict = ensemble(networks) if len(networks) > 1 else networks[0]
+    return fit_local_calibration(predict, dataset, chosen.names)
 
 
 def find_cases(folder: Path, info: DataInfo) -> tuple[dict[str, list[Path]], list[Fault]]:
@@ -250,6 +275,7 @@ def check_fits(files: Sequence[Path], info: DataInfo) -> None:
 def _predict(
     networks: Sequence[VolumePredictor],
     labels: VolumePredictor | None,
+    calibration: LocalCalibration | None,
     info: DataInfo,
     files: Sequence[Path],
     network: str,
@@ -263,29 +289,35 @@ def _predict(
     )
     regions = networks[0].regions
 
-    def predicted(predict: VolumePredictor) -> np.ndarray:
-        found = placement.back(predict(image), background=not regions)
+    def predicted(predict: VolumePredictor) -> Shares:
+        found = predict(image)
         if not np.isfinite(found).all():
             raise InputError(f"the network's probabilities of {files[0]} are not finite: check its weights.")
-        return found.astype(np.float32)
+        return found
 
-    probs: Any = np.float32(0)
+    def placed(found: Shares) -> Shares:
+        return placement.back(found, background=not regions).astype(np.float32)
+
+    mean: Any = np.float32(0)
     within: Any = np.float32(0)
     for predict in networks:
         found = predicted(predict)
-        probs = probs + found / len(networks)
+        mean = mean + found / len(networks)
         if "mutual_information" in kinds:
-            within = within + entropy(found, regions=bool(regions)) / len(networks)
-    decisive = probs if labels is None else predicted(labels)
+            within = within + entropy(placed(found), regions=bool(regions)) / len(networks)
+    own = placed(mean)
+    decisive = own if labels is None else placed(predicted(labels))
     if regions:
         label = (decisive > 0.5).astype(np.uint8)
         label = label[..., 0] if len(regions) == 1 else label
     else:
-        label = decisive.argmax(-1).astype(np.min_scalar_type(probs.shape[-1] - 1))
+        label = decisive.argmax(-1).astype(np.min_scalar_type(own.shape[-1] - 1))
+    probs = own if calibration is None else placed(calibrate(mean, image, calibration))
     maps = [label, probs]
     if "entropy" in kinds:
-        total = entropy(probs, regions=bool(regions))
-        maps += [total, np.maximum(total - within, 0)][: len(kinds) - 2]
+        maps.append(entropy(probs, regions=bool(regions)))
+    if "mutual_information" in kinds:
+        maps.append(np.maximum(entropy(own, regions=bool(regions)) - within, 0))
     return [_volume(each, grid, description) for each in maps]
 
 

@@ -103,12 +103,13 @@ def _write(
     from calib_jax.report.gains import cross_validate, cross_validate_local
     from calib_jax.report.page import draw_figures
     from calib_jax.report.study import results_of
+    from calib_jax.report.text import format_summary
     from calib_jax.results import write_rows
 
     bins = Bins(options.binning, options.num_bins)
     regions, names = predictions.regions, predictions.class_names
     first = shared.first_class(options, predictions)
-    results = results_of(study, names, first_class=first, integer_counts=options.binning != "soft")
+    results = results_of(study, names, first_class=first)
     shown = [result.name for result in results]
     baseline = options.baseline if options.baseline in shown else shown[0]
     table = list(findings.case_table(study, results, first_class=first))
@@ -150,8 +151,7 @@ def _write(
         provenance={"command": _command(), **_settings(options, names, regions), **_versions()},
     )
     print(format_table(rows, per_class=True))
-    for model, sentences in details.summary.items():
-        print("", *([f"{model}:"] if len(shown) > 1 else []), *sentences, sep="\n")
+    print(format_summary(details))
     print(f"\nWrote {page}")
 
 

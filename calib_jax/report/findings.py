@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from calib_jax._kept import safe_name
 from calib_jax.binning import BinStatistics
-from calib_jax.decisions import risk_coverage, volume_interval
+from calib_jax.decisions import dice_thresholds, risk_coverage, volume_interval
 from calib_jax.report import wording
 from calib_jax.report.details import PICTURES, CasePicture, Details, Point, Section
 from calib_jax.report.gains import Gain
@@ -105,6 +105,7 @@ def details_of(
         *([_changes_by_gain(gains)] if any(gains.values()) else []),
         _near_and_away(results),
         _volumes(results, table),
+        *([_thresholds(results)] if study.bins.binning == "hard" else []),
         _look_first(study, results, first_class),
         _confidence(study, results, first_class),
     ]
@@ -433,6 +434,28 @@ def _confidence(study: Study, results: Sequence[ModelResult], first_class: int) 
         "mean of 1 \N{MINUS SIGN} Dice while ever less sure cases are accepted (smaller is better)."
     )
     return Section("Does the expected Dice find the bad cases?", how, lines, "volumes")
+
+
+def _thresholds(results: Sequence[ModelResult]) -> Section:
+    """The threshold that the probabilities of each case ask for, and the Dice that it gives; for hard bins."""
+    header = ("Model", "Class", "Threshold", "Dice of the label maps", "Dice above the threshold")
+    lines: list[Sequence[str]] = [header]
+    for result in results:
+        count, _, label_sum = (np.asarray(x, np.float64) for x in _fields(result.stats))
+        thresholds = np.asarray(jax.jit(dice_thresholds)(result.stats), np.float64)
+        bins = result.stats.num_bins
+        above = np.arange(bins) >= np.rint(np.nan_to_num(thresholds, nan=1.0) * bins)[..., None]
+        with np.errstate(invalid="ignore"):  # no voxel is predicted, and none is true
+            dice = 2 * (label_sum * above).sum(-1) / ((count * above).sum(-1) + label_sum.sum(-1))
+        for j, class_name in enumerate(result.class_names):
+            means = (float(nan_mean(column[:, j])) for column in (thresholds, result.dice, dice))
+            lines.append((result.name, class_name, *map(wording.number, means)))
+    how = (
+        "Means over cases. Dice is not largest where each voxel gets its most probable class. Of each case, the "
+        "threshold is the one above which the voxels of a class have the largest expected Dice, which needs no "
+        "label. If probabilities are calibrated, it lies at half of this Dice."
+    )
+    return Section("Thresholds for a larger Dice", how, lines, "volumes")
 
 
 def _look_first(study: Study, results: Sequence[ModelResult], first_class: int) -> Section:

@@ -138,9 +138,9 @@ def cross_validate_local(
             logits = np.asarray(calibrator.apply(as_logits(case.probs, regions=regions)[None], params))[0]
             probs = as_probs(logits, regions=regions)
             figures[case.name] = measure(dataclasses.replace(case, probs=probs), bins)
-    study = Study({"local": [figures[name] for name in names]})
+    study = Study({"local": [figures[name] for name in names]}, bins)
     all_names = [*[""] * first_class, *result.class_names]
-    (after,) = results_of(study, all_names, first_class=first_class, integer_counts=bins.binning != "soft")
+    (after,) = results_of(study, all_names, first_class=first_class)
     rows = compare_models([result, after], resamples=2000)
     return [Gain("local", "", calibrator.keeps_labels, _LOCAL_FOLDS, rows[1])]
 

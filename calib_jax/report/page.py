@@ -82,7 +82,7 @@ def write_report(
         )
     if details is None:
         archive.save_inputs(folder, inputs)
-        _write_tables(folder, rows, results)
+        write_tables(folder, rows, results)
     else:
         archive.save_inputs(folder, inputs, to_json(rows))
         write_csv(rows, folder / "metrics.csv")
@@ -138,7 +138,8 @@ def render(
     )
 
 
-def _write_tables(folder: Path, rows: Sequence[ModelRow], results: Sequence[Result]) -> None:
+def write_tables(folder: Path, rows: Sequence[ModelRow], results: Sequence[Result]) -> None:
+    """Writes the table as `table.csv` and `table.json`, and every case of each model to `cases/*.csv`."""
     (folder / "cases").mkdir(exist_ok=True)
     write_csv(rows, folder / "table.csv")
     (folder / "table.json").write_text(

@@ -27,22 +27,27 @@ class Study:
     """Figures of all cases.
 
     Attributes:
-        cases: figures of the readable cases of each model, in the order of their names; without slices, which
-            are large.
+        cases: figures of the readable cases of each model, in the order of their names. Slices, which are large,
+            are in the files of the cases, if figures are kept in files.
+        bins: how [0, 1] is divided into bins.
         faults: what went wrong, one sentence for each case.
         kept: where the figures are kept; None if they are not.
         reused: number of cases that were found measured.
     """
 
     cases: Mapping[str, Sequence[CaseFigures]]
+    bins: Bins
     faults: Sequence[str] = ()
     kept: Kept | None = None
     reused: int = 0
 
     def slice_of(self, model: str, name: str) -> Slice:
-        """The slice of a case, from its file."""
-        assert self.kept is not None
-        return CaseFigures.load_slice(self.kept.path(model, name))
+        """The slice of a case, from its file if figures are kept."""
+        if self.kept is not None:
+            return CaseFigures.load_slice(self.kept.path(model, name))
+        (found,) = (case.slice for case in self.cases[model] if case.name == name)
+        assert found is not None
+        return found
 
 
 def measure_cases(
@@ -88,7 +93,7 @@ def measure_cases(
         cases, one, find=find, done="measured", place=kept.folder, jobs=jobs
     )
     by_model = {model: [found[case] for case in found if case[0] == model] for model in predictions.models}
-    return Study(by_model, faults, kept, reused)
+    return Study(by_model, bins, faults, kept, reused)
 
 
 def cases_of(predictions: "Predictions") -> list[tuple[str, ...]]:
@@ -96,16 +101,16 @@ def cases_of(predictions: "Predictions") -> list[tuple[str, ...]]:
     return [(model, name) for name in predictions.case_names for model in predictions.models]
 
 
-def results_of(
-    study: Study, class_names: Sequence[str], *, first_class: int, integer_counts: bool = True
-) -> list[ModelResult]:
+def results_of(study: Study, class_names: Sequence[str], *, first_class: int) -> list[ModelResult]:
     """The result of each model that has any case, of the classes from `first_class` on."""
     results = []
     for model, cases in study.cases.items():
         if cases:
             names = tuple(class_names[first_class:])
             stats, boundary = (
-                _stacked([getattr(case, field)[:, first_class:] for case in cases], integer_counts)
+                _stacked(
+                    [getattr(case, field)[:, first_class:] for case in cases], study.bins.binning != "soft"
+                )
                 for field in ("bins", "boundary_bins")
             )
             dice, brier, nll = (

@@ -4,6 +4,7 @@ import textwrap
 from collections.abc import Sequence
 
 from calib_jax.report import wording
+from calib_jax.report.details import Details
 from calib_jax.report.table import ModelRow
 from calib_jax.results import HIGHER_IS_BETTER, METRICS
 
@@ -52,3 +53,12 @@ def _model_lines(row: ModelRow, width: int, classes: Sequence[str]) -> list[str]
 def _line(width: int, name: str, cases: str, cells: Sequence[str]) -> str:
     shown = name if len(name) <= width else name[: width - 1] + "…"
     return "  ".join([f"{shown:<{width}}", f"{cases:>5}", *(f"{c:<{_CELL_WIDTH}}" for c in cells)]).rstrip()
+
+
+def format_summary(details: Details) -> str:
+    """The findings in plain words, of each model under its name if there are several."""
+    named = len(details.summary) > 1
+    return "\n".join(
+        "\n".join(["", *([f"{model}:"] if named else []), *sentences])
+        for model, sentences in details.summary.items()
+    )

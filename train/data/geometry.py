@@ -62,10 +62,9 @@ class Geometry:
         """Voxels along each axis after resampling, without a crop."""
         if not self.spacing:
             return tuple(shape)
-        from nibabel.affines import voxel_sizes
-
-        axes = len(shape)
-        lengths = np.multiply(shape, voxel_sizes(affine)[:axes]) / np.array(self.spacing[:axes], float)
+        lengths = np.multiply(shape, spacing_of(affine, len(shape))) / np.array(
+            self.spacing[: len(shape)], float
+        )
         return tuple(max(round(length), 1) for length in lengths.tolist())
 
     def place(self, image: Image, affine: Affine, *, clipped: bool = False) -> "Placement":
@@ -148,6 +147,13 @@ class Placement:
         whole[..., 0] = background
         whole[self.box] = _resample(probs, whole[self.box].shape[:-1], order=1)
         return whole
+
+
+def spacing_of(affine: Affine, axes: int) -> tuple[float, ...]:
+    """Millimetres from voxel to voxel along the first axes."""
+    from nibabel.affines import voxel_sizes
+
+    return tuple(voxel_sizes(affine)[:axes].tolist())
 
 
 def _resample(
