@@ -5,10 +5,11 @@ import functools
 
 import jax
 import numpy as np
+import pytest
 from flax import nnx
 
 from train.config import DataConfig, DataInfo, DeviceConfig, ModelConfig, RunConfig, TrainingConfig
-from train.data.augment_config import NO_AUGMENTATION
+from train.data.augment_config import NO_AUGMENTATION, AugmentConfig
 from train.hlo import Program, collectives, parse_program
 from train.models.configs import UNetConfig
 from train.plan import Run, abstract_step
@@ -97,3 +98,22 @@ def test_a_flip_of_split_volumes_sends_images_and_labels_once() -> None:
     still = counts(program_of("data=2,space=4"))
     assert flipped["collective-permute"] - still["collective-permute"] <= 2
     assert flipped["all-reduce"] == still["all-reduce"]
+
+
+@pytest.mark.parametrize(("batch_size", "kind", "times"), [(8, "all-to-all", 4), (2, "all-gather", 2)])
+def test_zoom_rotation_and_smoothing_of_split_volumes_put_them_together_once(
+    batch_size: int, kind: str, times: int
+) -> None:
+    """With a volume for each device they go there and back, else they are gathered. A flip costs nothing more."""
+    augment = AugmentConfig(zoom_prob=0.3, rotation_prob=0.3, smooth_prob=0.2)
+    training = dataclasses.replace(CONFIG.training, batch_size=batch_size)
+    found = {}
+    for name, of in (("still", NO_AUGMENTATION), ("moved", augment)):
+        config = dataclasses.replace(CONFIG, augment=of, training=training)
+        step, *arguments = abstract_step(Run(config, INFO, DeviceConfig()), device_mesh("data=2,space=4"))
+        found[name] = collectives(parse_program(step.lower(*arguments).compile().as_text()))
+    together = found["moved"].pop(kind)
+    assert found["moved"] == found["still"]
+    assert together["count"] == times
+    volume = 2 * 4 * 16**3  # image and label
+    assert together["bytes"] <= (2 if times == 4 else 1) * volume

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from calib_jax import bin_statistics
 from train.config import DataInfo, ModelConfig, RunConfig, TrainingConfig
-from train.data.augment_config import NO_AUGMENTATION
+from train.data.augment_config import NO_AUGMENTATION, AugmentConfig
 from train.data.ignore import IGNORE
 from train.models.configs import UNetConfig
 from train.sharding import batch_spec, device_mesh, put_batch, weight_shardings
@@ -117,6 +117,15 @@ def test_every_mesh_takes_the_step_of_one_device(option: str) -> None:
 
 def test_volumes_on_a_mesh_of_three_axes() -> None:
     assert_same_step(on_one_device(CONFIG, INFO), one_step(CONFIG, INFO, "data=2,space=2,fsdp=2"))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_zoom_rotation_and_smoothing_of_split_volumes(accumulate: int) -> None:
+    """With a volume for each device, and with fewer volumes than devices."""
+    augment = AugmentConfig(zoom_prob=1.0, rotation_prob=1.0, smooth_prob=1.0)
+    config = dataclasses.replace(CONFIG, augment=augment)
+    split = one_step(config, FLAT, "data=4,space=2", accumulate=accumulate)
+    assert_same_step(on_one_device(config, FLAT), split)
 
 
 def test_every_loss_term_on_split_volumes(monkeypatch: pytest.MonkeyPatch) -> None:

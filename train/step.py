@@ -14,13 +14,14 @@ from jaxtyping import Array, Int
 
 from train import cpu
 from train.config import RunConfig, TrainingConfig
+from train.data.augment_config import AugmentConfig
 from train.data.augmentation import augment
 from train.data.ignore import mask_ignored
 from train.errors import InputError
 from train.losses import Loss, Regions, parse_loss
 from train.models.remat import rematerialised
 from train.plugins import is_external
-from train.sharding import BATCH, SPACE, batch_parts, batch_spec, replicated, weight_shardings
+from train.sharding import AXES, BATCH, SPACE, batch_parts, batch_spec, replicated, weight_shardings
 
 
 class TrainState(NamedTuple):
@@ -208,10 +209,10 @@ def _make_gradients(
             split volumes. None on each device by itself.
     """
     dtype = jnp.dtype(config.training.precision)
+    augmented = _make_augmentation(config.augment, mesh)
 
     def gradients(weights: Any, rest: Any, examples: Examples, ace_scale: Array) -> tuple[Any, Any, Any]:
-        keys, images, labels = examples
-        images, labels = jax.vmap(augment, in_axes=(0, 0, 0, None))(keys, images, labels, config.augment)
+        images, labels = augmented(*examples)
 
         def scores(weights: Any) -> tuple[Any, Any]:
             # Dropout's counters change. Flax changes only variables made under this very trace, so copy them.
@@ -229,6 +230,34 @@ def _make_gradients(
         return grads, values, after
 
     return gradients
+
+
+def _make_augmentation(config: AugmentConfig, mesh: Mesh | None) -> Callable[..., tuple[Array, Array]]:
+    """Makes (keys, images, labels) -> augmented (images, labels).
+
+    Split volumes of which any voxel may be needed anywhere are put together first, and split again after it. Each
+    device augments whole volumes of its own or, if there are fewer volumes than devices, those that it holds a part
+    of. The compiler would put them together at every step of the augmentation.
+
+    Args:
+        config: of the augmentation.
+        mesh: as for `_make_gradients`.
+    """
+
+    def each(keys: Array, images: Array, labels: Array) -> tuple[Array, Array]:
+        return jax.vmap(augment, in_axes=(0, 0, 0, None))(keys, images, labels, config)
+
+    if mesh is None or mesh.shape[SPACE] == 1 or not config.mixes_voxels:
+        return each
+
+    def whole(keys: Array, images: Array, labels: Array) -> tuple[Array, Array]:
+        spec = PartitionSpec(AXES if len(images) % mesh.size == 0 else BATCH)
+        over_devices = jax.shard_map(each, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+        images, labels = over_devices(keys, images, labels)
+        split = [NamedSharding(mesh, batch_spec(x.ndim)) for x in (images, labels)]
+        return lax.with_sharding_constraint((images, labels), tuple(split))
+
+    return whole
 
 
 def _over_batch(gradients: Gradients, mesh: Mesh) -> Gradients:

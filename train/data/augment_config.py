@@ -62,5 +62,10 @@ class AugmentConfig:
                     f"{option} is {(low, high)}: give a smallest and a largest {what}, both positive."
                 )
 
+    @property
+    def mixes_voxels(self) -> bool:
+        """Whether a voxel may get values from anywhere in its volume."""
+        return bool(self.zoom_prob or self.rotation_prob or self.smooth_prob)
+
 
 NO_AUGMENTATION = AugmentConfig(flip_prob=0.0, gamma_prob=0.0, intensity_prob=0.0, noise_prob=0.0)
