@@ -91,15 +91,20 @@ def _dice_backward(residuals: tuple[Any, ...], gradients: tuple[Array, Array]) -
         gradient = (overlap * slope + sizes).astype(dtype)
         return gradient if where is None else jnp.where(where[..., None], gradient, 0)
 
-    targets = lax.platform_dependent(
-        labels,
-        cpu=lambda labels: one_hot(labels, probs),
-        default=lambda labels: one_hot_by_arithmetic(labels, probs).astype(jnp.float32),
-    )
+    targets = _targets(labels, probs)
     if not are_soft(labels, probs):
         return of(targets, probs.dtype), None, None
     slope = _slope_of_minimum(probs, targets)
     return of(slope, probs.dtype), of(1 - slope, labels.dtype), None
+
+
+def _targets(labels: Array, probs: Array) -> Array:
+    """One-hot labels, or soft ones as they are."""
+    return lax.platform_dependent(
+        labels,
+        cpu=lambda labels: one_hot(labels, probs),
+        default=lambda labels: one_hot_by_arithmetic(labels, probs).astype(jnp.float32),
+    )
 
 
 def _slope_of_minimum(probs: Array, targets: Array) -> Array:
@@ -108,6 +113,26 @@ def _slope_of_minimum(probs: Array, targets: Array) -> Array:
 
 
 dice_sums.defvjp(_dice_forward, _dice_backward)
+
+
+@jax.custom_vjp
+def damped(
+    probs: Float[Array, "batch *spatial classes"], labels: Array
+) -> Float[Array, "batch *spatial classes"]:
+    """The probabilities as they are; their gradient is multiplied by the error |p - y|. Reverse mode only."""
+    return probs
+
+
+def _damped_forward(probs: Array, labels: Array) -> tuple[Array, tuple[Array, Array]]:
+    return probs, (probs, labels)
+
+
+def _damped_backward(residuals: tuple[Array, Array], gradient: Array) -> tuple[Array, None]:
+    probs, labels = residuals
+    return gradient * jnp.abs(probs - _targets(labels, probs)), None
+
+
+damped.defvjp(_damped_forward, _damped_backward)
 
 
 def voxel_sums(x: Float[Array, "batch voxels columns"]) -> Float[Array, "batch columns"]:

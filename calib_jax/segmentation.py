@@ -11,7 +11,7 @@ from calib_jax._checks import AnyArray, Labels, check_choice, check_flag, check_
 from calib_jax._devices import AxisName, check_not_split, whole_sum
 from calib_jax._eager import compiled
 from calib_jax._labels import are_dense, as_class_ids
-from calib_jax._softmax import dice_sums, softmax, softmax_and_cross_entropy
+from calib_jax._softmax import damped, dice_sums, softmax, softmax_and_cross_entropy
 from calib_jax._sums.bins import Binning, Bins, Closed
 from calib_jax._voxels import Inputs, voxel_inputs
 from calib_jax.alternatives import (
@@ -45,6 +45,7 @@ def segmentation_loss(
     mbls: float = 0.0,
     nacl: float = 0.0,
     dsc_plus_plus: float = 0.0,
+    damped_dice: float = 0.0,
     where: Bool[AnyArray, "batch *spatial"] | None = None,
     dice_smooth: float = 5e-6,
     dice_include_background: bool = True,
@@ -91,10 +92,12 @@ def segmentation_loss(
         mbls: weight of `margin_label_smoothing_loss`.
         nacl: weight of `neighbor_aware_loss`.
         dsc_plus_plus: weight of `dsc_plus_plus_loss`, which replaces Dice.
+        damped_dice: weight of Dice whose gradient by each p is multiplied by |p - y|, which replaces Dice. Its
+            value is that of Dice. Where a prediction is nearly right, Dice no longer pushes p to 0 or 1.
         where: voxels to count in every part, boolean, `[batch, *spatial]`; None counts all. Values elsewhere, NaN
             included, change neither loss nor gradient.
         dice_smooth: number added to numerator and denominator of Dice; MONAI's `smooth_nr = smooth_dr` is twice it.
-        dice_include_background: False leaves class 0 out of Dice and DSC++.
+        dice_include_background: False leaves class 0 out of Dice, damped Dice and DSC++.
         num_bins, binning, closed, include_background, class_weights, ignore_empty_classes, pool_images: options of
             `mL1_ace`, checked whether or not `ace` is 0.
         axis_name: inside `jax.shard_map`, the mesh axis (or axes) over which each image's voxels are split. Every
@@ -132,7 +135,8 @@ def segmentation_loss(
     References:
         Milletari et al., "V-Net", 2016 (Dice); Wang et al., "Dice Semimetric Losses: Optimizing the Dice Score with
         Soft Labels", MICCAI 2023, arXiv 2303.16296 (Dice of soft labels); Barfoot et al., arXiv 2403.06759
-        (mL1-ACE); for the others see `calib_jax.alternatives`.
+        (mL1-ACE); Lux et al., "Beyond Scalar Losses: Calibrating Segmentation Models via Gradient Vector Field
+        Surgery", MIDL 2026 (damped Dice); for the others see `calib_jax.alternatives`.
     """
     weights = {
         "dice": dice,
@@ -144,6 +148,7 @@ def segmentation_loss(
         "mbls": mbls,
         "nacl": nacl,
         "dsc_plus_plus": dsc_plus_plus,
+        "damped_dice": damped_dice,
     }
     for name, weight in weights.items():
         if isinstance(weight, Tracer):
@@ -186,7 +191,7 @@ def segmentation_loss_parts(
 ) -> dict[str, Float[Array, ""]]:
     """The parts of `segmentation_loss`, unweighted: to log them, or to multiply them by traced numbers.
 
-    Dice, cross-entropy and mL1-ACE share one softmax, which is computed once, forward and backward.
+    Dice, damped Dice, cross-entropy and mL1-ACE share one softmax, which is computed once, forward and backward.
 
     Args:
         logits: as for `segmentation_loss`.
@@ -249,6 +254,7 @@ def _parts(
         "mbls": lambda: margin_label_smoothing_loss(logits, labels, **voxels),
         "nacl": lambda: neighbor_aware_loss(logits, labels, where=where),
         "dsc_plus_plus": lambda: dsc_plus_plus_loss(logits, labels, **voxels, **background),
+        "damped_dice": lambda: _soft_dice(damped(probs, targets), labels, where, dice_options, axis_name),
     }
     for name in parts:
         check_choice("parts", name, losses)
@@ -262,7 +268,7 @@ def _softmax_and_entropy(
 
     A masked NaN must be gone before the softmax, or the gradient of the softmax brings it back.
     """
-    needs_probs = bool({"dice", "ace"} & set(parts))
+    needs_probs = bool({"dice", "damped_dice", "ace"} & set(parts))
     if needs_probs:
         logits = logits if where is None else jnp.where(where[..., None], logits, 0)
     if "cross_entropy" in parts:

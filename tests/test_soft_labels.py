@@ -31,8 +31,15 @@ def dsc(logits, labels, **options):
     return dsc_plus_plus_loss(logits, labels, **options)
 
 
-LOSSES = {"dice": dice, "dsc_plus_plus": dsc}
-both_losses = pytest.mark.parametrize("name", LOSSES)
+def damped_dice(logits, labels, **options):
+    return segmentation_loss_parts(logits, labels, ("damped_dice",), **options)["damped_dice"]
+
+
+LOSSES = {"dice": dice, "dsc_plus_plus": dsc, "damped_dice": damped_dice}
+every_loss = pytest.mark.parametrize("name", LOSSES)
+both_losses = pytest.mark.parametrize(
+    "name", ["dice", "dsc_plus_plus"]
+)  # the gradient of damped Dice is no derivative
 
 
 @functools.cache
@@ -105,7 +112,7 @@ def test_the_gradient_at_a_kink_lies_between_those_on_both_sides():
     np.testing.assert_array_equal(_slope_of_minimum(shares + 0.125, shares), 0)
 
 
-@both_losses
+@every_loss
 def test_a_mask_is_a_crop_and_hides_nan(name):
     where = np.zeros(SHAPE[:-1], bool)
     where[:, 1:4] = True
@@ -117,7 +124,7 @@ def test_a_mask_is_a_crop_and_hides_nan(name):
     assert (np.asarray(gradient)[~where] == 0).all()
 
 
-@both_losses
+@every_loss
 def test_parts_of_an_image_on_two_devices_make_the_whole(name):
     mesh = jax.make_mesh((2,), ("space",), axis_types=(jax.sharding.AxisType.Auto,))
     here, whole = PartitionSpec(None, "space"), PartitionSpec()
@@ -130,6 +137,33 @@ def test_parts_of_an_image_on_two_devices_make_the_whole(name):
     expected, expected_gradient = compiled(name)(LOGITS, SHARES)
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
     np.testing.assert_allclose(gradient, expected_gradient, atol=1e-7)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("labels", [IDS, HOT, SHARES, np.where(IDS == 1, -1, IDS)])
+def test_the_gradient_of_damped_dice_is_that_of_dice_times_the_error(labels, first):
+    """By the formula, in float64."""
+    options = {"dice_include_background": not first, "dice_smooth": 0.5}
+    loss, gradient = jax.jit(jax.value_and_grad(functools.partial(damped_dice, **options)))(LOGITS, labels)
+    np.testing.assert_allclose(loss, dice(LOGITS, labels, **options), rtol=1e-6)
+    powers = np.exp(LOGITS.astype(np.float64))
+    probs = powers / powers.sum(-1, keepdims=True)
+    targets = (labels[..., None] == np.arange(3)).astype(np.float64) if labels.ndim == 3 else labels
+    overlap = np.minimum(probs, targets).sum((1, 2), keepdims=True) + 0.5
+    size = (probs + targets).sum((1, 2), keepdims=True) / 2 + 0.5
+    of_probs = (overlap / 2 - (probs < targets) * size) / size**2 / (2 * (3 - first))
+    of_probs[..., :first] = 0
+    of_probs *= np.abs(probs - targets)
+    expected = probs * (of_probs - (probs * of_probs).sum(-1, keepdims=True))
+    np.testing.assert_allclose(gradient, expected, atol=1e-8)
+
+
+def test_damped_dice_rests_where_the_prediction_is_right():
+    logits = np.log(np.float32([[[0.9, 0.1], [0.6, 0.4]]]))
+    shares = np.float32([[[0.9, 0.1], [0.3, 0.7]]])
+    gradient = jax.grad(damped_dice)(logits, shares)
+    np.testing.assert_allclose(gradient[0, 0], 0, atol=1e-7)
+    assert np.abs(gradient[0, 1]).min() > 0.01
 
 
 def test_dsc_plus_plus_of_gamma_one_is_dice():

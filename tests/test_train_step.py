@@ -131,7 +131,7 @@ def test_zoom_rotation_and_smoothing_of_split_volumes(accumulate: int) -> None:
 def test_every_loss_term_on_split_volumes(monkeypatch: pytest.MonkeyPatch) -> None:
     """One from outside too."""
     monkeypatch.syspath_prepend(Path(__file__).parent.parent / "docs" / "examples")
-    loss = "dice+ce+softace(num_bins=15)+focal(gamma=3)+ls+mbls+dscpp+my_losses:tversky(alpha=0.3)"
+    loss = "dice+ce+softace(num_bins=15)+focal(gamma=3)+ls+mbls+dscpp+dampeddice+my_losses:tversky(alpha=0.3)"
     config = dataclasses.replace(CONFIG, loss=loss)
     assert_same_step(on_one_device(config, FLAT), one_step(config, FLAT, "data=2,space=2,fsdp=2"))
 

@@ -174,7 +174,9 @@ def test_shard_map_over_space_with_psum_equals_the_whole(mesh):
 
 
 WHERE = np.random.default_rng(23).random(SHAPE[:-1]) < 0.7
-EVERY_PART = ("dice", "cross_entropy", "ace", "focal", "label_smoothing", "mbls", "dsc_plus_plus")
+EVERY_PART = (
+    *("dice", "cross_entropy", "ace", "focal", "label_smoothing", "mbls", "dsc_plus_plus", "damped_dice"),
+)
 
 
 def many_losses(logits, ids, where, axis_name=None):

@@ -59,6 +59,7 @@ _DICE_OPTIONS = {"smooth": "dice_smooth", "include_background": "dice_include_ba
 
 TERMS = {
     "dice": Term("soft Dice", part="dice", options=_DICE_OPTIONS),
+    "dampeddice": Term("Dice whose gradient is damped by |p - y|", part="damped_dice", options=_DICE_OPTIONS),
     "ce": Term("cross-entropy", part="cross_entropy"),
     "ace": Term("mL1-ACE", part="ace", options=_ACE_OPTIONS, is_calibration=True),
     "softace": Term(
