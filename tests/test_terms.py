@@ -117,7 +117,7 @@ def test_a_term_says_more_than_the_option() -> None:
         ("dice+", "check its parentheses"),
         ("2*3*dice", "one positive number"),
         ("half*dice", "one positive number"),
-        ("dise(smooth=1)", "Unknown loss term 'dise'; terms are dice, ce"),
+        ("dise(smooth=1)", "Unknown loss term 'dise'; terms are dice, dampeddice, ce"),
         ("no_such_module:loss", "cannot be imported"),
         ("calib_jax:no_such_loss", "has no 'no_such_loss'"),
         ("calib_jax:__all__", "name a function"),
