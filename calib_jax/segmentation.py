@@ -92,8 +92,8 @@ def segmentation_loss(
         mbls: weight of `margin_label_smoothing_loss`.
         nacl: weight of `neighbor_aware_loss`.
         dsc_plus_plus: weight of `dsc_plus_plus_loss`, which replaces Dice.
-        damped_dice: weight of Dice whose gradient by each p is multiplied by |p - y|, which replaces Dice. Its
-            value is that of Dice. Where a prediction is nearly right, Dice no longer pushes p to 0 or 1.
+        damped_dice: weight of Dice whose gradient by each p is multiplied by :math:`|p - y|`, which replaces Dice.
+            Its value is that of Dice. Where a prediction is nearly right, Dice no longer pushes p to 0 or 1.
         where: voxels to count in every part, boolean, `[batch, *spatial]`; None counts all. Values elsewhere, NaN
             included, change neither loss nor gradient.
         dice_smooth: number added to numerator and denominator of Dice; MONAI's `smooth_nr = smooth_dr` is twice it.
