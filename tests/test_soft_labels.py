@@ -37,9 +37,8 @@ def damped_dice(logits, labels, **options):
 
 LOSSES = {"dice": dice, "dsc_plus_plus": dsc, "damped_dice": damped_dice}
 every_loss = pytest.mark.parametrize("name", LOSSES)
-both_losses = pytest.mark.parametrize(
-    "name", ["dice", "dsc_plus_plus"]
-)  # the gradient of damped Dice is no derivative
+# The gradient of damped Dice is no derivative.
+both_losses = pytest.mark.parametrize("name", ["dice", "dsc_plus_plus"])
 
 
 @functools.cache

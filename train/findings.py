@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Bool
 
 from calib_jax import LocalCalibration, predictions
 from calib_jax._sums.bins import Bins
@@ -16,9 +15,10 @@ from calib_jax.report.measure import CaseFigures, measure
 from calib_jax.report.study import Study, results_of
 from calib_jax.results import ModelResult, write_rows
 from train.data import Case, Dataset
+from train.data.case import members_of
 from train.data.geometry import spacing_of
 from train.data.ignore import IGNORE
-from train.data.shapes import Ids, Shares
+from train.data.shapes import Shares
 from train.errors import InputError
 from train.evaluate import NUM_BINS, SumsOfClasses, regions_of
 from train.inference import VolumePredictor
@@ -120,8 +120,8 @@ def _as_prediction(row: Row, dataset: Dataset, case: Case, probs: Shares, own: S
     where = label != IGNORE if dataset.has_ignore else None
     of, _ = regions_of(dataset, regions, predicted=bool(regions))
     if isinstance(of, SumsOfClasses):
-        labels = _members(label, of)
-        predicted = own > 0.5 if of.predicted else _members(own.argmax(-1), of)
+        labels = members_of(label, of.groups)
+        predicted = own > 0.5 if of.predicted else members_of(own.argmax(-1), of.groups)
         if not of.predicted:
             probs = np.stack([probs[..., list(ids)].sum(-1) for ids in of.groups], -1)
     else:
@@ -137,7 +137,3 @@ def _as_prediction(row: Row, dataset: Dataset, case: Case, probs: Shares, own: S
         spacing=spacing_of(affine, label.ndim),
         predicted=predicted,
     )
-
-
-def _members(label: Ids, of: SumsOfClasses) -> Bool[np.ndarray, "*spatial regions"]:
-    return np.stack([np.isin(label, ids) for ids in of.groups], -1)

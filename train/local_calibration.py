@@ -10,7 +10,7 @@ from calib_jax._notes import warnings_as_notes
 from calib_jax._probabilities import as_logits, as_probs
 from train.data import Dataset
 from train.data.annotators import soft_label
-from train.data.case import ids_of
+from train.data.case import ids_of, members_of
 from train.data.geometry import spacing_of
 from train.data.ignore import IGNORE
 from train.data.pipeline import CachedCases
@@ -47,7 +47,7 @@ def fit_local_calibration(
                 labels = soft_label(case.annotations, len(dataset.class_names))
                 where = labels.sum(-1) > 0
             if regions and labels.ndim == where.ndim:
-                labels = np.stack([np.isin(labels, ids) for ids in regions], -1)
+                labels = members_of(labels, regions)
             elif regions:
                 labels = np.stack([labels[..., list(ids)].sum(-1) for ids in regions], -1)
             logits = as_logits(predict(case.image), regions=bool(regions))

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import Bool
 
 from train.data.annotators import soft_label
 from train.data.geometry import Geometry, Placement
@@ -146,3 +147,8 @@ def ids_of(dataset: Dataset, regions: Sequence[str]) -> tuple[tuple[int, ...], .
     """Class ids of each of the named regions."""
     known = region_ids(dataset)
     return tuple(known[name] for name in regions)
+
+
+def members_of(label: Ids, groups: Sequence[Sequence[int]]) -> Bool[np.ndarray, "*spatial regions"]:
+    """Whether each voxel belongs to each of the regions, which are given by their class ids."""
+    return np.stack([np.isin(label, ids) for ids in groups], -1)

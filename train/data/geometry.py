@@ -62,9 +62,8 @@ class Geometry:
         """Voxels along each axis after resampling, without a crop."""
         if not self.spacing:
             return tuple(shape)
-        lengths = np.multiply(shape, spacing_of(affine, len(shape))) / np.array(
-            self.spacing[: len(shape)], float
-        )
+        axes = len(shape)
+        lengths = np.multiply(shape, spacing_of(affine, axes)) / np.array(self.spacing[:axes], float)
         return tuple(max(round(length), 1) for length in lengths.tolist())
 
     def place(self, image: Image, affine: Affine, *, clipped: bool = False) -> "Placement":
