@@ -229,26 +229,43 @@ def statistics_in_bins(
         where = where[..., None]
     edges = None
     if bins.binning == "adaptive":
-        edges = _adaptive_edges(merge_space(probs, probs.ndim), merge_space(where, probs.ndim), bins.num_bins)
+        edges = _adaptive_edges(probs, where, bins.num_bins)
     return BinStatistics(*whole_sum(_bin_sums(probs, labels, where, edges, bins), axis_name))
 
 
 def _adaptive_edges(
-    probs: Float[Array, "batch voxels classes"], where: Array | None, num_bins: int
+    probs: Float[Array, "batch *spatial classes"], where: Array | None, num_bins: int
 ) -> Float[Array, "batch classes inner_edges"]:
     """Quantiles that divide the counted probabilities of each image and class into bins of equal mass.
 
     Each edge is one of the probabilities and belongs to the bin below it.
     """
-    values = single_or_double(lax.stop_gradient(probs))
-    keep = jnp.ones((1, 1, 1), bool) if where is None else where
-    counted = jnp.broadcast_to(keep & ~jnp.isnan(values), values.shape)
-    size = counted.sum(1, dtype=jnp.int32)[..., None]
-    k = jnp.arange(1, num_bins, dtype=jnp.int32)[None, None]
+
+    def by_class(x: Array) -> Array:
+        return jnp.moveaxis(x, -1, 1).reshape(x.shape[0], x.shape[-1], -1)
+
+    values = by_class(single_or_double(lax.stop_gradient(probs)))
+    counted = ~jnp.isnan(values)
+    if where is not None:
+        counted &= by_class(jnp.broadcast_to(where, probs.shape))
+    size = counted.sum(-1, dtype=jnp.int32, keepdims=True)
+    k = jnp.arange(1, num_bins, dtype=jnp.int32)
     # ceil(k * size / num_bins) - 1, in steps that int32 holds.
     rank = k * (size // num_bins) + (k * (size % num_bins) + num_bins - 1) // num_bins - 1
-    ordered = jnp.moveaxis(jnp.sort(jnp.where(counted, values, jnp.inf), axis=1), 1, 2)
+    ordered = _sort(jnp.where(counted, values, jnp.inf))
     return jnp.take_along_axis(ordered, jnp.maximum(rank, 0), axis=-1)
+
+
+def _sort(values: Float[Array, "*rows columns"]) -> Float[Array, "*rows columns"]:
+    """`jnp.sort` of floats without NaN, as integers, which XLA's CPU code sorts six times as fast."""
+    integers = jnp.int64 if values.dtype == jnp.float64 else jnp.int32
+
+    def flip(bits: Array) -> Array:
+        """Puts the bits of negative floats in the order of the floats, and back."""
+        return jnp.where(bits < 0, bits ^ jnp.iinfo(integers).max, bits)
+
+    ordered = flip(jnp.sort(flip(lax.bitcast_convert_type(values, integers))))
+    return lax.bitcast_convert_type(ordered, values.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

@@ -1,5 +1,7 @@
 """Soft and adaptive bins, and bins pooled over the batch, beside naive twins in float64."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -162,6 +164,16 @@ def test_adaptive_bins_equal_the_twin(num_bins, where):
         np.testing.assert_array_equal(stats.count[b, c], want[0])
         np.testing.assert_allclose(stats.prob_sum[b, c], want[1], rtol=1e-6)
         np.testing.assert_array_equal(stats.label_sum[b, c], want[2])
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_adaptive_bins_order_values_of_either_sign(dtype):
+    """Inside jit no value is refused, such as one that rounding brought below 0."""
+    values, labels = (PROBS - 0.3).astype(dtype), labels_of("one_hot")
+    stats = jax.jit(functools.partial(bin_statistics, num_bins=7, binning="adaptive"))(values, labels)
+    for b, c in np.ndindex(2, 3):
+        want = adaptive_twin(values[b, ..., c].ravel(), labels[b, ..., c].ravel(), 7)
+        np.testing.assert_array_equal(stats.count[b, c], want[0])
 
 
 def test_adaptive_bins_hold_equal_shares_and_keep_ties_together():

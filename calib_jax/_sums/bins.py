@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from calib_jax._checks import AnyArray
+from calib_jax._devices import is_whole
 
 Closed = Literal["right", "left"]
 Binning = Literal["hard", "soft", "adaptive"]
@@ -91,6 +92,9 @@ def gather(
     classes, num_bins = table.shape[1:]
     place = index + num_bins * lax.broadcasted_iota(jnp.int32, index.shape, index.ndim - 1)
     take = functools.partial(jnp.take, mode="clip")
+    if is_whole():  # with an axis for images, XLA on a GPU stores two indices for each element
+        image = lax.broadcasted_iota(jnp.int32, index.shape, 0)
+        return take(table.ravel(), place + classes * num_bins * image)
     return jax.vmap(take)(table.reshape(-1, classes * num_bins), place)
 
 
