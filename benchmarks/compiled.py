@@ -28,7 +28,7 @@ from train.targets import CompilationFailed, Target, format_bytes, parse_target,
 RECIPE = "paper_brats_dice_ace"
 """Its network, loss and augmentation are those of `step`."""
 _LOSSES = ("ace", "dice", "loss")
-_WEIGHTS = {"dice": {"cross_entropy": 0.0, "ace": 0.0}, "loss": {}}
+_BINNINGS = ("hard", "soft", "adaptive")
 _STEP = {"network": "unet", "precision": "float32", "remat": False, "accumulate": 1, "mesh": ""}
 _COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda13-pjrt", "jax-cuda12-pjrt")
 # A program and its arguments, to be lowered.
@@ -66,13 +66,17 @@ def _named(written: str, options: Compiled) -> list[str]:
         InputError: there is no such program, or it has no such argument.
     """
     call = parse_call(written)
-    if call.name in _LOSSES and not call.arguments:
-        return [f"{call.name} {shape}" for shape in options.loss_shapes]
+    in_bins = call.name in ("ace", "loss") and list(call.arguments) == ["binning"]
+    if call.name in _LOSSES and (not call.arguments or (in_bins and call.arguments["binning"] in _BINNINGS)):
+        return [f"{written} {shape}" for shape in options.loss_shapes]
     if call.name == "evaluation" and not call.arguments:
         return [written]
     if call.name == "step" and call.arguments.keys() <= _STEP.keys():
         return [written]
-    known = f"{', '.join(_LOSSES)}, evaluation, or step with any of {', '.join(_STEP)}"
+    known = (
+        f"{', '.join(_LOSSES)}, evaluation, ace or loss with binning ({', '.join(_BINNINGS)}), "
+        f"or step with any of {', '.join(_STEP)}"
+    )
     raise InputError(f"program is {written!r}: give {known}.")
 
 
@@ -120,8 +124,8 @@ def compile_for(target: Target, request: Any) -> dict[str, Any]:
         mesh = contextlib.nullcontext() if name.startswith("step") else _mesh_of_one(devices[0])
         with mesh:
             figures = compile_and_describe(function, arguments, target.compiler_options())
-    if name.partition(" ")[0] in _LOSSES:
-        figures["unit_bytes"] = 4 * math.prod(parse_shape(name.partition(" ")[2]))
+    if name.startswith(_LOSSES):
+        figures["unit_bytes"] = 4 * math.prod(parse_shape(name.rpartition(" ")[2]))
     return figures
 
 
@@ -143,15 +147,18 @@ def _mesh_of_one(device: Any) -> contextlib.AbstractContextManager[Any]:
 
 
 def _loss(name: str, device: Any) -> Lowerable:
-    kind, _, shape = name.partition(" ")
+    written, _, shape = name.rpartition(" ")
+    call = parse_call(written)
     batch, classes, *sizes = parse_shape(shape)
     scores = jax.ShapeDtypeStruct((batch, *sizes, classes), jnp.float32, sharding=_on(device))
     labels = jax.ShapeDtypeStruct((batch, *sizes), jnp.int32, sharding=_on(device))
 
     def loss(scores: Any, labels: Any) -> Any:
-        if kind == "ace":
-            return calib_jax.mL1_ace(scores, labels)
-        return calib_jax.segmentation_loss(scores, labels, **_WEIGHTS[kind])
+        if call.name == "ace":
+            return calib_jax.mL1_ace(scores, labels, **call.arguments)
+        if call.name == "dice":
+            return calib_jax.segmentation_loss(scores, labels, cross_entropy=0, ace=0)
+        return calib_jax.segmentation_loss(scores, labels, **call.arguments)
 
     return jax.jit(jax.value_and_grad(loss)), (scores, labels)
 

@@ -233,9 +233,10 @@ class Compiled:
         python -m benchmarks compiled --targets v5e:1x1 h100 --programs ace dice 'step(precision=bfloat16)'
 
     Programs: `ace` is mL1-ACE and its gradient; `dice` and `loss` are `segmentation_loss` of Dice alone and of
-    Dice + cross-entropy + mL1-ACE, with the gradient; `step` is the training step of the paper's recipe, with the
-    arguments network (unet, segresnet, unetr), precision, remat, accumulate and mesh; `evaluation` computes the
-    statistics of a whole volume. All but `step` take one device of a target.
+    Dice + cross-entropy + mL1-ACE, with the gradient; `ace(binning=soft)` and `loss(binning=adaptive)` have other
+    bins; `step` is the training step of the paper's recipe, with the arguments network (unet, segresnet, unetr),
+    precision, remat, accumulate and mesh; `evaluation` computes the statistics of a whole volume. All but `step`
+    take one device of a target.
     """
 
     targets: tuple[str, ...] = (
