@@ -249,7 +249,7 @@ def _adaptive_edges(
     if where is not None:
         counted &= by_class(jnp.broadcast_to(where, probs.shape))
     size = counted.sum(-1, dtype=jnp.int32, keepdims=True)
-    k = jnp.arange(1, num_bins, dtype=jnp.int32)
+    k = jnp.arange(1, num_bins, dtype=jnp.int32)[None, None]
     # ceil(k * size / num_bins) - 1, in steps that int32 holds.
     rank = k * (size // num_bins) + (k * (size % num_bins) + num_bins - 1) // num_bins - 1
     ordered = _sort(jnp.where(counted, values, jnp.inf))
