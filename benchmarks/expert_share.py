@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import calib_jax
@@ -23,56 +24,59 @@ from calib_jax import BinStatistics
 from calib_jax.results import ModelResult
 
 
-def gaps(results: Sequence[ModelResult]) -> dict[str, Any]:
-    """The gaps of the networks of one loss, each on images of its own, over the first reported class."""
-    stats = _stats(results)
-    parts = [result.metrics() for result in results]
-    by_image = {name: np.concatenate([part[name][:, 0] for part in parts]) for name in parts[0]}
-    pooled = stats.sum()
-    curve = calib_jax.reliability_curve(stats)
+def joined(results: Sequence[ModelResult]) -> ModelResult:
+    """The networks of one loss as one result, each on images of its own.
+
+    Raises:
+        ValueError: if an image occurs twice.
+    """
+    names = tuple(name for result in results for name in result.case_names)
+    stats = jax.tree.map(lambda *parts: np.concatenate(parts), *(result.stats for result in results))
+    dice = np.concatenate([result.dice for result in results])
+    return ModelResult(results[0].name, names, results[0].class_names, stats, dice)
+
+
+def gaps(result: ModelResult) -> dict[str, Any]:
+    """The gaps of one network, over its first reported class."""
+    pooled = result.stats.sum()
+    by_image = result.metrics()
+    metrics = {name: np.nanmean(values[:, 0]) for name, values in by_image.items()}
+    curve = calib_jax.reliability_curve(result.stats)
     return {
-        "gap_per_image": np.nanmean(by_image["ACE"]),
-        "gap_weighted_by_pixels": np.nanmean(by_image["ECE"]),
-        "gap_largest_bin": np.nanmean(by_image["MCE"]),
-        "gap_pooled": _pooled_gap(stats),
+        "gap_per_image": metrics["ACE"],
+        "gap_weighted_by_pixels": metrics["ECE"],
+        "gap_largest_bin": metrics["MCE"],
+        "gap_pooled": calib_jax.average_calibration_error(pooled)[0],
         "gap_pooled_weighted_by_pixels": calib_jax.expected_calibration_error(pooled)[0],
-        "dice_of_majority": np.nanmean(by_image["Dice"]),
-        "images": len(by_image["ACE"]),
+        "dice_of_majority": metrics["Dice"],
+        "images": len(result.case_names),
         "mean_probability": curve.mean_prob[0],
         "mean_share_of_experts": curve.mean_label[0],
-        "gap_of_each_image": by_image["ACE"],
+        "gap_of_each_image": by_image["ACE"][:, 0],
     }
 
 
-def changes(results: Sequence[ModelResult], baseline: Sequence[ModelResult]) -> dict[str, Any]:
+def changes(result: ModelResult, baseline: ModelResult) -> dict[str, Any]:
     """The relative changes of two gaps from a baseline, with 95% bootstrap intervals over the images of both.
 
     Raises:
         SystemExit: if the two were not measured on the same images.
     """
-    images, others = ([name for result in part for name in result.case_names] for part in (results, baseline))
-    if images != others:
-        raise SystemExit(f"The baseline has other images, or another order: {others} beside {images}.")
+    if result.case_names != baseline.case_names:
+        raise SystemExit(
+            f"The baseline has other images, or another order: {baseline.case_names} beside {result.case_names}."
+        )
 
-    def change(both: tuple[BinStatistics, BinStatistics]) -> dict[str, Any]:
-        pooled, by_image = ([gap(stats) for stats in both] for gap in (_pooled_gap, _gap_per_image))
-        return {"gap_pooled": pooled[0] / pooled[1] - 1, "gap_per_image": by_image[0] / by_image[1] - 1}
+    def two_gaps(stats: BinStatistics) -> Any:
+        pooled, by_image = map(calib_jax.average_calibration_error, (stats.sum(), stats))
+        return jnp.stack([pooled[0], jnp.nanmean(by_image[:, 0])])
 
-    both = _stats(results), _stats(baseline)
-    low, high = calib_jax.bootstrap_interval(jax.random.key(0), both, change)
-    return {name: [value, low[name], high[name]] for name, value in change(both).items()}
+    def change(both: tuple[BinStatistics, BinStatistics]) -> Any:
+        return two_gaps(both[0]) / two_gaps(both[1]) - 1
 
-
-def _stats(results: Sequence[ModelResult]) -> BinStatistics:
-    return jax.tree.map(lambda *parts: np.concatenate(parts), *(result.stats for result in results))
-
-
-def _pooled_gap(stats: BinStatistics) -> Any:
-    return calib_jax.average_calibration_error(stats.sum())[0]
-
-
-def _gap_per_image(stats: BinStatistics) -> Any:
-    return jax.numpy.nanmean(calib_jax.average_calibration_error(stats)[:, 0])
+    both = result.stats, baseline.stats
+    rows = jnp.stack([change(both), *calib_jax.bootstrap_interval(jax.random.key(0), both, change)])
+    return dict(zip(("gap_pooled", "gap_per_image"), rows.T, strict=True))
 
 
 def main() -> None:
@@ -87,19 +91,20 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    results: dict[str, list[ModelResult]] = {}
+    parts: dict[str, list[ModelResult]] = {}
     for entry in options.comparisons:
         name, _, folder = entry.partition("=")
         files = sorted(Path(folder).glob("*/test.npz")) if folder else []
         if not files:
             parser.error(f"{entry}: give NAME=FOLDER, where FOLDER/LOSS/test.npz are written by `compare`.")
         for file in files:
-            results.setdefault(f"{name} {file.parent.name}", []).append(ModelResult.load(file))
+            parts.setdefault(f"{name} {file.parent.name}", []).append(ModelResult.load(file))
+    results = {name: joined(each) for name, each in parts.items()}
     if options.baseline not in {None, *results}:
         parser.error(
             f"--baseline {options.baseline!r} is no row. Choose from {', '.join(map(repr, results))}."
         )
-    rows = {name: gaps(parts) for name, parts in results.items()}
+    rows = {name: gaps(result) for name, result in results.items()}
     for name, row in rows.items():
         figures = " ".join(f"{key} {row[key]:.4f}" for key in row if key.startswith(("gap_p", "dice")))
         if options.baseline not in (None, name):

@@ -76,4 +76,10 @@ def test_what_cannot_be_compared_is_named(
 def test_a_baseline_of_other_images_is_refused(folds: list[str]) -> None:
     first, second = (ModelResult.load(Path(folds[i].partition("=")[2]) / "dice" / "test.npz") for i in (0, 1))
     with pytest.raises(SystemExit, match="other images"):
-        expert_share.changes([first], [second])
+        expert_share.changes(first, second)
+
+
+def test_an_image_counts_once(folds: list[str]) -> None:
+    fold = ModelResult.load(Path(folds[0].partition("=")[2]) / "dice" / "test.npz")
+    with pytest.raises(ValueError, match="a"):
+        expert_share.joined([fold, fold])
