@@ -57,9 +57,12 @@ class ModelResult:
             exclude each other; None if it was not measured.
         boundary: bin statistics of the voxels near a border of the labels, of the shape of `stats`; None if they
             were not measured.
+        subjects: subject of each case, such as the patient of a scan. Cases of one subject are not independent, so
+            intervals and tests are over subjects. Left out, each case is a subject of its own.
 
     Raises:
-        ValueError: if the shapes do not match the names, or a case or class name occurs twice.
+        ValueError: if the shapes do not match the names, a case or class name occurs twice, or there are not as
+            many subjects as cases.
 
     Example:
         >>> bins = np.array([[[8, 2]]])
@@ -77,8 +80,15 @@ class ModelResult:
     brier: Float[np.ndarray, "cases classes"] | None = None
     nll: Float[np.ndarray, "cases classes"] | None = None
     boundary: BinStatistics | None = None
+    subjects: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "subjects", tuple(self.subjects) or self.case_names)
+        if len(self.subjects) != len(self.case_names):
+            raise ValueError(
+                f"{self.name!r} has {len(self.subjects)} subjects and {len(self.case_names)} case names: name the "
+                "subject of each case, or leave subjects out."
+            )
         shapes = {}
         for field in ("stats", "boundary"):
             if (stats := getattr(self, field)) is not None:
@@ -129,6 +139,7 @@ class ModelResult:
                 name=np.array(self.name),
                 case_names=np.array(self.case_names, dtype=np.str_),
                 class_names=np.array(self.class_names, dtype=np.str_),
+                subjects=np.array(self.subjects, dtype=np.str_),
                 dice=self.dice,
                 **{field: getattr(self.stats, field) for field in _BIN_FIELDS},
                 **self._optional_arrays(),
@@ -162,6 +173,7 @@ class ModelResult:
                     dice=file["dice"],
                     **{name: file[name] for name in _OPTIONAL if name in file.files},
                     boundary=BinStatistics(*boundary) if boundary else None,
+                    subjects=tuple(file["subjects"].tolist()) if "subjects" in file.files else (),
                 )
         except FileNotFoundError:
             raise
@@ -187,7 +199,7 @@ class RepeatedResult:
         repeats: result of each training by a name such as `seed 0`, all on the same cases and classes.
 
     Raises:
-        ValueError: if `repeats` is empty, or two repeats have different cases or classes.
+        ValueError: if `repeats` is empty, or two repeats have different cases, classes or subjects.
 
     Example:
         >>> bins = np.array([[[10]]])
@@ -206,9 +218,13 @@ class RepeatedResult:
         if not self.repeats:
             raise ValueError(f"{self.name!r} has no repeat: give at least one result.")
         for repeat, result in self.repeats.items():
-            if (result.case_names, result.class_names) != (self.case_names, self.class_names):
+            if (result.case_names, result.class_names, result.subjects) != (
+                self.case_names,
+                self.class_names,
+                self.subjects,
+            ):
                 raise ValueError(
-                    f"repeat {repeat!r} of {self.name!r} has other cases or classes than "
+                    f"repeat {repeat!r} of {self.name!r} has other cases, classes or subjects than "
                     f"{next(iter(self.repeats))!r}: evaluate all of them on the same cases."
                 )
 
@@ -221,6 +237,11 @@ class RepeatedResult:
     def class_names(self) -> tuple[str, ...]:
         """Class names, which all repeats share."""
         return next(iter(self.repeats.values())).class_names
+
+    @property
+    def subjects(self) -> tuple[str, ...]:
+        """Subject of each case, which all repeats share."""
+        return next(iter(self.repeats.values())).subjects
 
     @property
     def stats(self) -> BinStatistics:

@@ -303,6 +303,12 @@ class TestFaults:
             (["--num-bins", "0"], "--num-bins must be at least 1; got 0."),
             (["--jobs", "0"], "--jobs must be at least 1; got 0."),
             (["--baseline", "z"], "--baseline 'z' is no model: there are m."),
+            (
+                ["--subjects", "p("],
+                "--subjects 'p(' is no regular expression: missing ), unterminated subpattern at position 1.",
+            ),
+            (["--subjects", "p[0-9]"], "--subjects 'p[0-9]' finds no subject in the name of the case 'a'."),
+            (["--subjects", "x?"], "--subjects 'x?' finds no subject in the name of the case 'a'."),
         ],
     )
     def test_wrong_options(self, further, message, tmp_path, in_memory, capsys):
@@ -375,6 +381,59 @@ class TestKinds:
         cases = {f"c{i}": noisy_case(f"c{i}", "m", seed=i, shape=(20, 30), image=True) for i in range(2)}
         assert cli.main(["report", *in_memory(InMemory({"m": cases})), "--out", str(tmp_path)]) == 0
         assert len(list((tmp_path / "figures" / "slices").glob("*-image.png"))) == 2
+
+
+class TestSubjects:
+    """Cases of one subject are never on both sides of a fold or an interval."""
+
+    @pytest.mark.usefixtures("no_figures")
+    def test_intervals_are_over_subjects(self, tmp_path, in_memory):
+        cases = {f"p{i}_{scan}": noisy_case(f"p{i}_{scan}", "m", seed=i) for i in range(4) for scan in "ab"}
+        arguments = in_memory(InMemory({"m": cases}))
+        found = {}
+        for name, further in (("cases", []), ("subjects", ["--subjects", "p[0-9]"])):
+            assert cli.main(["report", *arguments, "--out", str(tmp_path / name), *further]) == 0
+            rows = table(tmp_path / name / "metrics.csv")
+            found[name] = next(row for row in rows if (row["metric"], row["class"]) == ("ACE", "mean"))
+            assert cli.main(["sweep", *arguments, "--out", str(tmp_path / f"{name}-sweep"), *further]) == 0
+            wanted = {"class": "mean", "binning": "hard", "num_bins": "20", "metric": "ACE"}
+            rows = table(tmp_path / f"{name}-sweep" / "sweep.csv")
+            found[f"{name}-sweep"] = next(row for row in rows if wanted.items() <= row.items())
+        assert (found["cases"]["subjects"], found["subjects"]["subjects"]) == ("8", "4")
+        for ending in ("", "-sweep"):
+            alone, together = (found[name + ending] for name in ("cases", "subjects"))
+            assert alone["mean"] == together["mean"]
+            assert (
+                float(together["low"]) < float(alone["low"]) < float(alone["high"]) < float(together["high"])
+            )
+
+    def test_one_subject_in_every_name_is_a_mistake(self, tmp_path, in_memory, capsys):
+        arguments = in_memory(InMemory({"m": {name: noisy_case(name, "m") for name in ("p1_a", "p2_a")}}))
+        assert cli.main(["report", *arguments, "--out", str(tmp_path / "out"), "--subjects", "p"]) == 2
+        assert capsys.readouterr().err == (
+            "error: --subjects 'p' finds 'p' in the names of all 2 cases: give an expression that tells subjects "
+            "apart.\n"
+        )
+
+    def test_folds_hold_out_whole_subjects(self, monkeypatch):
+        measured = [measure(noisy_case(f"p{i // 2}_{i % 2}", seed=i), BINS) for i in range(8)]
+        (result,) = study.results_of(
+            study.Study({"m": measured}, BINS),
+            ("background", "a", "b"),
+            first_class=1,
+            subject_of=lambda name: name[:2],
+        )
+        sides = []
+        monkeypatch.setattr(gains, "SHOWN", ("vector",))
+        monkeypatch.setattr(gains, "_fit", lambda calibrator, samples, regions: sides.append(samples))
+        monkeypatch.setattr(gains, "_applied", lambda calibrator, probs, *_: [sides.append(probs), probs][1])
+        (gain,) = cross_validate(measured, result, BINS, first_class=1, regions=False)
+        assert gain.folds == 4
+        for i, (fitted, held_out) in enumerate(zip(sides[::2], sides[1::2], strict=True)):
+            own = [measured[j].sample.probs for j in (2 * i, 2 * i + 1)]
+            assert all(x is y for x, y in zip(held_out, own, strict=True))
+            assert len(fitted) == 6
+            assert not any(sample.probs is x for sample in fitted for x in held_out)
 
 
 def test_cross_validation_finds_the_temperature():
@@ -584,8 +643,11 @@ def test_module_is_the_command(tmp_path):
 def test_the_interval_of_a_volume_is_judged_on_cases_that_did_not_make_it():
     expected = np.full(20, 10.0)
     true = np.arange(1, 21.0)  # of the smallest and the largest the others' interval is too narrow
-    assert findings._volume_interval(expected, true) == ("−90% to +100%", "90%")
-    assert findings._volume_interval(expected[1:], true[1:]) == ("n/a", "n/a")
+    subjects = np.arange(20)
+    assert findings._volume_interval(expected, true, subjects) == ("−90% to +100%", "90%")
+    assert findings._volume_interval(expected[1:], true[1:], subjects[1:]) == ("n/a", "n/a")
+    double = [np.repeat(x, 2) for x in (expected, true, subjects)]  # a second scan that says the same
+    assert findings._volume_interval(*double) == ("−90% to +100%", "90%")
 
 
 def test_thresholds_are_judged_by_the_voxels_above_them():

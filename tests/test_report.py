@@ -48,6 +48,10 @@ def result(name, gaps, dice=0.8, *, cases=None, classes=("tumour",)):
     return ModelResult(name, names, tuple(classes), BinStatistics(count, 0.5 * count, label_sum), dice)
 
 
+def of_subjects(model, subjects):
+    return dataclasses.replace(model, subjects=tuple(subjects))
+
+
 def random_result(name, scale, *, seed=0, cases=12, classes=("anterior", "posterior"), bins=10):
     rng = np.random.default_rng(seed)
     count = rng.integers(0, 200, (cases, len(classes), bins))
@@ -117,6 +121,17 @@ class TestModelResult:
             result("m", [0.1, 0.2], cases=["only one"])
         with pytest.raises(ValueError, match="case names of 'm' must differ, but 'x' occurs twice"):
             result("m", [0.1, 0.2], cases=["x", "x"])
+        with pytest.raises(ValueError, match="'m' has 1 subjects and 2 case names: name the subject of each"):
+            of_subjects(result("m", [0.1, 0.2]), ["p1"])
+
+    def test_subjects_are_saved_and_each_case_is_one_by_default(self, tmp_path):
+        alone = result("m", [0.1, 0.2], cases=["x", "y"])
+        assert alone.subjects == ("x", "y")
+        of_subjects(alone, ["p1", "p1"]).save(tmp_path / "result")
+        assert ModelResult.load(tmp_path / "result").subjects == ("p1", "p1")
+        with np.load(tmp_path / "result") as file:  # as written before results had subjects
+            np.savez(tmp_path / "older.npz", **{x: file[x] for x in file.files if x != "subjects"})
+        assert ModelResult.load(tmp_path / "older.npz").subjects == ("x", "y")
 
 
 class TestCompareModels:
@@ -204,6 +219,55 @@ class TestCompareModels:
             compare_models(results, **options)
 
 
+class TestSubjects:
+    """Intervals and tests where a subject has several cases."""
+
+    def test_a_case_and_its_double_count_once(self):
+        gaps, others = np.random.default_rng(0).uniform(0.1, 0.4, (2, 8))
+        once = compare_models([result("a", gaps), result("b", others)])
+        subjects = [f"p{i}" for i in range(8) for _ in range(2)]
+        twice = compare_models(
+            [of_subjects(result(name, np.repeat(x, 2)), subjects) for name, x in (("a", gaps), ("b", others))]
+        )
+        for x, y in zip(once, twice, strict=True):
+            one, two = x.metrics["ACE"], y.metrics["ACE"]
+            assert (two.mean, two.low, two.high) == pytest.approx((one.mean, one.low, one.high))
+            assert (two.cases, two.subjects) == (16, 8)
+        one, two = (rows[1].metrics["ACE"].change for rows in (once, twice))
+        assert (two.difference_low, two.difference_high) == pytest.approx(
+            (one.difference_low, one.difference_high)
+        )
+        assert (two.p_value, two.pairs) == (pytest.approx(one.p_value), 16)
+        unaware, aware = (
+            rows[0].metrics["ACE"] for rows in (compare_models([result("a", np.repeat(gaps, 2))]), twice)
+        )
+        assert unaware.high - unaware.low < 0.8 * (aware.high - aware.low)
+
+    def test_subjects_with_different_numbers_of_cases(self):
+        model = of_subjects(result("m", [0.1, 0.2, 0.3, 0.4, np.nan]), ["p", "p", "p", "q", "q"])
+        ace = compare_models([model])[0].metrics["ACE"]
+        assert ace.mean == pytest.approx(0.25)  # of the cases
+        assert (ace.low, ace.high) == pytest.approx((0.2, 0.4))  # p twice and q twice
+        assert (ace.cases, ace.subjects) == (4, 2)
+
+    def test_one_subject_has_no_interval(self):
+        ace = compare_models([of_subjects(result("m", [0.1, 0.3]), ["p", "p"])])[0].metrics["ACE"]
+        assert math.isnan(ace.low)
+        assert ace.mean == pytest.approx(0.2)
+
+    def test_the_table_says_so(self):
+        alone, other = result("a", [0.4, 0.2]), result("b", [0.1, 0.3])
+        assert "bootstrap interval over cases." in " ".join(
+            format_table(compare_models([alone, other])).split()
+        )
+        both = compare_models([of_subjects(x, ["p", "q"]) for x in (alone, other)])
+        assert "over subjects" not in format_table(both)  # of one case each
+        shared = compare_models([of_subjects(x, ["p", "p"]) for x in (alone, other)])
+        text = " ".join(format_table(shared).split())
+        assert "bootstrap interval over subjects, each of whom is drawn with all cases." in text
+        assert "over paired means of subjects" in text
+
+
 class TestRepeatedResult:
     def both(self, name="both"):
         return RepeatedResult(
@@ -239,7 +303,9 @@ class TestRepeatedResult:
     def test_must_share_cases_and_classes(self):
         with pytest.raises(ValueError, match="has no repeat"):
             RepeatedResult("m", {})
-        with pytest.raises(ValueError, match="repeat 'y' of 'm' has other cases or classes than 'x'"):
+        with pytest.raises(
+            ValueError, match="repeat 'y' of 'm' has other cases, classes or subjects than 'x'"
+        ):
             RepeatedResult("m", {"x": result("a", [0.1]), "y": result("b", [0.1, 0.2])})
 
     @pytest.mark.usefixtures("no_figures")

@@ -36,6 +36,7 @@ class Sigmoids:
 
 class WithRegions(PhantomDataset):
     regions = {"organ": (1, 2, 3), "inside": (2, 3)}  # noqa: RUF012
+    subjects = ("left", "left", "right")
 
 
 class Resampled(PhantomDataset):
@@ -92,6 +93,8 @@ def test_figures_are_those_of_evaluate(
     for row, result in zip(rows, results, strict=True):
         expected = evaluate(row.name, row.predict, dataset, labelled)
         assert (result.case_names, result.class_names) == (expected.case_names, expected.class_names)
+        subjects = dict(zip(names, dataset.subjects, strict=True))
+        assert result.subjects == expected.subjects == tuple(subjects[name] for name in labelled)
         for name, values in expected.metrics().items():
             np.testing.assert_allclose(result.metrics()[name], values, atol=1e-6)
         np.testing.assert_array_equal(result.stats.count, expected.stats.count)

@@ -201,6 +201,7 @@ def _collect(
     region_names: Sequence[str],
 ) -> ModelResult:
     index_of = {case: index for index, case in enumerate(dataset.case_names)}
+    subjects = tuple(dataset.subjects[index_of[case]] for case in case_names)
     rows: list[tuple[BinStatistics, Array]] = []
     share = own_share(case_names)
     for case_name in progress(share, desc=f"evaluating {name}", leave=False, disable=not is_first()):
@@ -212,7 +213,7 @@ def _collect(
     stats = jax.tree.map(lambda *parts: np.stack(parts), *[stats for stats, _ in rows])
     dice = np.stack([dice for _, dice in rows])
     stats, dice = join_shares((stats, dice), len(case_names))
-    return ModelResult(name, tuple(case_names), tuple(region_names), stats, dice)
+    return ModelResult(name, tuple(case_names), tuple(region_names), stats, dice, subjects=subjects)
 
 
 def case_statistics(

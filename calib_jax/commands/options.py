@@ -1,6 +1,7 @@
 """Options that several commands share: which folders to read, and how to bin."""
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,6 +50,47 @@ def add_folders(parser: argparse.ArgumentParser, *, labels: bool = True, images:
         help="nnU-Net's dataset.json: class names, regions, ignore label (default: found beside the predictions)",
     )
     add("--class-names", nargs="+", metavar="NAME", help="names of all classes, background first")
+
+
+def add_subjects(add: Any) -> None:
+    """Adds the option that says which cases are of one subject, to a group of options."""
+    add(
+        "--subjects",
+        metavar="REGEX",
+        help="regular expression that finds the subject in the name of a case, such as 'patient[0-9]+', where a "
+        "subject has several cases; intervals and tests are then over subjects (default: each case is a subject)",
+    )
+
+
+def subjects_of(options: argparse.Namespace, case_names: Sequence[str]) -> dict[str, str]:
+    """Subject of each case by the case's name.
+
+    Raises:
+        ValueError: if `--subjects` is no regular expression, finds nothing in a name, or finds one subject only.
+
+    Example:
+        >>> subjects_of(argparse.Namespace(subjects="p[0-9]"), ["p1_a", "p1_b", "p2_a"])
+        {'p1_a': 'p1', 'p1_b': 'p1', 'p2_a': 'p2'}
+    """
+    if options.subjects is None:
+        return {name: name for name in case_names}
+    try:
+        pattern = re.compile(options.subjects)
+    except re.error as error:
+        raise ValueError(f"--subjects {options.subjects!r} is no regular expression: {error}.") from error
+    found = {}
+    for name in case_names:
+        if not (match := pattern.search(name)) or not match[0]:
+            raise ValueError(
+                f"--subjects {options.subjects!r} finds no subject in the name of the case {name!r}."
+            )
+        found[name] = match[0]
+    if len(alike := set(found.values())) == 1 < len(found):
+        raise ValueError(
+            f"--subjects {options.subjects!r} finds {alike.pop()!r} in the names of all {len(found)} cases: give "
+            "an expression that tells subjects apart."
+        )
+    return found
 
 
 def add_jobs(parser: argparse.ArgumentParser) -> None:

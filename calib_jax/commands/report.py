@@ -8,7 +8,7 @@ import multiprocessing
 import shlex
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also cross-validate local calibration, which reads each case twice more and takes minutes",
     )
     add("--include-background", action="store_true", help="report the background as a class too")
+    shared.add_subjects(add)
     add("--baseline", metavar="NAME", help="model that the others are compared with (default: the first)")
     add("--title", help="title of the page")
     shared.add_jobs(parser)
@@ -76,6 +77,7 @@ def run(options: argparse.Namespace) -> int:
         )
     before = predictions.notices
     shared.print_notices(predictions)
+    subjects = shared.subjects_of(options, predictions.case_names)
     with _beside(options.jobs) as beside:
         try:
             study = measure_cases(
@@ -89,12 +91,16 @@ def run(options: argparse.Namespace) -> int:
             _all_notices(options.out, predictions.notices, reused=True)
             raise
         shared.print_notices(predictions, printed=before)
-        _write(options, predictions, study, beside)
+        _write(options, predictions, study, subjects, beside)
     return 1 if study.faults else 0
 
 
 def _write(
-    options: argparse.Namespace, predictions: Any, study: "Study", beside: ProcessPoolExecutor | None
+    options: argparse.Namespace,
+    predictions: Any,
+    study: "Study",
+    subjects: Mapping[str, str],
+    beside: ProcessPoolExecutor | None,
 ) -> None:
     from calib_jax._case_loop import Progress
     from calib_jax._sums.bins import Bins
@@ -109,7 +115,7 @@ def _write(
     bins = Bins(options.binning, options.num_bins)
     regions, names = predictions.regions, predictions.class_names
     first = shared.first_class(options, predictions)
-    results = results_of(study, names, first_class=first)
+    results = results_of(study, names, first_class=first, subject_of=subjects.__getitem__)
     shown = [result.name for result in results]
     baseline = options.baseline if options.baseline in shown else shown[0]
     table = list(findings.case_table(study, results, first_class=first))

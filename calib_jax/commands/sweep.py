@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"numbers of bins (default: {' '.join(map(str, _NUMBERS))})",
     )
     add("--include-background", action="store_true", help="count the background as a class too")
+    shared.add_subjects(add)
     shared.add_jobs(parser)
 
 
@@ -56,6 +57,7 @@ def run(options: argparse.Namespace) -> int:
 
     numbers = sorted(set(options.num_bins))
     predictions = shared.open_folders(options)
+    subjects = shared.subjects_of(options, predictions.case_names)
     before = predictions.notices
     shared.print_notices(predictions)
     settings = ["sweep", options.logits, list(predictions.class_names), numbers]
@@ -76,11 +78,11 @@ def run(options: argparse.Namespace) -> int:
     shared.print_notices(predictions, printed=before)
     first = shared.first_class(options, predictions)
     errors = {
-        model: [errors[..., first:] for (of, _), errors in outcome.found.items() if of == model]
+        model: {name: errors[..., first:] for (of, name), errors in outcome.found.items() if of == model}
         for model in predictions.models
     }
     errors = {model: cases for model, cases in errors.items() if cases}
-    points = list(sweeping.summarise(errors, numbers, predictions.class_names[first:]))
+    points = list(sweeping.summarise(errors, subjects, numbers, predictions.class_names[first:]))
     _write(points, options.out)
     print(_table(points))
     print(f"\nWrote {options.out / 'sweep.csv'}, sweep.json, sweep.svg and sweep.png")

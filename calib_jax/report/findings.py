@@ -29,7 +29,7 @@ _FIRST = 15  # rows of the cases to look at first
 _QUOTED = (0.05, 0.2), (0.8, 0.95)  # ranges of probability, of which the summary quotes the worse one
 _WORTH_IT = 0.1  # a smaller change of ACE and NLL is called little
 _LEVEL = 0.9  # of the interval of a volume
-_FEWEST_IN_INTERVAL = 20  # cases: one of them is left out
+_FEWEST_IN_INTERVAL = 19  # cases of other subjects
 _ALIKE = 0.1  # classes whose ACE differs by less than this share are called alike
 _FEWEST_QUOTED = 100  # voxels in such a range
 
@@ -159,7 +159,7 @@ def _headline(result: ModelResult) -> str:
 
 def _direction(result: ModelResult) -> int:
     """1 if the model is over-confident beyond chance, -1 if it is under-confident, else 0."""
-    mean, low, high = mean_interval(nan_mean(over_confidence(result.stats), axis=1))
+    mean, low, high = mean_interval(nan_mean(over_confidence(result.stats), axis=1), result.subjects)
     if math.isnan(low) or math.isnan(high):
         low = high = 0.0 if math.isnan(mean) else mean
     return 1 if low > 0 else -1 if high < 0 else 0
@@ -168,7 +168,7 @@ def _direction(result: ModelResult) -> int:
 def _sentences(result: ModelResult, gains: Sequence[Gain], who: str) -> Iterator[str]:
     cases = wording.count(len(result.case_names), "case")
     by_case = nan_mean(over_confidence(result.stats), axis=1)
-    mean, low, high = mean_interval(by_case)
+    mean, low, high = mean_interval(by_case, result.subjects)
     if math.isnan(mean):
         yield "Nothing could be counted."
         return
@@ -230,7 +230,7 @@ def _where(result: ModelResult) -> Iterator[str]:
     classes = [
         (mean, low, high, name)
         for name, column in zip(result.class_names, ace.T, strict=True)
-        for mean, low, high in [mean_interval(column)]
+        for mean, low, high in [mean_interval(column, result.subjects)]
         if not math.isnan(mean)
     ]
     if len(classes) > 1:
@@ -241,7 +241,8 @@ def _where(result: ModelResult) -> Iterator[str]:
         else:
             yield f"Calibration is worst for {_class(*worst)} and best for {_class(*best)}."
     near, away = (
-        mean_interval(nan_mean(_error("ECE", x), axis=1)) for x in (result.boundary, result.interior)
+        mean_interval(nan_mean(_error("ECE", x), axis=1), result.subjects)
+        for x in (result.boundary, result.interior)
     )
     if not (math.isnan(near[0]) or math.isnan(away[0])):
         where = "at borders" if near[0] > away[0] else "away from borders"
@@ -355,6 +356,7 @@ def _volumes(results: Sequence[ModelResult], table: Sequence[Mapping[str, Any]])
         ("Model", "Class", *volumes, "Predicted − true", "95% of cases within", *interval)
     ]
     for result in results:
+        subject_of = dict(zip(result.case_names, result.subjects, strict=True))
         for class_name in result.class_names:
             rows = [row for row in table if (row["model"], row["class"]) == (result.name, class_name)]
             true, predicted, expected = (
@@ -370,25 +372,26 @@ def _volumes(results: Sequence[ModelResult], table: Sequence[Mapping[str, Any]])
                     *(f"{x.mean():.4g}" for x in (true, predicted, expected)),
                     wording.signed_percent(float(relative)),
                     "n/a" if math.isnan(ends[0]) else f"{_signed(ends[0])} to {_signed(ends[1])} ml",
-                    *_volume_interval(expected, true),
+                    *_volume_interval(expected, true, np.array([subject_of[row["case"]] for row in rows])),
                 )
             )
     how = (
         "Means over cases. The expected volume is the sum of the probabilities; it should be right on average. The "
         "interval is around the expected volume and is meant to hold the true one of a new case; it comes from the "
-        "ratios of true to expected volume. Whether it holds a case is judged with the interval of all other cases."
+        "ratios of true to expected volume. Whether it holds a case is judged with the interval of all cases of "
+        "other subjects."
     )
     return Section("Volumes", how, lines, "volumes")
 
 
-def _volume_interval(expected: np.ndarray, true: np.ndarray) -> tuple[str, str]:
-    """The interval relative to the expected volume, and the share of cases that hold in the others' interval."""
-    expected, true = (x[expected > 0].astype(np.float32) for x in (expected, true))
-    cases = len(expected)
-    if cases < _FEWEST_IN_INTERVAL:
+def _volume_interval(expected: np.ndarray, true: np.ndarray, subjects: np.ndarray) -> tuple[str, str]:
+    """The interval relative to the expected volume, and the share of cases that other subjects' interval holds."""
+    expected, true, subjects = (x[expected > 0] for x in (expected, true, subjects))
+    expected, true = expected.astype(np.float32), true.astype(np.float32)
+    others = [subjects != subject for subject in subjects]
+    if min(map(np.sum, others), default=0) < _FEWEST_IN_INTERVAL:
         return "n/a", "n/a"
     ends = _ratio_interval(np.ones(1, np.float32), expected, true)
-    others = [np.delete(np.arange(cases), i) for i in range(cases)]
     low, high = np.array(
         [_ratio_interval(expected[i : i + 1], expected[o], true[o]) for i, o in enumerate(others)]
     )[..., 0].T

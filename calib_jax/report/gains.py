@@ -59,7 +59,7 @@ class Gain:
 def cross_validate(
     cases: Sequence[CaseFigures], result: ModelResult, bins: Bins, *, first_class: int, regions: bool
 ) -> list[Gain]:
-    """Cross-validates every calibrator over the cases of one model; [] for fewer than two cases.
+    """Cross-validates every calibrator over the cases of one model; [] for fewer than two subjects.
 
     Args:
         cases: figures of the cases, in the order of `result`.
@@ -68,17 +68,16 @@ def cross_validate(
         first_class: index of the first class that is reported.
         regions: whether classes are regions, which overlap.
     """
-    if len(cases) < 2:
+    folds = _folds(result, FOLDS)
+    if len(folds) < 2:
         return []
     samples = [case.sample for case in cases]
-    folds = min(FOLDS, len(samples))
     before = [_judge(sample, sample.probs, bins, first_class, regions) for sample in samples]
     results = [_result(result, "as it is", before)]
     for name in SHOWN:
         calibrator, after = CALIBRATORS[name], {}
-        for fold in range(folds):
-            params = _fit(calibrator, [x for i, x in enumerate(samples) if i % folds != fold], regions)
-            held_out = range(fold, len(samples), folds)
+        for held_out in folds:
+            params = _fit(calibrator, [x for i, x in enumerate(samples) if i not in held_out], regions)
             probs = _applied(calibrator, [samples[i].probs for i in held_out], params, regions)
             for i, calibrated in zip(held_out, probs, strict=True):
                 after[i] = _judge(samples[i], calibrated, bins, first_class, regions)
@@ -87,7 +86,7 @@ def cross_validate(
     for name, row in zip(SHOWN, compare_models(results, resamples=2000)[1:], strict=True):
         temperatures = name.endswith("temperature")
         words = _in_words(_fit(CALIBRATORS[name], samples, regions)) if temperatures else ""
-        gains.append(Gain(name, words, CALIBRATORS[name].keeps_labels, folds, row))
+        gains.append(Gain(name, words, CALIBRATORS[name].keeps_labels, len(folds), row))
     return gains
 
 
@@ -99,7 +98,7 @@ def cross_validate_local(
     first_class: int,
     progress: Callable[[int, int], Any] | None = None,
 ) -> list[Gain]:
-    """Cross-validates local calibration in two folds, on whole cases; [] for fewer than two cases.
+    """Cross-validates local calibration in two folds, on whole cases; [] for fewer than two subjects.
 
     Args:
         predictions: to read the cases of `result` from, each of them twice.
@@ -109,7 +108,8 @@ def cross_validate_local(
         progress: called with the number of cases read and to read.
     """
     calibrator, names, regions = CALIBRATORS["local"], result.case_names, predictions.regions
-    if len(names) < 2:
+    folds = _folds(result, _LOCAL_FOLDS)
+    if len(folds) < 2:
         return []
     figures: dict[str, CaseFigures] = {}
     read = itertools.count(1)
@@ -126,23 +126,34 @@ def cross_validate_local(
             where = np.ones(case.probs.shape[:-1], bool) if case.where is None else case.where
             yield as_logits(case.probs, regions=regions)[None], case.labels[None], where[None]
 
-    for fold in range(_LOCAL_FOLDS):
-        fitted = [name for i, name in enumerate(names) if i % _LOCAL_FOLDS != fold]
+    for held_out in folds:
+        fitted = [name for i, name in enumerate(names) if i not in held_out]
         spacing = predictions.read(fitted[0], result.name).spacing
         with warnings.catch_warnings():
             warnings.simplefilter(
                 "ignore", RuntimeWarning
             )  # a fit without gain leaves probabilities as they are
             params = calibrator.fit(functools.partial(batches, fitted), regions=regions, spacing=spacing)
-        for case in cases(names[fold::_LOCAL_FOLDS]):
+        for case in cases([names[i] for i in held_out]):
             logits = np.asarray(calibrator.apply(as_logits(case.probs, regions=regions)[None], params))[0]
             probs = as_probs(logits, regions=regions)
             figures[case.name] = measure(dataclasses.replace(case, probs=probs), bins)
     study = Study({"local": [figures[name] for name in names]}, bins)
     all_names = [*[""] * first_class, *result.class_names]
-    (after,) = results_of(study, all_names, first_class=first_class)
+    subject_of = dict(zip(names, result.subjects, strict=True))
+    (after,) = results_of(study, all_names, first_class=first_class, subject_of=subject_of.__getitem__)
     rows = compare_models([result, after], resamples=2000)
     return [Gain("local", "", calibrator.keeps_labels, _LOCAL_FOLDS, rows[1])]
+
+
+def _folds(result: ModelResult, most: int) -> list[list[int]]:
+    """Indices of the cases that each fold holds out; the cases of a subject are held out together."""
+    subjects = list(dict.fromkeys(result.subjects))
+    fold_of = {subject: i % most for i, subject in enumerate(subjects)}
+    return [
+        [i for i, subject in enumerate(result.subjects) if fold_of[subject] == fold]
+        for fold in range(min(most, len(subjects)))
+    ]
 
 
 def _fit(calibrator: Calibrator, samples: Sequence[Sample], regions: bool) -> Any:
@@ -232,4 +243,4 @@ def _judge(sample: Sample, probs: np.ndarray, bins: Bins, first_class: int, regi
 def _result(of: ModelResult, name: str, judged: Sequence[_Judged]) -> ModelResult:
     stats = BinStatistics(*np.stack([one.bins for one in judged], 1))
     brier, nll = (np.stack([getattr(one, field) for one in judged]) for field in ("brier", "nll"))
-    return ModelResult(name, of.case_names, of.class_names, stats, of.dice, brier, nll)
+    return ModelResult(name, of.case_names, of.class_names, stats, of.dice, brier, nll, subjects=of.subjects)

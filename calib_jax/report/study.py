@@ -101,8 +101,17 @@ def cases_of(predictions: "Predictions") -> list[tuple[str, ...]]:
     return [(model, name) for name in predictions.case_names for model in predictions.models]
 
 
-def results_of(study: Study, class_names: Sequence[str], *, first_class: int) -> list[ModelResult]:
-    """The result of each model that has any case, of the classes from `first_class` on."""
+def results_of(
+    study: Study, class_names: Sequence[str], *, first_class: int, subject_of: Callable[[str], str] = str
+) -> list[ModelResult]:
+    """The result of each model that has any case, of the classes from `first_class` on.
+
+    Args:
+        study: the figures.
+        class_names: of all classes.
+        first_class: index of the first class to report.
+        subject_of: the subject of a case by the case's name; left out, each case is a subject of its own.
+    """
     results = []
     for model, cases in study.cases.items():
         if cases:
@@ -118,7 +127,8 @@ def results_of(study: Study, class_names: Sequence[str], *, first_class: int) ->
                 for method in ("dice", "brier", "mean_nll")
             )
             case_names = tuple(case.name for case in cases)
-            results.append(ModelResult(model, case_names, names, stats, dice, brier, nll, boundary))
+            subjects = tuple(map(subject_of, case_names))
+            results.append(ModelResult(model, case_names, names, stats, dice, brier, nll, boundary, subjects))
     return results
 
 

@@ -33,7 +33,7 @@ class Point:
     Attributes:
         model, binning, num_bins, metric: what was measured.
         class_name: `mean` is the mean over classes.
-        mean, low, high: NaN where nothing was counted; ends for fewer than two cases.
+        mean, low, high: NaN where nothing was counted; ends for fewer than two subjects.
         cases: number of cases in which something was counted.
     """
 
@@ -101,17 +101,21 @@ class _Sorted:
 
 
 def summarise(
-    errors: Mapping[str, Sequence[Errors]], numbers: Sequence[int], class_names: Sequence[str]
+    errors: Mapping[str, Mapping[str, Errors]],
+    subjects: Mapping[str, str],
+    numbers: Sequence[int],
+    class_names: Sequence[str],
 ) -> Iterator[Point]:
-    """Means and intervals over cases, for the mean over classes and for each class.
+    """Means over cases and intervals over subjects, for the mean over classes and for each class.
 
     Args:
-        errors: of the cases of each model, of the classes that are named.
+        errors: of the cases of each model by their names, of the classes that are named.
+        subjects: subject of each case by the case's name.
         numbers: numbers of bins.
         class_names: names of the classes.
     """
     for model, cases in errors.items():
-        stacked = np.stack(cases)
+        stacked, of_cases = np.stack(list(cases.values())), [subjects[name] for name in cases]
         for i, kind in enumerate(KINDS):
             for j, number in enumerate(numbers):
                 for k, metric in enumerate(ERRORS):
@@ -119,7 +123,7 @@ def summarise(
                     columns = {"mean": nan_mean(values, axis=1)} if len(class_names) > 1 else {}
                     columns |= dict(zip(class_names, values.T, strict=True))
                     for name, column in columns.items():
-                        mean, low, high = mean_interval(column, resamples=1000)
+                        mean, low, high = mean_interval(column, of_cases, resamples=1000)
                         size = int(np.isfinite(column).sum())
                         yield Point(model, kind, number, metric, name, mean, low, high, size)
 

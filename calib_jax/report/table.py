@@ -2,19 +2,19 @@
 
 A case's figure is the mean of a metric over the classes of the case. Undefined values (NaN, where nothing was
 counted) are left out of this mean, and a case without any defined value is left out altogether. For a model that
-was trained several times, a case's figure is its mean over the repeats. Intervals and tests are over cases rather
-than voxels, since voxels of one case are not independent.
+was trained several times, a case's figure is its mean over the repeats. Intervals and tests are over subjects, each
+with all its cases, rather than over voxels or cases, since those of one subject are not independent.
 """
 
 import dataclasses
 import functools
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from calib_jax._checks import check_size
 from calib_jax.report.archive import without_nan
@@ -23,7 +23,8 @@ from calib_jax.results import Result, nan_mean, write_rows
 CONFIDENCE = 0.95
 Role = Literal["baseline", "model", "reference"]
 _Cases = Mapping[str, Mapping[str, float]]  # by metric, then by name of the case
-_Bootstrap = Callable[[Sequence[np.ndarray]], list[tuple[float, float]]]
+_Sample = tuple[Float[np.ndarray, " cases"], Sequence[str]]  # values, and the subject of each
+_Bootstrap = Callable[[Sequence[_Sample]], list[tuple[float, float]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,11 +33,11 @@ class Change:
 
     Attributes:
         difference: mean over cases of model minus baseline.
-        difference_low: lower end of the bootstrap interval of `difference`; NaN for fewer than two cases.
+        difference_low: lower end of the bootstrap interval of `difference`; NaN for fewer than two subjects.
         difference_high: upper end of that interval.
         relative: `difference` divided by the baseline's mean over the same cases.
-        p_value: two-sided Wilcoxon signed-rank test of the per-case differences, not corrected for the
-            number of models or metrics; 1 if no case differs, NaN if there is no case.
+        p_value: two-sided Wilcoxon signed-rank test of the mean difference of each subject, not corrected for the
+            number of models or metrics; 1 if no subject differs, NaN if there is none.
         pairs: number of cases compared.
     """
 
@@ -54,9 +55,10 @@ class Summary:
 
     Attributes:
         mean: mean over cases of the mean over classes.
-        low: lower end of the bootstrap interval of `mean`; NaN for fewer than two cases.
+        low: lower end of the bootstrap interval of `mean`; NaN for fewer than two subjects.
         high: upper end of that interval.
         cases: number of cases with a defined value.
+        subjects: number of subjects that these cases are of.
         per_class: mean over cases of each class.
         change: change from the baseline; None for the baseline itself and the reference.
         per_repeat: mean of each training; empty for a model trained once.
@@ -67,6 +69,7 @@ class Summary:
     low: float
     high: float
     cases: int
+    subjects: int
     per_class: Mapping[str, float]
     change: Change | None
     per_repeat: Mapping[str, float]
@@ -106,7 +109,7 @@ def compare_models(
         baseline: index or name of the model that the others are compared with.
         reference: a further result for the last row, shown without a test, such as the best that any
             model could reach.
-        resamples: number of bootstrap samples of cases for each interval.
+        resamples: number of bootstrap samples of subjects for each interval.
         seed: seed of the bootstrap; equal input gives an equal table.
 
     Returns:
@@ -172,11 +175,12 @@ def case_means(case_names: Sequence[str], values: Float[np.ndarray, "cases class
 
 
 def mean_interval(
-    values: Float[np.ndarray, " cases"], *, resamples: int = 9999, seed: int = 0
+    values: Float[np.ndarray, " cases"], subjects: Sequence[str], *, resamples: int = 9999, seed: int = 0
 ) -> tuple[float, float, float]:
     """Mean over the defined cases, with the ends of its bootstrap interval; NaN where there is none."""
-    defined = values[~np.isnan(values)]
-    ((low, high),) = _bootstrap([defined], resamples=resamples, seed=seed)
+    defined = ~np.isnan(values)
+    sample = values[defined], np.array(subjects)[defined].tolist()
+    ((low, high),) = _bootstrap([sample], resamples=resamples, seed=seed)
     return float(nan_mean(values)), low, high
 
 
@@ -210,17 +214,19 @@ def _row(
     """Summarises one model in the `shared` metrics; without `base_cases` it is not compared with the baseline."""
     cases = _cases_by_metric(result, shared)
     repeats = {repeat: _cases_by_metric(one, shared) for repeat, one in result.repeats.items()}
-    intervals = bootstrap([np.array(list(means.values())) for means in cases.values()])
-    changes = _changes(cases, base_cases, bootstrap)
+    subject_of = dict(zip(result.case_names, result.subjects, strict=True))
+    intervals = bootstrap([_sample(means, subject_of) for means in cases.values()])
+    changes = _changes(cases, base_cases, subject_of, bootstrap)
     summaries = {}
     metrics = result.metrics()
     for metric, (low, high) in zip(shared, intervals, strict=True):
-        per_repeat = {repeat: _mean(means[metric]) for repeat, means in repeats.items()}
+        per_repeat = {repeat: _mean(means[metric].values()) for repeat, means in repeats.items()}
         summaries[metric] = Summary(
-            mean=_mean(cases[metric]),
+            mean=_mean(cases[metric].values()),
             low=low,
             high=high,
             cases=len(cases[metric]),
+            subjects=len({subject_of[name] for name in cases[metric]}),
             per_class={
                 name: float(nan_mean(column))
                 for name, column in zip(result.class_names, metrics[metric].T, strict=True)
@@ -237,43 +243,61 @@ def _cases_by_metric(result: Result, shared: Sequence[str]) -> _Cases:
     return {metric: case_means(result.case_names, metrics[metric]) for metric in shared}
 
 
-def _mean(cases: Mapping[str, float]) -> float:
-    return float(nan_mean(list(cases.values())))
+def _mean(values: Iterable[float]) -> float:
+    return float(nan_mean(list(values)))
 
 
-def _changes(cases: _Cases, base_cases: _Cases, bootstrap: _Bootstrap) -> dict[str, Change]:
+def _changes(
+    cases: _Cases, base_cases: _Cases, subject_of: Mapping[str, str], bootstrap: _Bootstrap
+) -> dict[str, Change]:
     """Change of each metric over the cases that both models have; none without `base_cases`."""
-    differences, relative = {}, {}
+    samples, relative = {}, {}
     for metric, base in base_cases.items():
-        shared = [name for name in cases[metric] if name in base]
-        before = np.array([base[name] for name in shared])
-        change = np.array([cases[metric][name] for name in shared]) - before
-        differences[metric] = change
-        relative[metric] = float(nan_mean(change) / nan_mean(before)) if before.any() else math.nan
-    intervals = bootstrap(list(differences.values()))
-    return {
-        metric: Change(
-            float(nan_mean(change)), low, high, relative[metric], _wilcoxon(change), pairs=change.size
+        changes = {name: mean - base[name] for name, mean in cases[metric].items() if name in base}
+        before = np.array([base[name] for name in changes])
+        samples[metric] = _sample(changes, subject_of)
+        relative[metric] = (
+            float(nan_mean(samples[metric][0]) / nan_mean(before)) if before.any() else math.nan
         )
-        for (metric, change), (low, high) in zip(differences.items(), intervals, strict=True)
+    intervals = bootstrap(list(samples.values()))
+    return {
+        metric: Change(_mean(change), low, high, relative[metric], _wilcoxon(change, subjects), change.size)
+        for (metric, (change, subjects)), (low, high) in zip(samples.items(), intervals, strict=True)
     }
 
 
-def _bootstrap(
-    samples: Sequence[Float[np.ndarray, " cases"]], *, resamples: int, seed: int
-) -> list[tuple[float, float]]:
-    """Percentile bootstrap interval of the mean of each sample; NaN for samples of fewer than two cases.
+def _sample(means: Mapping[str, float], subject_of: Mapping[str, str]) -> _Sample:
+    return np.array(list(means.values())), [subject_of[name] for name in means]
 
-    Samples of equal size share the draws of cases, which is faster and gives each the interval that it has alone.
+
+def _by_subject(
+    values: Float[np.ndarray, " cases"], subjects: Sequence[str]
+) -> tuple[Float[np.ndarray, " subjects"], Int[np.ndarray, " subjects"]]:
+    """Sum and number of the values of each subject, in the order in which subjects first occur."""
+    place = {subject: i for i, subject in enumerate(dict.fromkeys(subjects))}
+    places = np.array([place[subject] for subject in subjects], np.intp)
+    return np.bincount(places, values, len(place)), np.bincount(places, minlength=len(place))
+
+
+def _bootstrap(samples: Sequence[_Sample], *, resamples: int, seed: int) -> list[tuple[float, float]]:
+    """Percentile bootstrap interval of the mean of each sample; NaN for samples of fewer than two subjects.
+
+    Subjects are drawn, each with all its cases. Samples with equally many cases of each subject share the draws,
+    which is faster and gives each the interval that it has alone.
     """
     from scipy.stats import bootstrap
 
     intervals = [(math.nan, math.nan)] * len(samples)
-    for size in {sample.size for sample in samples} - {0, 1}:
-        chosen = [i for i, sample in enumerate(samples) if sample.size == size]
+    grouped: dict[tuple[int, ...], dict[int, np.ndarray]] = {}
+    for i, sample in enumerate(samples):
+        total, number = _by_subject(*sample)
+        grouped.setdefault(tuple(number.tolist()), {})[i] = total
+    for number, totals in grouped.items():
+        if len(number) < 2:
+            continue
         found = bootstrap(
-            [samples[i] for i in chosen],
-            lambda *drawn, axis: np.stack([sample.mean(axis) for sample in drawn]),
+            [np.array(number), *totals.values()],
+            lambda number, *drawn, axis: np.stack(drawn).sum(axis) / number.sum(axis),
             paired=True,
             vectorized=True,
             n_resamples=resamples,
@@ -282,14 +306,16 @@ def _bootstrap(
             method="percentile",
             rng=np.random.default_rng(seed),
         ).confidence_interval
-        for i, low, high in zip(chosen, found.low.tolist(), found.high.tolist(), strict=True):
+        for i, low, high in zip(totals, found.low.tolist(), found.high.tolist(), strict=True):
             intervals[i] = low, high
     return intervals
 
 
-def _wilcoxon(differences: Float[np.ndarray, " cases"]) -> float:
+def _wilcoxon(changes: Float[np.ndarray, " cases"], subjects: Sequence[str]) -> float:
     from scipy.stats import wilcoxon
 
+    total, number = _by_subject(changes, subjects)
+    differences = total / number
     if not differences.any():
         return 1.0 if differences.size else math.nan
     result: Any = wilcoxon(differences)

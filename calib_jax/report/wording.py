@@ -32,8 +32,9 @@ DEFINITIONS: Final[Mapping[str, str]] = {
     "the predicted mask ŷ. It needs no label.",
     "Expected volume": "The sum of the probabilities of a class, times the volume of a voxel.",
     "Interval": "95% bootstrap over cases: the range of the mean over samples of cases drawn with replacement. "
-    "Voxels of one case depend on each other, so cases are drawn and not voxels.",
-    "p": "Wilcoxon signed-rank test over the cases that both models have.",
+    "Voxels of one case depend on each other, so cases are drawn and not voxels. Where it is known which cases are "
+    "of one subject, subjects are drawn, each with all cases.",
+    "p": "Wilcoxon signed-rank test over the cases that both models have, or over the means of their subjects.",
 }
 _FURTHER: Final = ("Over-confidence", "Near borders", "Expected Dice", "Expected volume", "Interval", "p")
 
@@ -138,8 +139,10 @@ def base_and_best(rows: Sequence[ModelRow]) -> tuple[ModelRow, ModelRow]:
 
 def footnote(rows: Sequence[ModelRow]) -> list[str]:
     """How the numbers of a table were computed, one sentence each."""
+    shared = any(x.subjects < x.cases for row in rows for x in row.metrics.values())
+    unit = "subjects, each of whom is drawn with all cases" if shared else "cases"
     lines = [
-        f"Mean over cases of the mean over classes, with its {CONFIDENCE:.0%} bootstrap interval over cases.",
+        f"Mean over cases of the mean over classes, with its {CONFIDENCE:.0%} bootstrap interval over {unit}.",
         "A case or class in which nothing was counted is left out.",
     ]
     if any(summary.per_repeat for row in rows for summary in row.metrics.values()):
@@ -150,8 +153,8 @@ def footnote(rows: Sequence[ModelRow]) -> list[str]:
     if any(row.role == "model" for row in rows):
         base, _ = base_and_best(rows)
         lines.append(
-            f"Changes are against “{base.name}”, p from a Wilcoxon signed-rank test over paired cases, "
-            "not corrected for several comparisons."
+            f"Changes are against “{base.name}”, p from a Wilcoxon signed-rank test over paired "
+            f"{'means of subjects' if shared else 'cases'}, not corrected for several comparisons."
         )
     return lines
 
