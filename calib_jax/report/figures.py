@@ -135,8 +135,9 @@ def _reliability_diagrams(results: Sequence[Result], index: int | None) -> Figur
     rows = 1 if len(results) > 1 else 2  # of the legend, which is wider than one panel
     figure, panels = _square_panels([result.name for result in results], below=0.72, footer=0.1 + 0.2 * rows)
     for result, (square, below) in zip(results, panels, strict=True):
-        # The band resamples rows of the statistics as cases, and the repeats of a case are not independent.
-        band = None if result.repeats else 0.95
+        # The band resamples rows of the statistics. Repeats of a case and cases of a subject are not independent.
+        dependent = result.repeats or len(set(result.subjects)) < len(result.subjects)
+        band = None if dependent else 0.95
         label = _in_title(result.name)
         plots.reliability_diagram(result.stats, class_index=index, label=label, band=band, ax=square)
         plots.bin_counts(result.stats, class_index=index, ax=below)
