@@ -172,7 +172,7 @@ def test_values_are_0_and_255_or_those_that_are_given(images, tmp_path):
         open_dataset(f"png:{tmp_path}", label_values=(0, 1, 2))
     with pytest.raises(InputError, match=r"B01.png holds the label value 0 .* \[1, 255\] are declared"):
         open_dataset(f"png:{tmp_path}", label_values=(1, 255)).load(0)
-    with pytest.raises(InputError, match="label_values are for volumes on disk"):
+    with pytest.raises(InputError, match="label_values and subjects are for volumes on disk"):
         open_dataset("phantom2d", label_values=(255, 0))
 
 

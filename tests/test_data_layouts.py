@@ -136,6 +136,18 @@ def test_scans_of_one_subject_are_known_as_such(tmp_path):
     assert dataset.subjects == dataset.case_names
 
 
+def test_an_expression_finds_subjects_in_the_names(tmp_path):
+    write_acdc(tmp_path)
+    assert open_dataset(f"acdc:{tmp_path}", subjects="frame[0-9]+").subjects == ("frame01", "frame12") * 2
+    for pattern, message in (
+        ("x", r"--subjects 'x' finds no subject in the name of the case 'patient001_frame01'"),
+        ("patient", r"--subjects 'patient' finds 'patient' in the names of all 4 cases: give an"),
+        ("(", r"--subjects '\(' is no regular expression: missing \)"),
+    ):
+        with pytest.raises(InputError, match=message):
+            open_dataset(f"acdc:{tmp_path}", subjects=pattern)
+
+
 def test_the_four_of_brats_2021_is_enhancing_tumour(tmp_path):
     write_brats_2021(tmp_path)
     dataset = VolumeDataset(LAYOUTS["brats"](tmp_path))

@@ -86,7 +86,12 @@ def test_a_name_of_a_layout_is_the_layout(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_options_of_volumes_are_refused(scans: Path) -> None:
-    options: list[dict[str, Any]] = [{"cache_dir": "x"}, {"channel_order": (1,)}, {"intensities": (0.0, 1.0)}]
+    options: list[dict[str, Any]] = [
+        {"cache_dir": "x"},
+        {"channel_order": (1,)},
+        {"intensities": (0.0, 1.0)},
+        {"subjects": "a"},
+    ]
     for option in options:
         with pytest.raises(InputError, match=r"are for volumes on disk"):
             open_dataset("my_data:cells", **option)

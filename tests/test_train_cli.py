@@ -20,13 +20,15 @@ from killed import logged, weights
 from calib_jax import BinStatistics
 from calib_jax.results import ModelResult, RepeatedResult
 from train.compare import Plan, _pairs
-from train.config import RunConfig
+from train.config import RunConfig, read_config
 from train.data.open import open_dataset
 from train.run.folder import claimed
 from train.run.logs import RunLog
+from train.task import open_cases_of
 
 TINY = ["--steps", "4", "--batch-size", "8", "--channels", "4", "8", "--strides", "2", "--warmup-steps", "1"]
 PHANTOM = [*TINY, "--data", "phantom2d", "--num-test", "3", "--num-val", "2"]
+SPLIT = ["--num-test", 2, "--num-val", 1, "--subjects", "[0-9]"]
 
 
 def rows(file: Path) -> list[dict[str, str]]:
@@ -46,7 +48,7 @@ AFFINE = np.array([[0.0, -1.5, 0.0, 7.0], [1.0, 0.0, 0.0, -3.0], [0.0, 0.0, 2.0,
 def trained(msd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run on `msd`."""
     out = tmp_path_factory.mktemp("runs") / "fit"
-    data = ["--data", f"msd:{msd}", "--num-test", 2, "--num-val", 1]
+    data = ["--data", f"msd:{msd}", *SPLIT]
     assert run("fit", *TINY, *data, "--loss", "dice+0.5*ace", "--out", out) == 0
     return out
 
@@ -194,6 +196,10 @@ def test_evaluate_the_same_data_elsewhere(
     (copy / "dataset.json").write_text(json.dumps(description))
     assert run("evaluate", trained, "--data", f"msd:{copy}", "--out", tmp_path / "more") == 0
     assert cases_of(tmp_path / "more") == {"new", *splits["test"]}
+    given = {None: tuple("012345"), f"msd:{copy}": (*(f"case_{i}" for i in range(6)), "new")}
+    for data, subjects in given.items():  # the run's expression finds nothing in the name of the new case
+        dataset, _ = open_cases_of(trained, *read_config(trained), "test", data)
+        assert dataset.subjects == subjects
     for text in (capsys.readouterr().out, (tmp_path / "more" / "index.html").read_text()):
         assert "4 cases of" in text
         assert "left out, since the run was trained or validated on them" in text
@@ -217,7 +223,7 @@ def test_resume_with_paths_spelt_otherwise(
 ) -> None:
     copy = tmp_path / "moved"
     shutil.copytree(msd, copy)
-    options = [*TINY, "--num-test", 2, "--num-val", 1, "--loss", "dice+0.5*ace", "--resume", "--out", trained]
+    options = [*TINY, *SPLIT, "--loss", "dice+0.5*ace", "--resume", "--out", trained]
     before = (trained / "config.json").read_text()
     for data in (f"msd:{msd}/", f"msd:{os.path.relpath(msd)}", f"msd:{copy}"):
         assert run("fit", *options, "--data", data, "--cache-dir", tmp_path / "cache") == 0

@@ -34,6 +34,10 @@ class DataConfig:
     """Number of test cases, or their share if below 1. A subject's cases stay together."""
     num_val: int | float = 20
     """Number of validation cases, or their share if below 1."""
+    subjects: str = ""
+    """Regular expression that finds the subject in the name of a case, such as 'patient[0-9]+', where a subject has
+    several cases. They stay together in splits and in intervals. Left out, the layout's: each case is a subject,
+    except in acdc and brats."""
     split_seed: int = 0
     """Seed of the split."""
     splits: str = ""

@@ -91,6 +91,7 @@ def _of_an_import(data: str) -> Iterator[tuple[Collection[str], str]]:
                 "cache_dir",
                 "annotators",
                 "label_values",
+                "subjects",
             ),
             "OPTION is about the cases of --data: give --data too, or leave OPTION out.",
         )

@@ -1,6 +1,7 @@
 """What a run is made of: data, split, network and devices, opened from a configuration and checked."""
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from train.config import (
 )
 from train.data import Dataset
 from train.data.case import ids_of
-from train.data.open import open_dataset
+from train.data.open import open_dataset, open_layout
 from train.data.protocols import PROTOCOLS
 from train.data.splits import Splits, chosen_splits, split_cases, write_splits
 from train.errors import InputError
@@ -168,6 +169,7 @@ def open_cases(data: DataConfig) -> Dataset:
         channel_order=data.channel_order,
         intensities=data.intensities,
         label_values=data.label_values,
+        subjects=data.subjects,
     )
 
 
@@ -188,10 +190,21 @@ def open_cases_of(
     """
     own = own_data(run, config.data.data)
     spec = data or own
-    dataset = open_cases(dataclasses.replace(config.data, data=spec, spacing=info.geometry.spacing))
-    check_same_data(spec, DataInfo.of(dataset), run, info)
     given = None if resolved(spec) == own else spec
+    settings = dataclasses.replace(config.data, data=spec, spacing=info.geometry.spacing)
+    if given and settings.subjects and not _has_subjects(given, settings.subjects):
+        settings = dataclasses.replace(settings, subjects="")
+    dataset = open_cases(settings)
+    check_same_data(spec, DataInfo.of(dataset), run, info)
     return dataset, choose_cases(run, read_cases(run), dataset, split, given=given)
+
+
+def _has_subjects(spec: str, pattern: str) -> bool:
+    """Whether a regular expression finds the subject of every case of other data, whose names may differ."""
+    try:
+        return all(re.search(pattern, entry.name) for entry in open_layout(spec).entries)
+    except InputError:  # not volumes on disk
+        return False
 
 
 def _splits(data: DataConfig, dataset: Dataset) -> Splits:

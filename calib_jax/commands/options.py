@@ -1,7 +1,6 @@
 """Options that several commands share: which folders to read, and how to bin."""
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,34 +62,14 @@ def add_subjects(add: Any) -> None:
 
 
 def subjects_of(options: argparse.Namespace, case_names: Sequence[str]) -> dict[str, str]:
-    """Subject of each case by the case's name.
+    """Subject of each case by the case's name; without the option, each case is a subject of its own.
 
     Raises:
-        ValueError: if `--subjects` is no regular expression, finds nothing in a name, or finds one subject only.
-
-    Example:
-        >>> subjects_of(argparse.Namespace(subjects="p[0-9]"), ["p1_a", "p1_b", "p2_a"])
-        {'p1_a': 'p1', 'p1_b': 'p1', 'p2_a': 'p2'}
+        ValueError: if the option does not fit the names.
     """
-    if options.subjects is None:
-        return {name: name for name in case_names}
-    try:
-        pattern = re.compile(options.subjects)
-    except re.error as error:
-        raise ValueError(f"--subjects {options.subjects!r} is no regular expression: {error}.") from error
-    found = {}
-    for name in case_names:
-        if not (match := pattern.search(name)) or not match[0]:
-            raise ValueError(
-                f"--subjects {options.subjects!r} finds no subject in the name of the case {name!r}."
-            )
-        found[name] = match[0]
-    if len(alike := set(found.values())) == 1 < len(found):
-        raise ValueError(
-            f"--subjects {options.subjects!r} finds {alike.pop()!r} in the names of all {len(found)} cases: give "
-            "an expression that tells subjects apart."
-        )
-    return found
+    from calib_jax._subjects import find_subjects
+
+    return find_subjects(options.subjects, case_names) if options.subjects else {x: x for x in case_names}
 
 
 def add_jobs(parser: argparse.ArgumentParser) -> None:

@@ -17,6 +17,7 @@ from train.data.volumes import (
     reorder_channels,
     replace_label_values,
     replace_range,
+    replace_subjects,
 )
 from train.errors import InputError
 from train.plugins import import_object, parse_call
@@ -33,6 +34,7 @@ def open_dataset(
     channel_order: Sequence[int] = (),
     intensities: tuple[float, float] | None = None,
     label_values: Sequence[int] = (),
+    subjects: str = "",
 ) -> Dataset:
     """Opens a data set by its name on the command line.
 
@@ -46,6 +48,7 @@ def open_dataset(
         channel_order: the channels to use of volumes on disk, in order; empty for all.
         intensities: range that intensities of volumes on disk are clipped to, in place of their layout's range.
         label_values: value of each class in label files on disk, in place of the layout's values.
+        subjects: regular expression that finds the subject in the name of a case, in place of the layout's.
 
     Raises:
         InputError: the name is unknown, an option does not apply, or a file is faulty.
@@ -53,7 +56,7 @@ def open_dataset(
     kind, _, path = spec.partition(":")
     if kind in LAYOUTS and path:
         layout = replace_range(reorder_channels(open_layout(spec), channel_order), intensities)
-        layout = replace_label_values(layout, label_values)
+        layout = replace_subjects(replace_label_values(layout, label_values), subjects)
         store = CaseStore(Path(cache_dir).expanduser()) if cache_dir else None
         return VolumeDataset(layout, geometry=geometry, all_annotators=all_annotators, store=store)
     if spec not in ("phantom", "phantom2d") and not _EXTERNAL.fullmatch(spec):
@@ -61,10 +64,10 @@ def open_dataset(
             f'data is "{spec}": give "phantom", "phantom2d", or LAYOUT:PATH with one of {", ".join(LAYOUTS)}, or '
             "package.module:function."
         )
-    if geometry or all_annotators or cache_dir or channel_order or intensities or label_values:
+    if geometry or all_annotators or cache_dir or channel_order or intensities or label_values or subjects:
         raise InputError(
-            f"data is {spec}: spacing, crop_margin, annotators, cache_dir, channel_order, intensities and "
-            "label_values are for volumes on disk (LAYOUT:PATH)."
+            f"data is {spec}: spacing, crop_margin, annotators, cache_dir, channel_order, intensities, "
+            "label_values and subjects are for volumes on disk (LAYOUT:PATH)."
         )
     if spec == "phantom":
         return PhantomDataset()

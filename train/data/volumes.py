@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from calib_jax._subjects import find_subjects
 from train.data.annotators import majority
 from train.data.cache import CaseStore
 from train.data.case import Case, Source
@@ -123,6 +124,23 @@ def replace_label_values(layout: Layout, values: Sequence[int]) -> Layout:
             f"{', '.join(layout.class_names)}: give one value for each, in this order."
         )
     return replace(layout, label_values=tuple(values))
+
+
+def replace_subjects(layout: Layout, pattern: str) -> Layout:
+    """The layout with the subjects that a regular expression finds in the names of its cases.
+
+    An empty expression keeps the layout's own.
+
+    Raises:
+        InputError: the expression does not fit the names.
+    """
+    if not pattern:
+        return layout
+    try:
+        found = find_subjects(pattern, [entry.name for entry in layout.entries])
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    return replace(layout, entries=tuple(replace(x, subject=found[x.name]) for x in layout.entries))
 
 
 def replace_range(layout: Layout, intensity_range: tuple[float, float] | None) -> Layout:
