@@ -20,7 +20,10 @@ def find_subjects(pattern: str, case_names: Sequence[str]) -> dict[str, str]:
         raise ValueError(f"--subjects {pattern!r} is no regular expression: {error}.") from error
     found = {name: match[0] for name, match in matches.items() if match and match[0]}
     if nameless := [name for name in case_names if name not in found]:
-        raise ValueError(f"--subjects {pattern!r} finds no subject in the name of the case {nameless[0]!r}.")
+        raise ValueError(
+            f"--subjects {pattern!r} finds no subject in the name of the case {nameless[0]!r}: give an expression "
+            "that fits every name."
+        )
     if len(alike := set(found.values())) == 1 < len(found):
         raise ValueError(
             f"--subjects {pattern!r} finds {alike.pop()!r} in the names of all {len(found)} cases: give an "

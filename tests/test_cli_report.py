@@ -307,8 +307,14 @@ class TestFaults:
                 ["--subjects", "p("],
                 "--subjects 'p(' is no regular expression: missing ), unterminated subpattern at position 1.",
             ),
-            (["--subjects", "p[0-9]"], "--subjects 'p[0-9]' finds no subject in the name of the case 'a'."),
-            (["--subjects", "x?"], "--subjects 'x?' finds no subject in the name of the case 'a'."),
+            *(
+                (
+                    ["--subjects", pattern],
+                    f"--subjects {pattern!r} finds no subject in the name of the case 'a': give an expression that "
+                    "fits every name.",
+                )
+                for pattern in ("p[0-9]", "x?")
+            ),
         ],
     )
     def test_wrong_options(self, further, message, tmp_path, in_memory, capsys):
