@@ -427,7 +427,7 @@ class TestSubjects:
             study.Study({"m": measured}, BINS),
             ("background", "a", "b"),
             first_class=1,
-            subject_of=lambda name: name[:2],
+            subjects={case.name: case.name[:2] for case in measured},
         )
         sides = []
         monkeypatch.setattr(gains, "SHOWN", ("vector",))

@@ -474,17 +474,6 @@ class TestPage:
             ]
         )
 
-    @pytest.mark.usefixtures("no_figures")
-    def test_a_second_report_leaves_no_file_of_models_that_are_gone(self, tmp_path):
-        models = [result(name, [0.4, 0.2]) for name in ("first", "second", "third")]
-        write_report(tmp_path, models, title="three")
-        (tmp_path / "results" / "mine.npz").write_text("not a report's")
-        write_report(tmp_path, [models[0], RepeatedResult("third", {"seed 0": models[2]})], title="two")
-        assert {path.name for path in (tmp_path / "results").iterdir()} == {
-            *("00-first.npz", "01-third-seed-0.npz", "mine.npz"),
-        }
-        assert {path.name for path in (tmp_path / "cases").iterdir()} == {"00-first.csv", "01-third.csv"}
-
     def test_leaks_no_figure(self, written):
         assert plt.get_fignums() == []
 

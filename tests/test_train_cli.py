@@ -24,7 +24,7 @@ from train.config import RunConfig, read_config
 from train.data.open import open_dataset
 from train.run.folder import claimed
 from train.run.logs import RunLog
-from train.task import open_cases_of
+from train.task import _finds_subjects, open_cases_of
 
 TINY = ["--steps", "4", "--batch-size", "8", "--channels", "4", "8", "--strides", "2", "--warmup-steps", "1"]
 PHANTOM = [*TINY, "--data", "phantom2d", "--num-test", "3", "--num-val", "2"]
@@ -216,6 +216,14 @@ def altered(file: Path) -> bytes:
     voxels = volume.get_fdata(dtype=np.float32)
     voxels[0, 0, 0] += 1
     return gzip.compress(nib.Nifti1Image(voxels, volume.affine).to_bytes())
+
+
+@pytest.mark.parametrize(("pattern", "fits"), [("[0-9]", True), ("x", False), ("case", False)])
+def test_an_expression_of_a_run_is_left_out_where_other_data_do_not_fit(
+    msd: Path, pattern: str, fits: bool
+) -> None:
+    assert _finds_subjects(pattern, f"msd:{msd}") is fits
+    assert not _finds_subjects(pattern, "phantom")
 
 
 def test_resume_with_paths_spelt_otherwise(

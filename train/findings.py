@@ -72,8 +72,8 @@ def results_of_rows(study: Study, dataset: Dataset, regions: Sequence[str]) -> l
         regions: of a network with sigmoids; empty for a softmax over classes.
     """
     names, first_class, _ = _classes(dataset, regions)
-    subject_of = dict(zip(dataset.case_names, dataset.subjects, strict=True))
-    return results_of(study, names, first_class=first_class, subject_of=subject_of.__getitem__)
+    subjects = dict(zip(dataset.case_names, dataset.subjects, strict=True))
+    return results_of(study, names, first_class=first_class, subjects=subjects)
 
 
 def details_of_rows(

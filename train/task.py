@@ -1,7 +1,6 @@
 """What a run is made of: data, split, network and devices, opened from a configuration and checked."""
 
 import dataclasses
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from train.data.case import ids_of
 from train.data.open import open_dataset, open_layout
 from train.data.protocols import PROTOCOLS
 from train.data.splits import Splits, chosen_splits, split_cases, write_splits
+from train.data.volumes import replace_subjects
 from train.errors import InputError
 from train.losses import Loss, parse_loss
 from train.models.registry import check_logits, make_network
@@ -192,19 +192,20 @@ def open_cases_of(
     spec = data or own
     given = None if resolved(spec) == own else spec
     settings = dataclasses.replace(config.data, data=spec, spacing=info.geometry.spacing)
-    if given and settings.subjects and not _has_subjects(given, settings.subjects):
+    if given and settings.subjects and not _finds_subjects(settings.subjects, given):
         settings = dataclasses.replace(settings, subjects="")
     dataset = open_cases(settings)
     check_same_data(spec, DataInfo.of(dataset), run, info)
     return dataset, choose_cases(run, read_cases(run), dataset, split, given=given)
 
 
-def _has_subjects(spec: str, pattern: str) -> bool:
-    """Whether a regular expression finds the subject of every case of other data, whose names may differ."""
+def _finds_subjects(pattern: str, spec: str) -> bool:
+    """Whether a run's expression tells the subjects of other data apart, whose names may differ."""
     try:
-        return all(re.search(pattern, entry.name) for entry in open_layout(spec).entries)
-    except InputError:  # not volumes on disk
+        replace_subjects(open_layout(spec), pattern)
+    except InputError:
         return False
+    return True
 
 
 def _splits(data: DataConfig, dataset: Dataset) -> Splits:

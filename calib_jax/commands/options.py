@@ -62,14 +62,14 @@ def add_subjects(add: Any) -> None:
 
 
 def subjects_of(options: argparse.Namespace, case_names: Sequence[str]) -> dict[str, str]:
-    """Subject of each case by the case's name; without the option, each case is a subject of its own.
+    """Subject of each case by the case's name; empty without the option.
 
     Raises:
         ValueError: if the option does not fit the names.
     """
     from calib_jax._subjects import find_subjects
 
-    return find_subjects(options.subjects, case_names) if options.subjects else {x: x for x in case_names}
+    return find_subjects(options.subjects, case_names) if options.subjects else {}
 
 
 def add_jobs(parser: argparse.ArgumentParser) -> None:

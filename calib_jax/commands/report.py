@@ -115,7 +115,7 @@ def _write(
     bins = Bins(options.binning, options.num_bins)
     regions, names = predictions.regions, predictions.class_names
     first = shared.first_class(options, predictions)
-    results = results_of(study, names, first_class=first, subject_of=subjects.__getitem__)
+    results = results_of(study, names, first_class=first, subjects=subjects)
     shown = [result.name for result in results]
     baseline = options.baseline if options.baseline in shown else shown[0]
     table = list(findings.case_table(study, results, first_class=first))

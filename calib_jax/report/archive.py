@@ -74,7 +74,6 @@ def save_inputs(folder: Path, inputs: ReportInputs, figures: Mapping[str, Any] |
     # A file name may hold surrogates: they become escapes, which JSON reads back.
     text = json.dumps(index, indent=1, ensure_ascii=False)
     (folder / _INDEX).write_text(text, encoding="utf-8", errors="backslashreplace")
-    remove_others(folder / _RESULTS, [folder / path for one in saved for path in _paths(one)])
 
 
 def load_inputs(folder: Path) -> ReportInputs:
@@ -115,17 +114,6 @@ def load_inputs(folder: Path) -> ReportInputs:
 def file_stem(index: int, name: str) -> str:
     """A file name for a model: its index in the report and the characters that all file systems allow."""
     return f"{index:02d}-{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')[:60] or 'model'}"
-
-
-def remove_others(folder: Path, kept: Sequence[Path]) -> None:
-    """Removes the files of an earlier report, whose models are gone or have other indices. Other files stay."""
-    for path in folder.glob(f"[0-9][0-9]*-*{kept[0].suffix}"):
-        if path not in kept:
-            path.unlink()
-
-
-def _paths(entry: str | dict[str, Any]) -> list[str]:
-    return [entry] if isinstance(entry, str) else list(entry["repeats"].values())
 
 
 def _save(folder: Path, index: int, model: Result) -> str | dict[str, Any]:

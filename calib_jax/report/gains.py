@@ -140,8 +140,8 @@ def cross_validate_local(
             figures[case.name] = measure(dataclasses.replace(case, probs=probs), bins)
     study = Study({"local": [figures[name] for name in names]}, bins)
     all_names = [*[""] * first_class, *result.class_names]
-    subject_of = dict(zip(names, result.subjects, strict=True))
-    (after,) = results_of(study, all_names, first_class=first_class, subject_of=subject_of.__getitem__)
+    subjects = dict(zip(names, result.subjects, strict=True))
+    (after,) = results_of(study, all_names, first_class=first_class, subjects=subjects)
     rows = compare_models([result, after], resamples=2000)
     return [Gain("local", "", calibrator.keeps_labels, _LOCAL_FOLDS, rows[1])]
 

@@ -145,12 +145,8 @@ def write_tables(folder: Path, rows: Sequence[ModelRow], results: Sequence[Resul
     (folder / "table.json").write_text(
         json.dumps(to_json(rows), indent=1, ensure_ascii=False), encoding="utf-8", errors="backslashreplace"
     )
-    files = [
-        folder / "cases" / f"{archive.file_stem(i, result.name)}.csv" for i, result in enumerate(results)
-    ]
-    for file, result in zip(files, results, strict=True):
-        result.write_case_csv(file)
-    archive.remove_others(folder / "cases", files)
+    for i, result in enumerate(results):
+        result.write_case_csv(folder / "cases" / f"{archive.file_stem(i, result.name)}.csv")
 
 
 def _pictures(details: Details | None, folder: Path) -> list[tuple[CasePicture, list[tuple[str, str]]]]:

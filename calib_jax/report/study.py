@@ -102,7 +102,7 @@ def cases_of(predictions: "Predictions") -> list[tuple[str, ...]]:
 
 
 def results_of(
-    study: Study, class_names: Sequence[str], *, first_class: int, subject_of: Callable[[str], str] = str
+    study: Study, class_names: Sequence[str], *, first_class: int, subjects: Mapping[str, str] | None = None
 ) -> list[ModelResult]:
     """The result of each model that has any case, of the classes from `first_class` on.
 
@@ -110,7 +110,7 @@ def results_of(
         study: the figures.
         class_names: of all classes.
         first_class: index of the first class to report.
-        subject_of: the subject of a case by the case's name; left out, each case is a subject of its own.
+        subjects: subject of each case by the case's name; a case that is not there is a subject of its own.
     """
     results = []
     for model, cases in study.cases.items():
@@ -127,8 +127,8 @@ def results_of(
                 for method in ("dice", "brier", "mean_nll")
             )
             case_names = tuple(case.name for case in cases)
-            subjects = tuple(map(subject_of, case_names))
-            results.append(ModelResult(model, case_names, names, stats, dice, brier, nll, boundary, subjects))
+            of_cases = tuple((subjects or {}).get(name, name) for name in case_names)
+            results.append(ModelResult(model, case_names, names, stats, dice, brier, nll, boundary, of_cases))
     return results
 
 

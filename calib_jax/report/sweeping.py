@@ -110,12 +110,12 @@ def summarise(
 
     Args:
         errors: of the cases of each model by their names, of the classes that are named.
-        subjects: subject of each case by the case's name.
+        subjects: subject of each case by the case's name; a case that is not there is a subject of its own.
         numbers: numbers of bins.
         class_names: names of the classes.
     """
     for model, cases in errors.items():
-        stacked, of_cases = np.stack(list(cases.values())), [subjects[name] for name in cases]
+        stacked, of_cases = np.stack(list(cases.values())), [subjects.get(name, name) for name in cases]
         for i, kind in enumerate(KINDS):
             for j, number in enumerate(numbers):
                 for k, metric in enumerate(ERRORS):
