@@ -28,6 +28,7 @@ from train.targets import CompilationFailed, Target, format_bytes, parse_target,
 RECIPE = "paper_brats_dice_ace"
 """Its network, loss and augmentation are those of `step`."""
 _LOSSES = ("ace", "dice", "loss")
+_OF_VOLUMES = ("windows", "statistics")
 _BINNINGS = ("hard", "soft", "adaptive")
 _STEP = {"network": "unet", "precision": "float32", "remat": False, "accumulate": 1, "mesh": ""}
 _COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda13-pjrt", "jax-cuda12-pjrt")
@@ -69,12 +70,12 @@ def _named(written: str, options: Compiled) -> list[str]:
     in_bins = call.name in ("ace", "loss") and list(call.arguments) == ["binning"]
     if call.name in _LOSSES and (not call.arguments or (in_bins and call.arguments["binning"] in _BINNINGS)):
         return [f"{written} {shape}" for shape in options.loss_shapes]
-    if call.name == "evaluation" and not call.arguments:
+    if call.name in _OF_VOLUMES and not call.arguments:
         return [written]
     if call.name == "step" and call.arguments.keys() <= _STEP.keys():
         return [written]
     known = (
-        f"{', '.join(_LOSSES)}, evaluation, ace or loss with binning ({', '.join(_BINNINGS)}), "
+        f"{', '.join((*_LOSSES, *_OF_VOLUMES))}, ace or loss with binning ({', '.join(_BINNINGS)}), "
         f"or step with any of {', '.join(_STEP)}"
     )
     raise InputError(f"program is {written!r}: give {known}.")
@@ -98,8 +99,8 @@ def _row(target: Target, name: str, options: Compiled) -> dict[str, Any]:
 def _settings(options: Compiled, name: str) -> dict[str, Any]:
     """The options that a program depends on."""
     of_step = ("patch", "batch_size", "channels", "classes")
-    of_evaluation = ("shape", "eval_patch", "channels", "classes")
-    names = of_step if name.startswith("step") else of_evaluation if name == "evaluation" else ()
+    of_volume = ("shape", "eval_patch", "channels", "classes")
+    names = of_step if name.startswith("step") else of_volume if name in _OF_VOLUMES else ()
     return timing.settings(options, *names)
 
 
@@ -133,7 +134,7 @@ def program(name: str, options: Compiled, devices: Sequence[Any]) -> Lowerable:
     """A program by its name in the results, over all the devices or on the first one."""
     if name.startswith("step"):
         return _step(name, options, devices)
-    return _evaluation(options, devices[0]) if name == "evaluation" else _loss(name, devices[0])
+    return _of_volume(name, options, devices[0]) if name in _OF_VOLUMES else _loss(name, devices[0])
 
 
 def _on(device: Any) -> NamedSharding:
@@ -190,27 +191,32 @@ def _info(options: Compiled, patch: Sequence[int]) -> DataInfo:
     return DataInfo("data", names, options.channels, spatial_dims=len(patch))
 
 
-def _evaluation(options: Compiled, device: Any) -> Lowerable:
+def _of_volume(name: str, options: Compiled, device: Any) -> Lowerable:
     from flax import nnx
 
+    from calib_jax._eager import filled_size
     from train.evaluate import CaseStatistics
-    from train.inference import Network, plan_windows, volume_summary, windows_at_once
+    from train.inference import Network, jitted, plan_windows, windows_at_once
     from train.task import make_model
 
-    config, info, patch = _config(options, "unet"), _info(options, options.shape), options.eval_patch
-    graphdef, *weights = nnx.split(nnx.eval_shape(lambda: make_model(config, info)), nnx.Param, ...)
+    patch = options.eval_patch
     plan = plan_windows(options.shape, patch, 0.5, windows_at_once(patch))
-    arguments = (
-        tuple(weights),
-        jax.ShapeDtypeStruct((*plan.canvas, options.channels), jnp.float32),
-        jax.ShapeDtypeStruct(plan.canvas, jnp.uint8),
-        jax.ShapeDtypeStruct((len(plan.canvas),), jnp.int32),
-        jax.ShapeDtypeStruct(plan.corners.shape, jnp.int32),
-        jax.ShapeDtypeStruct(plan.counted.shape, bool),
-    )
+    if name == "statistics":
+        function, size = CaseStatistics(), filled_size(math.prod(plan.canvas))
+        arguments: tuple[Any, ...] = (
+            jax.ShapeDtypeStruct((size, options.classes), jnp.float32),
+            jax.ShapeDtypeStruct((size,), jnp.uint8),
+            jax.ShapeDtypeStruct((size,), bool),
+        )
+    else:
+        config, info = _config(options, "unet"), _info(options, options.shape)
+        graphdef, *weights = nnx.split(nnx.eval_shape(lambda: make_model(config, info)), nnx.Param, ...)
+        windows = (plan.counted.shape[1], *patch, options.channels)
+        function = Network(graphdef)
+        arguments = (tuple(weights), jax.ShapeDtypeStruct(windows, jnp.float32))
     here = _on(device)
     placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), arguments)
-    return volume_summary(Network(graphdef), patch, CaseStatistics(), device.platform), placed
+    return jitted(function, device.platform), placed
 
 
 def _outcome(row: Mapping[str, Any]) -> str:

@@ -235,8 +235,8 @@ class Compiled:
     Programs: `ace` is mL1-ACE and its gradient; `dice` and `loss` are `segmentation_loss` of Dice alone and of
     Dice + cross-entropy + mL1-ACE, with the gradient; `ace(binning=soft)` and `loss(binning=adaptive)` have other
     bins; `step` is the training step of the paper's recipe, with the arguments network (unet, segresnet, unetr),
-    precision, remat, accumulate and mesh; `evaluation` computes the statistics of a whole volume. All but `step`
-    take one device of a target.
+    precision, remat, accumulate and mesh; `windows` is the network on a group of windows of a volume; `statistics`
+    are the bins and Dice of the volume. All but `step` take one device of a target.
     """
 
     targets: tuple[str, ...] = (
@@ -267,7 +267,8 @@ class Compiled:
         "step(precision=bfloat16,mesh='space=2')",
         "step(network=segresnet,precision=bfloat16,remat=True)",
         "step(network=unetr,precision=bfloat16,remat=True)",
-        "evaluation",
+        "windows",
+        "statistics",
     )
     """What to compile."""
     loss_shapes: tuple[str, ...] = ("4x3x48x64x48", "1x4x224x224x144")
@@ -277,13 +278,13 @@ class Compiled:
     batch_size: int = 8
     """Of step: patches per step. On more devices, as many patches as devices."""
     shape: tuple[int, ...] = (240, 240, 155)
-    """Of evaluation: voxels along each axis of the volume."""
+    """Of statistics: voxels along each axis of the volume."""
     eval_patch: tuple[int, ...] = (128, 128, 128)
-    """Of evaluation: size of a window."""
+    """Of windows and statistics: size of a window."""
     channels: int = 4
-    """Of step and evaluation: channels of the image."""
+    """Of step and windows: channels of the image."""
     classes: int = 4
-    """Of step and evaluation: classes, including the background."""
+    """Of step, windows and statistics: classes, including the background."""
     limit_s: float = 1200.0
     """Seconds that one compilation may take; what takes longer is noted and left."""
     out: Path = RESULTS / "compiled.json"

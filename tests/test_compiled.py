@@ -14,7 +14,7 @@ from train.errors import InputError
 from train.targets import CompilationFailed, parse_target
 
 SMALL = options.Compiled(
-    programs=("ace", "step(precision=bfloat16,remat=True)", "evaluation"),
+    programs=("ace", "step(precision=bfloat16,remat=True)", "windows"),
     targets=("cpu", "cpu:2"),
     loss_shapes=("2x3x8x8",),
     patch=(16, 16),
@@ -69,7 +69,8 @@ def test_a_loss_is_told_in_units_of_the_probabilities(
         "ace(binning=soft) 2x3x8x8",
         "dice 2x3x8x8",
         "loss(binning=adaptive) 2x3x8x8",
-        "evaluation",
+        "windows",
+        "statistics",
     ],
 )
 def test_programs_of_one_device(name: str) -> None:
@@ -105,7 +106,7 @@ def test_rows_of_earlier_runs_are_kept_and_failures_noted(
     out = tmp_path / "compiled.json"
 
     def run_for(target: object, function: str, request: dict, limit_s: float) -> dict:
-        if request["name"] == "evaluation":
+        if request["name"] == "windows":
             raise CompilationFailed(f"not done after {limit_s:g} s")
         figures = dict.fromkeys(("total_bytes", "temp_bytes", "bytes_accessed", "flops", "compile_s"), 2**30)
         exchanged = {"all-reduce": {"count": 2, "bytes": 2**20}}
@@ -114,14 +115,14 @@ def test_rows_of_earlier_runs_are_kept_and_failures_noted(
     monkeypatch.setattr(compiled, "run_for", run_for)
     assert main(small(out=out, limit_s=3)) == 0
     printed = capsys.readouterr().out
-    assert "cpu, evaluation: failed after 0 s: not done after 3 s" in printed
+    assert "cpu, windows: failed after 0 s: not done after 3 s" in printed
     assert "2 all-reduce, 1.00 MiB" in printed
     assert main(small(out=out, programs=("step",), targets=("cpu:2",))) == 0
     names = {name for _, name in rows(out)}
-    assert names == {"ace 2x3x8x8", "step(precision=bfloat16,remat=True)", "evaluation", "step"}
+    assert names == {"ace 2x3x8x8", "step(precision=bfloat16,remat=True)", "windows", "step"}
     # What has changed is compiled again.
     assert main(small(out=out, programs=("step",), targets=("cpu:2",), patch=(32, 16))) == 0
-    assert {name for _, name in rows(out)} == {"ace 2x3x8x8", "step", "evaluation"}
+    assert {name for _, name in rows(out)} == {"ace 2x3x8x8", "step", "windows"}
 
 
 def test_what_is_not_installed_is_skipped(
@@ -142,13 +143,13 @@ def test_what_is_not_installed_is_skipped(
         "ace(num_bins=3)",
         "ace(binning=wide)",
         "dice(binning=soft)",
-        "evaluation(patch=3)",
+        "windows(patch=3)",
     ],
 )
 def test_unknown_programs(program: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compiled", "--programs", program]) == 2
     assert (
-        f"program is {program!r}: give ace, dice, loss, evaluation, ace or loss with binning"
+        f"program is {program!r}: give ace, dice, loss, windows, statistics, ace or loss with binning"
         in capsys.readouterr().err
     )
     with pytest.raises(InputError):

@@ -454,7 +454,7 @@ def test_what_weights_do_not_tell_is_said_and_kept(
         ({"norm": "batch"}, "give --norm batch"),
         ({"num_res_units": 1}, "its weights say --num-res-units 1"),
         ({"channels": (4, 6)}, "its weights say --channels 4 6"),
-        ({"strides": (1,)}, "--strides with 1 at place 1"),
+        ({"strides": (1,)}, "--strides with 1 at level 1"),
         ({"spatial_dims": 2}, "it is for 2-D images, the data are 3-D"),
     ],
 )

@@ -213,7 +213,10 @@ def test_a_users_network_says_what_divides_a_patch(
 ) -> None:
     patch = ["--patch", 15, 16, "--out", tmp_path / "run"]
     message = refuses(capsys, "fit", "--architecture", "my_networks:make", *TINY, *patch)
-    assert "patch (15, 16) is not divided by the network's strides, whose product is 2" in message
+    assert (
+        "patch (15, 16) is not divided by the network's strides, whose products along the axes are (2, 2)"
+        in message
+    )
 
 
 # Runs of version 0.1.

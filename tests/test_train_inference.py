@@ -18,7 +18,17 @@ from train.data.phantom import PhantomDataset
 from train.data.transforms import crop_back, pad_to_hold
 from train.errors import InputError
 from train.evaluate import CaseStatistics, SumsOfClasses, case_statistics, evaluate
-from train.inference import VolumePredictor, ensemble, plan_windows, volume_predictor, volume_summary
+from train.inference import (
+    VolumePredictor,
+    add_windows,
+    cut_windows,
+    ensemble,
+    flat_voxels,
+    jitted,
+    plan_windows,
+    volume_predictor,
+    weighted_mean,
+)
 from train.step import TrainState, init_state
 
 SHAPES = [(5, 6, 7), (8, 8, 8), (8, 20, 13), (31, 9, 8), (3, 19, 30)]
@@ -134,18 +144,23 @@ def test_few_places_are_filled_up(windows: int, groups: tuple[int, int]) -> None
 
 
 def test_programs_are_shared() -> None:
-    """By volumes on one canvas, by weights and by predictors; a summary is traced once for each program."""
-    traced = []
+    """A summary is traced once for each filled size, a network once for each number of windows in a group."""
+    traced, seen = [], []
 
     def count(probs: jax.Array, label: jax.Array, where: jax.Array) -> jax.Array:
         del label
         traced.append(probs.shape)
         return where.sum()
 
-    for scale, shape in enumerate([(17, 9), (18, 10), (18, 9), (17, 10), (3, 5), (8, 8), (31, 8), (32, 2)]):
-        predict = VolumePredictor(voxelwise, float(scale), (8, 8))
+    def network(scale: Any, images: jax.Array) -> jax.Array:
+        seen.append(images.shape)
+        return voxelwise(scale, images)
+
+    for scale, shape in enumerate([(17, 9), (18, 10), (18, 9), (17, 10), (3, 5), (8, 8), (31, 8), (99, 61)]):
+        predict = VolumePredictor(network, float(scale), (8, 8))
         assert predict.summary(count, volume(shape), labels(shape)) == np.prod(shape)
-    assert traced == [(18, 10, 2), (8, 8, 2), (32, 8, 2)]
+    assert traced == [(4096, 2), (8192, 2)]
+    assert seen == [(4, 8, 8, 1), (1, 8, 8, 1)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -263,27 +278,24 @@ def test_evaluation_of_a_data_set_by_regions() -> None:
     )
 
 
-def arguments(predict: VolumePredictor, shape: tuple[int, ...], channels: int) -> tuple[Any, ...]:
-    """What the program of `volume_summary` is called with, as shapes."""
-    plan = plan_windows(shape, predict.patch, predict.overlap, predict.windows_per_batch)
-    image = jax.ShapeDtypeStruct((*plan.canvas, channels), jnp.float32)
-    label = jax.ShapeDtypeStruct(plan.canvas, jnp.uint8)
-    return predict.weights, image, label, np.array(shape, np.int32), plan.corners, plan.counted
-
-
-def statistics_program(predict: VolumePredictor) -> Any:
-    return volume_summary(predict.forward, predict.patch, CaseStatistics())
-
-
-def test_no_probability_leaves_the_device() -> None:
-    """The program gives statistics and nothing else, and holds the probabilities about twice."""
-    predict = VolumePredictor(by_place, 1.0, (32, 32, 32))
-    lowered = statistics_program(predict).lower(*arguments(predict, (160, 160, 160), 1))
+def test_statistics_stay_small() -> None:
+    """Few numbers leave the device. Temporaries take at most 1.6 times the memory of the probabilities."""
+    probs = jax.ShapeDtypeStruct((2**22, 3), jnp.float32)
+    label, where = (jax.ShapeDtypeStruct(probs.shape[:1], dtype) for dtype in (jnp.uint8, bool))
+    lowered = jitted(CaseStatistics()).lower(probs, label, where)
     assert max(np.prod(leaf.shape) for leaf in jax.tree.leaves(lowered.out_info)) == 2 * 20
     memory = lowered.compile().memory_analysis()
     assert memory.output_size_in_bytes < 4096
-    probs = 160**3 * 3 * 4
-    assert memory.temp_size_in_bytes < 3.5 * probs
+    assert memory.temp_size_in_bytes < 1.6 * 4 * np.prod(probs.shape)
+
+
+def test_windows_are_added_in_place() -> None:
+    """The sum on the canvas exists once, whatever the number of windows."""
+    total = jax.ShapeDtypeStruct((96, 96, 96, 3), jnp.float32)
+    windows, corners = jax.ShapeDtypeStruct((4, 32, 32, 32, 3), jnp.float32), jnp.zeros((4, 3), jnp.int32)
+    memory = add_windows.lower(total, windows, corners, jnp.ones(4, bool)).compile().memory_analysis()
+    assert memory.alias_size_in_bytes == 4 * np.prod(total.shape)
+    assert memory.temp_size_in_bytes < 1.5 * 4 * np.prod(windows.shape)
 
 
 def tiny_unet(dropout: float) -> tuple[nnx.GraphDef, TrainState]:
@@ -302,12 +314,24 @@ def test_dropout_is_off() -> None:
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_lowers_for(platform: str) -> None:
+    """Each of the programs of a volume."""
     predict = volume_predictor(*tiny_unet(0.1), (8, 8, 8))
-    exported = export.export(statistics_program(predict), platforms=[platform])(
-        *arguments(predict, (12, 8, 9), 2)
-    )
-    assert exported.platforms == (platform,)
-    assert [leaf.shape for leaf in exported.out_avals] == [(2, 20)] * 3 + [(2,)]
+    plan = predict.plan((12, 8, 9))
+    image = jnp.zeros((*plan.canvas, 2))
+    probs, windows = jnp.zeros((*plan.canvas, 3)), jnp.zeros((4, 8, 8, 8, 3))
+    corners, counted = jnp.asarray(plan.corners[0]), jnp.asarray(plan.counted[0])
+    shape = jnp.zeros(3, jnp.int32)
+    programs: list[tuple[Any, tuple[Any, ...]]] = [
+        (cut_windows, (image, corners, predict.patch)),
+        (jitted(predict.forward), (predict.weights, jnp.zeros((4, 8, 8, 8, 2)))),
+        (add_windows, (probs, windows, corners, counted)),
+        (weighted_mean, (probs, True)),
+        (flat_voxels, (probs, shape, 2048)),
+        (jitted(CaseStatistics()), (jnp.zeros((2048, 3)), jnp.zeros(2048, jnp.uint8), jnp.ones(2048, bool))),
+    ]
+    for program, arguments in programs:
+        exported = export.export(program, platforms=[platform])(*arguments)
+        assert exported.platforms == (platform,)
 
 
 @pytest.mark.parametrize("regions", [(), ("a", "b", "c")])

@@ -23,6 +23,8 @@ CASES = {
         (24, 18),
         {**SMALL, "channels": (4, 6, 8, 10), "strides": (3, 1, 2), "num_res_units": 1},
     ),
+    "thick slices": (3, (8, 12, 4), {**PAPER, **SMALL, "channels": (4, 6, 8), "strides": (2, 2, 1, 2, 3, 2)}),
+    "thick slices, no residual units": (3, (4, 6, 8), {**SMALL, "strides": (1, 3, 2), "num_res_units": 0}),
     # The reference's group norm wants its groups to divide the classes as well.
     "group norm": (
         2,
@@ -44,7 +46,13 @@ def test_equals_monai(name):
     nets = pytest.importorskip("monai.networks.nets")
     spatial_dims, sizes, options = CASES[name]
     torch.manual_seed(0)
-    theirs = nets.UNet(spatial_dims, **options | {"norm": NORMS[options.get("norm", "instance")]})
+    steps = len(options["channels"]) - 1
+    # MONAI takes the strides of axes as a tuple for each level.
+    strides = [tuple(level) for level in np.reshape(options["strides"], (steps, -1))]
+    theirs = nets.UNet(
+        spatial_dims,
+        **options | {"strides": strides, "norm": NORMS[options.get("norm", "instance")]},
+    )
     shape = (2, *sizes, options["in_channels"])
     assert_equals_monai(theirs, lambda: make_unet(spatial_dims=spatial_dims, **options), shape)
 
@@ -131,7 +139,11 @@ def test_image_of_another_kind(shape):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"strides": (2, 2)}, "one stride, 1 or more, between"),
+        ({"strides": (2, 2, 2, 2)}, "one stride, 1 or more, between"),
+        (
+            {"strides": (2, 2, 1)},
+            r"strides \(2, 2, 1\) are of 3 axes, the images have 2: give 1 or 2 strides",
+        ),
         ({"channels": (4,), "strides": ()}, "two or more channels"),
         ({"norm": "spectral"}, "norm is 'spectral'"),
         ({"norm": "group"}, "divisor of 4"),

@@ -340,8 +340,8 @@ def resolve_patch(
     if any(size < 1 or size % divisor for size, divisor in sides):
         fitting = tuple(max(1, round(size / divisor)) * divisor for size, divisor in sides)
         raise InputError(
-            f"{option} {tuple(patch)} is not divided by the network's strides, whose product is {max(divisors)}; "
-            f"{fitting} would be."
+            f"{option} {tuple(patch)} is not divided by the network's strides, whose products along the axes are "
+            f"{tuple(divisors)}; {fitting} would be."
         )
     return tuple(patch)
 

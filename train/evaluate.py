@@ -18,7 +18,7 @@ from train.data import Case, Dataset
 from train.data.case import region_ids
 from train.data.ignore import mask_ignored
 from train.data.shapes import Ids, Shares
-from train.inference import VolumePredictor
+from train.inference import VolumePredictor, jitted
 from train.local_calibration import calibrate
 from train.processes import is_first, join_shares, own_share
 from train.progress import progress
@@ -128,9 +128,6 @@ class CaseStatistics:
         return jax.tree.map(lambda a: a[0], (stats, dice))
 
 
-_statistics = jax.jit(CaseStatistics.__call__, static_argnums=0)
-
-
 def evaluate(
     name: str,
     predict: VolumePredictor,
@@ -227,4 +224,4 @@ def case_statistics(
     voxels = probs.shape[:-1]
     size = filled_size(max(math.prod(voxels), _FEWEST_VOXELS))
     arrays = (fill_up(x[None], len(voxels), size)[0] for x in (probs, label, np.ones(voxels, bool)))
-    return _statistics(CaseStatistics(regions, has_ignore), *arrays)
+    return jitted(CaseStatistics(regions, has_ignore))(*arrays)

@@ -1,9 +1,9 @@
-"""Predicts whole volumes with a network that sees patches, in one program on the device.
+"""Predicts whole volumes with a network that sees patches. Probabilities stay on the device.
 
 A volume is padded to a canvas, a size that similar volumes share, and covered by overlapping windows of the
-patch's size. The positions of the windows and the size of the volume are arguments of the program, so a few
-compiled programs serve a data set of many sizes. A program may reduce the probabilities to a summary, so that
-they never leave the device.
+patch's size. The network sees groups of windows. A summary sees a row of voxels that is filled up to one of few
+lengths. So a few compiled programs of both serve volumes of all sizes, and only programs that compile in a moment
+depend on the canvas.
 """
 
 import functools
@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Shaped, UInt8
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Shaped
 
+from calib_jax._eager import fill_up, filled_size
 from train import cpu
 from train.data.shapes import Ids, Image, Shares
 from train.data.transforms import crop_back, pad_to_hold
@@ -35,7 +36,7 @@ _VOXELS_AT_ONCE = 4 * 128**3  # voxels of the windows that the network sees at a
 # (weights, patches [batch, *patch, channels]) -> probabilities [batch, *patch, classes]. They sum to 1 over classes
 # unless the function has `regions`, see `Network`.
 Forward = Callable[[Any, Array], Array]
-# (probabilities [*canvas, classes], labels [*canvas] or None, where [*canvas]) -> any pytree of arrays. `where` is
+# (probabilities [voxels, classes], labels [voxels] or None, where [voxels]) -> any pytree of arrays. `where` is
 # False in the padding.
 Summary = Callable[[Array, Any, Array], Any]
 
@@ -123,7 +124,7 @@ class VolumePredictor:
 
     def __call__(self, image: Image) -> Shares:
         """Class probabilities on the grid of `image`, on the host. They sum to 1 unless there are `regions`."""
-        probs = self.summary(_probabilities, image)
+        probs = self._on_canvas(image, self.plan(image.shape[:-1]))
         return crop_back(np.asarray(probs), image.shape[:-1])
 
     @property
@@ -140,39 +141,44 @@ class VolumePredictor:
             label: class ids on the same grid, if `summary` needs them.
         """
         plan, shape = self.plan(image.shape[:-1]), np.array(image.shape[:-1], np.int32)
-        labels = None if label is None else pad_to_hold(label[..., None], plan.canvas)[..., 0]
-        program = volume_summary(self.forward, self.patch, summary)
-        padded = pad_to_hold(image, plan.canvas)
-        return program(self.weights, padded, labels, shape, plan.corners, plan.counted)
+        size = filled_size(math.prod(plan.canvas))
+        labels = None
+        if label is not None:
+            on_canvas = pad_to_hold(label[..., None], plan.canvas)[..., 0]
+            labels = fill_up(on_canvas[None], label.ndim, size)[0]
+        probs, where = flat_voxels(self._on_canvas(image, plan), shape, size)
+        return jitted(summary)(probs, labels, where)
 
     def plan(self, shape: Sequence[int]) -> "Plan":
         """The windows that cover a volume of this shape."""
         return plan_windows(shape, self.patch, self.overlap, self.windows_per_batch)
 
-
-def _probabilities(probs: Array, label: None, where: Array) -> Array:
-    """The probabilities as they are, a `Summary`. They are zero where no window reaches."""
-    return probs
+    def _on_canvas(self, image: Image, plan: "Plan") -> Float[Array, "*canvas classes"]:
+        """The probabilities on the device. They are zero where no window reaches."""
+        network, padded = jitted(self.forward), jax.device_put(pad_to_hold(image, plan.canvas))
+        if plan.counted.size == 1:
+            return network(self.weights, padded[None])[0]
+        # Probabilities that sum to 1 over classes give the sum of weights as their weighted sum. Otherwise a last
+        # channel collects the weights.
+        sums_to_one = not self.regions
+        total: Array | None = None
+        for corners, counted in zip(plan.corners, plan.counted, strict=True):
+            windows = network(self.weights, cut_windows(padded, corners, self.patch))
+            if total is None:
+                channels = windows.shape[-1] + (not sums_to_one)
+                total = jnp.zeros((*plan.canvas, channels), jnp.float32, device=windows.sharding)
+            total = add_windows(total, windows, corners, counted)
+        assert total is not None
+        return weighted_mean(total, sums_to_one)
 
 
 @functools.cache
-def volume_summary(
-    forward: Forward, patch: tuple[int, ...], summary: Summary, platform: str | None = None
-) -> Callable[..., Any]:
-    """Compiles `summary` of the probabilities of a padded volume, by default for JAX's default platform."""
+def jitted(function: Callable[..., Any], platform: str | None = None) -> Any:
+    """`jax.jit` with the compiler options of `train.cpu`, by default for JAX's default platform.
 
-    def program(
-        weights: Any,
-        image: Float[Array, "*canvas channels"],
-        label: UInt8[Array, "*canvas"] | None,
-        shape: Int32[Array, "axes"],  # of the volume without the padding
-        corners: Int[Array, "groups windows axes"],
-        counted: Bool[Array, "groups windows"],
-    ) -> Any:
-        probs = _sliding_window(forward, weights, image, corners, counted, patch)
-        return summary(probs, label, inside(shape, image.shape[:-1]))
-
-    return jax.jit(program, compiler_options=cpu.compiler_options(platform))
+    Equal functions share their programs.
+    """
+    return jax.jit(function, compiler_options=cpu.compiler_options(platform))
 
 
 class Plan(NamedTuple):
@@ -225,37 +231,7 @@ def _plan_axis(length: int, size: int, overlap: float) -> tuple[int, list[int]]:
     return padded, (starts + (padded - held) // 2).tolist()
 
 
-def _sliding_window(
-    network: Forward, weights: Any, image: Array, corners: Array, counted: Array, patch: tuple[int, ...]
-) -> Array:
-    """Averages the probabilities of the windows with Gaussian weights."""
-    if corners.shape[:2] == (1, 1):
-        return network(weights, image[None])[0]
-    sums_to_one = not getattr(network, "regions", ())
-
-    def forward(patches: Array) -> Array:
-        """Probabilities; if they do not sum to 1, a last channel of ones collects the weights."""
-        probs = network(weights, patches)
-        return probs if sums_to_one else jnp.concatenate([probs, jnp.ones_like(probs[..., :1])], -1)
-
-    weight = _gaussian_window(patch)
-
-    def add_group(total: Array, group: tuple[Array, Array]) -> tuple[Array, None]:
-        probs = forward(cut_windows(image, group[0], patch))
-        for window, corner, counts in zip(probs, *group, strict=True):
-            added = _cut(total, corner, patch) + jnp.where(counts, weight, 0) * window
-            total = lax.dynamic_update_slice(total, added, (*corner, np.int32(0)))
-        return total, None
-
-    one = jax.ShapeDtypeStruct((1, *patch, image.shape[-1]), image.dtype)
-    zeros = jnp.zeros((*image.shape[:-1], jax.eval_shape(forward, one).shape[-1]), jnp.float32)
-    total, _ = lax.scan(add_group, zeros, (corners, counted))
-    # Probabilities that sum to 1 over classes give the sum of weights as their weighted sum.
-    norm = total.sum(-1, keepdims=True) if sums_to_one else total[..., -1:]
-    probs = total / jnp.where(norm == 0, 1, norm)
-    return probs if sums_to_one else jnp.minimum(probs[..., :-1], 1)  # rounding may exceed 1
-
-
+@functools.partial(jax.jit, static_argnames="patch")
 def cut_windows(
     array: Shaped[Array, "*canvas channels"], corners: Int[Array, "windows axes"], patch: tuple[int, ...]
 ) -> Shaped[Array, "windows *patch channels"]:
@@ -265,6 +241,45 @@ def cut_windows(
 
 def _cut(array: Array, corner: Array, patch: tuple[int, ...]) -> Array:
     return lax.dynamic_slice(array, (*corner, np.int32(0)), (*patch, array.shape[-1]))
+
+
+@functools.partial(jax.jit, donate_argnames="total")
+def add_windows(
+    total: Float[Array, "*canvas channels"],
+    windows: Float[Array, "windows *patch classes"],
+    corners: Int[Array, "windows axes"],
+    counted: Bool[Array, "windows"],
+) -> Float[Array, "*canvas channels"]:
+    """Adds the windows that count, with Gaussian weights. A channel more than the classes collects the weights."""
+    patch = windows.shape[1:-1]
+    weight = _gaussian_window(patch)
+    if total.shape[-1] > windows.shape[-1]:
+        windows = jnp.concatenate([windows, jnp.ones_like(windows[..., :1])], -1)
+    for window, corner, counts in zip(windows, corners, counted, strict=True):
+        added = _cut(total, corner, patch) + jnp.where(counts, weight, 0) * window
+        total = lax.dynamic_update_slice(total, added, (*corner, np.int32(0)))
+    return total
+
+
+@functools.partial(jax.jit, static_argnames="sums_to_one")
+def weighted_mean(
+    total: Float[Array, "*canvas channels"], sums_to_one: bool
+) -> Float[Array, "*canvas classes"]:
+    """The mean of the windows from their weighted sum."""
+    norm = total.sum(-1, keepdims=True) if sums_to_one else total[..., -1:]
+    probs = total / jnp.where(norm == 0, 1, norm)
+    return probs if sums_to_one else jnp.minimum(probs[..., :-1], 1)  # rounding may exceed 1
+
+
+@functools.partial(jax.jit, static_argnames="size")
+def flat_voxels(
+    probs: Float[Array, "*canvas classes"], shape: Int32[Array, "axes"], size: int
+) -> tuple[Float[Array, "size classes"], Bool[Array, "size"]]:
+    """The voxels of a canvas in a row, filled up to `size`, and the mask of a volume of `shape` in its centre."""
+    where = inside(shape, probs.shape[:-1]).reshape(-1)
+    probs = probs.reshape(-1, probs.shape[-1])
+    missing = (0, size - len(where))
+    return jnp.pad(probs, (missing, (0, 0))), jnp.pad(where, missing)
 
 
 def _gaussian_window(patch: Sequence[int]) -> Float[Array, "*patch one"]:

@@ -286,10 +286,12 @@ def make_model(config: RunConfig, data: DataInfo) -> nnx.Module:
 
 def find_divisors(config: RunConfig, data: DataInfo) -> tuple[int, ...]:
     """What each side of a patch must be a multiple of. A network from outside the project says so itself."""
-    divisor = config.model.network.divisor
+    axes = data.spatial_dims - config.model.slices  # those that the network itself sees
+    divisors = config.model.network.divisors(axes)
     if is_external(config.model.architecture):
         any_patch = config.data.patch or (128,) * data.spatial_dims
         tried = dataclasses.replace(config, data=dataclasses.replace(config.data, patch=any_patch))
         network: Any = nnx.eval_shape(lambda: make_model(tried, data))
         divisor = int(getattr(network.network if config.model.slices else network, "divisor", 1))
-    return (divisor,) * (data.spatial_dims - 1) + (1 if config.model.slices else divisor,)
+        divisors = (divisor,) * axes
+    return (*divisors, 1) if config.model.slices else divisors

@@ -7,7 +7,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float32, Int32, UInt8
+import numpy as np
+from jaxtyping import Array, Bool, Float, Float32, UInt8
 
 import calib_jax
 from calib_jax._notes import warnings_as_notes
@@ -18,7 +19,7 @@ from train.data.ignore import mask_ignored
 from train.data.pipeline import CachedCases
 from train.data.transforms import pad_to_hold
 from train.errors import InputError
-from train.inference import Network, VolumePredictor, cut_windows, inside
+from train.inference import Network, VolumePredictor, cut_windows
 from train.losses import Regions, as_pairs
 
 
@@ -67,17 +68,18 @@ def fit_temperature(
     assert isinstance(predict.forward, Network)
     cases = CachedCases(dataset, case_names)
     regions = ids_of(dataset, predict.regions)
-    program = _window_logits(predict.forward, predict.patch, dataset.has_ignore, regions)
+    logits = _logits_program(predict.forward)
 
     def batches() -> Iterator[tuple[Array, Array, Array]]:
         for index in range(len(cases)):
             _, case = cases[index]
             plan = predict.plan(case.image.shape[:-1])
-            image = pad_to_hold(case.image, plan.canvas)
-            label = pad_to_hold(case.label[..., None], plan.canvas)[..., 0]
-            shape = jnp.array(case.label.shape, jnp.int32)
+            labelled = mask_ignored(case.label)[1] if dataset.has_ignore else np.ones_like(case.label, bool)
+            known = np.stack([case.label, labelled.astype(case.label.dtype)], -1)
+            image, known = (jax.device_put(pad_to_hold(x, plan.canvas)) for x in (case.image, known))
             for corners, counted in zip(plan.corners, plan.counted, strict=True):
-                yield program(predict.weights, image, label, shape, corners, counted)
+                images, labels = (cut_windows(x, corners, predict.patch) for x in (image, known))
+                yield _observations(logits(predict.weights, images), labels, counted, regions)
 
     with warnings_as_notes("fitting the temperature"):
         try:
@@ -87,32 +89,26 @@ def fit_temperature(
 
 
 @functools.cache
-def _window_logits(
-    network: Network, patch: tuple[int, ...], has_ignore: bool, regions: Regions
-) -> Callable[..., tuple[Array, Array, Array]]:
-    """Makes the compiled program that cuts a group of windows: logits, labels and the mask of voxels to count.
+def _logits_program(network: Network) -> Callable[[Any, Array], Array]:
+    """Compiles the logits of a network for groups of windows."""
+    return jax.jit(network.logits, compiler_options=cpu.compiler_options())
+
+
+@functools.partial(jax.jit, static_argnames="regions")
+def _observations(
+    logits: Float[Array, "windows *patch classes"],
+    known: UInt8[Array, "windows *patch two"],
+    counted: Bool[Array, "windows"],
+    regions: Regions,
+) -> tuple[Array, Array, Array]:
+    """Logits, labels and the mask of voxels to count, of windows whose `known` are class ids and that mask.
 
     Their shape is `[windows, *patch, ...]`, or `[windows * regions, *patch, ...]` for a network with sigmoids, see
     `as_pairs`.
     """
-
-    def program(
-        weights: Any,
-        image: Float[Array, "*canvas channels"],
-        label: UInt8[Array, "*canvas"],
-        shape: Int32[Array, "axes"],
-        corners: Int32[Array, "windows axes"],
-        counted: Bool[Array, "windows"],
-    ) -> tuple[Array, Array, Array]:
-        logits = network.logits(weights, cut_windows(image, corners, patch))
-        known = jnp.stack([label.astype(jnp.int32), inside(shape, label.shape).astype(jnp.int32)], -1)
-        labels, within = jnp.moveaxis(cut_windows(known, corners, patch), -1, 0)
-        where = (within == 1) & jnp.expand_dims(counted, tuple(range(1, labels.ndim)))
-        if has_ignore:
-            where &= mask_ignored(labels)[1]
-        if regions:
-            logits, labels = as_pairs(logits, labels, regions)
-            where = jnp.repeat(where, len(regions), axis=0)
-        return logits, labels, where
-
-    return jax.jit(program, compiler_options=cpu.compiler_options())
+    labels, where = known[..., 0].astype(jnp.int32), known[..., 1] == 1
+    where &= jnp.expand_dims(counted, tuple(range(1, labels.ndim)))
+    if regions:
+        logits, labels = as_pairs(logits, labels, regions)
+        where = jnp.repeat(where, len(regions), axis=0)
+    return logits, labels, where

@@ -22,13 +22,13 @@ class Convolution(nnx.Module):
         inputs: int,
         outputs: int,
         kernel_size: tuple[int, ...],
-        stride: int,
+        stride: int | tuple[int, ...],
         *,
         bias: bool,
         rngs: nnx.Rngs,
         transposed: bool = False,
     ):
-        self.strides = (stride,) * len(kernel_size)
+        self.strides = (stride,) * len(kernel_size) if isinstance(stride, int) else stride
         self.transposed = transposed
         # PyTorch computes the fan-in of a transposed kernel from its second axis, which holds the outputs.
         bound = (prod(kernel_size) * (outputs if transposed else inputs)) ** -0.5
@@ -133,17 +133,17 @@ def make_dropout(rate: float, rngs: nnx.Rngs) -> nnx.Dropout:
     return nnx.Dropout(rate, rngs=rngs if rate else None)
 
 
-def check_image(shape: tuple[int, ...], spatial_dims: int, channels: int, divisor: int) -> None:
+def check_image(shape: tuple[int, ...], spatial_dims: int, channels: int, divisors: tuple[int, ...]) -> None:
     """Checks that a network takes images of this shape, `[batch, *spatial, channels]`.
 
     Raises:
-        ValueError: if rank or channels are not the network's, or `divisor` does not divide a size.
+        ValueError: if rank or channels are not the network's, or `divisors` do not divide the sizes.
     """
     if len(shape) != spatial_dims + 2 or shape[-1] != channels:
         raise ValueError(
             f"The image has shape {shape}; expected [batch, {spatial_dims} spatial axes, {channels} channels]."
         )
-    for axis, size in enumerate(shape[1:-1], 1):
+    for axis, (size, divisor) in enumerate(zip(shape[1:-1], divisors, strict=True), 1):
         if size % divisor:
             raise ValueError(
                 f"Size {size} of axis {axis} of the image {shape} is not divisible by {divisor}, the "

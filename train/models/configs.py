@@ -19,21 +19,42 @@ class UNetConfig(NetworkConfig):
     channels: tuple[int, ...] = (8, 16, 32, 64)
     """Channels of each level."""
     strides: tuple[int, ...] = (2, 2, 2)
-    """Stride from each level to the next."""
+    """Stride from each level to the next. Thick slices want other strides across than within: then give those of
+    all axes for the first step, for the second, and so on, as in 2 2 1 2 2 1 2 2 2."""
     num_res_units: int = 2
     """Convolutions in a residual unit; 0 for plain convolutions."""
 
     def __post_init__(self) -> None:
         check_numbers(self, channels=(1, math.inf), num_res_units=(0, math.inf))
-        if not self.strides or len(self.strides) != len(self.channels) - 1 or min(self.strides) < 1:
+        steps = len(self.channels) - 1
+        if (
+            not self.strides
+            or len(self.strides) not in (steps, 2 * steps, 3 * steps)
+            or min(self.strides) < 1
+        ):
             raise InputError(
                 f"strides {self.strides} do not fit channels {self.channels}: give two or more channels, and one "
-                "stride, 1 or more, between each two levels."
+                "stride, 1 or more, between each two levels, or one for each axis there."
             )
 
-    @property
-    def divisor(self) -> int:
-        return math.prod(self.strides)
+    def strides_of_axes(self, spatial_dims: int) -> list[tuple[int, ...]]:
+        """The stride along each axis, from each level to the next.
+
+        Raises:
+            InputError: the strides are those of another number of axes.
+        """
+        steps = len(self.channels) - 1
+        if len(self.strides) == steps:
+            return [(stride,) * spatial_dims for stride in self.strides]
+        if len(self.strides) != steps * spatial_dims:
+            raise InputError(
+                f"strides {self.strides} are of {len(self.strides) // steps} axes, the images have {spatial_dims}: "
+                f"give {steps} or {steps * spatial_dims} strides."
+            )
+        return [self.strides[i * spatial_dims : (i + 1) * spatial_dims] for i in range(steps)]
+
+    def divisors(self, spatial_dims: int) -> tuple[int, ...]:
+        return tuple(map(math.prod, zip(*self.strides_of_axes(spatial_dims), strict=True)))
 
     def make(self, *, patch: tuple[int, ...], **sizes: Any) -> Any:
         from train.models.unet import UNet

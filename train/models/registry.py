@@ -44,6 +44,10 @@ class NetworkConfig:
         """Every side of a patch must be a multiple of this."""
         return 1
 
+    def divisors(self, spatial_dims: int) -> tuple[int, ...]:
+        """What each side of a patch must be a multiple of, if sides differ. By default `divisor` for all."""
+        return (self.divisor,) * spatial_dims
+
     def make(
         self,
         *,

@@ -90,7 +90,7 @@ class SegResNet(nnx.Module):
         Raises:
             ValueError: if rank or channels of `x` are not the model's, or a size cannot be halved on each level.
         """
-        check_image(x.shape, self.spatial_dims, self.in_channels, self.config.divisor)
+        check_image(x.shape, self.spatial_dims, self.in_channels, self.config.divisors(self.spatial_dims))
         skips = []
         for i, (conv, blocks) in enumerate(zip(self.convs, self.down, strict=True)):
             x = conv(x)

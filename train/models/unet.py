@@ -1,6 +1,7 @@
 """The paper's network: MONAI's residual `UNet`, channel last, in Flax NNX."""
 
 from functools import partial
+from math import prod
 from typing import Any
 
 import jax.numpy as jnp
@@ -47,26 +48,28 @@ class UNet(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.config, self.in_channels, self.spatial_dims = config, in_channels, spatial_dims
-        channels, strides, num_res_units = config.channels, config.strides, config.num_res_units
+        channels, num_res_units = config.channels, config.num_res_units
+        strides = config.strides_of_axes(spatial_dims)
         options = {"spatial_dims": spatial_dims, "norm": norm, "dropout": dropout, "rngs": rngs}
 
-        def block(inputs: int, outputs: int, stride: int) -> nnx.Module:
+        def block(inputs: int, outputs: int, stride: tuple[int, ...]) -> nnx.Module:
             if num_res_units:
                 return ResidualUnit(inputs, outputs, stride, subunits=num_res_units, **options)
             return ConvolutionUnit(inputs, outputs, stride, **options)
 
-        def up_block(inputs: int, outputs: int, stride: int, top: bool) -> nnx.Module:
+        def up_block(inputs: int, outputs: int, stride: tuple[int, ...], top: bool) -> nnx.Module:
             plain = top and not num_res_units
             up = ConvolutionUnit(inputs, outputs, stride, transposed=True, conv_only=plain, **options)
             if not num_res_units:
                 return nnx.Sequential(up)
-            unit = ResidualUnit(outputs, outputs, 1, subunits=1, last_conv_only=top, **options)
+            unit = ResidualUnit(outputs, outputs, dense, subunits=1, last_conv_only=top, **options)
             return nnx.Sequential(up, unit)
 
+        dense = (1,) * spatial_dims
         inputs = (in_channels, *channels[:-2])
         outputs = (out_channels, *channels[:-2])
         self.down = nnx.List([block(*sizes) for sizes in zip(inputs, channels[:-1], strides, strict=True)])
-        self.bottom = block(channels[-2], channels[-1], 1)
+        self.bottom = block(channels[-2], channels[-1], dense)
         joined = [c + (c if i < len(strides) - 1 else channels[-1]) for i, c in enumerate(channels[:-1])]
         levels = enumerate(zip(joined, outputs, strides, strict=True))
         self.up = nnx.List([up_block(*sizes, top=i == 0) for i, sizes in levels])
@@ -77,7 +80,7 @@ class UNet(nnx.Module):
         Raises:
             ValueError: if rank or channels of `x` are not the model's, or strides do not divide a size.
         """
-        check_image(x.shape, self.spatial_dims, self.in_channels, self.config.divisor)
+        check_image(x.shape, self.spatial_dims, self.in_channels, self.config.divisors(self.spatial_dims))
         skips = []
         for down in self.down:
             x = down(x)
@@ -95,7 +98,7 @@ class ConvolutionUnit(nnx.Module):
         self,
         inputs: int,
         outputs: int,
-        stride: int,
+        strides: tuple[int, ...],
         *,
         spatial_dims: int,
         norm: str,
@@ -105,7 +108,7 @@ class ConvolutionUnit(nnx.Module):
         conv_only: bool = False,
     ):
         three = (3,) * spatial_dims
-        self.conv = Convolution(inputs, outputs, three, stride, transposed=transposed, bias=True, rngs=rngs)
+        self.conv = Convolution(inputs, outputs, three, strides, transposed=transposed, bias=True, rngs=rngs)
         self.norm = None if conv_only else make_norm(norm, outputs)
         self.dropout = None if conv_only else make_dropout(dropout, rngs)
         self.act = None if conv_only else PReLU()
@@ -130,7 +133,7 @@ class ResidualUnit(nnx.Module):
         self,
         inputs: int,
         outputs: int,
-        stride: int,
+        strides: tuple[int, ...],
         *,
         subunits: int,
         spatial_dims: int,
@@ -142,14 +145,20 @@ class ResidualUnit(nnx.Module):
         last = subunits - 1 if last_conv_only else None
         self.units = nnx.List(
             [
-                unit(outputs if i else inputs, outputs, stride=1 if i else stride, conv_only=i == last)
+                unit(
+                    outputs if i else inputs,
+                    outputs,
+                    (1,) * spatial_dims if i else strides,
+                    conv_only=i == last,
+                )
                 for i in range(subunits)
             ]
         )
-        shortcut = (3 if stride > 1 else 1,) * spatial_dims
-        changes = stride > 1 or inputs != outputs
+        reduces = prod(strides) > 1
+        shortcut = (3 if reduces else 1,) * spatial_dims
+        changes = reduces or inputs != outputs
         self.residual = (
-            Convolution(inputs, outputs, shortcut, stride, bias=True, rngs=rngs) if changes else None
+            Convolution(inputs, outputs, shortcut, strides, bias=True, rngs=rngs) if changes else None
         )
 
     @recomputable

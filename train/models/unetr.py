@@ -70,7 +70,7 @@ class UNETR(nnx.Module):
         Raises:
             ValueError: if `x` has another rank, size or number of channels than the model.
         """
-        check_image(x.shape, len(self.image_size), self.in_channels, PATCH_SIZE)
+        check_image(x.shape, len(self.image_size), self.in_channels, (PATCH_SIZE,) * len(self.image_size))
         if x.shape[1:-1] != self.image_size:
             raise ValueError(
                 f"The image has shape {x.shape}; this network was made for {self.image_size} voxels and takes no "

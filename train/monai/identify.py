@@ -182,11 +182,11 @@ def _other_sizes(model: ModelConfig, patch: tuple[int, ...], state: State) -> It
     """Contradictions that the weights show in part: strides of 1 or more than 1, and the number of tokens."""
     network: Any = model.network
     if model.architecture == "unet":
-        for i, stride in enumerate(network.strides):
+        for i, strides in enumerate(network.strides_of_axes(len(patch))):
             shortcut = state.get(f"model{'.1.submodule' * i}.0.residual.weight")
-            if shortcut is not None and (set(shortcut.shape[2:]) == {1}) != (stride == 1):
-                wanted = "1" if stride > 1 else "more than 1"
-                yield f"its weights say --strides with {wanted} at place {i + 1}"
+            if shortcut is not None and (set(shortcut.shape[2:]) == {1}) != (prod(strides) == 1):
+                wanted = "1" if prod(strides) > 1 else "more than 1"
+                yield f"its weights say --strides with {wanted} at level {i + 1}"
     positions = state.get("vit.patch_embedding.position_embeddings")
     if positions is not None and (count := positions.shape[1]) != prod(size // 16 for size in patch):
         side = round(count ** (1 / len(patch)))

@@ -68,7 +68,7 @@ def import_monai(
     elif not data.patch:
         raise InputError("Without --data nothing says how much the network sees at once: give its --patch.")
     largest = (1,) * info.spatial_dims if dataset is None else dataset.largest_shape
-    patch = resolve_patch(data.patch, largest, (model.network.divisor,) * info.spatial_dims)
+    patch = resolve_patch(data.patch, largest, model.network.divisors(info.spatial_dims))
     config = RunConfig(IMPORTED, dataclasses.replace(data, patch=patch), model)
     network = make_model(config, info)
     notes = load_weights(network, file, config, info)
