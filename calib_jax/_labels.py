@@ -85,13 +85,13 @@ def blank(labels: Array, where: Bool[Array, "*voxels one"], like: Array) -> Arra
     return jnp.where(where[..., 0], labels.astype(jnp.int32), -1)
 
 
-def without_background(labels: Array, like: Float[Array, "*voxels classes"]) -> Array:
-    """Labels of the classes from 1 on, which become the classes from 0 on."""
+def classes_from(first: int, labels: Array, like: Float[Array, "*voxels classes"]) -> Array:
+    """Labels of the classes from `first` on, which become the classes from 0 on."""
     if are_dense(labels, like):
-        return labels[..., 1:]
-    # The lowest number of a dtype wraps to its highest, which must be no class.
+        return labels[..., first:]
+    # The lowest numbers of a dtype wrap to its highest ones, which must be no class.
     wide = labels if jnp.iinfo(labels.dtype).max >= like.shape[-1] else labels.astype(jnp.int32)
-    return wide - 1
+    return wide - first
 
 
 def have_class(labels: Array, like: Float[Array, "*voxels classes"]) -> Bool[Array, "*voxels"]:

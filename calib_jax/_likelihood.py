@@ -14,6 +14,7 @@ from calib_jax._batches import Batches
 from calib_jax._eager import compiled
 from calib_jax._labels import have_class, one_hot
 from calib_jax._lbfgs import Evaluation
+from calib_jax._sums.bins import merge_space
 from calib_jax._sums.voxels import count_voxels, sum_in_chunks, sum_voxels
 
 _BLOCK = 2**12  # voxels whose derivatives are added in plain float32
@@ -77,6 +78,13 @@ class Objective:
         )
 
 
+def _flat(*images: Any) -> tuple[Array, Array, Array | None]:
+    """Logits `[batch, voxels, classes]`, labels with or without classes, mask `[batch, voxels, 1]`."""
+    logits, labels, where = metrics.with_columns(*images)
+    flat: Any = (merge_space(x, logits.ndim) for x in (logits, labels, where))
+    return tuple(flat)
+
+
 def _over_images(pair: Any) -> Any:
     """Sum of a batch from the pairs of its images, in float64."""
     high, low = pair
@@ -110,7 +118,7 @@ def _batch_sums(
         slopes = [sum_voxels(x.reshape(1, len(x), -1)) for x in jax.tree.leaves(slopes)]
         return sum_voxels(losses)[:, 0], *slopes, *count_voxels(broken, counted)
 
-    *totals, broken, counted = sum_in_chunks(sums, *metrics.flatten(logits, labels, where))
+    *totals, broken, counted = sum_in_chunks(sums, *_flat(logits, labels, where))
     return totals, (broken.sum() == 0) & jnp.isfinite(totals[0][0]).all(), counted
 
 
@@ -165,7 +173,7 @@ def _batch_facts_program(
         excess = short - short.mean(-1, keepdims=True)
         return tuple(map(sum_voxels, (dense * short, dense * excess, excess**2, dense)))
 
-    flat = metrics.flatten(logits, labels, where)
+    flat = _flat(logits, labels, where)
     totals = sum_in_chunks(sums, *flat)
     values, dense = scaled_and_dense(*flat)
     others = dense.sum(-1, keepdims=True) - dense

@@ -3,12 +3,13 @@
 import math
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from calib_jax._checks import as_inputs
 from calib_jax._devices import AxisName, whole_size, whole_sum
-from calib_jax._labels import are_dense, blank, have_class
+from calib_jax._labels import are_dense, blank, have_class, memberships
 
 
 class Inputs(NamedTuple):
@@ -61,4 +62,6 @@ def voxel_cross_entropy(inputs: Inputs) -> Float[Array, "batch *spatial"]:
 
     if are_dense(inputs.labels, inputs.logits):
         return optax.losses.softmax_cross_entropy(inputs.logits, inputs.labels)
-    return optax.losses.softmax_cross_entropy_with_integer_labels(inputs.logits, inputs.labels)
+    # Not optax's loss for integer labels: the gradient of its look-up is a scatter, which is serial on a TPU.
+    members = memberships(inputs.labels, inputs.logits.shape[-1])
+    return jax.nn.logsumexp(inputs.logits, axis=-1) - jnp.where(members, inputs.logits, 0).sum(-1)

@@ -264,7 +264,7 @@ def _image_sums(probs: Any, labels: Any, where: Any, options: _Options) -> State
             f"got {probs.shape}."
         )
     stats: Any = bin_statistics(probs, labels, num_bins=options.num_bins, closed=options.closed, where=where)
-    sums = sum_in_chunks(_chunk_sums, *metrics.flatten(probs, labels, where))
+    sums = sum_in_chunks(_chunk_sums, *metrics.with_columns(probs, labels, where))
     bins = stats.count, as_pair(stats.prob_sum), as_pair(stats.label_sum)
     totals: Any = [Sum.of(*x) if isinstance(x, tuple) else Count.of(x) for x in (*bins, *sums)]
     # Only now, since a slice of the probabilities would be a copy of them.

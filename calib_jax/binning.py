@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, Num
 from calib_jax._checks import AnyArray, Labels, Mask, Probs, as_inputs, check_choice, check_size
 from calib_jax._devices import AxisName, check_not_split, whole_sum
 from calib_jax._eager import compiled, nan_where_undefined
-from calib_jax._labels import one_hot
+from calib_jax._labels import classes_from, one_hot
 from calib_jax._sums import cpu, gpu, gpu_kernel, tpu
 from calib_jax._sums.bins import Binning, Bins, Closed, equal_edges, merge_space, single_or_double
 from calib_jax._sums.cpu import hard_index, soft_neighbours
@@ -222,15 +222,21 @@ def check_bins(bins: Bins, axis_name: AxisName | None) -> None:
 
 
 def statistics_in_bins(
-    probs: Array, labels: Array, where: Array | None, bins: Bins, axis_name: AxisName | None = None
+    probs: Array,
+    labels: Array,
+    where: Array | None,
+    bins: Bins,
+    axis_name: AxisName | None = None,
+    *,
+    first_class: int = 0,
 ) -> BinStatistics:
-    """`bin_statistics` of arguments that have been checked."""
+    """`bin_statistics` of the classes from `first_class` on, of arguments that have been checked."""
     if where is not None and where.ndim < probs.ndim:
         where = where[..., None]
     edges = None
     if bins.binning == "adaptive":
-        edges = _adaptive_edges(probs, where, bins.num_bins)
-    return BinStatistics(*whole_sum(_bin_sums(probs, labels, where, edges, bins), axis_name))
+        edges = _adaptive_edges(probs, where, bins.num_bins)[:, first_class:]
+    return BinStatistics(*whole_sum(_bin_sums(probs, labels, where, edges, bins, first_class), axis_name))
 
 
 def _adaptive_edges(
@@ -268,40 +274,78 @@ def _sort(values: Float[Array, "*rows columns"]) -> Float[Array, "*rows columns"
     return lax.bitcast_convert_type(ordered, values.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _bin_sums(
     probs: Float[Array, "batch *spatial classes"],
     labels: Num[Array, "batch *spatial_and_classes"],
     where: Array | None,
-    edges: Float[Array, "batch classes inner_edges"] | None,
+    edges: Float[Array, "batch counted_classes inner_edges"] | None,
     bins: Bins,
+    first: int = 0,
 ) -> tuple[Array, Array, Array]:
-    """Counts or weights, sums of probabilities and sums of labels, `[batch, classes, bins]` each."""
+    """Counts or weights, sums of probabilities and sums of labels, `[batch, counted_classes, bins]` each.
+
+    Classes before `first` are not counted. On a CPU this saves their work. On a GPU or TPU it would copy the
+    probabilities, so all classes are summed there.
+    """
 
     def of_voxels(sums: Any) -> Any:
         return lambda *images: sums(*(merge_space(x, probs.ndim) for x in images[:3]), images[3], bins)
 
-    platforms = {"cpu": of_voxels(cpu.bin_sums), "tpu": functools.partial(tpu.bin_sums, bins=bins)}
+    def on_cpu(*images: Any) -> Any:
+        return of_voxels(cpu.bin_sums)(*_without_first(first, *images[:3]), images[3])
+
+    def elsewhere(sums: Any) -> Any:
+        def counted(*images: Any) -> Any:
+            found = sums(*images[:3], _with_first(first, images[3]))
+            return tuple(x[:, first:] for x in found)
+
+        return counted if first else sums
+
+    platforms = {"cpu": on_cpu, "tpu": elsewhere(functools.partial(tpu.bin_sums, bins=bins))}
     if gpu_kernel.fits(probs, bins):
-        platforms["cuda"] = of_voxels(gpu_kernel.bin_sums)
-    return lax.platform_dependent(probs, labels, where, edges, **platforms, default=of_voxels(gpu.bin_sums))
+        platforms["cuda"] = elsewhere(of_voxels(gpu_kernel.bin_sums))
+    default = elsewhere(of_voxels(gpu.bin_sums))
+    return lax.platform_dependent(probs, labels, where, edges, **platforms, default=default)
 
 
-def _bin_sums_forward(probs: Array, labels: Array, where: Any, edges: Any, bins: Bins) -> Any:
-    return _bin_sums(probs, labels, where, edges, bins), (probs, labels, where, edges)
+def _without_first(first: int, probs: Array, labels: Array, where: Array | None) -> tuple[Any, ...]:
+    """The classes from `first` on, which become the classes from 0 on."""
+    if not first:
+        return probs, labels, where
+    where = where if where is None or where.shape[-1] == 1 else where[..., first:]
+    return probs[..., first:], classes_from(first, labels, probs), where
 
 
-def _bin_sums_backward(bins: Bins, residuals: Any, cotangents: Any) -> Any:
+def _with_first(first: int, table: Array | None) -> Array | None:
+    """`[batch, counted_classes, ...]` with zeros for the classes before `first`."""
+    return jnp.pad(table, ((0, 0), (first, 0), (0, 0))) if first and table is not None else table
+
+
+def _bin_sums_forward(probs: Array, labels: Array, where: Any, edges: Any, bins: Bins, first: int) -> Any:
+    return _bin_sums(probs, labels, where, edges, bins, first), (probs, labels, where, edges)
+
+
+def _bin_sums_backward(bins: Bins, first: int, residuals: Any, cotangents: Any) -> Any:
     probs, labels, where, _ = residuals
 
     def on_cpu(images: Any, cotangents: Any) -> Any:
         *images, edges = images
-        found = _gradients(
-            (*(merge_space(x, probs.ndim) for x in images), edges), cotangents, bins, cpu.look_up
-        )
-        return jax.tree.map(lambda x: x.reshape(probs.shape), found)
+        counted = (merge_space(x, probs.ndim) for x in _without_first(first, *images))
+        found = _gradients((*counted, edges), cotangents, bins, cpu.look_up)
+        before = [(0, 0)] * (probs.ndim - 1) + [(first, 0)]
+        shape = (*probs.shape[:-1], -1)
+        return jax.tree.map(lambda x: jnp.pad(x.reshape(shape), before) if first else x.reshape(shape), found)
 
-    on_gpu, on_tpu = (functools.partial(_gradients, bins=bins, look_up=x.look_up) for x in (gpu, tpu))
+    def elsewhere(look_up: Any) -> Any:
+        def gradients(images: Any, cotangents: Any) -> Any:
+            *images, edges = images
+            tables = tuple(_with_first(first, x) for x in cotangents)
+            return _gradients((*images, _with_first(first, edges)), tables, bins, look_up)
+
+        return gradients
+
+    on_gpu, on_tpu = elsewhere(gpu.look_up), elsewhere(tpu.look_up)
     found = lax.platform_dependent(residuals, cotangents, cpu=on_cpu, tpu=on_tpu, default=on_gpu)
 
     def masked(gradient: Array, dtype: Any) -> Array:

@@ -52,8 +52,7 @@ def expected_dice(
     predicted = one_hot(predictions, probs)
     if where is not None:
         probs, predicted = (jnp.where(where[..., None], x, 0) for x in (probs, predicted))
-    flat = (x.reshape(len(x), -1, x.shape[-1]) for x in (probs * predicted, probs, predicted))
-    return dice_of_counts(*map(sum_voxels, flat))
+    return dice_of_counts(*map(sum_voxels, (probs * predicted, probs, predicted)))
 
 
 @nan_where_undefined

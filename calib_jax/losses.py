@@ -10,7 +10,6 @@ from jaxtyping import Array, Float
 from calib_jax._checks import AnyArray, Labels, Mask, Probs, as_inputs, check_choice, check_flag
 from calib_jax._devices import AxisName
 from calib_jax._eager import compiled
-from calib_jax._labels import without_background
 from calib_jax._sums.bins import Binning, Bins, Closed
 from calib_jax.binning import BinStatistics, check_bins, statistics_in_bins
 from calib_jax.errors import (
@@ -217,11 +216,8 @@ def marginal_l1(
     """The mean (or sum) over images and classes of their `error`, from arguments that have been checked."""
     if options.pool_images:
         probs, labels, where = probs[None], labels[None], None if where is None else where[None]
-    if not options.include_background:
-        labels = without_background(labels, probs)
-        where = where[..., 1:] if where is not None and where.ndim == probs.ndim else where
-        probs = probs[..., 1:]
-    stats = statistics_in_bins(probs, labels, where, options.bins, options.axis_name)
+    first = 0 if options.include_background else 1
+    stats = statistics_in_bins(probs, labels, where, options.bins, options.axis_name, first_class=first)
     errors, counted = error(stats), are_counted(stats)
     if options.ignore_empty_classes:
         errors = jnp.where(stats.label_sum.sum(-1) > 0, errors, 0)

@@ -4,6 +4,7 @@ Sums over voxels are exact at any size. Class ids are compared with the classes 
 labels never exist in memory.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,8 +18,8 @@ from calib_jax._labels import are_dense, as_class_ids, blank, have_class, member
 from calib_jax._sums.exact import mean_or_nan, rounded
 from calib_jax._sums.voxels import count_voxels, sum_in_chunks, sum_voxels
 
-Flat = Float[Array, "batch voxels classes"]
-FlatLabels = Num[Array, "batch voxels *classes"]  # ids or dense
+Classes = Float[Array, "batch *spatial classes"]
+AnyLabels = Num[Array, "batch *spatial_and_classes"]  # ids or dense
 LabelMap = Integer[AnyArray, "batch *spatial"]
 
 
@@ -74,13 +75,11 @@ def dice_score(
     predictions, labels = (jnp.asarray(as_class_ids(x)) for x in (predictions, labels))
     floats = [x for x in (predictions, labels) if jnp.issubdtype(x.dtype, jnp.floating)]
     _check_maps(predictions, labels, where, floats, num_classes)
-    keep = None if where is None else _per_voxel(where)[..., None]
+    keep = None if where is None else jnp.asarray(where)[..., None]
     if not floats and num_classes is not None:
-        predicted, true = (memberships(_per_voxel(ids), num_classes) for ids in (predictions, labels))
+        predicted, true = (memberships(ids, num_classes) for ids in (predictions, labels))
         return dice_of_counts(*overlap_counts(predicted, true, keep))
-    like = _per_voxel(floats[0], floats[0].shape[-1:])
-    columns = (x.shape[floats[0].ndim - 1 :] for x in (predictions, labels))
-    shares = [one_hot(_per_voxel(x, c), like) for x, c in zip((predictions, labels), columns, strict=True)]
+    shares = (one_hot(x, floats[0]) for x in (predictions, labels))
     predicted, true = (x if keep is None else jnp.where(keep, x, 0) for x in shares)
     return dice_of_counts(*map(sum_voxels, (jnp.minimum(predicted, true), predicted, true)))
 
@@ -116,11 +115,11 @@ def brier_score(probs: Probs, labels: Labels, *, where: Mask | None = None) -> F
     References:
         Brier, "Verification of Forecasts Expressed in Terms of Probability", 1950.
     """
-    probs, labels, where = as_inputs(probs, labels, where)
-    probs, labels, where = flatten(probs, labels, where)
+    probs, labels, where = with_columns(*as_inputs(probs, labels, where))
     total = brier_sums(probs, labels, where)
     # Not a sum of ones, on which XLA spends seconds when it compiles.
-    count = jnp.full(total.shape, probs.shape[1]) if where is None else count_voxels(where)[0]
+    voxels = math.prod(probs.shape[1:-1])
+    count = jnp.full(total.shape, voxels) if where is None else count_voxels(where)[0]
     return mean_or_nan(total, jnp.broadcast_to(count, total.shape))
 
 
@@ -162,24 +161,21 @@ def negative_log_likelihood(
     References:
         Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
     """
-    logits, labels, where = as_inputs(logits, labels, where, probs_name="logits", per_voxel=True)
-    return mean_or_nan(*likelihood_sums(*flatten(logits, labels, where)))
+    inputs = as_inputs(logits, labels, where, probs_name="logits", per_voxel=True)
+    return mean_or_nan(*likelihood_sums(*with_columns(*inputs)))
 
 
 # Sums over the voxels of each image. Metrics divide them, accumulators add them up. Arguments have been checked.
 
 
-def flatten(
+def with_columns(
     probs: Float[Array, "batch *spatial classes"], labels: Array, where: Array | None
 ) -> tuple[Array, Array, Array | None]:
-    """Probabilities `[batch, voxels, classes]`, labels with or without classes, mask with classes or 1."""
-    axes = probs.ndim - 1
-    flat = _per_voxel(probs, probs.shape[-1:])
-    labels = _per_voxel(labels, labels.shape[axes:])
-    return flat, labels, None if where is None else _per_voxel(where, where.shape[axes:] or (1,))
+    """The arguments, with a last axis of `where` for all classes."""
+    return probs, labels, where if where is None or where.ndim == probs.ndim else where[..., None]
 
 
-def brier_sums(probs: Flat, labels: FlatLabels, where: Array | None) -> Float[Array, "batch classes"]:
+def brier_sums(probs: Classes, labels: AnyLabels, where: Array | None) -> Float[Array, "batch classes"]:
     """Sum of squared errors of each class."""
     errors = probs.astype(jnp.float32) - one_hot(labels, probs)
     # The mask comes before the square, whose gradient at NaN is NaN even if its cotangent is 0.
@@ -188,7 +184,7 @@ def brier_sums(probs: Flat, labels: FlatLabels, where: Array | None) -> Float[Ar
 
 @jax.custom_vjp
 def likelihood_sums(
-    logits: Flat, labels: FlatLabels, where: Bool[Array, "batch voxels 1"] | None
+    logits: Classes, labels: AnyLabels, where: Bool[Array, "batch *spatial 1"] | None
 ) -> tuple[Float[Array, "batch"], Int[Array, "batch"]]:
     """Sum of negative log-likelihoods, and number of voxels counted."""
 
@@ -212,7 +208,8 @@ def _likelihood_sums_backward(residuals: Any, cotangents: Any) -> Any:
         return voxel_likelihoods(logits, labels, where)[0]
 
     values, pull_back = jax.vjp(losses, logits, *soft)
-    gradients = pull_back(jnp.broadcast_to(cotangents[0][:, None, None], values.shape))
+    of_image = cotangents[0].reshape(-1, *(1,) * (values.ndim - 1))
+    gradients = pull_back(jnp.broadcast_to(of_image, values.shape))
     return (*gradients, None) if soft else (*gradients, None, None)
 
 
@@ -220,8 +217,8 @@ likelihood_sums.defvjp(_likelihood_sums_forward, _likelihood_sums_backward)
 
 
 def voxel_likelihoods(
-    logits: Flat, labels: FlatLabels, where: Array | None
-) -> tuple[Float[Array, "batch voxels 1"], Bool[Array, "batch voxels 1"]]:
+    logits: Classes, labels: AnyLabels, where: Array | None
+) -> tuple[Float[Array, "batch *spatial 1"], Bool[Array, "batch *spatial 1"]]:
     """Negative log-likelihood of each voxel, zero where it is not counted, and whether it is counted.
 
     Nearly all voxels of a segmentation cost 1e-6 or less, and equal ones round in the same direction. The sum over
@@ -243,7 +240,7 @@ def voxel_likelihoods(
     return jnp.where(counted, chosen + weight * jnp.log1p(others), 0)[..., None], counted[..., None]
 
 
-def below_largest(logits: Flat) -> tuple[Flat, Bool[Array, "batch voxels classes"]]:
+def below_largest(logits: Classes) -> tuple[Classes, Bool[Array, "batch *spatial classes"]]:
     """How far each logit lies below the largest of its voxel, and which one is the largest.
 
     The largest logit's own 0 is set, not computed: XLA may round the two sides of a subtraction differently.
@@ -253,14 +250,15 @@ def below_largest(logits: Flat) -> tuple[Flat, Bool[Array, "batch voxels classes
     return jnp.where(is_largest, 0, _entry(logits, largest)[..., None] - logits), is_largest
 
 
-def _entry(x: Flat, index: Int[Array, "batch voxels"]) -> Array:
-    return jnp.take_along_axis(x, index[..., None], -1, mode="promise_in_bounds")[..., 0]
+def _entry(x: Classes, index: Int[Array, "batch *spatial"]) -> Float[Array, "batch *spatial"]:
+    """The entry of each voxel. Not a look-up, whose gradient is a scatter, which is serial on a TPU."""
+    return jnp.where(memberships(index, x.shape[-1]), x, 0).sum(-1)
 
 
 def overlap_counts(
-    predicted: Bool[Array, "batch voxels classes"],
-    true: Bool[Array, "batch voxels classes"],
-    where: Bool[Array, "batch voxels 1"] | None,
+    predicted: Bool[Array, "batch *spatial classes"],
+    true: Bool[Array, "batch *spatial classes"],
+    where: Bool[Array, "batch *spatial 1"] | None,
 ) -> tuple[Int[Array, "batch classes"], ...]:
     """Voxels of each class in both maps, in the predicted one and in the true one."""
     if where is not None:
@@ -306,7 +304,3 @@ def _check_maps(
         raise ValueError(f"where must have one entry per voxel, shape {voxels}; got {where.shape}.")
     if where is not None and where.dtype != jnp.bool_:
         raise TypeError(f"where must be boolean (True = count this voxel); got {where.dtype}.")
-
-
-def _per_voxel(x: AnyArray, columns: tuple[int, ...] = ()) -> Array:
-    return jnp.asarray(x).reshape(x.shape[0], -1, *columns)

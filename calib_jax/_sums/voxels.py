@@ -13,6 +13,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Num
 
+from calib_jax._sums.bins import merge_space
 from calib_jax._sums.exact import add_pairs, as_pair, rounded
 
 _BLOCK = 2**15  # voxels: the square root of 2^30, so that neither level of a sum has more terms than that
@@ -20,37 +21,55 @@ _CHUNK = 2**17  # voxels of which intermediate values exist at a time
 
 
 @jax.custom_jvp
-def sum_voxels(x: Float[Array, "batch voxels columns"]) -> Float[Array, "batch columns"]:
+def sum_voxels(x: Float[Array, "batch *spatial columns"]) -> Float[Array, "batch columns"]:
     """Sum over voxels, within 1e-6 relative of float64 for numbers of one sign."""
-    high, low = _reduce_in_blocks(as_pair(x), add_pairs)
+    high, low = _reduce(as_pair(x), add_pairs)
     return rounded((high, low))
 
 
 # JAX cannot transpose a reduction by a user's function. The derivative of a sum is a sum.
-sum_voxels.defjvps(lambda tangent, total, x: tangent.sum(1))
+sum_voxels.defjvps(lambda tangent, total, x: tangent.sum(tuple(range(1, x.ndim - 1))))
 
 
-def count_voxels(*columns: Bool[Array, "batch voxels columns"]) -> tuple[Int[Array, "batch columns"], ...]:
+def count_voxels(*columns: Bool[Array, "batch *spatial columns"]) -> tuple[Int[Array, "batch columns"], ...]:
     """How often each column is true. One pass over all columns, exact to 2^31."""
     ones = tuple(column.astype(jnp.int32) for column in columns)
-    return _reduce_in_blocks(ones, lambda a, b: tuple(map(jnp.add, a, b)))
+    return _reduce(ones, lambda a, b: tuple(map(jnp.add, a, b)))
 
 
 def sum_in_chunks(
     sums: Callable[[Array, Array, Array | None], tuple[Array, ...]],
-    probs: Float[Array, "batch voxels classes"],
-    labels: Num[Array, "batch voxels *classes"],
-    where: Bool[Array, "batch voxels #classes"] | None,
+    probs: Float[Array, "batch *spatial classes"],
+    labels: Num[Array, "batch *spatial_and_classes"],
+    where: Bool[Array, "batch *spatial #classes"] | None,
 ) -> tuple[Any, ...]:
     """Adds up `sums` of chunks of voxels, so that intermediate values stay small. Not differentiable.
 
+    On a TPU, images with several spatial axes are one chunk: merging their axes would copy them, and XLA stores no
+    intermediate values there.
+
     Args:
-        sums: function from a chunk's probabilities, labels and mask to sums over its voxels.
+        sums: function from a chunk's probabilities, labels and mask to sums over its voxels. A chunk has one
+            spatial axis or all of them.
         probs, labels, where: all voxels.
 
     Returns:
         The sums over all voxels: integers as they are, floats as pairs.
     """
+
+    def with_pairs(*chunk: Any) -> tuple[Any, ...]:
+        found = sums(*chunk)
+        return tuple(as_pair(x) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in found)
+
+    def in_chunks(*images: Any) -> tuple[Any, ...]:
+        return _in_chunks(with_pairs, *(merge_space(x, probs.ndim) for x in images))
+
+    if probs.ndim == 3:
+        return in_chunks(probs, labels, where)
+    return lax.platform_dependent(probs, labels, where, tpu=with_pairs, default=in_chunks)
+
+
+def _in_chunks(sums: Callable[..., Any], probs: Array, labels: Array, where: Array | None) -> tuple[Any, ...]:
     size = probs.shape[1]
     taken = min(size, _CHUNK)
 
@@ -60,8 +79,7 @@ def sum_in_chunks(
         if size % taken:
             fresh = (start + jnp.arange(taken, dtype=jnp.int32) >= i * taken)[None, :, None]
             keep = jnp.broadcast_to(fresh, (probs.shape[0], taken, 1)) if keep is None else fresh & keep
-        found = sums(cut(probs, start), cut(labels, start), keep)
-        return tuple(as_pair(x) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in found)
+        return sums(cut(probs, start), cut(labels, start), keep)
 
     def cut(x: Array, start: Array) -> Array:
         return lax.dynamic_slice_in_dim(x, start, taken, axis=1)
@@ -72,6 +90,23 @@ def sum_in_chunks(
 
     zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(part, 0))
     return lax.fori_loop(0, -(-size // taken), add, zeros)
+
+
+def _reduce(columns: tuple[Array, ...], add: Callable[..., Any]) -> tuple[Array, ...]:
+    """Reduces all spatial axes of all columns together, in two steps."""
+
+    def in_blocks(*columns: Array) -> tuple[Array, ...]:
+        return _reduce_in_blocks(tuple(merge_space(x, x.ndim) for x in columns), add)
+
+    def in_rows(*columns: Array) -> tuple[Array, ...]:
+        zeros = tuple(np.zeros((), column.dtype) for column in columns)
+        rows = lax.reduce(columns, zeros, add, tuple(range(1, columns[0].ndim - 2)))
+        return tuple(lax.reduce(rows, zeros, add, (1,)))
+
+    if columns[0].ndim == 3:
+        return in_blocks(*columns)
+    # On a TPU merging axes would copy the columns.
+    return lax.platform_dependent(*columns, tpu=in_rows, default=in_blocks)
 
 
 def _reduce_in_blocks(columns: tuple[Array, ...], add: Callable[..., Any]) -> tuple[Array, ...]:
