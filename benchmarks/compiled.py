@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import time
@@ -21,15 +22,25 @@ from train.console import format_table
 from train.errors import InputError
 from train.hlo import compile_and_describe
 from train.plan import Run, abstract_step
-from train.plugins import parse_call
+from train.plugins import check_arguments, keyword_parameters, parse_call
 from train.recipes import find_recipe
 from train.targets import CompilationFailed, Target, format_bytes, parse_target, run_for, use_no_device
 
 RECIPE = "paper_brats_dice_ace"
 """Its network, loss and augmentation are those of `step`."""
-_LOSSES = ("ace", "dice", "loss")
+# Functions of (logits or probabilities, labels). Those of losses are compiled with their gradient.
+_LOSSES = {
+    "ace": calib_jax.mL1_ace,
+    "dice": functools.partial(calib_jax.segmentation_loss, cross_entropy=0.0, ace=0.0),
+    "loss": calib_jax.segmentation_loss,
+}
+_METRICS = {
+    "brier": calib_jax.brier_score,
+    "nll": calib_jax.negative_log_likelihood,
+    "bins": calib_jax.bin_statistics,
+}
+_OF_VOXELS = _LOSSES | _METRICS
 _OF_VOLUMES = ("windows", "statistics")
-_BINNINGS = ("hard", "soft", "adaptive")
 _STEP = {"network": "unet", "precision": "float32", "remat": False, "accumulate": 1, "mesh": ""}
 _COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda13-pjrt", "jax-cuda12-pjrt")
 # A program and its arguments, to be lowered.
@@ -61,23 +72,20 @@ def run(options: Compiled) -> None:
 
 
 def _named(written: str, options: Compiled) -> list[str]:
-    """The names in the results of a program as the user wrote it: losses have one for each shape.
+    """The names in the results of a program as the user wrote it: losses and metrics have one for each shape.
 
     Raises:
         InputError: there is no such program, or it has no such argument.
     """
     call = parse_call(written)
-    in_bins = call.name in ("ace", "loss") and list(call.arguments) == ["binning"]
-    if call.name in _LOSSES and (not call.arguments or (in_bins and call.arguments["binning"] in _BINNINGS)):
+    if call.name in _OF_VOXELS:
+        check_arguments(call, keyword_parameters(_OF_VOXELS[call.name]))
         return [f"{written} {shape}" for shape in options.loss_shapes]
     if call.name in _OF_VOLUMES and not call.arguments:
         return [written]
     if call.name == "step" and call.arguments.keys() <= _STEP.keys():
         return [written]
-    known = (
-        f"{', '.join((*_LOSSES, *_OF_VOLUMES))}, ace or loss with binning ({', '.join(_BINNINGS)}), "
-        f"or step with any of {', '.join(_STEP)}"
-    )
+    known = f"{', '.join((*_OF_VOXELS, *_OF_VOLUMES))}, or step with any of {', '.join(_STEP)}"
     raise InputError(f"program is {written!r}: give {known}.")
 
 
@@ -125,7 +133,7 @@ def compile_for(target: Target, request: Any) -> dict[str, Any]:
         mesh = contextlib.nullcontext() if name.startswith("step") else _mesh_of_one(devices[0])
         with mesh:
             figures = compile_and_describe(function, arguments, target.compiler_options())
-    if name.startswith(_LOSSES):
+    if parse_call(name.rpartition(" ")[0] or name).name in _OF_VOXELS:
         figures["unit_bytes"] = 4 * math.prod(parse_shape(name.rpartition(" ")[2]))
     return figures
 
@@ -134,7 +142,7 @@ def program(name: str, options: Compiled, devices: Sequence[Any]) -> Lowerable:
     """A program by its name in the results, over all the devices or on the first one."""
     if name.startswith("step"):
         return _step(name, options, devices)
-    return _of_volume(name, options, devices[0]) if name in _OF_VOLUMES else _loss(name, devices[0])
+    return _of_volume(name, options, devices[0]) if name in _OF_VOLUMES else _of_voxels(name, devices[0])
 
 
 def _on(device: Any) -> NamedSharding:
@@ -147,21 +155,17 @@ def _mesh_of_one(device: Any) -> contextlib.AbstractContextManager[Any]:
     return jax.sharding.use_abstract_mesh(_on(device).mesh.abstract_mesh)
 
 
-def _loss(name: str, device: Any) -> Lowerable:
+def _of_voxels(name: str, device: Any) -> Lowerable:
     written, _, shape = name.rpartition(" ")
     call = parse_call(written)
     batch, classes, *sizes = parse_shape(shape)
     scores = jax.ShapeDtypeStruct((batch, *sizes, classes), jnp.float32, sharding=_on(device))
     labels = jax.ShapeDtypeStruct((batch, *sizes), jnp.int32, sharding=_on(device))
 
-    def loss(scores: Any, labels: Any) -> Any:
-        if call.name == "ace":
-            return calib_jax.mL1_ace(scores, labels, **call.arguments)
-        if call.name == "dice":
-            return calib_jax.segmentation_loss(scores, labels, cross_entropy=0, ace=0)
-        return calib_jax.segmentation_loss(scores, labels, **call.arguments)
+    def figure(scores: Any, labels: Any) -> Any:
+        return _OF_VOXELS[call.name](scores, labels, **call.arguments)
 
-    return jax.jit(jax.value_and_grad(loss)), (scores, labels)
+    return jax.jit(jax.value_and_grad(figure) if call.name in _LOSSES else figure), (scores, labels)
 
 
 def _step(name: str, options: Compiled, devices: Sequence[Any]) -> Lowerable:

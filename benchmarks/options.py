@@ -233,10 +233,11 @@ class Compiled:
         python -m benchmarks compiled --targets v5e:1x1 h100 --programs ace dice 'step(precision=bfloat16)'
 
     Programs: `ace` is mL1-ACE and its gradient; `dice` and `loss` are `segmentation_loss` of Dice alone and of
-    Dice + cross-entropy + mL1-ACE, with the gradient; `ace(binning=soft)` and `loss(binning=adaptive)` have other
-    bins; `step` is the training step of the paper's recipe, with the arguments network (unet, segresnet, unetr),
-    precision, remat, accumulate and mesh; `windows` is the network on a group of windows of a volume; `statistics`
-    are the bins and Dice of the volume. All but `step` take one device of a target.
+    Dice + cross-entropy + mL1-ACE, with the gradient; `bins`, `brier` and `nll` are bin statistics, Brier score and
+    negative log-likelihood. These take arguments, as in `ace(binning=soft)` or `loss(focal=1)`. `step` is the
+    training step of the paper's recipe, with the arguments network (unet, segresnet, unetr), precision, remat,
+    accumulate and mesh; `windows` is the network on a group of windows of a volume; `statistics` are the bins and
+    Dice of the volume. All but `step` take one device of a target.
     """
 
     targets: tuple[str, ...] = (
@@ -272,7 +273,7 @@ class Compiled:
     )
     """What to compile."""
     loss_shapes: tuple[str, ...] = ("4x3x48x64x48", "1x4x224x224x144")
-    """Of ace, dice and loss: batch, classes, then voxels along each axis."""
+    """Of losses and metrics: batch, classes, then voxels along each axis."""
     patch: tuple[int, ...] = (224, 224, 144)
     """Of step: voxels along each axis."""
     batch_size: int = 8

@@ -29,7 +29,7 @@ from train.data.phantom import PhantomDataset
 from train.data.pipeline import train_batches
 from train.data.transforms import draw_crop
 from train.errors import InputError
-from train.evaluate import evaluate, evaluate_posterior, foreground
+from train.evaluate import evaluate, evaluate_posterior
 from train.fit import fit
 from train.inference import volume_predictor
 from train.losses import parse_loss
@@ -360,12 +360,6 @@ def test_the_true_posterior_is_measured_without_ignored_voxels():
     dataset = Sparse(spatial_shape=(16, 12), num_cases=2)
     result = evaluate_posterior(dataset, dataset.case_names)
     np.testing.assert_array_equal(result.stats.count.sum(-1), 5 * 12)
-
-
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32])
-def test_background_of_unsigned_labels_is_no_class(dtype):
-    label = foreground(jnp.zeros((2, 3)), jnp.array([0, 2], dtype))[1]
-    np.testing.assert_array_equal(label, [-1, 1])
 
 
 def test_training_on_nothing_costs_nothing(folder, tmp_path_factory):

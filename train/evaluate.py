@@ -35,13 +35,6 @@ Label = Integer[Array, "*voxels"] | Float[Array, "*voxels classes"]
 Regions = Callable[[Array, Array], tuple[Array, Array]]
 
 
-def foreground(
-    probs: Float[Array, "*voxels classes"], label: Label
-) -> tuple[Float[Array, "*voxels foreground"], Label]:
-    """Every class but background, whose voxels get the id -1 of no class."""
-    return probs[..., 1:], label[..., 1:] if are_dense(label, probs) else label.astype(jnp.int32) - 1
-
-
 @dataclass(frozen=True)
 class SumsOfClasses:
     """Regions that consist of classes and may overlap, as in BraTS.
@@ -65,13 +58,16 @@ class SumsOfClasses:
         return sums, jnp.stack(members, -1).astype(jnp.uint8)
 
     def _sums(self, shares: Float[Array, "*voxels classes"]) -> Float[Array, "*voxels regions"]:
-        return jnp.stack([shares[..., list(ids)].sum(-1) for ids in self.groups], -1)
+        # Masks, since a selection of classes would be a copy on a TPU.
+        axes = (1,) * (shares.ndim - 1)
+        masks = (np.isin(np.arange(shares.shape[-1]), ids).reshape(*axes, -1) for ids in self.groups)
+        return jnp.stack([jnp.where(mask, shares, 0).sum(-1) for mask in masks], -1)
 
 
 def regions_of(
     dataset: Dataset, names: Sequence[str] = (), *, predicted: bool = False
-) -> tuple[Regions, tuple[str, ...]]:
-    """The regions to report for a data set, and their names.
+) -> tuple[Regions | None, tuple[str, ...]]:
+    """The regions to report for a data set, None for its foreground classes, and their names.
 
     Args:
         dataset: of the cases.
@@ -81,7 +77,7 @@ def regions_of(
     ids = region_ids(dataset)
     names = tuple(names or ids)
     if not predicted and not dataset.regions and names == tuple(ids):
-        return foreground, names
+        return None, names
     return SumsOfClasses(tuple(ids[name] for name in names), predicted), names
 
 
@@ -90,11 +86,12 @@ class CaseStatistics:
     """Bin statistics and Dice of each region of a case: a `train.inference.Summary`.
 
     Attributes:
-        regions: to report. The function is part of the key of compiled programs.
+        regions: to report; None for all classes but the background. The function is part of the key of compiled
+            programs.
         has_ignore: whether voxels may be unlabelled; these are left out.
     """
 
-    regions: Regions = foreground
+    regions: Regions | None = None
     has_ignore: bool = False
 
     def __call__(
@@ -114,18 +111,26 @@ class CaseStatistics:
         ids = label if shares is None else label.argmax(-1)
         probs = probs.reshape(1, -1, probs.shape[-1])
         ids, where = ids.reshape(1, -1).astype(jnp.int32), where.reshape(1, -1)
-        region_probs, region_label = self.regions(probs, ids if shares is None else shares)
-        stats = calib_jax.bin_statistics(region_probs, region_label, num_bins=NUM_BINS, where=where)
-        # The predicted label map, as probabilities of 0 and 1, maps to regions in the same way.
-        predicted = isinstance(self.regions, SumsOfClasses) and self.regions.predicted
-        certain = probs if predicted else jax.nn.one_hot(probs.argmax(-1), probs.shape[-1])
-        certain_regions, region_ids = self.regions(certain, ids)
-        dense = are_dense(region_ids, region_probs)
-        members = region_ids > 0.5 if dense else memberships(region_ids, region_probs.shape[-1])
-        dice = metrics.dice_of_counts(
-            *metrics.overlap_counts(certain_regions > 0.5, members, where[..., None])
-        )
-        return jax.tree.map(lambda a: a[0], (stats, dice))
+        label = ids if shares is None else shares
+        if self.regions is None:
+            # The background is left out at the end: a slice of the probabilities would be a copy on a TPU.
+            first, predicted, true = 1, *(memberships(x, probs.shape[-1]) for x in (probs.argmax(-1), ids))
+        else:
+            first, (predicted, true) = 0, _region_maps(self.regions, probs, ids)
+            probs, label = self.regions(probs, label)
+        stats = calib_jax.bin_statistics(probs, label, num_bins=NUM_BINS, where=where)
+        dice = metrics.dice_of_counts(*metrics.overlap_counts(predicted, true, where[..., None]))
+        return jax.tree.map(lambda a: a[0, first:], (stats, dice))
+
+
+def _region_maps(regions: Regions, probs: Array, ids: Array) -> tuple[Array, Array]:
+    """Whether each voxel is predicted to belong to each region, and whether it does."""
+    # The predicted label map, as probabilities of 0 and 1, maps to regions as they do.
+    predicted = isinstance(regions, SumsOfClasses) and regions.predicted
+    certain = probs if predicted else jax.nn.one_hot(probs.argmax(-1), probs.shape[-1])
+    of_map, true = regions(certain, ids)
+    dense = are_dense(true, of_map)
+    return of_map > 0.5, true > 0.5 if dense else memberships(true, of_map.shape[-1])
 
 
 def evaluate(
@@ -217,7 +222,7 @@ def case_statistics(
     probs: Float[np.ndarray, "*spatial classes"],
     label: Ids | Float[np.ndarray, "*spatial classes"],
     *,
-    regions: Regions = foreground,
+    regions: Regions | None = None,
     has_ignore: bool = False,
 ) -> tuple[BinStatistics, Float[Array, "regions"]]:
     """Bin statistics and Dice of a case from its probabilities."""
