@@ -33,8 +33,16 @@ sum_voxels.defjvps(lambda tangent, total, x: tangent.sum(tuple(range(1, x.ndim -
 
 def count_voxels(*columns: Bool[Array, "batch *spatial columns"]) -> tuple[Int[Array, "batch columns"], ...]:
     """How often each column is true. One pass over all columns, exact to 2^31."""
-    ones = tuple(column.astype(jnp.int32) for column in columns)
-    return _reduce(ones, lambda a, b: tuple(map(jnp.add, a, b)))
+
+    def in_blocks(*columns: Array) -> tuple[Array, ...]:
+        ones = tuple(merge_space(x, x.ndim).astype(jnp.int32) for x in columns)
+        return _reduce_in_blocks(ones, lambda a, b: tuple(map(jnp.add, a, b)))
+
+    def at_once(*columns: Array) -> tuple[Array, ...]:
+        return tuple(x.sum(tuple(range(1, x.ndim - 1)), dtype=jnp.int32) for x in columns)
+
+    # Elsewhere XLA would write out the blocks of integers.
+    return lax.platform_dependent(*columns, cpu=in_blocks, default=at_once)
 
 
 def sum_in_chunks(
@@ -93,7 +101,7 @@ def _in_chunks(sums: Callable[..., Any], probs: Array, labels: Array, where: Arr
 
 
 def _reduce(columns: tuple[Array, ...], add: Callable[..., Any]) -> tuple[Array, ...]:
-    """Reduces all spatial axes of all columns together, in two steps."""
+    """Reduces the spatial axes of all columns together, in two steps."""
 
     def in_blocks(*columns: Array) -> tuple[Array, ...]:
         return _reduce_in_blocks(tuple(merge_space(x, x.ndim) for x in columns), add)
