@@ -198,19 +198,19 @@ def _info(options: Compiled, patch: Sequence[int]) -> DataInfo:
 def _of_volume(name: str, options: Compiled, device: Any) -> Lowerable:
     from flax import nnx
 
-    from calib_jax._eager import filled_size
     from train.evaluate import CaseStatistics
-    from train.inference import Network, jitted, plan_windows, windows_at_once
+    from train.inference import Network, jitted, plan_windows, row_size, windows_at_once
     from train.task import make_model
 
     patch = options.eval_patch
     plan = plan_windows(options.shape, patch, 0.5, windows_at_once(patch))
     if name == "statistics":
-        function, size = CaseStatistics(), filled_size(math.prod(plan.canvas))
+        size = row_size(plan.canvas, device.platform)
+        function, voxels = CaseStatistics(), plan.canvas if size is None else (size,)
         arguments: tuple[Any, ...] = (
-            jax.ShapeDtypeStruct((size, options.classes), jnp.float32),
-            jax.ShapeDtypeStruct((size,), jnp.uint8),
-            jax.ShapeDtypeStruct((size,), bool),
+            jax.ShapeDtypeStruct((*voxels, options.classes), jnp.float32),
+            jax.ShapeDtypeStruct(voxels, jnp.uint8),
+            jax.ShapeDtypeStruct(voxels, bool),
         )
     else:
         config, info = _config(options, "unet"), _info(options, options.shape)

@@ -63,14 +63,14 @@ def metrics() -> Figures:
 
 
 def evaluation() -> Figures:
-    flat = PROBS[0].reshape(-1, 4), OTHERS[0].reshape(-1), WHERE[0].reshape(-1)
+    voxels = PROBS[0], OTHERS[0], WHERE[0]
     kinds = {
         "classes": CaseStatistics(),
         "regions": CaseStatistics(SumsOfClasses(((1, 2), (3,)))),
         "own regions": CaseStatistics(SumsOfClasses(((1, 2), (3,), (1,), (2,)), predicted=True)),
     }
-    found: Figures = {name: jax.jit(kind)(*flat) for name, kind in kinds.items()}
-    return found | {"soft": jax.jit(CaseStatistics())(flat[0], SHARES[0].reshape(-1, 4), flat[2])}
+    found: Figures = {name: jax.jit(kind)(*voxels) for name, kind in kinds.items()}
+    return found | {"soft": jax.jit(CaseStatistics())(PROBS[0], SHARES[0], WHERE[0])}
 
 
 @pytest.fixture(params=["tpu", "default"])

@@ -23,7 +23,8 @@ from train.inference import (
     add_windows,
     cut_windows,
     ensemble,
-    flat_voxels,
+    in_a_row,
+    inside,
     jitted,
     plan_windows,
     volume_predictor,
@@ -320,14 +321,16 @@ def test_lowers_for(platform: str) -> None:
     image = jnp.zeros((*plan.canvas, 2))
     probs, windows = jnp.zeros((*plan.canvas, 3)), jnp.zeros((4, 8, 8, 8, 3))
     corners, counted = jnp.asarray(plan.corners[0]), jnp.asarray(plan.counted[0])
-    shape = jnp.zeros(3, jnp.int32)
+    shape, label = jnp.zeros(3, jnp.int32), jnp.zeros(plan.canvas, jnp.uint8)
+    where = jnp.ones(plan.canvas, bool)
     programs: list[tuple[Any, tuple[Any, ...]]] = [
         (cut_windows, (image, corners, predict.patch)),
         (jitted(predict.forward), (predict.weights, jnp.zeros((4, 8, 8, 8, 2)))),
         (add_windows, (probs, windows, corners, counted)),
         (weighted_mean, (probs, True)),
-        (flat_voxels, (probs, shape, 2048)),
-        (jitted(CaseStatistics()), (jnp.zeros((2048, 3)), jnp.zeros(2048, jnp.uint8), jnp.ones(2048, bool))),
+        (inside, (shape, plan.canvas)),
+        (in_a_row, ((probs, label, where), 2048)),
+        (jitted(CaseStatistics()), (probs, label, where)),
     ]
     for program, arguments in programs:
         exported = export.export(program, platforms=[platform])(*arguments)

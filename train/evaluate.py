@@ -107,11 +107,8 @@ class CaseStatistics:
         if self.has_ignore:
             label, labelled = mask_ignored(label)
             where = where & labelled
-        shares = label.reshape(1, -1, label.shape[-1]) if are_dense(label, probs) else None
-        ids = label if shares is None else label.argmax(-1)
-        probs = probs.reshape(1, -1, probs.shape[-1])
-        ids, where = ids.reshape(1, -1).astype(jnp.int32), where.reshape(1, -1)
-        label = ids if shares is None else shares
+        probs, label, where = probs[None], label[None], where[None]
+        ids = label.argmax(-1) if are_dense(label, probs) else label
         if self.regions is None:
             # The background is left out at the end: a slice of the probabilities would be a copy on a TPU.
             first, predicted, true = 1, *(memberships(x, probs.shape[-1]) for x in (probs.argmax(-1), ids))

@@ -2,8 +2,8 @@
 
 A volume is padded to a canvas, a size that similar volumes share, and covered by overlapping windows of the
 patch's size. The network sees groups of windows. A summary sees a row of voxels that is filled up to one of few
-lengths. So a few compiled programs of both serve volumes of all sizes, and only programs that compile in a moment
-depend on the canvas.
+lengths; on a TPU, which would copy it, the canvas. So a few compiled programs of both serve volumes of all sizes,
+and only programs that compile in seconds depend on the canvas.
 """
 
 import functools
@@ -20,7 +20,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Shaped
 
-from calib_jax._eager import fill_up, filled_size
+from calib_jax._eager import filled_size
 from train import cpu
 from train.data.shapes import Ids, Image, Shares
 from train.data.transforms import crop_back, pad_to_hold
@@ -36,7 +36,7 @@ _VOXELS_AT_ONCE = 4 * 128**3  # voxels of the windows that the network sees at a
 # (weights, patches [batch, *patch, channels]) -> probabilities [batch, *patch, classes]. They sum to 1 over classes
 # unless the function has `regions`, see `Network`.
 Forward = Callable[[Any, Array], Array]
-# (probabilities [voxels, classes], labels [voxels] or None, where [voxels]) -> any pytree of arrays. `where` is
+# (probabilities [*voxels, classes], labels [*voxels] or None, where [*voxels]) -> any pytree of arrays. `where` is
 # False in the padding.
 Summary = Callable[[Array, Any, Array], Any]
 
@@ -141,13 +141,10 @@ class VolumePredictor:
             label: class ids on the same grid, if `summary` needs them.
         """
         plan, shape = self.plan(image.shape[:-1]), np.array(image.shape[:-1], np.int32)
-        size = filled_size(math.prod(plan.canvas))
-        labels = None
-        if label is not None:
-            on_canvas = pad_to_hold(label[..., None], plan.canvas)[..., 0]
-            labels = fill_up(on_canvas[None], label.ndim, size)[0]
-        probs, where = flat_voxels(self._on_canvas(image, plan), shape, size)
-        return jitted(summary)(probs, labels, where)
+        labels = None if label is None else pad_to_hold(label[..., None], plan.canvas)[..., 0]
+        voxels = self._on_canvas(image, plan), labels, inside(shape, plan.canvas)
+        size = row_size(plan.canvas, jax.default_backend())
+        return jitted(summary)(*(voxels if size is None else in_a_row(voxels, size)))
 
     def plan(self, shape: Sequence[int]) -> "Plan":
         """The windows that cover a volume of this shape."""
@@ -271,15 +268,21 @@ def weighted_mean(
     return probs if sums_to_one else jnp.minimum(probs[..., :-1], 1)  # rounding may exceed 1
 
 
+def row_size(canvas: tuple[int, ...], platform: str) -> int | None:
+    """Voxels of the row that the voxels of a canvas fill; None on TPUs, where merging axes would copy them."""
+    return None if platform == "tpu" else filled_size(math.prod(canvas))
+
+
 @functools.partial(jax.jit, static_argnames="size")
-def flat_voxels(
-    probs: Float[Array, "*canvas classes"], shape: Int32[Array, "axes"], size: int
-) -> tuple[Float[Array, "size classes"], Bool[Array, "size"]]:
-    """The voxels of a canvas in a row, filled up to `size`, and the mask of a volume of `shape` in its centre."""
-    where = inside(shape, probs.shape[:-1]).reshape(-1)
-    probs = probs.reshape(-1, probs.shape[-1])
-    missing = (0, size - len(where))
-    return jnp.pad(probs, (missing, (0, 0))), jnp.pad(where, missing)
+def in_a_row(voxels: tuple[Array, Array | None, Array], size: int) -> tuple[Array, Array | None, Array]:
+    """Probabilities, labels and mask of a canvas as `[size, ...]`. The voxels that fill them up are masked."""
+    axes = voxels[-1].ndim
+
+    def filled(x: Array) -> Array:
+        row = x.reshape(-1, *x.shape[axes:])
+        return jnp.pad(row, ((0, size - len(row)), *((0, 0),) * (row.ndim - 1)))
+
+    return jax.tree.map(filled, voxels)
 
 
 def _gaussian_window(patch: Sequence[int]) -> Float[Array, "*patch one"]:
@@ -292,6 +295,7 @@ def _gaussian_window(patch: Sequence[int]) -> Float[Array, "*patch one"]:
     return jnp.maximum(weight, 1e-3)
 
 
+@functools.partial(jax.jit, static_argnames="canvas")
 def inside(shape: Int[Array, "axes"], canvas: tuple[int, ...]) -> Bool[Array, "*canvas"]:
     """True on the voxels of a volume in the centre of a canvas, False in the padding."""
     inside = jnp.ones(canvas, bool)
