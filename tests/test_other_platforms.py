@@ -4,6 +4,7 @@
 with every form that is plain XLA.
 """
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -102,3 +103,18 @@ def test_every_platform_gives_the_same(figures: Any) -> None:
                 np.testing.assert_array_equal(leaf, wanted, err_msg=name)
             else:
                 np.testing.assert_allclose(leaf, wanted, rtol=2e-6, atol=1e-7, err_msg=name)
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_no_loss_scatters(platform: str) -> None:
+    """A scatter is serial on a TPU, and the gradient of a look-up along the classes is one."""
+    parts = tuple(inspect.signature(calib_jax.segmentation_loss).parameters)
+    weights = [name for name in parts[2 : parts.index("where")] if name != "ace"]
+
+    @jax.jit
+    def gradient(logits: Any, ids: Any) -> Any:
+        return jax.grad(calib_jax.segmentation_loss)(logits, ids, **dict.fromkeys(weights, 1.0))
+
+    text = gradient.trace(LOGITS, IDS).lower(lowering_platforms=(platform,)).as_text()
+    assert "stablehlo.exponential" in text
+    assert "scatter" not in text
