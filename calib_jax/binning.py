@@ -235,20 +235,20 @@ def statistics_in_bins(
         where = where[..., None]
     edges = None
     if bins.binning == "adaptive":
-        edges = _adaptive_edges(probs, where, bins.num_bins)[:, first_class:]
+        edges = _adaptive_edges(probs, where, bins.num_bins, first_class)
     return BinStatistics(*whole_sum(_bin_sums(probs, labels, where, edges, bins, first_class), axis_name))
 
 
 def _adaptive_edges(
-    probs: Float[Array, "batch *spatial classes"], where: Array | None, num_bins: int
-) -> Float[Array, "batch classes inner_edges"]:
+    probs: Float[Array, "batch *spatial classes"], where: Array | None, num_bins: int, first: int = 0
+) -> Float[Array, "batch counted_classes inner_edges"]:
     """Quantiles that divide the counted probabilities of each image and class into bins of equal mass.
 
     Each edge is one of the probabilities and belongs to the bin below it.
     """
 
     def by_class(x: Array) -> Array:
-        return jnp.moveaxis(x, -1, 1).reshape(x.shape[0], x.shape[-1], -1)
+        return jnp.moveaxis(x, -1, 1)[:, first:].reshape(x.shape[0], x.shape[-1] - first, -1)
 
     values = by_class(single_or_double(lax.stop_gradient(probs)))
     counted = ~jnp.isnan(values)

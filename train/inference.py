@@ -163,6 +163,7 @@ class VolumePredictor:
             windows = network(self.weights, cut_windows(padded, corners, self.patch))
             if total is None:
                 channels = windows.shape[-1] + (not sums_to_one)
+                # Placed like the sums that follow, which `add_windows` would else be compiled for again.
                 total = jnp.zeros((*plan.canvas, channels), jnp.float32, device=windows.sharding)
             total = add_windows(total, windows, corners, counted)
         assert total is not None
