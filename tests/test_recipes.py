@@ -130,7 +130,9 @@ def test_each_builds_its_network_and_its_command_parses(name):
     info = DataInfo(name, classes, channels, 3)
     nnx.eval_shape(lambda: make_model(recipe.config, info))
     assert parse_loss(recipe.config.loss).terms
-    assert all(side % recipe.config.model.network.divisor == 0 for side in recipe.config.data.sliding_window)
+    window = recipe.config.data.sliding_window
+    divisors = recipe.config.model.network.divisors(len(window))
+    assert all(side % divisor == 0 for side, divisor in zip(window, divisors, strict=True))
     program, *command = shlex.split(recipe.command)
     assert (program, command[:2]) == ("python", ["-m", "train"])
     fit = parse(command[2:])

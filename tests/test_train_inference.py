@@ -335,6 +335,8 @@ def test_lowers_for(platform: str) -> None:
     for program, arguments in programs:
         exported = export.export(program, platforms=[platform])(*arguments)
         assert exported.platforms == (platform,)
+    # The last program gives bins and Dice, and nothing else leaves the device.
+    assert [leaf.shape for leaf in exported.out_avals] == [(2, 20)] * 3 + [(2,)]
 
 
 @pytest.mark.parametrize("regions", [(), ("a", "b", "c")])

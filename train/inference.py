@@ -159,7 +159,6 @@ class VolumePredictor:
         # channel collects the weights.
         sums_to_one = not self.regions
         total: Array | None = None
-        before: Array | None = None
         for corners, counted in zip(plan.corners, plan.counted, strict=True):
             windows = network(self.weights, cut_windows(padded, corners, self.patch))
             if total is None:
@@ -167,9 +166,6 @@ class VolumePredictor:
                 # Placed like the sums that follow, which `add_windows` would else be compiled for again.
                 total = jnp.zeros((*plan.canvas, channels), jnp.float32, device=windows.sharding)
             total = add_windows(total, windows, corners, counted)
-            if before is not None:
-                before.block_until_ready()  # no more than two groups are held at a time
-            before = windows
         assert total is not None
         return weighted_mean(total, sums_to_one)
 

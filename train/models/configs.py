@@ -87,9 +87,8 @@ class SegResNetConfig(NetworkConfig):
                 "one fewer on the way up."
             )
 
-    @property
-    def divisor(self) -> int:
-        return 2 ** (len(self.blocks_down) - 1)
+    def divisors(self, spatial_dims: int) -> tuple[int, ...]:
+        return (2 ** (len(self.blocks_down) - 1),) * spatial_dims
 
     def make(self, *, patch: tuple[int, ...], **sizes: Any) -> Any:
         from train.models.segresnet import SegResNet
@@ -119,9 +118,8 @@ class UNETRConfig(NetworkConfig):
                 f"hidden_size is {self.hidden_size}: give a multiple of num_heads, {self.num_heads}."
             )
 
-    @property
-    def divisor(self) -> int:
-        return PATCH_SIZE
+    def divisors(self, spatial_dims: int) -> tuple[int, ...]:
+        return (PATCH_SIZE,) * spatial_dims
 
     def make(self, *, patch: tuple[int, ...], spatial_dims: int, **sizes: Any) -> Any:
         from train.models.unetr import UNETR

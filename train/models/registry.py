@@ -39,14 +39,9 @@ class NetworkConfig:
     default_norm: ClassVar[str] = "instance"
     fixed_patch: ClassVar[bool] = False
 
-    @property
-    def divisor(self) -> int:
-        """Every side of a patch must be a multiple of this."""
-        return 1
-
     def divisors(self, spatial_dims: int) -> tuple[int, ...]:
-        """What each side of a patch must be a multiple of, if sides differ. By default `divisor` for all."""
-        return (self.divisor,) * spatial_dims
+        """What each side of a patch must be a multiple of."""
+        return (1,) * spatial_dims
 
     def make(
         self,
