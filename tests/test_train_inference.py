@@ -30,6 +30,7 @@ from train.inference import (
     volume_predictor,
     weighted_mean,
 )
+from train.sharding import device_mesh, whole_on
 from train.step import TrainState, init_state
 
 SHAPES = [(5, 6, 7), (8, 8, 8), (8, 20, 13), (31, 9, 8), (3, 19, 30)]
@@ -80,6 +81,25 @@ def test_equal_to_a_loop_over_windows(shape: tuple[int, ...], overlap: float, wi
     image = volume(shape)
     predict = VolumePredictor(by_place, 1.0, (8, 8, 8), overlap, windows)
     np.testing.assert_allclose(predict(image), twin(by_place, image, (8, 8, 8), overlap), atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("windows", [1, 3])
+def test_devices_share_the_windows(shape: tuple[int, ...], windows: int) -> None:
+    """The numbers are those of one device; no device sees more windows than its share."""
+    seen = []
+
+    def network(scale: Any, images: jax.Array) -> jax.Array:
+        seen.append(len(images))
+        return by_place(scale, images)
+
+    mesh = device_mesh()
+    weights = whole_on(mesh, jnp.float32(1))
+    predict = VolumePredictor(network, weights, (8, 8, 8), 0.5, windows, mesh)
+    image = volume(shape)
+    np.testing.assert_allclose(predict(image), twin(by_place, image, (8, 8, 8), 0.5), atol=1e-6)
+    plan = predict.plan(shape)
+    assert seen == [max(plan.counted.shape[1] // mesh.size, 1)] <= [windows]
 
 
 @pytest.mark.parametrize("shape", [(24,), (17, 40)])
@@ -136,10 +156,14 @@ def test_plan_covers_every_volume_and_nothing_else(overlap: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("windows", "groups"), [(1, (1, 1)), (5, (2, 3)), (8, (2, 4)), (9, (3, 3)), (7, (2, 4))]
+    ("windows", "devices", "groups"),
+    [
+        *[(1, 1, (1, 1)), (5, 1, (2, 3)), (8, 1, (2, 4)), (9, 1, (3, 3)), (7, 1, (2, 4))],
+        *[(1, 8, (1, 1)), (2, 8, (1, 8)), (30, 8, (1, 32)), (33, 8, (2, 24)), (40, 8, (2, 24))],
+    ],
 )
-def test_few_places_are_filled_up(windows: int, groups: tuple[int, int]) -> None:
-    plan = plan_windows((4 + 4 * windows,), (8,), 0.5, 4)
+def test_few_places_are_filled_up(windows: int, devices: int, groups: tuple[int, int]) -> None:
+    plan = plan_windows((4 + 4 * windows,), (8,), 0.5, 4, devices)
     assert plan.counted.shape == groups
     assert plan.counted.sum() == windows
 
@@ -319,7 +343,7 @@ def test_lowers_for(platform: str) -> None:
     predict = volume_predictor(*tiny_unet(0.1), (8, 8, 8))
     plan = predict.plan((12, 8, 9))
     image = jnp.zeros((*plan.canvas, 2))
-    probs, windows = jnp.zeros((*plan.canvas, 3)), jnp.zeros((4, 8, 8, 8, 3))
+    probs, windows = jnp.zeros((*plan.canvas, 3)), jnp.zeros((plan.counted.shape[1], 8, 8, 8, 3))
     corners, counted = jnp.asarray(plan.corners[0]), jnp.asarray(plan.counted[0])
     shape, label = jnp.zeros(3, jnp.int32), jnp.zeros(plan.canvas, jnp.uint8)
     where = jnp.ones(plan.canvas, bool)

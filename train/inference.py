@@ -1,9 +1,9 @@
 """Predicts whole volumes with a network that sees patches. Probabilities stay on the device.
 
 A volume is padded to a canvas, a size that similar volumes share, and covered by overlapping windows of the
-patch's size. The network sees groups of windows. A summary sees a row of voxels that is filled up to one of few
-lengths; on a TPU, which would copy it, the canvas. So a few compiled programs of both serve volumes of all sizes,
-and only programs that compile in seconds depend on the canvas.
+patch's size. The network sees groups of windows, which the devices of a process share. A summary sees a row of
+voxels that is filled up to one of few lengths; on a TPU, which would copy it, the canvas. So a few compiled
+programs of both serve volumes of all sizes, and only programs that compile in seconds depend on the canvas.
 """
 
 import functools
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Shaped
 
 from calib_jax._eager import filled_size
@@ -25,7 +26,7 @@ from train import cpu
 from train.data.shapes import Ids, Image, Shares
 from train.data.transforms import crop_back, pad_to_hold
 from train.errors import InputError
-from train.sharding import on_first_device
+from train.sharding import batch_spec, device_mesh, whole_on
 from train.step import TrainState
 
 Patches = Float[Array, "batch *patch channels"]
@@ -113,7 +114,9 @@ class VolumePredictor:
         weights: first argument of `forward`, any pytree of arrays.
         patch: size of a window, in voxels.
         overlap: smallest share of a window that the next one covers too.
-        windows_per_batch: largest number of windows that the network sees at a time.
+        windows_per_batch: largest number of windows that a device sees at a time.
+        mesh: devices with the whole weights, which share the windows; None for the device of the weights. The
+            first device of this process holds the volume.
     """
 
     forward: Forward
@@ -121,6 +124,7 @@ class VolumePredictor:
     patch: tuple[int, ...]
     overlap: float = 0.5
     windows_per_batch: int = 4
+    mesh: Mesh | None = None
 
     def __call__(self, image: Image) -> Shares:
         """Class probabilities on the grid of `image`, on the host. They sum to 1 unless there are `regions`."""
@@ -148,19 +152,30 @@ class VolumePredictor:
 
     def plan(self, shape: Sequence[int]) -> "Plan":
         """The windows that cover a volume of this shape."""
-        return plan_windows(shape, self.patch, self.overlap, self.windows_per_batch)
+        devices = 1 if self.mesh is None else self.mesh.size
+        return plan_windows(shape, self.patch, self.overlap, self.windows_per_batch, devices)
+
+    def on_windows(self, forward: Forward, padded: Array, corners: Array | np.ndarray) -> Array:
+        """`forward` of the windows at `corners` of a padded volume. Each device computes its share of them."""
+        windows = cut_windows(padded, corners, self.patch)
+        if self.mesh is None:
+            return jitted(forward)(self.weights, windows)
+        if len(windows) == 1:
+            return jitted(forward)(jax.tree.map(_on_first_device, self.weights), windows)
+        windows = jax.device_put(windows, NamedSharding(self.mesh, batch_spec(1)))
+        return jax.device_put(jitted(forward, mesh=self.mesh)(self.weights, windows), jax.local_devices()[0])
 
     def _on_canvas(self, image: Image, plan: "Plan") -> Float[Array, "*canvas classes"]:
         """The probabilities on the device. They are zero where no window reaches."""
-        network, padded = jitted(self.forward), jax.device_put(pad_to_hold(image, plan.canvas))
+        padded = jax.device_put(pad_to_hold(image, plan.canvas))
         if plan.counted.size == 1:
-            return network(self.weights, padded[None])[0]
+            return self.on_windows(self.forward, padded, plan.corners[0])[0]
         # Probabilities that sum to 1 over classes give the sum of weights as their weighted sum. Otherwise a last
         # channel collects the weights.
         sums_to_one = not self.regions
         total: Array | None = None
         for corners, counted in zip(plan.corners, plan.counted, strict=True):
-            windows = network(self.weights, cut_windows(padded, corners, self.patch))
+            windows = self.on_windows(self.forward, padded, corners)
             if total is None:
                 channels = windows.shape[-1] + (not sums_to_one)
                 # Placed like the sums that follow, which `add_windows` would else be compiled for again.
@@ -170,12 +185,22 @@ class VolumePredictor:
         return weighted_mean(total, sums_to_one)
 
 
-@functools.cache
-def jitted(function: Callable[..., Any], platform: str | None = None) -> Any:
-    """`jax.jit` with the compiler options of `train.cpu`, by default for JAX's default platform.
+def _on_first_device(leaf: Any) -> Any:
+    return leaf.addressable_data(0) if isinstance(leaf, jax.Array) else leaf
 
-    Equal functions share their programs.
+
+@functools.cache
+def jitted(function: Callable[..., Any], platform: str | None = None, mesh: Mesh | None = None) -> Any:
+    """`jax.jit` with the compiler options of `train.cpu`. Equal functions share their programs.
+
+    Args:
+        function: hashable.
+        platform: that it is compiled for; None for JAX's default.
+        mesh: of a `Forward` of which each device computes its share of the batch.
     """
+    if mesh is not None and mesh.size > 1:
+        split, specs = batch_spec(1), (PartitionSpec(), batch_spec(1))
+        function = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False)
     return jax.jit(function, compiler_options=cpu.compiler_options(platform))
 
 
@@ -193,7 +218,9 @@ class Plan(NamedTuple):
     counted: Bool[np.ndarray, "groups windows"]
 
 
-def plan_windows(shape: Sequence[int], patch: Sequence[int], overlap: float, windows_per_batch: int) -> Plan:
+def plan_windows(
+    shape: Sequence[int], patch: Sequence[int], overlap: float, windows_per_batch: int, devices: int = 1
+) -> Plan:
     """Spreads windows evenly over a volume. The first and the last window end with the volume.
 
     The canvas is longer than the patch by a whole number of half strides. All volumes on one canvas need the same
@@ -209,8 +236,10 @@ def plan_windows(shape: Sequence[int], patch: Sequence[int], overlap: float, win
     axes = [_plan_axis(length, size, overlap) for length, size in zip(shape, patch, strict=True)]
     corners = list(itertools.product(*(starts for _, starts in axes)))
     # The group size between half of the largest and the largest that leaves the fewest places to fill up.
-    most = min(windows_per_batch, len(corners))
-    size = min(range(-(-most // 2), most + 1), key=lambda size: (-len(corners) % size, -size))
+    devices = devices if len(corners) > 1 else 1
+    most = min(windows_per_batch, -(-len(corners) // devices))
+    sizes = range(-(-most // 2) * devices, (most + 1) * devices, devices)
+    size = min(sizes, key=lambda size: (-len(corners) % size, -size))
     filling = -len(corners) % size
     grouped = np.array(corners + corners[-1:] * filling, np.int32).reshape(-1, size, len(axes))
     counted = np.arange(grouped.size // len(axes)) < len(corners)
@@ -312,7 +341,7 @@ def volume_predictor(
 ) -> VolumePredictor:
     """Makes the predictor of a trained state.
 
-    One device predicts a volume, so the predictor copies the weights to the first device of this process.
+    The devices of this process predict a volume together, so the predictor copies the weights to each of them.
 
     Args:
         graphdef: the static part of the model.
@@ -320,12 +349,13 @@ def volume_predictor(
         patch: size of a sliding window, in voxels.
         regions: name of the region of each output channel, for sigmoids; empty for a softmax over classes.
     """
-    weights = on_first_device((state.evaluated, state.rest))
+    mesh = device_mesh(devices=jax.local_devices())
+    weights = whole_on(mesh, (state.evaluated, state.rest))
     return VolumePredictor(
-        Network(graphdef, regions), weights, patch, windows_per_batch=windows_at_once(patch)
+        Network(graphdef, regions), weights, patch, windows_per_batch=windows_at_once(patch), mesh=mesh
     )
 
 
 def windows_at_once(patch: Sequence[int]) -> int:
-    """Number of windows of this size that the network sees at a time."""
+    """Number of windows of this size that the network sees at a time on each device."""
     return max(min(_VOXELS_AT_ONCE // math.prod(patch), 4), 1)

@@ -165,13 +165,18 @@ def process_share(mesh: Mesh, process: int) -> tuple[int, int]:
     return shares.index(rows[process]), len(shares)
 
 
-def on_first_device(tree: Any) -> Any:
-    """Copies the arrays of a mesh, whole, to the first device of this process."""
+def whole_on(mesh: Mesh, tree: Any) -> Any:
+    """Copies arrays, whole, to each device of a mesh of this process, from its devices or from those of all."""
+    here = replicated(mesh)
 
     def whole(leaf: jax.Array) -> jax.Array:
-        if isinstance(leaf.sharding, NamedSharding):
-            leaf = jax.device_put(leaf, NamedSharding(leaf.sharding.mesh, PartitionSpec()))
-        return leaf.addressable_data(0)
+        if not isinstance(leaf.sharding, NamedSharding) or leaf.is_fully_addressable:
+            return jax.device_put(leaf, here)
+        mesh_of_all = leaf.sharding.mesh
+        assert isinstance(mesh_of_all, Mesh)
+        leaf = jax.device_put(leaf, replicated(mesh_of_all))
+        parts = [shard.data for shard in leaf.addressable_shards]
+        return jax.make_array_from_single_device_arrays(leaf.shape, here, parts)
 
     return jax.tree.map(whole, tree)
 

@@ -1,7 +1,7 @@
 """Temperature scaling of a trained network: fitted on cases that the network was not trained on."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +12,6 @@ from jaxtyping import Array, Bool, Float, Float32, UInt8
 
 import calib_jax
 from calib_jax._notes import warnings_as_notes
-from train import cpu
 from train.data import Dataset
 from train.data.case import ids_of
 from train.data.ignore import mask_ignored
@@ -43,10 +42,20 @@ class Tempered:
         return self.network.probabilities(calib_jax.apply_temperature(logits, temperature))
 
 
+@dataclass(frozen=True)
+class _Logits:
+    network: Network
+
+    def __call__(self, weights: Any, images: Array) -> Array:
+        return self.network.logits(weights, images)
+
+
 def temper(predict: VolumePredictor, temperature: Float32[Array, ""]) -> VolumePredictor:
     """`predict` with the logits of its network divided by `temperature` in each sliding window."""
     assert isinstance(predict.forward, Network)
-    return replace(predict, forward=Tempered(predict.forward), weights=(predict.weights, temperature))
+    return replace(
+        predict, forward=Tempered(predict.forward), weights=(predict.weights, np.asarray(temperature))
+    )
 
 
 def fit_temperature(
@@ -68,7 +77,7 @@ def fit_temperature(
     assert isinstance(predict.forward, Network)
     cases = CachedCases(dataset, case_names)
     regions = ids_of(dataset, predict.regions)
-    logits = _logits_program(predict.forward)
+    logits = _Logits(predict.forward)
 
     def batches() -> Iterator[tuple[Array, Array, Array]]:
         for index in range(len(cases)):
@@ -78,20 +87,14 @@ def fit_temperature(
             known = np.stack([case.label, labelled.astype(case.label.dtype)], -1)
             image, known = (jax.device_put(pad_to_hold(x, plan.canvas)) for x in (case.image, known))
             for corners, counted in zip(plan.corners, plan.counted, strict=True):
-                images, labels = (cut_windows(x, corners, predict.patch) for x in (image, known))
-                yield _observations(logits(predict.weights, images), labels, counted, regions)
+                scores = predict.on_windows(logits, image, corners)
+                yield _observations(scores, cut_windows(known, corners, predict.patch), counted, regions)
 
     with warnings_as_notes("fitting the temperature"):
         try:
             return calib_jax.fit_temperature(batches)
         except ValueError as error:
             raise InputError(f"No temperature can be fitted on {', '.join(case_names)}: {error}") from error
-
-
-@functools.cache
-def _logits_program(network: Network) -> Callable[[Any, Array], Array]:
-    """Compiles the logits of a network for groups of windows."""
-    return jax.jit(network.logits, compiler_options=cpu.compiler_options())
 
 
 @functools.partial(jax.jit, static_argnames="regions")
