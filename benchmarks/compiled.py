@@ -21,7 +21,7 @@ from train.config import DataInfo, DeviceConfig, ModelConfig, RunConfig
 from train.console import format_table
 from train.errors import InputError
 from train.hlo import compile_and_describe
-from train.plan import Run, abstract_step
+from train.plan import Run, abstract_step, abstract_windows
 from train.plugins import check_arguments, keyword_parameters, parse_call
 from train.recipes import find_recipe
 from train.targets import CompilationFailed, Target, format_bytes, parse_target, run_for, use_no_device
@@ -196,31 +196,20 @@ def _info(options: Compiled, patch: Sequence[int]) -> DataInfo:
 
 
 def _of_volume(name: str, options: Compiled, device: Any) -> Lowerable:
-    from flax import nnx
-
     from train.evaluate import CaseStatistics
-    from train.inference import Network, jitted, plan_windows, row_size, windows_at_once
-    from train.task import make_model
+    from train.inference import jitted, plan_windows, row_size, windows_at_once
+    from train.sharding import device_mesh
 
     patch = options.eval_patch
     plan = plan_windows(options.shape, patch, 0.5, windows_at_once(patch))
-    if name == "statistics":
-        size = row_size(plan.canvas, device.platform)
-        function, voxels = CaseStatistics(), plan.canvas if size is None else (size,)
-        arguments: tuple[Any, ...] = (
-            jax.ShapeDtypeStruct((*voxels, options.classes), jnp.float32),
-            jax.ShapeDtypeStruct(voxels, jnp.uint8),
-            jax.ShapeDtypeStruct(voxels, bool),
-        )
-    else:
-        config, info = _config(options, "unet"), _info(options, options.shape)
-        graphdef, *weights = nnx.split(nnx.eval_shape(lambda: make_model(config, info)), nnx.Param, ...)
-        windows = (plan.counted.shape[1], *patch, options.channels)
-        function = Network(graphdef)
-        arguments = (tuple(weights), jax.ShapeDtypeStruct(windows, jnp.float32))
-    here = _on(device)
-    placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), arguments)
-    return jitted(function, device.platform), placed
+    if name == "windows":
+        run = Run(_config(options, "unet"), _info(options, options.shape), DeviceConfig())
+        return abstract_windows(run, device_mesh(devices=[device]), plan.counted.shape[1])
+    size = row_size(plan.canvas, device.platform)
+    voxels, here = plan.canvas if size is None else (size,), _on(device)
+    probs = jax.ShapeDtypeStruct((*voxels, options.classes), jnp.float32, sharding=here)
+    label, where = (jax.ShapeDtypeStruct(voxels, dtype, sharding=here) for dtype in (jnp.uint8, bool))
+    return jitted(CaseStatistics(), device.platform), (probs, label, where)
 
 
 def _outcome(row: Mapping[str, Any]) -> str:

@@ -65,8 +65,11 @@ Moment = Callable[[Path], bool]
 
 
 def rows(file: Path) -> int:
-    """Rows of a log; none if there is no such file."""
-    return max(file.read_bytes().count(b"\n") - 1, 0) if file.exists() else 0
+    """Rows of a log; none if there is no such file, which a run may replace at any moment."""
+    try:
+        return max(file.read_bytes().count(b"\n") - 1, 0)
+    except FileNotFoundError:
+        return 0
 
 
 def while_writing(out: Path) -> bool:
@@ -80,7 +83,10 @@ def logged_since_start() -> Callable[[Path], int]:
 
     def steps(out: Path) -> int:
         log = out / "log.csv"
-        return rows(log) if log.exists() and log.stat().st_mtime > begun else 0
+        try:
+            return rows(log) if log.stat().st_mtime > begun else 0
+        except FileNotFoundError:
+            return 0
 
     return steps
 

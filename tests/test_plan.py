@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from train import plan as planning
 from train.cli import main
@@ -15,9 +17,10 @@ from train.config import DataConfig, DataInfo, DeviceConfig, ModelConfig, RunCon
 from train.data.augment_config import NO_AUGMENTATION
 from train.errors import InputError
 from train.fit import _batches, _train_step, initial_state
+from train.inference import jitted, volume_predictor
 from train.models.configs import UNetConfig
-from train.plan import Run, compile_for
-from train.sharding import device_mesh, put_batch
+from train.plan import Run, compile_step, compile_validation
+from train.sharding import batch_spec, device_mesh, put_batch
 from train.step import TrainState
 from train.targets import GIB, CompilationFailed, parse_target
 from train.task import open_task
@@ -59,7 +62,7 @@ def test_the_planned_step_is_that_of_fit() -> None:
 def test_the_plan_is_the_memory_of_the_step_that_fit_compiles() -> None:
     step, state, batch, run = lowered_by_fit(SMALL, DeviceConfig())
     memory = step.compile().memory_analysis()
-    planned = compile_for(parse_target("cpu:8"), to_json(run))
+    planned = compile_step(parse_target("cpu:8"), to_json(run))
     for name in ("argument", "output", "alias", "temp"):
         assert planned[f"{name}_bytes"] == getattr(memory, f"{name}_size_in_bytes"), name
     parts = {"batch": batch, "weight": (state.params, state.rest), "optimizer": (state.step, state.opt_state)}
@@ -67,6 +70,34 @@ def test_the_plan_is_the_memory_of_the_step_that_fit_compiles() -> None:
         on_one = sum(leaf.addressable_data(0).nbytes for leaf in jax.tree.leaves(part))
         assert planned[f"{name}_bytes"] == on_one, name
     assert planned["mesh"] == {"data": 8, "fsdp": 1, "space": 1}
+
+
+def test_the_planned_validation_is_that_of_fit() -> None:
+    task = open_task(SMALL, DeviceConfig())
+    info = DataInfo.of(task.dataset)
+    graphdef, state = initial_state(task, info)
+    predict = volume_predictor(graphdef, state, task.config.data.sliding_window)
+    assert predict.mesh is not None
+    shape = (8 * predict.windows_per_batch, 16, 8, info.num_channels)
+    windows = jax.device_put(np.zeros(shape, np.float32), NamedSharding(predict.mesh, batch_spec(1)))
+    program = jitted(predict.forward, mesh=predict.mesh).lower(predict.weights, windows)
+    run = Run(task.config, info, DeviceConfig())
+    planned, arguments = planning.abstract_windows(run, device_mesh(), predict.windows_per_batch)
+    assert planned.lower(*arguments).as_text() == program.as_text()
+    found = compile_validation(parse_target("cpu:8"), to_json(run))
+    memory = program.compile().memory_analysis()
+    assert found["temp_bytes"] == memory.temp_size_in_bytes
+    assert found["output_bytes"] == memory.output_size_in_bytes
+    # Seven devices send what they have seen and found to the first; the state and a batch are there as well.
+    on_one = windows.addressable_data(0).nbytes + memory.output_size_in_bytes
+    others = found["waiting_bytes"] - 7 * on_one - planning.bytes_on_each(state)
+    assert others == planning.bytes_on_each(planning.abstract_step(run, device_mesh())[2])
+    # The first of them holds the whole volume: 2 channels, twice 4 classes, labels and mask.
+    large = compile_validation(
+        parse_target("cpu:8"), to_json(dataclasses.replace(run, largest_shape=(264, 8)))
+    )
+    assert large["temp_bytes"] == found["temp_bytes"]
+    assert large["waiting_bytes"] - found["waiting_bytes"] == 264 * 8 * (4 * (2 + 2 * 4) + 2)
 
 
 def test_a_run_without_a_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -82,6 +113,7 @@ def test_a_run_without_a_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[
     (attempt,) = target["attempts"]
     assert attempt["fits"]
     assert attempt["needed_bytes"] == attempt["total_bytes"] + attempt["batch_bytes"]
+    assert attempt["validation"]["fits"]
     # Four patches on each device, with two channels of float32, labels and numbers of cases.
     assert attempt["batch_bytes"] == 4 * (8 * 8 * (2 * 4 + 4) + 4)
     assert attempt["collectives"]["all-reduce"]["count"] == 1
@@ -94,12 +126,19 @@ GIVEN = Run(
 )
 
 
-def outcomes(monkeypatch: pytest.MonkeyPatch, needs: Any, run: Run = GIVEN, target: str = "v5e:2x2") -> list:
-    """The attempts for a target, where `needs(run)` are the bytes of a run's step."""
+def outcomes(
+    monkeypatch: pytest.MonkeyPatch,
+    needs: Any,
+    run: Run = GIVEN,
+    target: str = "v5e:2x2",
+    validation: Any = lambda: 1,
+) -> list:
+    """The attempts for a target, where `needs(run)` are the bytes of a step and `validation()` of validation."""
 
     def run_for(target: Any, function: str, request: Any, limit_s: float) -> dict[str, int]:
-        found = planning.from_json(Run, request)
-        return {"total_bytes": needs(found), "batch_bytes": 0}
+        of_step = function == "train.plan:compile_step"
+        total = needs(planning.from_json(Run, request)) if of_step else validation()
+        return {"total_bytes": total, "waiting_bytes": 0}
 
     monkeypatch.setattr(planning, "run_for", run_for)
     return list(planning._attempts(run, parse_target(target), 1))
@@ -178,6 +217,30 @@ def test_an_impossible_saving_is_passed_over(monkeypatch: pytest.MonkeyPatch) ->
     assert half["options"] == "--remat --precision bfloat16"
 
 
+def test_validation_must_fit_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> int:
+        raise CompilationFailed("not done after 1 s")
+
+    (large,) = outcomes(monkeypatch, lambda run: GIB, validation=lambda: 20 * GIB)
+    (unknown,) = outcomes(monkeypatch, lambda run: GIB, validation=fails)
+    assert not large["fits"] | unknown["fits"]
+    target = parse_target("v5e:2x2")
+    assert (
+        planning._line(large, target)
+        == "  as it stands: the step fits, 1.00 GiB of 15.0 GiB on each device; validation does not"
+    )
+    verdicts = [planning._verdict([attempt], target, []) for attempt in (large, unknown)]
+    assert verdicts == [
+        "The step fits on 4 TPU v5e chips, but validation needs 20.0 GiB of 15.0 GiB on each device. Choose a "
+        "smaller --eval-patch, or leave out validation with --num-val 0.",
+        "The step fits on 4 TPU v5e chips. Whether validation fits is not known: not done after 1 s",
+    ]
+    data = dataclasses.replace(GIVEN.config.data, num_val=0)
+    without = dataclasses.replace(GIVEN, config=dataclasses.replace(GIVEN.config, data=data))
+    (attempt,) = outcomes(monkeypatch, lambda run: GIB, without, validation=fails)
+    assert attempt["fits"]
+
+
 def test_volumes_are_split_where_the_batch_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch of four on eight chips; then what saves memory is tried beside it."""
 
@@ -224,7 +287,14 @@ def test_verdicts_end_with_the_command_to_use() -> None:
 
 
 def test_the_status_says_whether_all_targets_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    figures = {"batch_bytes": 0, "weight_bytes": 1, "optimizer_bytes": 2, "temp_bytes": 3, "compile_s": 1.0}
+    figures = {
+        "batch_bytes": 0,
+        "waiting_bytes": 0,
+        "weight_bytes": 1,
+        "optimizer_bytes": 2,
+        "temp_bytes": 3,
+        "compile_s": 1.0,
+    }
 
     def run_for(target: Any, *_: object) -> dict[str, Any]:
         total = 10 if target.platform == "cpu" else 2**50

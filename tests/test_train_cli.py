@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import functools
 import gzip
 import json
 import os
@@ -17,6 +18,7 @@ import pytest
 from commands import refuses, run, write_msd
 from killed import logged, weights
 
+import calib_jax
 from calib_jax import BinStatistics
 from calib_jax.results import ModelResult, RepeatedResult
 from train.compare import Plan, _pairs
@@ -95,6 +97,8 @@ def test_compare_with_seeds_temperature_and_ensembles_goes_on_at_each_network(
     assert [arguments[1].name for arguments in trained] == ["dice-seed3"]
     assert [arguments[0] for arguments in evaluated] == ["dice+T seed 3"]
 
+    short = functools.partial(calib_jax.fit_local_calibration, max_steps=50)
+    monkeypatch.setattr(calib_jax, "fit_local_calibration", short)
     assert run(*command, "--resume") == 0  # with the rows that come without an option
     more = json.loads((out / "table.json").read_text())["models"]
     kinds = [f"{name}{ending}" for name in ("dice", "dice~2") for ending in ("", "+T", "+L")]

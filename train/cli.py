@@ -189,8 +189,8 @@ class Fit(_Options):
 class Plan(_RunOptions):
     """Say whether a run fits into the memory of devices that need not be here, and what it spends there.
 
-    The options are those of `fit`, whose --help lists the terms of a loss. The step of that run is compiled for the
-    devices; nothing is run.
+    The options are those of `fit`, whose --help lists the terms of a loss. The step of that run and the network in
+    its validation are compiled for the devices; nothing is run.
 
         python -m train plan --recipe paper_brats_dice_ace --data brats:PATH --target v5e:4x4 h100:8
 

@@ -32,7 +32,7 @@ from train.step import TrainState
 Patches = Float[Array, "batch *patch channels"]
 Probs = Float[Array, "batch *patch classes"]  # or logits
 
-_VOXELS_AT_ONCE = 4 * 128**3  # voxels of the windows that the network sees at a time
+_VOXELS_AT_ONCE = 4 * 128**3  # voxels of the windows that the devices of a process see at a time
 
 # (weights, patches [batch, *patch, channels]) -> probabilities [batch, *patch, classes]. They sum to 1 over classes
 # unless the function has `regions`, see `Network`.
@@ -351,11 +351,10 @@ def volume_predictor(
     """
     mesh = device_mesh(devices=jax.local_devices())
     weights = whole_on(mesh, (state.evaluated, state.rest))
-    return VolumePredictor(
-        Network(graphdef, regions), weights, patch, windows_per_batch=windows_at_once(patch), mesh=mesh
-    )
+    windows = windows_at_once(patch, mesh.size)
+    return VolumePredictor(Network(graphdef, regions), weights, patch, windows_per_batch=windows, mesh=mesh)
 
 
-def windows_at_once(patch: Sequence[int]) -> int:
-    """Number of windows of this size that the network sees at a time on each device."""
-    return max(min(_VOXELS_AT_ONCE // math.prod(patch), 4), 1)
+def windows_at_once(patch: Sequence[int], devices: int = 1) -> int:
+    """Number of windows of this size that each device of a process sees at a time. The first one holds them all."""
+    return max(min(_VOXELS_AT_ONCE // (math.prod(patch) * devices), 4), 1)

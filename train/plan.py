@@ -28,6 +28,7 @@ from train.console import format_table
 from train.data.case import ids_of
 from train.errors import InputError
 from train.hlo import compile_and_describe
+from train.inference import Network, VolumePredictor, jitted, plan_windows, windows_at_once
 from train.losses import Regions, parse_loss
 from train.sharding import (
     DATA,
@@ -39,6 +40,7 @@ from train.sharding import (
     mesh_shape,
     parts_in_turn,
     process_share,
+    replicated,
     weight_shardings,
 )
 from train.step import TrainState, check_loss, make_optimizer, make_train_step
@@ -63,7 +65,7 @@ _PARTS = {
     "batch": "batch_bytes",
     "activations, temporaries": "temp_bytes",
 }
-_COLUMNS = ["", "needs", *_PARTS, "other", "exchanges", "exchanged", "compiled in"]
+_COLUMNS = ["", "needs", *_PARTS, "other", "validation", "exchanges", "exchanged", "compiled in"]
 # Options of `plan` that `fit` does not have.
 _OWN_OPTIONS = ("--target", "--num-channels", "--class-names", "--limit-s", "--out")
 
@@ -78,6 +80,7 @@ class Run:
         devices: options of devices, as the user gave them.
         regions: class ids of each output channel of a network with sigmoids.
         has_ignore: whether voxels may have no label.
+        largest_shape: voxels of the largest volume along each axis; empty without a data set.
     """
 
     config: RunConfig
@@ -85,6 +88,7 @@ class Run:
     devices: DeviceConfig
     regions: Regions = ()
     has_ignore: bool = False
+    largest_shape: tuple[int, ...] = ()
 
     @property
     def soft_classes(self) -> int:
@@ -134,7 +138,8 @@ def _open_run(command: "Plan") -> Run:
     dataset = _described(command) if command.class_names else open_cases(config.data)
     config = resolve_config(config, dataset)
     regions = ids_of(dataset, config.model.regions)
-    return Run(config, DataInfo.of(dataset), command.devices, regions, dataset.has_ignore)
+    shape = () if command.class_names else dataset.largest_shape
+    return Run(config, DataInfo.of(dataset), command.devices, regions, dataset.has_ignore, shape)
 
 
 def _described(command: "Plan") -> Any:
@@ -174,8 +179,8 @@ def _attempts(run: Run, target: Target, limit_s: float) -> Iterator[dict[str, An
     yield attempt
     for option, values in _savings(_with(run, added), target):
         for value in values:
-            # What fails for another reason than memory fails again.
-            if attempt["fits"] or not attempt.get("out_of_memory", True):
+            # What fails for another reason than memory fails again. Nothing of this helps validation.
+            if attempt["fits"] or "validation" in attempt or not attempt.get("out_of_memory", True):
                 return
             tried = {**added, option: value}
             attempt = _attempt(_with(run, tried), target, limit_s, tried)
@@ -229,18 +234,26 @@ def _with(run: Run, options: Mapping[str, str]) -> Run:
 
 
 def _attempt(run: Run, target: Target, limit_s: float, added: Mapping[str, str]) -> dict[str, Any]:
-    """Compiles a run for a target: its figures, and whether it fits."""
-    named = {"options": " ".join(filter(None, [word for pair in added.items() for word in pair]))}
+    """Compiles a run for a target: figures of its step and, if that fits, its validation, and whether both fit."""
+    options = " ".join(filter(None, [word for pair in added.items() for word in pair]))
+    attempt = {"options": options, **_outcome("compile_step", run, target, limit_s)}
+    if attempt["fits"] and run.config.data.num_val:
+        validation = _outcome("compile_validation", run, target, limit_s)
+        attempt |= {"fits": validation["fits"], "validation": validation}
+    return attempt
+
+
+def _outcome(function: str, run: Run, target: Target, limit_s: float) -> dict[str, Any]:
+    """Figures of a program of the run, and whether it fits."""
     try:
-        figures = run_for(target, "train.plan:compile_for", to_json(run), limit_s)
+        figures = run_for(target, f"train.plan:{function}", to_json(run), limit_s)
     except CompilationFailed as error:
         reason = str(error)
-        return {**named, "fits": False, "failed": reason, **_out_of_memory(reason)}
+        return {"fits": False, "failed": reason, **_out_of_memory(reason)}
     except InputError as error:
-        return {**named, "fits": False, "refused": str(error)}
-    # While a step runs, the next batch waits on the device.
-    needed = figures["total_bytes"] + figures["batch_bytes"]
-    return {**named, "fits": needed <= target.usable, "needed_bytes": needed, **figures}
+        return {"fits": False, "refused": str(error)}
+    needed = figures["total_bytes"] + figures["waiting_bytes"]
+    return {"fits": needed <= target.usable, "needed_bytes": needed, **figures}
 
 
 def _out_of_memory(message: str) -> dict[str, Any]:
@@ -255,7 +268,7 @@ def _out_of_memory(message: str) -> dict[str, Any]:
     }
 
 
-def compile_for(target: Target, request: Any) -> dict[str, Any]:
+def compile_step(target: Target, request: Any) -> dict[str, Any]:
     """Compiles the step of a run for a target, in a process that `train.targets.run_for` started.
 
     Args:
@@ -263,14 +276,13 @@ def compile_for(target: Target, request: Any) -> dict[str, Any]:
         request: a `Run` as JSON.
 
     Returns:
-        Bytes of each part on one device, and `train.hlo.compile_and_describe`.
+        Bytes of each part on one device, and `train.hlo.compile_and_describe`. `waiting_bytes` are those of the
+        next batch, which waits on the device while a step runs.
     """
     from train.numerics import numerics
 
     with numerics():
-        run = from_json(Run, request)
-        run = dataclasses.replace(run, regions=tuple(map(tuple, run.regions)))
-        mesh = device_mesh(run.devices.mesh, target.devices())
+        run, mesh = _requested(target, request)
         step, state, batch = abstract_step(run, mesh)
         figures = compile_and_describe(step, (state, batch), target.compiler_options())
     sizes = {
@@ -278,7 +290,40 @@ def compile_for(target: Target, request: Any) -> dict[str, Any]:
         "optimizer_bytes": bytes_on_each((state.step, state.opt_state)),
         "batch_bytes": bytes_on_each(batch),
     }
-    return {"mesh": dict(mesh.shape), **sizes, **figures}
+    return {"mesh": dict(mesh.shape), **sizes, "waiting_bytes": sizes["batch_bytes"], **figures}
+
+
+def compile_validation(target: Target, request: Any) -> dict[str, Any]:
+    """As `compile_step`, of the network on the windows that a device sees at a time in validation.
+
+    `waiting_bytes` are those of the training state, of the next batch, and of what the first device of a process
+    holds: the windows of its other devices, and the largest volume if the data set is known.
+    """
+    from train.numerics import numerics
+
+    with numerics():
+        run, mesh = _requested(target, request)
+        _, state, batch = abstract_step(run, mesh)
+        all_data = device_mesh(devices=target.devices())
+        of_process = sum(device.process_index == 0 for device in all_data.devices.flat)
+        patch = run.config.data.sliding_window
+        count, volume = windows_at_once(patch, of_process), 0
+        if run.largest_shape:
+            windows = plan_windows(run.largest_shape, patch, VolumePredictor.overlap, count, of_process)
+            count = max(windows.counted.shape[1] // of_process, 1)
+            # The image, its labels and mask, and the probabilities before and after they are normalised.
+            channels = run.info.num_channels + 2 * len(run.regions or run.info.class_names)
+            volume = math.prod(windows.canvas) * (4 * channels + 2)
+        program, arguments = abstract_windows(run, all_data, count)
+        figures = compile_and_describe(program, arguments, target.compiler_options())
+    collected = (of_process - 1) * (bytes_on_each(arguments[1]) + figures["output_bytes"])
+    return {"waiting_bytes": bytes_on_each((state, batch)) + collected + volume, **figures}
+
+
+def _requested(target: Target, request: Any) -> tuple[Run, Mesh]:
+    run = from_json(Run, request)
+    run = dataclasses.replace(run, regions=tuple(map(tuple, run.regions)))
+    return run, device_mesh(run.devices.mesh, target.devices())
 
 
 def abstract_step(run: Run, mesh: Mesh) -> tuple[Any, TrainState, dict[str, jax.ShapeDtypeStruct]]:
@@ -317,6 +362,16 @@ def abstract_step(run: Run, mesh: Mesh) -> tuple[Any, TrainState, dict[str, jax.
         has_ignore=run.has_ignore,
     )
     return step, _placed(state, weight_shardings(state, mesh)), _abstract_batch(run, mesh)
+
+
+def abstract_windows(run: Run, mesh: Mesh, count: int) -> tuple[Any, tuple[Any, jax.ShapeDtypeStruct]]:
+    """The compiled-to-be network of a run on `count` windows for each device, and shapes of weights and windows."""
+    graphdef, *weights = nnx.split(nnx.eval_shape(lambda: make_model(run.config, run.info)), nnx.Param, ...)
+    shape = (count * mesh.size, *run.config.data.sliding_window, run.info.num_channels)
+    windows = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, batch_spec(1)))
+    placed = _placed(tuple(weights), jax.tree.map(lambda _: replicated(mesh), tuple(weights)))
+    platform = mesh.devices.flat[0].platform
+    return jitted(Network(graphdef, run.config.model.regions), platform, mesh), (placed, windows)
 
 
 def _abstract_batch(run: Run, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
@@ -358,8 +413,14 @@ def _line(attempt: Mapping[str, Any], target: Target) -> str:
     fits = "fits" if attempt["fits"] else "does not fit"
     if attempt["needed_bytes"] is None:
         return f"{name}{fits}: {attempt['failed']}"
-    needed = format_bytes(attempt["needed_bytes"])
-    return f"{name}{fits}, {needed} of {format_bytes(target.usable)} on each device"
+    usable, needed = format_bytes(target.usable), attempt["needed_bytes"]
+    if "validation" in attempt:
+        if not attempt["fits"]:
+            return (
+                f"{name}the step fits, {format_bytes(needed)} of {usable} on each device; validation does not"
+            )
+        needed = max(needed, attempt["validation"]["needed_bytes"])
+    return f"{name}{fits}, {format_bytes(needed)} of {usable} on each device"
 
 
 def _table(attempts: Sequence[Mapping[str, Any]]) -> str:
@@ -378,6 +439,8 @@ def _table(attempts: Sequence[Mapping[str, Any]]) -> str:
             row["exchanges"] = str(sum(kind["count"] for kind in exchanged.values()))
             row["exchanged"] = format_bytes(sum(kind["bytes"] for kind in exchanged.values()))
             row["compiled in"] = f"{attempt['compile_s']:.0f} s"
+        if attempt.get("validation", {}).get("needed_bytes"):
+            row["validation"] = format_bytes(attempt["validation"]["needed_bytes"])
         rows.append(row)
     return textwrap.indent(format_table(rows), "  ")
 
@@ -391,6 +454,8 @@ def _verdict(attempts: Sequence[Mapping[str, Any]], target: Target, arguments: S
         cannot = "is impossible" if "refused" in first else "does not fit"
         found = f"The run {cannot} on {target.title} as it stands. It fits with {last['options']}:"
         return f"{found}\n  {_fit_command(arguments, last['options'])}"
+    if "validation" in last:
+        return _verdict_on_validation(last["validation"], target)
     if not last.get("out_of_memory", True):
         return f"Whether the run fits on {target.title} is not known: {last['failed']}"
     needs = [attempt["needed_bytes"] for attempt in attempts if attempt.get("needed_bytes") is not None]
@@ -402,6 +467,19 @@ def _verdict(attempts: Sequence[Mapping[str, Any]], target: Target, arguments: S
     return (
         f"The run does not fit on {target.title}{least}. Choose a smaller patch, fewer patches per step, or more "
         "devices."
+    )
+
+
+def _verdict_on_validation(validation: Mapping[str, Any], target: Target) -> str:
+    """Of a run whose step fits, but not its validation."""
+    if not validation.get("out_of_memory", True) or "refused" in validation:
+        reason = validation.get("failed") or validation["refused"]
+        return f"The step fits on {target.title}. Whether validation fits is not known: {reason}"
+    needed = validation["needed_bytes"]
+    needs = f" needs {format_bytes(needed)} of {format_bytes(target.usable)}" if needed else " does not fit"
+    return (
+        f"The step fits on {target.title}, but validation{needs} on each device. Choose a smaller --eval-patch, or "
+        "leave out validation with --num-val 0."
     )
 
 
