@@ -1,5 +1,6 @@
-"""Sums over images whose voxels are split over devices, inside `shard_map`."""
+"""Over which devices a traced program is split, and sums over images whose voxels are, inside `shard_map`."""
 
+import contextlib
 import functools
 from typing import Any
 
@@ -11,6 +12,8 @@ from jaxtyping import Array
 from calib_jax._compat import as_varying
 
 AxisName = str | tuple[str, ...]
+
+_ONE = jax.sharding.AbstractMesh((1,), ("one",), axis_types=(jax.sharding.AxisType.Auto,))
 
 
 def platform() -> str:
@@ -29,6 +32,13 @@ def is_whole() -> bool:
         return True
     devices = mesh.size if mesh.axis_names else jax.device_count()
     return devices == 1 and jax.sharding.AxisType.Explicit not in mesh.axis_types
+
+
+def on_one_device() -> contextlib.AbstractContextManager[Any]:
+    """Within it, programs of arrays on one device are traced for one, even if there are more: see `is_whole`."""
+    if jax.device_count() == 1 or jax.sharding.get_abstract_mesh().axis_names:
+        return contextlib.nullcontext()
+    return jax.sharding.use_abstract_mesh(_ONE)
 
 
 def whole_sum(parts: Any, axis_name: AxisName | None) -> Any:

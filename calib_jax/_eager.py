@@ -17,6 +17,7 @@ import numpy as np
 from jax.core import Tracer
 
 from calib_jax._checks import check_values, check_weights
+from calib_jax._devices import on_one_device
 from calib_jax._labels import as_class_ids
 
 P = ParamSpec("P")
@@ -59,15 +60,18 @@ def compiled(
                 check_weights("class_weights", weights)
             # The type is part of the key: 20.0 and True must not pass for 20 and 1.
             static = tuple((name, type(value), value) for name, value in options.items())
-            if _are_concrete(arrays) and (shape := _shape_of_images(arrays)):
-                if "labels" in arrays:
-                    check_values(arrays)
-                keep = keeps_shape(options) if callable(keeps_shape) else keeps_shape
-                if not (keep or _config.jax_disable_jit):
-                    # What the function refuses is refused below, where messages name the caller's shapes.
-                    with contextlib.suppress(TypeError, ValueError):
-                        return program(_filled_up(arrays, shape), static)
-            return program(arrays, static)
+            if not _are_concrete(arrays):
+                return program(arrays, static)
+            with on_one_device():
+                if shape := _shape_of_images(arrays):
+                    if "labels" in arrays:
+                        check_values(arrays)
+                    keep = keeps_shape(options) if callable(keeps_shape) else keeps_shape
+                    if not (keep or _config.jax_disable_jit):
+                        # What the function refuses is refused below, where messages name the caller's shapes.
+                        with contextlib.suppress(TypeError, ValueError):
+                            return program(_filled_up(arrays, shape), static)
+                return program(arrays, static)
 
         return wrapped
 

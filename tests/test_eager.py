@@ -31,11 +31,14 @@ from calib_jax import (
     top_label_statistics,
 )
 from calib_jax._compat import enable_x64
+from calib_jax._devices import is_whole
 from calib_jax._eager import filled_size
+from calib_jax._sums import cpu
 
 CLASSES = 3
 TOTALS = dataset_totals(CLASSES)
 CASES = case_results(2, CLASSES)
+MESH = jax.make_mesh((8,), ("images",), (jax.sharding.AxisType.Auto,))
 FUNCTIONS = {
     "bin_statistics": bin_statistics,
     "adaptive": lambda p, y: bin_statistics(p, y, binning="adaptive"),
@@ -70,6 +73,33 @@ def test_new_sizes_compile_nothing_and_give_the_numbers_of_jit(name):
     for got, want in zip(jax.tree.leaves(results[0]), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-7, equal_nan=True)
         assert np.asarray(got).dtype == np.asarray(want).dtype
+
+
+def test_arrays_on_one_device_of_many_are_summed_as_if_it_were_the_only_one(monkeypatch):
+    """Then a GPU can use the kernel, which a compiler cannot split. Under `jit` the arrays may be split."""
+    seen = set()
+
+    def record():
+        seen.add(is_whole())
+        return is_whole()
+
+    monkeypatch.setattr(cpu, "is_whole", record)
+    assert jax.device_count() > 1
+    probs, labels = sample(5, 6)
+    of_one = bin_statistics(jax.device_put(probs, jax.devices()[3]), labels, num_bins=23)
+    assert seen == {True}
+    assert of_one.count.devices() == {jax.devices()[3]}
+    seen.clear()
+    of_many = jax.jit(lambda p: bin_statistics(p, labels, num_bins=23))(probs)
+    assert seen == {False}
+    split = jax.device_put(np.tile(probs, (8, 1, 1, 1)), jax.NamedSharding(MESH, jax.P("images")))
+    of_each = bin_statistics(split, np.tile(labels, (8, 1, 1)), num_bins=23)
+    assert seen == {False}
+    for one, many, each in zip(*map(jax.tree.leaves, (of_one, of_many, of_each)), strict=True):
+        np.testing.assert_array_equal(one, many)
+        np.testing.assert_array_equal(one, each[:1])
+    with jax.set_mesh(MESH):
+        np.testing.assert_array_equal(bin_statistics(probs, labels, num_bins=23).count, of_one.count)
 
 
 @pytest.mark.parametrize("transform", [jax.grad, jax.value_and_grad, jax.vmap])

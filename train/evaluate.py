@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Integer, Num, UInt8
 
 import calib_jax
 from calib_jax import BinStatistics, LocalCalibration, metrics
+from calib_jax._devices import on_one_device
 from calib_jax._eager import fill_up, filled_size
 from calib_jax._labels import are_dense, memberships
 from calib_jax.results import ModelResult
@@ -226,4 +227,5 @@ def case_statistics(
     voxels = probs.shape[:-1]
     size = filled_size(max(math.prod(voxels), _FEWEST_VOXELS))
     arrays = (fill_up(x[None], len(voxels), size)[0] for x in (probs, label, np.ones(voxels, bool)))
-    return jitted(CaseStatistics(regions, has_ignore))(*arrays)
+    with on_one_device():
+        return jitted(CaseStatistics(regions, has_ignore))(*arrays)

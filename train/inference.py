@@ -21,6 +21,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Shaped
 
+from calib_jax._devices import on_one_device
 from calib_jax._eager import filled_size
 from train import cpu
 from train.data.shapes import Ids, Image, Shares
@@ -148,7 +149,8 @@ class VolumePredictor:
         labels = None if label is None else pad_to_hold(label[..., None], plan.canvas)[..., 0]
         voxels = self._on_canvas(image, plan), labels, inside(shape, plan.canvas)
         size = row_size(plan.canvas, jax.default_backend())
-        return jitted(summary)(*(voxels if size is None else in_a_row(voxels, size)))
+        with on_one_device():
+            return jitted(summary)(*(voxels if size is None else in_a_row(voxels, size)))
 
     def plan(self, shape: Sequence[int]) -> "Plan":
         """The windows that cover a volume of this shape."""
