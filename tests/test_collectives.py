@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import numpy as np
@@ -84,7 +85,8 @@ def test_split_volumes_exchange_rims_and_sums() -> None:
     assert found["all-reduce"] <= 2 * NORMS + 2 + NORMS + 2
     assert found["collective-permute"] <= 2 * RIMS - FIRST_RIMS
     reductions = [i.op_name for i, *_ in program.instructions() if i.opcode == "all-reduce"]
-    assert reductions.count("jit(step)/shard_map/jvp()/psum") == 2
+    of_loss = [name for name in reductions if re.fullmatch(r"jit\(step\)/shard_map/jvp\(.*\)/psum", name)]
+    assert len(of_loss) == 2
     # Four images of a device, one row of voxels, 24 channels on half of the grid.
     rim = max(i.net_bytes for i, *_ in program.instructions() if i.opcode == "collective-permute")
     assert rim <= 4 * 4 * 8 * 8 * 24
