@@ -138,7 +138,7 @@ def outcomes(
     def run_for(target: Any, function: str, request: Any, limit_s: float) -> dict[str, int]:
         of_step = function == "train.plan:compile_step"
         total = needs(planning.from_json(Run, request)) if of_step else validation()
-        return {"total_bytes": total, "waiting_bytes": 0}
+        return {"total_bytes": total, "waiting_bytes": 0, "volume_bytes": 2 * GIB}
 
     monkeypatch.setattr(planning, "run_for", run_for)
     return list(planning._attempts(run, parse_target(target), 1))
@@ -231,8 +231,8 @@ def test_validation_must_fit_too(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     verdicts = [planning._verdict([attempt], target, []) for attempt in (large, unknown)]
     assert verdicts == [
-        "The step fits on 4 TPU v5e chips, but validation needs 20.0 GiB of 15.0 GiB on each device. Choose a "
-        "smaller --eval-patch, or leave out validation with --num-val 0.",
+        "The step fits on 4 TPU v5e chips, but validation needs 20.0 GiB of 15.0 GiB, 2.00 GiB of it for the "
+        "largest volume. Choose a smaller --eval-patch, or leave out validation with --num-val 0.",
         "The step fits on 4 TPU v5e chips. Whether validation fits is not known: not done after 1 s",
     ]
     data = dataclasses.replace(GIVEN.config.data, num_val=0)

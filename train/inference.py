@@ -198,7 +198,7 @@ def jitted(function: Callable[..., Any], platform: str | None = None, mesh: Mesh
     Args:
         function: hashable.
         platform: that it is compiled for; None for JAX's default.
-        mesh: of a `Forward` of which each device computes its share of the batch.
+        mesh: the devices that share the batch of a `Forward`; None for one.
     """
     if mesh is not None and mesh.size > 1:
         split, specs = batch_spec(1), (PartitionSpec(), batch_spec(1))

@@ -297,7 +297,7 @@ def compile_validation(target: Target, request: Any) -> dict[str, Any]:
     """As `compile_step`, of the network on the windows that a device sees at a time in validation.
 
     `waiting_bytes` are those of the training state, of the next batch, and of what the first device of a process
-    holds: the windows of its other devices, and the largest volume if the data set is known.
+    holds: the windows of its other devices, and the largest volume (`volume_bytes`) if the data set is known.
     """
     from train.numerics import numerics
 
@@ -317,7 +317,8 @@ def compile_validation(target: Target, request: Any) -> dict[str, Any]:
         program, arguments = abstract_windows(run, all_data, count)
         figures = compile_and_describe(program, arguments, target.compiler_options())
     collected = (of_process - 1) * (bytes_on_each(arguments[1]) + figures["output_bytes"])
-    return {"waiting_bytes": bytes_on_each((state, batch)) + collected + volume, **figures}
+    waiting = bytes_on_each((state, batch)) + collected + volume
+    return {"waiting_bytes": waiting, "volume_bytes": volume, **figures}
 
 
 def _requested(target: Target, request: Any) -> tuple[Run, Mesh]:
@@ -455,7 +456,7 @@ def _verdict(attempts: Sequence[Mapping[str, Any]], target: Target, arguments: S
         found = f"The run {cannot} on {target.title} as it stands. It fits with {last['options']}:"
         return f"{found}\n  {_fit_command(arguments, last['options'])}"
     if "validation" in last:
-        return _verdict_on_validation(last["validation"], target)
+        return _verdict_on_validation(last, target)
     if not last.get("out_of_memory", True):
         return f"Whether the run fits on {target.title} is not known: {last['failed']}"
     needs = [attempt["needed_bytes"] for attempt in attempts if attempt.get("needed_bytes") is not None]
@@ -470,17 +471,20 @@ def _verdict(attempts: Sequence[Mapping[str, Any]], target: Target, arguments: S
     )
 
 
-def _verdict_on_validation(validation: Mapping[str, Any], target: Target) -> str:
+def _verdict_on_validation(attempt: Mapping[str, Any], target: Target) -> str:
     """Of a run whose step fits, but not its validation."""
+    validation = attempt["validation"]
+    step = f"The step fits on {target.title}" + (f" with {attempt['options']}" if attempt["options"] else "")
     if not validation.get("out_of_memory", True) or "refused" in validation:
         reason = validation.get("failed") or validation["refused"]
-        return f"The step fits on {target.title}. Whether validation fits is not known: {reason}"
-    needed = validation["needed_bytes"]
-    needs = f" needs {format_bytes(needed)} of {format_bytes(target.usable)}" if needed else " does not fit"
-    return (
-        f"The step fits on {target.title}, but validation{needs} on each device. Choose a smaller --eval-patch, or "
-        "leave out validation with --num-val 0."
-    )
+        return f"{step}. Whether validation fits is not known: {reason}"
+    needs = "does not"
+    if needed := validation["needed_bytes"]:
+        needs = f"needs {format_bytes(needed)} of {format_bytes(target.usable)}"
+    if volume := validation.get("volume_bytes"):
+        needs += f", {format_bytes(volume)} of it for the largest volume"
+    advice = "Choose a smaller --eval-patch, or leave out validation with --num-val 0."
+    return f"{step}, but validation {needs}. {advice}"
 
 
 def _fit_command(arguments: Sequence[str], added: str) -> str:

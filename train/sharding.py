@@ -166,7 +166,7 @@ def process_share(mesh: Mesh, process: int) -> tuple[int, int]:
 
 
 def whole_on(mesh: Mesh, tree: Any) -> Any:
-    """Copies arrays, whole, to each device of a mesh of this process, from its devices or from those of all."""
+    """Copies arrays, which may lie on the devices of all processes, whole to each device of one process's mesh."""
     here = replicated(mesh)
 
     def whole(leaf: jax.Array) -> jax.Array:
