@@ -8,7 +8,14 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from train.hlo import collectives, describe_program, largest_arrays, largest_exchanges, parse_program
+from train.hlo import (
+    bytes_moved,
+    collectives,
+    describe_program,
+    largest_arrays,
+    largest_exchanges,
+    parse_program,
+)
 
 # A loop that runs six times, exchanges in one part and in two, of a device with itself, and padded arrays.
 TEXT = textwrap.dedent(
@@ -53,6 +60,12 @@ TEXT = textwrap.dedent(
     }
     """
 ).replace("TRIPS", '"known_trip_count":{"n":"6"}')
+
+
+def test_each_array_that_is_taken_or_given_counts() -> None:
+    exchanged = 2 * (20 + 20) + (20 + 28) + (256 + 64)
+    in_loop = 6 * (96 + 96 + 1)
+    assert bytes_moved(parse_program(TEXT)) == exchanged + in_loop + (20 + 4 * 4096) + (20 + 4 * 2 * 4096 * 3)
 
 
 def test_exchanges_count_once_and_as_often_as_their_loop_runs() -> None:

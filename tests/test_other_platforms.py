@@ -43,6 +43,8 @@ def losses() -> Figures:
     for part in ("dice", "cross_entropy", "focal", "mbls", "nacl"):
         options = dict.fromkeys(("dice", "cross_entropy", "ace"), 0.0) | {part: 1.0}
         found[part] = with_gradient(loss, LOGITS, IDS, where=WHERE, **options)
+    found["together"] = with_gradient(loss, LOGITS, IDS)
+    found["together, shares"] = with_gradient(loss, LOGITS, SHARES)
     return found
 
 
@@ -74,7 +76,7 @@ def evaluation() -> Figures:
     return found | {"soft": jax.jit(CaseStatistics())(PROBS[0], SHARES[0], WHERE[0])}
 
 
-@pytest.fixture(params=["tpu", "default"])
+@pytest.fixture(params=["tpu", "cuda"])
 def elsewhere(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Within it, programs take the form of that platform."""
 
