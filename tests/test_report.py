@@ -162,7 +162,7 @@ class TestCompareModels:
     def test_bootstrap_is_repeatable_and_close_to_the_normal_interval(self):
         gaps = np.random.default_rng(1).uniform(0.1, 0.3, 200)
         ace, again = (compare_models([result("m", gaps)])[0].metrics["ACE"] for _ in range(2))
-        assert ace == again
+        assert repr(ace) == repr(again)  # from Python 3.13 on, a NaN in a dataclass does not equal itself
         half = 1.96 * gaps.std() / math.sqrt(200)
         assert ace.low == pytest.approx(gaps.mean() - half, abs=0.1 * half)
         assert ace.high == pytest.approx(gaps.mean() + half, abs=0.1 * half)

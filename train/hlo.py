@@ -252,18 +252,21 @@ def largest_arrays(program: Program, most: int = 5) -> list[dict[str, Any]]:
     return sorted(found.values(), key=lambda row: -row["bytes"])[:most]
 
 
-def bytes_moved(program: Program) -> int:
-    """Bytes of the arrays that the instructions and fusions of one run take and give, each array once.
+def bytes_moved(program: Program) -> int | None:
+    """Bytes of the arrays that the instructions and fusions of a program take and give, each array once.
 
-    An instruction that takes a part of an array counts as if it took the whole.
+    An instruction that takes a part of an array counts as if it took the whole. Loops take many parts, so that of a
+    program with a loop nothing is said.
     """
     moved = 0
-    for instruction, computation, times in program.instructions():
+    for instruction, computation, _ in program.instructions():
+        if instruction.opcode == "while":
+            return None
         if instruction.opcode in _WRITE_NOTHING or instruction.opcode.endswith("-start"):
             continue
         halves = instruction.opcode.endswith("-done")
         taken = (program.computations[computation].get(name) for name in instruction.operands if not halves)
-        moved += times * sum(each.net_bytes for each in (instruction, *taken) if each)
+        moved += sum(each.net_bytes for each in (instruction, *taken) if each)
     return moved
 
 
