@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec
 
-from calib_jax import binning
+from calib_jax import _devices, binning
 from calib_jax._sums import gpu_kernel
 from calib_jax._sums.bins import Bins
 
@@ -23,10 +23,8 @@ def gpus(count):
 
 def program(bins, platform="cuda", mesh=None):
     """Text of the sums in bins of eight images, split over a mesh by `shard_map` if one is given."""
-    probs, labels = (
-        jax.ShapeDtypeStruct((8, 3_000, 3), jnp.float32),
-        jax.ShapeDtypeStruct((8, 3_000), jnp.int32),
-    )
+    probs = jax.ShapeDtypeStruct((8, 3_000, 3), jnp.float32)
+    labels = jax.ShapeDtypeStruct((8, 3_000), jnp.int32)
     edges = jax.ShapeDtypeStruct((8, 3, 19), jnp.float32) if bins.binning == "adaptive" else None
 
     def sums(probs, labels, edges):
@@ -65,6 +63,15 @@ def test_one_gpu_runs_the_kernel(monkeypatch, bins, devices, there):
 
 def test_each_gpu_runs_the_kernel_on_what_shard_map_gives_it():
     assert "triton" in program(Bins("hard", 20), mesh=gpus(8))
+
+
+def test_one_of_several_gpus_runs_the_kernel_outside_of_jit(monkeypatch):
+    """Public functions and the trainer's evaluation trace in this context."""
+    monkeypatch.setattr(_devices, "_ONE", gpus(1))
+    assert jax.device_count() > 1
+    assert "triton" not in program(Bins("hard", 20))
+    with _devices.on_one_device():
+        assert "triton" in program(Bins("hard", 20))
 
 
 def test_a_jax_that_cannot_make_the_kernel_sums_by_masks(monkeypatch):
