@@ -17,7 +17,7 @@ from calib_jax import binning
 from calib_jax._devices import is_whole
 from calib_jax._sums import cpu, gpu, gpu_kernel, tpu
 from calib_jax._sums.bins import Bins, merge_space
-from calib_jax.binning import bin_index
+from calib_jax.binning import bin_edges, bin_index
 
 
 def _by_image(images, bins):
@@ -121,6 +121,18 @@ def test_images_of_more_voxels_than_a_tally_holds_are_counted_apart(monkeypatch)
     assert set(columns) == {3}
 
 
+@pytest.mark.parametrize(
+    "shape", [(1, 320**3, 33), (64, 320**3, 1), (1, 1, 1), (2, 10**6, 17), (1, 10**8, 4)]
+)
+def test_counts_of_a_program_of_the_kernel_fit_into_their_bits(shape):
+    plan = gpu_kernel._plan(shape, Bins("hard", 20), floats=1)
+    of_lane = plan.rounds * gpu_kernel._ROUND
+    assert of_lane < 4**gpu_kernel._FIELD
+    assert gpu_kernel._ROUND < 2**gpu_kernel._FIELD
+    assert of_lane * plan.tile < 2**16
+    assert shape[1] <= plan.grid[1] * of_lane * plan.tile
+
+
 @pytest.mark.parametrize("method", PLATFORMS)
 @pytest.mark.parametrize("soft", [False, True])
 def test_what_is_masked_does_not_count_even_if_nan(method, soft):
@@ -141,8 +153,9 @@ def test_nan_shows_in_its_image_and_class_only(method):
 
 
 @pytest.mark.parametrize("method", PLATFORMS)
-@pytest.mark.parametrize("value", [0.1, 0.7, 0.999999, 1e-7, 3e-5])
+@pytest.mark.parametrize("value", [0.1, 0.7, 0.999999, 1e-7, 3e-5, 0.47059488])
 def test_equal_numbers_and_two_scales_in_one_bin_do_not_drift(method, value):
+    """The last value is the worst of a million to add up 32 times in float32: 5e-7."""
     probs = np.full((1, 300_001, 2), value, np.float32)
     probs[..., 1] = 1.2345e-4
     probs[:, ::9, 1] = 0.04
@@ -252,6 +265,24 @@ def test_every_platform_fills_the_same_bins(binning_, soft, shape):
         for one, other in zip(got, want, strict=True):
             # A fused multiplication and addition moves a soft voxel by float32's last digit of 33.
             np.testing.assert_allclose(one, other, rtol=1e-6, atol=5e-6 if binning_ == "soft" else 0)
+
+
+@pytest.mark.parametrize("closed", ["right", "left"])
+@pytest.mark.parametrize("num_bins", [1, 2, 20, 33])
+def test_every_platform_fills_the_same_bins_at_edges(num_bins, closed):
+    """Each edge, the float32 below and above it, and numbers outside of [0, 1]."""
+    edges = bin_edges(num_bins)
+    below, above = (np.nextafter(edges, np.float32(end)) for end in (-1, 2))
+    outside = np.array([-0.0, -1e-15, -0.3, -40, 1.0000002, 1.7, 3e9, -3e9], np.float32)
+    probs = np.concatenate([edges, below, above, outside])[None, :, None]
+    labels = np.arange(probs.size, dtype=np.int32)[None] % 2
+    bins = Bins("hard", num_bins, closed)
+    index = np.asarray(bin_index(probs, num_bins=num_bins, closed=closed)).ravel()
+    want = [np.bincount(index, weights, num_bins) for weights in (None, 1 - labels[0])]
+    for method in PLATFORMS:
+        count, _, label_sum = METHODS[method]((probs, labels, None, None), bins)
+        np.testing.assert_array_equal(count[0, 0], want[0], err_msg=method)
+        np.testing.assert_array_equal(label_sum[0, 0], want[1], err_msg=method)
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
