@@ -17,11 +17,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import calib_jax
 from benchmarks import timing
 from benchmarks.options import Compiled, parse_shape
+from train.abstract import Run, abstract_step, abstract_windows
 from train.config import DataInfo, DeviceConfig, ModelConfig, RunConfig
 from train.console import format_table
 from train.errors import InputError
 from train.hlo import compile_and_describe
-from train.plan import Run, abstract_step, abstract_windows
+from train.numerics import numerics
 from train.plugins import check_arguments, keyword_parameters, parse_call
 from train.recipes import find_recipe
 from train.targets import CompilationFailed, Target, format_bytes, parse_target, run_for, use_no_device
@@ -122,8 +123,6 @@ def compile_for(target: Target, request: Any) -> dict[str, Any]:
     Returns:
         `train.hlo.compile_and_describe`; of a loss the bytes of the probabilities too.
     """
-    from train.numerics import numerics
-
     values: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in request["options"].items()}
     options, name = Compiled(**values), request["name"]
     devices = list(target.devices())

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from train.abstract import Run, abstract_step
 from train.config import DataConfig, DataInfo, DeviceConfig, ModelConfig, RunConfig, TrainingConfig
 from train.data.augment_config import NO_AUGMENTATION, AugmentConfig
 from train.hlo import Program, collectives, parse_program
 from train.models.configs import UNetConfig
-from train.plan import Run, abstract_step
 from train.sharding import FSDP, device_mesh, weight_spec
 from train.task import make_model
 

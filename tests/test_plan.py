@@ -12,14 +12,30 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from train import plan as planning
+from train.abstract import (
+    Run,
+    abstract_step,
+    abstract_windows,
+    bytes_on_each,
+    compile_step,
+    compile_validation,
+)
 from train.cli import main
-from train.config import DataConfig, DataInfo, DeviceConfig, ModelConfig, RunConfig, TrainingConfig, to_json
+from train.config import (
+    DataConfig,
+    DataInfo,
+    DeviceConfig,
+    ModelConfig,
+    RunConfig,
+    TrainingConfig,
+    from_json,
+    to_json,
+)
 from train.data.augment_config import NO_AUGMENTATION
 from train.errors import InputError
 from train.fit import _batches, _train_step, initial_state
 from train.inference import jitted, volume_predictor
 from train.models.configs import UNetConfig
-from train.plan import Run, compile_step, compile_validation
 from train.sharding import batch_spec, device_mesh, put_batch
 from train.step import TrainState
 from train.targets import GIB, CompilationFailed, parse_target
@@ -55,7 +71,7 @@ def lowered_by_fit(config: RunConfig, devices: DeviceConfig) -> tuple[Any, Train
 def test_the_planned_step_is_that_of_fit() -> None:
     config = dataclasses.replace(SMALL, loss="dice+ace")
     step, _, _, run = lowered_by_fit(config, DeviceConfig("data=2,fsdp=2,space=2", remat=True))
-    planned, *arguments = planning.abstract_step(run, device_mesh(run.devices.mesh))
+    planned, *arguments = abstract_step(run, device_mesh(run.devices.mesh))
     assert planned.lower(*arguments).as_text() == step.as_text()
 
 
@@ -82,7 +98,7 @@ def test_the_planned_validation_is_that_of_fit() -> None:
     windows = jax.device_put(np.zeros(shape, np.float32), NamedSharding(predict.mesh, batch_spec(1)))
     program = jitted(predict.forward, mesh=predict.mesh).lower(predict.weights, windows)
     run = Run(task.config, info, DeviceConfig())
-    planned, arguments = planning.abstract_windows(run, device_mesh(), predict.windows_per_batch)
+    planned, arguments = abstract_windows(run, device_mesh(), predict.windows_per_batch)
     assert planned.lower(*arguments).as_text() == program.as_text()
     found = compile_validation(parse_target("cpu:8"), to_json(run))
     memory = program.compile().memory_analysis()
@@ -90,8 +106,8 @@ def test_the_planned_validation_is_that_of_fit() -> None:
     assert found["output_bytes"] == memory.output_size_in_bytes
     # Seven devices send what they have seen and found to the first; the state and a batch are there as well.
     on_one = windows.addressable_data(0).nbytes + memory.output_size_in_bytes
-    others = found["waiting_bytes"] - 7 * on_one - planning.bytes_on_each(state)
-    assert others == planning.bytes_on_each(planning.abstract_step(run, device_mesh())[2])
+    others = found["waiting_bytes"] - 7 * on_one - bytes_on_each(state)
+    assert others == bytes_on_each(abstract_step(run, device_mesh())[2])
     # The first of them holds the whole volume: 2 channels, twice 4 classes, labels and mask.
     large = compile_validation(
         parse_target("cpu:8"), to_json(dataclasses.replace(run, largest_shape=(264, 8)))
@@ -136,8 +152,8 @@ def outcomes(
     """The attempts for a target, where `needs(run)` are the bytes of a step and `validation()` of validation."""
 
     def run_for(target: Any, function: str, request: Any, limit_s: float) -> dict[str, int]:
-        of_step = function == "train.plan:compile_step"
-        total = needs(planning.from_json(Run, request)) if of_step else validation()
+        of_step = function == "train.abstract:compile_step"
+        total = needs(from_json(Run, request)) if of_step else validation()
         return {"total_bytes": total, "waiting_bytes": 0, "volume_bytes": 2 * GIB}
 
     monkeypatch.setattr(planning, "run_for", run_for)
@@ -335,7 +351,7 @@ def test_shapes_stand_for_the_state() -> None:
     run = dataclasses.replace(
         GIVEN, config=dataclasses.replace(GIVEN.config, training=TrainingConfig(batch_size=8))
     )
-    _, state, batch = planning.abstract_step(run, device_mesh("fsdp=8"))
+    _, state, batch = abstract_step(run, device_mesh("fsdp=8"))
     leaves = jax.tree.leaves((state, batch))
     assert leaves
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) and leaf.sharding for leaf in leaves)

@@ -29,7 +29,7 @@ from calib_jax._sums.exact import Pair, as_pair, rounded
 
 _LANES = 32  # of a warp
 _TOGETHER = 8  # voxels of a lane in the body of the innermost loop
-_ROUND = 32  # voxels of a lane between two moves of its sums; their rounding stays below 1e-6
+_ROUND = 40  # voxels of a lane between two moves of its sums; their rounding stays below 1e-6
 _FIELD = (
     6  # bits of a count in a tally, a float of four: voxels of an even and an odd bin, and of the class there
 )
