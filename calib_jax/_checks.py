@@ -10,6 +10,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Num
 
+from calib_jax._devices import with_all_classes
 from calib_jax._labels import are_dense, as_class_ids, check_labels
 
 AnyArray = Array | np.ndarray
@@ -120,6 +121,9 @@ def as_inputs(
             f"{probs_name} must have shape [batch, *spatial, classes] without empty axes; got {probs.shape}."
         )
     check_labels(labels, probs, probs_name)
+    probs = with_all_classes(probs)
+    if are_dense(labels, probs):
+        labels = with_all_classes(labels)
     if where is None:
         return probs, labels, None
     where = jnp.asarray(where)

@@ -1,18 +1,25 @@
-"""Over which devices a traced program is split, and sums over images whose voxels are, inside `shard_map`."""
+"""Over which devices a traced program is split, and sums over images whose voxels are.
+
+A program may be split by `shard_map`, by the compiler, or, on a mesh with explicit axes, as the types of its arrays
+say. Then `by_parts` calls `shard_map`, and `left_to_compiler` leaves an operation to the compiler.
+"""
 
 import contextlib
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from calib_jax._compat import as_varying
 
 AxisName = str | tuple[str, ...]
 
+_EXPLICIT = jax.sharding.AxisType.Explicit
 _ONE = jax.sharding.AbstractMesh((1,), ("one",), axis_types=(jax.sharding.AxisType.Auto,))
 
 
@@ -31,7 +38,7 @@ def is_whole() -> bool:
     if mesh.axis_names and set(mesh.manual_axes) == set(mesh.axis_names):
         return True
     devices = mesh.size if mesh.axis_names else jax.device_count()
-    return devices == 1 and jax.sharding.AxisType.Explicit not in mesh.axis_types
+    return devices == 1 and _EXPLICIT not in mesh.axis_types
 
 
 def on_one_device() -> contextlib.AbstractContextManager[Any]:
@@ -39,6 +46,68 @@ def on_one_device() -> contextlib.AbstractContextManager[Any]:
     if jax.device_count() == 1 or jax.sharding.get_abstract_mesh().axis_names:
         return contextlib.nullcontext()
     return jax.sharding.use_abstract_mesh(_ONE)
+
+
+def split_of(x: Array) -> PartitionSpec | None:
+    """Over which explicit mesh axes each axis of an array is split; None if its type does not say it."""
+    if _EXPLICIT not in jax.sharding.get_abstract_mesh().axis_types:
+        return None
+    spec: Any = jax.typeof(x).sharding.spec
+    return PartitionSpec(*spec, *(None,) * (x.ndim - len(spec)))
+
+
+def by_parts(function: Callable[..., Any], images: Any, tables: Any = None, *, sums: bool = True) -> Any:
+    """`function(images, tables)`, on each device for its part if the types of arrays say how they are split.
+
+    Args:
+        function: gives sums over the voxels of each image, or arrays of the shape of the first of `images`.
+        images: arrays `[batch, *spatial, classes]`, the first of which says how all are split (not its classes),
+            and arrays without the last axis; None among them.
+        tables: arrays `[batch, classes, ...]`.
+        sums: whether the results are sums, `[batch, ...]`.
+    """
+    split = split_of(images[0])
+    if split is None:
+        return function(images, tables)
+    batch, *space, _ = split
+    names = tuple(name for axis in space if axis for name in ((axis,) if isinstance(axis, str) else axis))
+
+    def spec_of(x: Array) -> PartitionSpec:
+        return PartitionSpec(
+            *(None if size == 1 else axis for size, axis in zip(x.shape, split, strict=False))
+        )
+
+    def part(images: Any, tables: Any) -> Any:
+        found = function(images, tables)
+        return jax.tree.map(lambda x: lax.psum(x, names), found) if sums and names else found
+
+    mesh = jax.sharding.get_abstract_mesh()
+    explicit = {n for n, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == _EXPLICIT}
+    specs = jax.tree.map(spec_of, images), jax.tree.map(lambda _: PartitionSpec(batch), tables)
+    out_specs = PartitionSpec(batch) if sums else split
+    run = jax.shard_map(part, in_specs=specs, out_specs=out_specs, axis_names=explicit)
+    return run(*jax.tree.map(jax.sharding.reshard, (images, tables), specs))
+
+
+def with_all_classes(x: Array) -> Array:
+    """`[..., classes]`, gathered where its type says that classes lie on several devices."""
+    split = split_of(x)
+    if split is None or split[-1] is None:
+        return x
+    gathered: Any = jax.sharding.reshard(x, PartitionSpec(*split[:-1]))
+    return gathered
+
+
+def left_to_compiler(function: Callable[..., Array], *arrays: Any, axes: int) -> Array:
+    """`function(*arrays)`. The compiler decides how it is split, even where types say how the arrays are.
+
+    The first `axes` axes of the result are split as those of the first array.
+    """
+    split = split_of(arrays[0])
+    if split is None:
+        return function(*arrays)
+    run: Any = jax.sharding.auto_axes(function, out_sharding=PartitionSpec(*split[:axes]))
+    return run(*arrays)
 
 
 def whole_sum(parts: Any, axis_name: AxisName | None) -> Any:

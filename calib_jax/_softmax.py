@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from calib_jax._devices import by_parts
 from calib_jax._labels import are_dense, are_soft, one_hot, one_hot_by_arithmetic
 
 _Function = Callable[..., Array]
@@ -58,7 +59,11 @@ def dice_sums(
     """
     on_cpu = functools.partial(_dice_sums, one_hot=one_hot, total=_total_in_lanes)
     elsewhere = functools.partial(_dice_sums, one_hot=one_hot_by_arithmetic, total=_total)
-    return lax.platform_dependent(probs, labels, where, cpu=on_cpu, default=elsewhere)
+
+    def sums(images: Any, _: None) -> Any:
+        return lax.platform_dependent(*images, cpu=on_cpu, default=elsewhere)
+
+    return by_parts(sums, (probs, labels, where))
 
 
 def _dice_sums(

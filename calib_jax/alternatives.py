@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from calib_jax._checks import AnyArray, Labels, check_choice, check_flag, check_number, check_size
-from calib_jax._devices import AxisName, whole_sum
+from calib_jax._devices import AxisName, left_to_compiler, whole_sum
 from calib_jax._eager import compiled
 from calib_jax._labels import are_dense, one_hot
 from calib_jax._voxels import Inputs, voxel_cross_entropy, voxel_inputs, voxel_mean
@@ -371,10 +371,14 @@ def _kernel_sum(x: Array, axis: int, weights: list[float], padding: Literal["edg
     """Weighted sum of the voxels around each voxel along one axis. Padding repeats the edge or is zero."""
     reach = len(weights) // 2
     widths = [(reach, reach) if i == axis else (0, 0) for i in range(x.ndim)]
-    padded = jnp.pad(x, widths, mode=padding)
-    shifted = (jax.lax.slice_in_dim(padded, i, i + x.shape[axis], axis=axis) for i in range(len(weights)))
-    terms = [weight * part for weight, part in zip(weights, shifted, strict=True) if weight]
-    return sum(terms[1:], start=terms[0])
+
+    def weighted(x: Array) -> Array:
+        padded = jnp.pad(x, widths, mode=padding)
+        shifted = (jax.lax.slice_in_dim(padded, i, i + x.shape[axis], axis=axis) for i in range(len(weights)))
+        terms = [weight * part for weight, part in zip(weights, shifted, strict=True) if weight]
+        return sum(terms[1:], start=terms[0])
+
+    return left_to_compiler(weighted, x, axes=x.ndim)
 
 
 def _spatial_axes(x: Array) -> tuple[int, ...]:

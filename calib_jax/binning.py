@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Num
 
 from calib_jax._checks import AnyArray, Labels, Mask, Probs, as_inputs, check_choice, check_size
-from calib_jax._devices import AxisName, check_not_split, whole_sum
+from calib_jax._devices import AxisName, by_parts, check_not_split, left_to_compiler, whole_sum
 from calib_jax._eager import compiled, nan_where_undefined
 from calib_jax._labels import classes_from, one_hot
 from calib_jax._sums import cpu, gpu, gpu_kernel, tpu
@@ -235,7 +235,8 @@ def statistics_in_bins(
         where = where[..., None]
     edges = None
     if bins.binning == "adaptive":
-        edges = _adaptive_edges(probs, where, bins.num_bins, first_class)
+        quantiles = functools.partial(_adaptive_edges, num_bins=bins.num_bins, first=first_class)
+        edges = left_to_compiler(quantiles, probs, where, axes=1)
     return BinStatistics(*whole_sum(_bin_sums(probs, labels, where, edges, bins, first_class), axis_name))
 
 
@@ -302,11 +303,14 @@ def _bin_sums(
 
         return counted if first else sums
 
-    platforms = {"cpu": on_cpu, "tpu": elsewhere(functools.partial(tpu.bin_sums, bins=bins))}
-    if gpu_kernel.fits(probs, bins):
-        platforms["cuda"] = elsewhere(of_voxels(gpu_kernel.bin_sums))
-    default = elsewhere(of_voxels(gpu.bin_sums))
-    return lax.platform_dependent(probs, labels, where, edges, **platforms, default=default)
+    def sums(images: Any, edges: Any) -> Any:
+        platforms = {"cpu": on_cpu, "tpu": elsewhere(functools.partial(tpu.bin_sums, bins=bins))}
+        if gpu_kernel.fits(images[0], bins):
+            platforms["cuda"] = elsewhere(of_voxels(gpu_kernel.bin_sums))
+        default = elsewhere(of_voxels(gpu.bin_sums))
+        return lax.platform_dependent(*images, edges, **platforms, default=default)
+
+    return by_parts(sums, (probs, labels, where), edges)
 
 
 def _without_first(first: int, probs: Array, labels: Array, where: Array | None) -> tuple[Any, ...]:
@@ -331,10 +335,10 @@ def _bin_sums_backward(bins: Bins, first: int, residuals: Any, cotangents: Any) 
 
     def on_cpu(images: Any, cotangents: Any) -> Any:
         *images, edges = images
-        counted = (merge_space(x, probs.ndim) for x in _without_first(first, *images))
+        shape = (*images[0].shape[:-1], -1)
+        counted = (merge_space(x, len(shape)) for x in _without_first(first, *images))
         found = _gradients((*counted, edges), cotangents, bins, cpu.look_up)
-        before = [(0, 0)] * (probs.ndim - 1) + [(first, 0)]
-        shape = (*probs.shape[:-1], -1)
+        before = [(0, 0)] * (len(shape) - 1) + [(first, 0)]
         return jax.tree.map(lambda x: jnp.pad(x.reshape(shape), before) if first else x.reshape(shape), found)
 
     def elsewhere(look_up: Any) -> Any:
@@ -345,8 +349,13 @@ def _bin_sums_backward(bins: Bins, first: int, residuals: Any, cotangents: Any) 
 
         return gradients
 
-    on_gpu, on_tpu = elsewhere(gpu.look_up), elsewhere(tpu.look_up)
-    found = lax.platform_dependent(residuals, cotangents, cpu=on_cpu, tpu=on_tpu, default=on_gpu)
+    def found_by_parts(images: Any, tables: Any) -> Any:
+        edges, cotangents = tables
+        on_gpu, on_tpu = elsewhere(gpu.look_up), elsewhere(tpu.look_up)
+        arguments = (*images, edges), cotangents
+        return lax.platform_dependent(*arguments, cpu=on_cpu, tpu=on_tpu, default=on_gpu)
+
+    found = by_parts(found_by_parts, residuals[:3], (residuals[3], cotangents), sums=False)
 
     def masked(gradient: Array, dtype: Any) -> Array:
         gradient = gradient.astype(dtype)

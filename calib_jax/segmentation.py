@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
-from calib_jax._checks import AnyArray, Labels, check_choice, check_flag, check_number
+from calib_jax._checks import AnyArray, Labels, as_inputs, check_choice, check_flag, check_number
 from calib_jax._devices import AxisName, check_not_split, whole_sum
 from calib_jax._eager import compiled
-from calib_jax._labels import are_dense, as_class_ids
+from calib_jax._labels import are_dense
 from calib_jax._softmax import damped, dice_sums, softmax, softmax_and_cross_entropy
 from calib_jax._sums.bins import Binning, Bins, Closed
 from calib_jax._voxels import Inputs, voxel_inputs
@@ -235,10 +235,9 @@ def _parts(
         check_not_split(name, axis_name)
     check_number("dice_smooth", dice_options.smooth, 0.0)
     check_flag("dice_include_background", dice_options.include_background)
+    logits, labels, where = as_inputs(logits, labels, where, probs_name="logits", per_voxel=True)
     inputs = voxel_inputs(logits, labels, where, axis_name)
-    ace_options.check(inputs.logits.shape)
-    logits, labels = jnp.asarray(logits), jnp.asarray(as_class_ids(labels))
-    where = None if where is None else jnp.asarray(where)
+    ace_options.check(logits.shape)
     # Ids as they are, if all count: a copy of them without foreign ids would be stored for the backward pass.
     targets = inputs.labels if where is not None or are_dense(labels, logits) else labels
     probs, entropy = _softmax_and_entropy(logits, targets, where, inputs, parts)

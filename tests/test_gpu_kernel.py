@@ -14,11 +14,11 @@ from calib_jax._sums import gpu_kernel
 from calib_jax._sums.bins import Bins
 
 
-def gpus(count):
+def gpus(count, kind=AxisType.Auto):
     """A mesh of GPUs that are not here: JAX 0.12 asks for one to lower a kernel."""
     known = {"device_kind": "NVIDIA H100 80GB HBM3", "num_cores": 132, "platform": "gpu"}
     device = AbstractDevice(**{name: known[name] for name in inspect.signature(AbstractDevice).parameters})
-    return AbstractMesh((count,), ("batch",), axis_types=(AxisType.Auto,), abstract_device=device)
+    return AbstractMesh((count,), ("batch",), axis_types=(kind,), abstract_device=device)
 
 
 def program(bins, platform="cuda", mesh=None):

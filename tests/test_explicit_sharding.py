@@ -1,0 +1,124 @@
+"""Meshes with explicit axes, as `jax.make_mesh` makes since JAX 0.9: the type of an array says how it is split."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import calib_jax
+from calib_jax._sums import gpu_kernel
+from tests.test_gpu_kernel import gpus
+
+SPLITS = {
+    "images": ((8,), ("data",), P("data")),
+    "voxels": ((8,), ("space",), P(None, "space")),
+    "both": ((2, 4), ("data", "space"), P("data", "space")),
+    "voxels along two axes": ((2, 4), ("x", "y"), P(None, "x", "y")),
+    "images over two axes": ((2, 4), ("data", "fsdp"), P(("data", "fsdp"))),
+    "classes": ((2,), ("model",), P(None, None, None, "model")),
+    "nothing": ((8,), ("data",), P()),
+}
+LOSSES = {
+    "ace": lambda x, y: calib_jax.mL1_ace(jax.nn.softmax(x), y),
+    "soft": lambda x, y: calib_jax.mL1_ace(jax.nn.softmax(x), y, binning="soft", where=y > 0),
+    "adaptive": lambda x, y: calib_jax.mL1_ace(jax.nn.softmax(x), y, binning="adaptive", where=y > 0),
+    "without background": lambda x, y: calib_jax.mL1_ace(jax.nn.softmax(x), y, include_background=False),
+    "pooled": lambda x, y: calib_jax.mL1_ece(jax.nn.softmax(x), y, pool_images=True),
+    "combined": calib_jax.segmentation_loss,
+    "damped": lambda x, y: calib_jax.segmentation_loss(x, y, dice=0.0, damped_dice=1.0, where=y > 0),
+    "others": lambda x, y: calib_jax.segmentation_loss(
+        x, y, focal=1.0, mbls=1.0, label_smoothing=1.0, dsc_plus_plus=1.0
+    ),
+    "neighbours": lambda x, y: calib_jax.segmentation_loss(x, y, svls=1.0, nacl=1.0),
+    "soft labels": lambda x, y: calib_jax.segmentation_loss(x, jax.nn.softmax(x[..., ::-1] + y[..., None])),
+}
+EVERYWHERE = ("combined", "adaptive")  # losses that are tested with every split, the others with two
+METRICS = {
+    "bins": lambda x, y: calib_jax.average_calibration_error(calib_jax.bin_statistics(jax.nn.softmax(x), y)),
+    "brier": lambda x, y: calib_jax.brier_score(jax.nn.softmax(x), y),
+    "nll": lambda x, y: calib_jax.negative_log_likelihood(jax.nn.softmax(x), y),
+    "dice": lambda x, y: calib_jax.dice_score(jax.nn.softmax(x).argmax(-1), y, num_classes=4),
+}
+
+
+def images(voxels=(128, 96)):
+    """Logits and labels of eight images, more voxels each than are added up in one step."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 2, (8, *voxels, 4)).astype(np.float32)
+    return logits, rng.integers(-1, 4, (8, *voxels)).astype(np.int32)
+
+
+def explicit(split):
+    shape, names, spec = SPLITS[split]
+    devices = jax.devices()[: int(np.prod(shape))]
+    return jax.make_mesh(shape, names, axis_types=(AxisType.Explicit,) * len(names), devices=devices), spec
+
+
+def placed(mesh, spec, logits, labels):
+    of_labels = P(*spec[:3])
+    return jax.device_put(logits, NamedSharding(mesh, spec)), jax.device_put(
+        labels, NamedSharding(mesh, of_labels)
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        (name, split)
+        for name in LOSSES
+        for split in SPLITS
+        if split in ("images", "both") or name in EVERYWHERE
+    ],
+)
+def test_loss_and_gradient_are_those_of_one_device(name, split):
+    logits, labels = images()
+    run = jax.value_and_grad(LOSSES[name])
+    want, d_want = jax.jit(run)(logits, labels)
+    mesh, spec = explicit(split)
+    with jax.set_mesh(mesh):
+        got, gradient = jax.jit(run)(*placed(mesh, spec, logits, labels))
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    np.testing.assert_allclose(gradient, d_want, rtol=1e-4, atol=1e-5 * np.abs(d_want).max())
+    assert gradient.sharding.is_equivalent_to(NamedSharding(mesh, spec), gradient.ndim)
+
+
+@pytest.mark.parametrize("split", ["images", "both", "classes"])
+@pytest.mark.parametrize("name", METRICS)
+def test_metrics_are_those_of_one_device_with_and_without_jit(name, split):
+    logits, labels = images()
+    want = METRICS[name](logits, labels)
+    mesh, spec = explicit(split)
+    with jax.set_mesh(mesh):
+        arguments = placed(mesh, spec, logits, labels)
+        for run in (METRICS[name], jax.jit(METRICS[name])):
+            np.testing.assert_allclose(run(*arguments), want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("split", ["images", "voxels", "both"])
+def test_no_voxel_leaves_its_device(split):
+    mesh, spec = explicit(split)
+    with jax.set_mesh(mesh):
+        run = jax.jit(jax.value_and_grad(calib_jax.segmentation_loss))
+        program = run.lower(*placed(mesh, spec, *images())).compile().as_text()
+    moved = re.findall(r"= (.*?) (?:all-gather|all-to-all|collective-permute)\S*\(", program)
+    assert not moved
+    sums = re.findall(r"f32\[([\d,]*)\]\S* all-reduce", program)
+    assert max((np.prod([int(n) for n in size.split(",") if n]) for size in sums), default=0) <= 8 * 4 * 20
+
+
+@pytest.mark.parametrize("split", ["images", "voxels"])
+def test_each_gpu_runs_the_kernel_on_its_part(monkeypatch, split):
+    monkeypatch.setattr(gpu_kernel, "platform", lambda: "gpu")
+    mesh = gpus(8, AxisType.Explicit)
+    spec = P("batch") if split == "images" else P(None, "batch")
+    probs, labels = (
+        jax.ShapeDtypeStruct((8, 64, 48, *rest), dtype, sharding=NamedSharding(mesh, spec))
+        for rest, dtype in (((3,), jnp.float32), ((), jnp.int32))
+    )
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(jax.value_and_grad(calib_jax.mL1_ace)).trace(probs, labels)
+    assert "pallas_call" in str(traced.jaxpr)
