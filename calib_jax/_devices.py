@@ -4,20 +4,21 @@ A program may be split by `shard_map`, by the compiler, or, on a mesh with expli
 say. Then `by_parts` calls `shard_map`, and `left_to_compiler` leaves an operation to the compiler.
 """
 
-import contextlib
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from calib_jax._compat import as_varying
 
 AxisName = str | tuple[str, ...]
+Result = TypeVar("Result")
 
 _EXPLICIT = jax.sharding.AxisType.Explicit
 _ONE = jax.sharding.AbstractMesh((1,), ("one",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -41,11 +42,14 @@ def is_whole() -> bool:
     return devices == 1 and _EXPLICIT not in mesh.axis_types
 
 
-def on_one_device() -> contextlib.AbstractContextManager[Any]:
-    """Within it, programs of arrays on one device are traced for one, even if there are more: see `is_whole`."""
+def on_one_device(function: Callable[..., Result], *arguments: Any) -> Result:
+    """`function(*arguments)` of arrays on one device, traced for one even if there are more: see `is_whole`."""
     if jax.device_count() == 1 or jax.sharding.get_abstract_mesh().axis_names:
-        return contextlib.nullcontext()
-    return jax.sharding.use_abstract_mesh(_ONE)
+        return function(*arguments)
+    with jax.sharding.use_abstract_mesh(_ONE):
+        found = function(*arguments)
+    # The same arrays, with types that do not name this mesh: operations on another mesh would refuse them.
+    return jax.tree.map(lambda x: x if isinstance(x, Tracer) else x.addressable_data(0), found)
 
 
 def split_of(x: Array) -> PartitionSpec | None:

@@ -62,16 +62,15 @@ def compiled(
             static = tuple((name, type(value), value) for name, value in options.items())
             if not _are_concrete(arrays):
                 return program(arrays, static)
-            with on_one_device():
-                if shape := _shape_of_images(arrays):
-                    if "labels" in arrays:
-                        check_values(arrays)
-                    keep = keeps_shape(options) if callable(keeps_shape) else keeps_shape
-                    if not (keep or _config.jax_disable_jit):
-                        # What the function refuses is refused below, where messages name the caller's shapes.
-                        with contextlib.suppress(TypeError, ValueError):
-                            return program(_filled_up(arrays, shape), static)
-                return program(arrays, static)
+            if shape := _shape_of_images(arrays):
+                if "labels" in arrays:
+                    check_values(arrays)
+                keep = keeps_shape(options) if callable(keeps_shape) else keeps_shape
+                if not (keep or _config.jax_disable_jit):
+                    # What the function refuses is refused below, where messages name the caller's shapes.
+                    with contextlib.suppress(TypeError, ValueError):
+                        return on_one_device(program, _filled_up(arrays, shape), static)
+            return on_one_device(program, arrays, static)
 
         return wrapped
 

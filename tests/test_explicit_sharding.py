@@ -98,6 +98,30 @@ def test_metrics_are_those_of_one_device_with_and_without_jit(name, split):
             np.testing.assert_allclose(run(*arguments), want, rtol=1e-5)
 
 
+@pytest.mark.parametrize("split", ["images", "voxels"])
+def test_totals_begun_on_one_device_go_on_on_a_mesh(split):
+    logits, labels = images((16, 8))
+    probs = jax.nn.softmax(logits)
+    totals, cases = calib_jax.dataset_totals(4), calib_jax.case_results(16, 4)
+    stats = calib_jax.bin_statistics(probs, labels)
+    of_set, of_cases = totals.init(), cases.init()
+    want = totals.update(totals.update(of_set, probs, labels), probs, labels)
+    ranks = np.arange(16).reshape(2, 8)
+    of_cases = cases.update(of_cases, probs, labels, ranks[0])
+    mesh, spec = explicit(split)
+    with jax.set_mesh(mesh):
+        probs, labels = placed(mesh, spec, probs, labels)
+        of_set = jax.jit(totals.update)(totals.update(of_set, probs, labels), probs, labels)
+        of_cases = cases.update(of_cases, probs, labels, ranks[1])
+        both = stats + calib_jax.bin_statistics(probs, labels)
+        found = totals.compute(of_set), cases.compute(of_cases)
+        ace = calib_jax.average_calibration_error(both)
+    for name in ("ace", "mce", "brier", "nll", "dice"):
+        np.testing.assert_allclose(getattr(found[0], name), getattr(totals.compute(want), name), rtol=1e-6)
+    np.testing.assert_allclose(found[1].ace[:8], found[1].ace[8:], rtol=1e-6)
+    np.testing.assert_allclose(ace, calib_jax.average_calibration_error(stats), rtol=1e-5)
+
+
 @pytest.mark.parametrize("split", ["images", "voxels", "both"])
 def test_no_voxel_leaves_its_device(split):
     mesh, spec = explicit(split)

@@ -227,5 +227,4 @@ def case_statistics(
     voxels = probs.shape[:-1]
     size = filled_size(max(math.prod(voxels), _FEWEST_VOXELS))
     arrays = (fill_up(x[None], len(voxels), size)[0] for x in (probs, label, np.ones(voxels, bool)))
-    with on_one_device():
-        return jitted(CaseStatistics(regions, has_ignore))(*arrays)
+    return on_one_device(jitted(CaseStatistics(regions, has_ignore)), *arrays)

@@ -149,8 +149,7 @@ class VolumePredictor:
         labels = None if label is None else pad_to_hold(label[..., None], plan.canvas)[..., 0]
         voxels = self._on_canvas(image, plan), labels, inside(shape, plan.canvas)
         size = row_size(plan.canvas, jax.default_backend())
-        with on_one_device():
-            return jitted(summary)(*(voxels if size is None else in_a_row(voxels, size)))
+        return on_one_device(jitted(summary), *(voxels if size is None else in_a_row(voxels, size)))
 
     def plan(self, shape: Sequence[int]) -> "Plan":
         """The windows that cover a volume of this shape."""
