@@ -10,7 +10,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Num
 
-from calib_jax._devices import with_all_classes
+from calib_jax._devices import split_alike
 from calib_jax._labels import are_dense, as_class_ids, check_labels
 
 AnyArray = Array | np.ndarray
@@ -121,10 +121,8 @@ def as_inputs(
             f"{probs_name} must have shape [batch, *spatial, classes] without empty axes; got {probs.shape}."
         )
     check_labels(labels, probs, probs_name)
-    probs = with_all_classes(probs)
-    if are_dense(labels, probs):
-        labels = with_all_classes(labels)
     if where is None:
+        probs, labels = split_alike(probs, labels)
         return probs, labels, None
     where = jnp.asarray(where)
     if where.dtype != jnp.bool_:
@@ -139,6 +137,7 @@ def as_inputs(
             f"where must have shape {probs.shape[:-1]}, one entry per voxel: a voxel counts with all its classes "
             f"or with none; got {where.shape}."
         )
+    probs, labels, where = split_alike(probs, labels, where)
     return probs, labels, where
 
 

@@ -4,6 +4,7 @@ A program may be split by `shard_map`, by the compiler, or, on a mesh with expli
 say. Then `by_parts` calls `shard_map`, and `left_to_compiler` leaves an operation to the compiler.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from calib_jax._compat import as_varying
@@ -52,12 +53,12 @@ def on_one_device(function: Callable[..., Result], *arguments: Any) -> Result:
     return jax.tree.map(lambda x: x if isinstance(x, Tracer) else x.addressable_data(0), found)
 
 
-def split_of(x: Array) -> PartitionSpec | None:
+def split_of(x: Array) -> NamedSharding | None:
     """Over which explicit mesh axes each axis of an array is split; None if its type does not say it."""
-    if _EXPLICIT not in jax.sharding.get_abstract_mesh().axis_types:
+    sharding: Any = jax.typeof(x).sharding
+    if _EXPLICIT not in sharding.mesh.axis_types:
         return None
-    spec: Any = jax.typeof(x).sharding.spec
-    return PartitionSpec(*spec, *(None,) * (x.ndim - len(spec)))
+    return sharding.update(spec=PartitionSpec(*sharding.spec, *(None,) * (x.ndim - len(sharding.spec))))
 
 
 def by_parts(function: Callable[..., Any], images: Any, tables: Any = None, *, sums: bool = True) -> Any:
@@ -73,33 +74,39 @@ def by_parts(function: Callable[..., Any], images: Any, tables: Any = None, *, s
     split = split_of(images[0])
     if split is None:
         return function(images, tables)
-    batch, *space, _ = split
+    mesh, (batch, *space, _) = split.mesh, split.spec
     names = tuple(name for axis in space if axis for name in ((axis,) if isinstance(axis, str) else axis))
 
     def spec_of(x: Array) -> PartitionSpec:
-        return PartitionSpec(
-            *(None if size == 1 else axis for size, axis in zip(x.shape, split, strict=False))
-        )
+        axes = zip(x.shape, split.spec, strict=False)
+        return PartitionSpec(*(None if size == 1 else axis for size, axis in axes))
 
     def part(images: Any, tables: Any) -> Any:
         found = function(images, tables)
         return jax.tree.map(lambda x: lax.psum(x, names), found) if sums and names else found
 
-    mesh = jax.sharding.get_abstract_mesh()
     explicit = {n for n, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == _EXPLICIT}
     specs = jax.tree.map(spec_of, images), jax.tree.map(lambda _: PartitionSpec(batch), tables)
-    out_specs = PartitionSpec(batch) if sums else split
-    run = jax.shard_map(part, in_specs=specs, out_specs=out_specs, axis_names=explicit)
-    return run(*jax.tree.map(jax.sharding.reshard, (images, tables), specs))
+    out_specs = PartitionSpec(batch) if sums else split.spec
+    with _within(split):
+        run = jax.shard_map(part, in_specs=specs, out_specs=out_specs, axis_names=explicit)
+        return run(*jax.tree.map(jax.sharding.reshard, (images, tables), specs))
 
 
-def with_all_classes(x: Array) -> Array:
-    """`[..., classes]`, gathered where its type says that classes lie on several devices."""
-    split = split_of(x)
-    if split is None or split[-1] is None:
-        return x
-    gathered: Any = jax.sharding.reshard(x, PartitionSpec(*split[:-1]))
-    return gathered
+def split_alike(probs: Array, *others: Any) -> tuple[Any, ...]:
+    """`[batch, *spatial, classes]` and arrays beside it, or None.
+
+    If the type of the first says how it is split, the others are split alike, and classes are gathered.
+    """
+    split = split_of(probs)
+    if split is None:
+        return (probs, *others)
+
+    def place(x: Any) -> Any:
+        return None if x is None else jax.sharding.reshard(x, PartitionSpec(*split.spec[:-1][: x.ndim]))
+
+    with _within(split):
+        return tuple(map(place, (probs, *others)))
 
 
 def left_to_compiler(function: Callable[..., Array], *arrays: Any, axes: int) -> Array:
@@ -110,8 +117,15 @@ def left_to_compiler(function: Callable[..., Array], *arrays: Any, axes: int) ->
     split = split_of(arrays[0])
     if split is None:
         return function(*arrays)
-    run: Any = jax.sharding.auto_axes(function, out_sharding=PartitionSpec(*split[:axes]))
-    return run(*arrays)
+    with _within(split):
+        run: Any = jax.sharding.auto_axes(function, out_sharding=PartitionSpec(*split.spec[:axes]))
+        return run(*arrays)
+
+
+def _within(split: NamedSharding) -> contextlib.AbstractContextManager[Any]:
+    """The mesh of arrays need not be the one that the caller has set."""
+    mesh: Any = split.mesh
+    return jax.sharding.use_abstract_mesh(mesh)
 
 
 def whole_sum(parts: Any, axis_name: AxisName | None) -> Any:

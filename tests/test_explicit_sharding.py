@@ -99,6 +99,17 @@ def test_metrics_are_those_of_one_device_with_and_without_jit(name, split):
 
 
 @pytest.mark.parametrize("split", ["images", "voxels"])
+@pytest.mark.parametrize("name", ["combined", "neighbours", "adaptive"])
+def test_the_mesh_need_not_be_set_and_labels_may_lie_elsewhere(name, split):
+    logits, labels = images((16, 16))
+    run = jax.jit(jax.grad(LOSSES[name]))
+    want = run(logits, labels)
+    on_mesh = placed(*explicit(split), logits, labels)
+    for arguments in (on_mesh, (on_mesh[0], labels)):
+        np.testing.assert_allclose(run(*arguments), want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("split", ["images", "voxels"])
 def test_totals_begun_on_one_device_go_on_on_a_mesh(split):
     logits, labels = images((16, 8))
     probs = jax.nn.softmax(logits)
