@@ -66,8 +66,8 @@ def by_parts(function: Callable[..., Any], images: Any, tables: Any = None, *, s
 
     Args:
         function: gives sums over the voxels of each image, or arrays of the shape of the first of `images`.
-        images: arrays `[batch, *spatial, classes]`, the first of which says how all are split (not its classes),
-            and arrays without the last axis; None among them.
+        images: arrays `[batch, *spatial, classes]` and arrays without the last axis, split alike as by
+            `split_alike`; None among them.
         tables: arrays `[batch, classes, ...]`.
         sums: whether the results are sums, `[batch, ...]`.
     """
@@ -77,20 +77,17 @@ def by_parts(function: Callable[..., Any], images: Any, tables: Any = None, *, s
     mesh, (batch, *space, _) = split.mesh, split.spec
     names = tuple(name for axis in space if axis for name in ((axis,) if isinstance(axis, str) else axis))
 
-    def spec_of(x: Array) -> PartitionSpec:
-        axes = zip(x.shape, split.spec, strict=False)
-        return PartitionSpec(*(None if size == 1 else axis for size, axis in axes))
-
     def part(images: Any, tables: Any) -> Any:
         found = function(images, tables)
         return jax.tree.map(lambda x: lax.psum(x, names), found) if sums and names else found
 
     explicit = {n for n, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == _EXPLICIT}
-    specs = jax.tree.map(spec_of, images), jax.tree.map(lambda _: PartitionSpec(batch), tables)
+    of_images = jax.tree.map(lambda x: PartitionSpec(*split.spec[: x.ndim]), images)
+    specs = of_images, jax.tree.map(lambda _: PartitionSpec(batch), tables)
     out_specs = PartitionSpec(batch) if sums else split.spec
     with _within(split):
         run = jax.shard_map(part, in_specs=specs, out_specs=out_specs, axis_names=explicit)
-        return run(*jax.tree.map(jax.sharding.reshard, (images, tables), specs))
+        return run(images, tables)
 
 
 def split_alike(probs: Array, *others: Any) -> tuple[Any, ...]:

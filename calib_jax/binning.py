@@ -349,13 +349,13 @@ def _bin_sums_backward(bins: Bins, first: int, residuals: Any, cotangents: Any) 
 
         return gradients
 
-    def found_by_parts(images: Any, tables: Any) -> Any:
+    def gradients_of_part(images: Any, tables: Any) -> Any:
         edges, cotangents = tables
         on_gpu, on_tpu = elsewhere(gpu.look_up), elsewhere(tpu.look_up)
         arguments = (*images, edges), cotangents
         return lax.platform_dependent(*arguments, cpu=on_cpu, tpu=on_tpu, default=on_gpu)
 
-    found = by_parts(found_by_parts, residuals[:3], (residuals[3], cotangents), sums=False)
+    found = by_parts(gradients_of_part, residuals[:3], (residuals[3], cotangents), sums=False)
 
     def masked(gradient: Array, dtype: Any) -> Array:
         gradient = gradient.astype(dtype)

@@ -155,7 +155,7 @@ def test_nan_shows_in_its_image_and_class_only(method):
 @pytest.mark.parametrize("method", PLATFORMS)
 @pytest.mark.parametrize("value", [0.1, 0.7, 0.999999, 1e-7, 3e-5, 0.09523833])
 def test_equal_numbers_and_two_scales_in_one_bin_do_not_drift(method, value):
-    """The last value is the worst of four millions to add up 40 times in float32: 6e-7."""
+    """The last value is the worst of four million to add up 40 times in float32: 6e-7."""
     probs = np.full((1, 300_001, 2), value, np.float32)
     probs[..., 1] = 1.2345e-4
     probs[:, ::9, 1] = 0.04
