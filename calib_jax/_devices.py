@@ -87,7 +87,8 @@ def by_parts(function: Callable[..., Any], images: Any, tables: Any = None, *, s
     out_specs = PartitionSpec(batch) if sums else split.spec
     with _within(split):
         run = jax.shard_map(part, in_specs=specs, out_specs=out_specs, axis_names=explicit)
-        return run(images, tables)
+        # Arrays that were computed without a mesh get one here.
+        return run(*jax.tree.map(jax.sharding.reshard, (images, tables), specs))
 
 
 def split_alike(probs: Array, *others: Any) -> tuple[Any, ...]:
