@@ -10,8 +10,8 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Num
 
-from calib_jax._devices import split_alike
 from calib_jax._labels import are_dense, as_class_ids, check_labels
+from calib_jax._parts import split_alike
 
 AnyArray = Array | np.ndarray
 Probs = Float[AnyArray, "batch *spatial classes"]

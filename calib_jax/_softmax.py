@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from calib_jax._devices import by_parts
 from calib_jax._labels import are_dense, are_soft, one_hot, one_hot_by_arithmetic
+from calib_jax._parts import by_parts
 
 _Function = Callable[..., Array]
 

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from calib_jax._checks import AnyArray, Labels, check_choice, check_flag, check_number, check_size
-from calib_jax._devices import AxisName, left_to_compiler, whole_sum
+from calib_jax._devices import AxisName, whole_sum
 from calib_jax._eager import compiled
 from calib_jax._labels import are_dense, one_hot
+from calib_jax._parts import left_to_compiler
 from calib_jax._voxels import Inputs, voxel_cross_entropy, voxel_inputs, voxel_mean
 
 Logits = Float[AnyArray, "batch *spatial classes"]

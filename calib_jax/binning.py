@@ -11,9 +11,10 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Num
 
 from calib_jax._checks import AnyArray, Labels, Mask, Probs, as_inputs, check_choice, check_size
-from calib_jax._devices import AxisName, by_parts, check_not_split, left_to_compiler, whole_sum
+from calib_jax._devices import AxisName, check_not_split, whole_sum
 from calib_jax._eager import compiled, nan_where_undefined
 from calib_jax._labels import classes_from, one_hot
+from calib_jax._parts import by_parts, left_to_compiler
 from calib_jax._sums import cpu, gpu, gpu_kernel, tpu
 from calib_jax._sums.bins import Binning, Bins, Closed, equal_edges, merge_space, single_or_double
 from calib_jax._sums.cpu import hard_index, soft_neighbours
@@ -310,7 +311,7 @@ def _bin_sums(
         default = elsewhere(of_voxels(gpu.bin_sums))
         return lax.platform_dependent(*images, edges, **platforms, default=default)
 
-    return by_parts(sums, (probs, labels, where), edges)
+    return by_parts(sums, (probs, labels, where), edges, opaque=True)
 
 
 def _without_first(first: int, probs: Array, labels: Array, where: Array | None) -> tuple[Any, ...]:

@@ -19,6 +19,7 @@ from calib_jax import (
     mL1_ace,
     mL1_ece,
     mL1_mce,
+    negative_log_likelihood,
     segmentation_loss,
     segmentation_loss_parts,
 )
@@ -217,6 +218,25 @@ def test_losses_of_split_images_are_those_of_the_whole(check_vma, inside, mesh, 
     share = 1 if check_vma or inside else 1 / 8
     np.testing.assert_allclose(got, value, rtol=1e-5)
     np.testing.assert_allclose(got_gradient, share * gradient, atol=1e-5 * np.abs(gradient).max())
+
+
+def test_shard_map_along_some_axes_of_a_mesh_leaves_the_others_to_the_compiler(mesh):
+    mesh = Mesh(mesh.devices.reshape(2, 4), ("data", "model"))
+    half = P("data")
+
+    def run(logits, ids, where):
+        likelihood = negative_log_likelihood(jax.nn.softmax(logits), ids, where=where)
+        return (likelihood, *jax.value_and_grad(many_losses)(logits, ids, where))
+
+    def of_half(*inputs):
+        likelihood, loss, gradient = run(*inputs)
+        return likelihood, loss[None], gradient
+
+    split = jax.shard_map(of_half, mesh=mesh, in_specs=half, out_specs=half, axis_names={"data"})
+    halves = [jax.jit(run)(*(x[i : i + 4] for x in (LOGITS, IDS, WHERE))) for i in (0, 4)]
+    want = [np.concatenate([np.atleast_1d(x) for x in both]) for both in zip(*halves, strict=True)]
+    for got, expected in zip(jax.jit(split)(LOGITS, IDS, WHERE), want, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
 
 
 def test_a_trainer_splits_batch_and_voxels(mesh):

@@ -119,7 +119,8 @@ def sum_images(
         return tuple(add(total, image, step * together + k) for k, total in enumerate(totals))
 
     zero = jnp.zeros((), jnp.int32)
-    _, columns = jax.eval_shape(piece, zero, zero)[0]
+    # Only types are used. `jax.eval_shape` loses what a `shard_map` along some mesh axes adds to them.
+    _, columns = piece(zero, zero)[0]
     total = _accumulators(columns, batch * lanes * bins.num_bins * classes)
     totals = lax.fori_loop(0, batch * steps, body, (total,) * together)
     return _as_sums(totals, tally_bits, (batch, lanes, bins.num_bins, classes), bins.binning != "soft")

@@ -6,8 +6,8 @@ bins, an even one and the next, and adds to both: the value to one, zero to the 
 sums of floats to pairs of floats, which keep what float32 rounds away. At the end it adds up the lanes of a class
 and writes one number for each sum, bin and class.
 
-On an H200 it takes a tenth of the time of the masked sums in `gpu`, which the compiler can split over devices.
-JAX 0.12 announces that a later version will be without Pallas for Triton. There the masked sums take over.
+On an H200 it takes a tenth of the time of the masked sums in `gpu`. JAX 0.12 announces that a later version will be
+without Pallas for Triton. There the masked sums take over.
 """
 
 import functools
@@ -42,7 +42,7 @@ _MOST_BINS = 160  # each group of bins reads the image again
 def fits(probs: Float[Array, "batch voxels classes"], bins: Bins) -> bool:
     """Whether the program that is being traced can and should sum these with the kernel.
 
-    The compiler cannot split a kernel over devices: there is one device, or `shard_map` has split the images.
+    The compiler cannot split a kernel over devices: the program must be for one, or for the part of one.
     """
     return (
         platform() == "gpu"

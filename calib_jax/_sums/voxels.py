@@ -96,7 +96,8 @@ def _in_chunks(sums: Callable[..., Any], probs: Array, labels: Array, where: Arr
         pairs = zip(total, part(i), strict=True)
         return tuple(add_pairs(a, b) if isinstance(a, tuple) else a + b for a, b in pairs)
 
-    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(part, 0))
+    # Only types are used. `jax.eval_shape` loses what a `shard_map` along some mesh axes adds to them.
+    zeros = jax.tree.map(jnp.zeros_like, part(0))
     return lax.fori_loop(0, -(-size // taken), add, zeros)
 
 
