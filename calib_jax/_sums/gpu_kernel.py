@@ -30,9 +30,7 @@ from calib_jax._sums.exact import Pair, as_pair, rounded
 _LANES = 32  # of a warp
 _TOGETHER = 8  # voxels of a lane in the body of the innermost loop
 _ROUND = 40  # voxels of a lane between two moves of its sums; their rounding stays below 1e-6
-_FIELD = (
-    6  # bits of each count in a tally, a float: voxels of an even and an odd bin, then those of the class
-)
+_FIELD = 6  # bits of a count in a tally, a float: voxels of an even and an odd bin, then those of the class
 _ACCUMULATORS = 90  # of a lane; registers do not suffice for more
 _PROGRAMS = 4096  # of all images: two for each warp that an H100 runs at a time with so many registers
 _LEAST = 40  # voxels of a program for each bin, so that it writes little beside what it reads
