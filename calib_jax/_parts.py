@@ -6,6 +6,7 @@ operation to the compiler on any mesh. Within `shard_map` there are only parts.
 """
 
 import contextlib
+import hashlib
 import itertools
 import math
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental.custom_partitioning import custom_partitioning
+from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
@@ -136,10 +138,18 @@ def _split_by_compiler(function: _Function, images: Any, tables: Any, before_spa
         of_arguments, of_result = jax.tree.map(lambda spec: split.update(spec=spec), specs)
         return split.mesh, traced_for_part(part), jax.tree.map(lambda _: of_result, results), of_arguments
 
+    program, result = jax.make_jaxpr(whole, return_shape=True)(images, tables)
     run = custom_partitioning(whole)
-    rule = _sharding_rule(images, tables, jax.eval_shape(whole, images, tables), before_space)
+    rule = _sharding_rule(images, tables, result, before_space)
     run.def_partition(partition, decode_shardings=False, sharding_rule=rule)
-    batched = jax.custom_batching.custom_vmap(run)
+
+    # The compiler is not given the function: the text of its program keeps it apart from others in JAX's cache.
+    key = hashlib.sha256(str(program).encode()).hexdigest()
+
+    @jax.custom_batching.custom_vmap
+    def batched(images: Any, tables: Any) -> Any:
+        with set_xla_metadata(program=key):
+            return run(images, tables)
 
     @batched.def_vmap
     def _(size: int, is_batched: Any, *arguments: Any) -> Any:

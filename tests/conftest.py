@@ -43,6 +43,12 @@ def strict_promotion() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages lack their figures, which take seconds: other tests look at those."""
+    monkeypatch.setattr("calib_jax.report.figures.draw", lambda *_, **__: None)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _programs_of_a_module_go_with_it() -> Iterator[None]:
     """Compiled programs are memory mappings, of which Linux allows a process 65,530: the whole suite makes more."""

@@ -69,7 +69,7 @@ def test_step(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(torch, "compile", lambda network, dynamic: Uncompiled(1, 1, 1))
     file = tmp_path / "step.json"
-    options.Step2D((16, 16), 8, precision="bfloat16", rounds=2, warmup=0, out=file).run()
+    options.Step2D((64, 64), 8, precision="bfloat16", rounds=2, warmup=0, out=file).run()
     kept, printed = json.loads(file.read_text()), capsys.readouterr().out
     assert kept["precision"] == "bfloat16"
     assert set(kept["ratio"]) == {"reference"}

@@ -110,9 +110,9 @@ def test_the_same_seed_gives_the_same_fit_and_a_stream_equals_arrays(fitted):
 def test_masked_voxels_and_ids_outside_the_classes_do_not_count():
     logits, labels = overconfident(6, images=6)
     where = np.random.default_rng(6).random(labels.shape) < 0.8
-    expected = fit_local_calibration(logits, labels, where=where, max_steps=100)
+    expected = fit_local_calibration(logits, labels, where=where, max_steps=50)
     outside = np.where(where, labels, 99).astype(np.int32)
-    chex.assert_trees_all_equal(fit_local_calibration(logits, outside, max_steps=100), expected)
+    chex.assert_trees_all_equal(fit_local_calibration(logits, outside, max_steps=50), expected)
 
 
 def test_regions_images_and_soft_labels():
@@ -151,7 +151,7 @@ def test_nothing_to_gain_leaves_the_probabilities_and_warns():
     logits = np.zeros((6, 24, 24, 3), np.float32)
     labels = rng.integers(0, 3, (6, 24, 24), dtype=np.int32)
     with pytest.warns(RuntimeWarning, match="does not help.*left out is"):
-        params = fit_local_calibration(logits, labels, max_steps=100)
+        params = fit_local_calibration(logits, labels, max_steps=50)
     chex.assert_trees_all_close(
         jax.nn.softmax(apply_local_calibration(logits, params)), np.full(logits.shape, 1 / 3)
     )
@@ -160,7 +160,7 @@ def test_nothing_to_gain_leaves_the_probabilities_and_warns():
 def test_an_image_that_says_nothing_is_not_used():
     logits, labels = overconfident(13, images=4)
     image = np.random.default_rng(0).normal(size=(*labels.shape, 1)).astype(np.float32)
-    params = fit_local_calibration(logits, labels, image=image, max_steps=100)
+    params = fit_local_calibration(logits, labels, image=image, max_steps=50)
     assert not np.any(params.weights.image)
 
 

@@ -252,6 +252,7 @@ def test_intensity_range_of_old_runs(old_run: Path) -> None:
     assert read_config(old_run)[1].intensity_range == (-100, 200)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_an_old_run_evaluates_resumes_and_starts_another(
     old_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -225,6 +225,7 @@ def test_parts_of_a_batch_follow_from_the_devices(folders):
     assert task.config.data.sliding_window == (240, 240, 160)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_fit_ends_with_the_published_table(folders, tmp_path, capsys):
     out = tmp_path / "run"
     small = "--patch 8 8 8 --eval-patch 16 16 16 --channels 4 8 --strides 2 --steps 2 --smooth-prob 0 --zoom-prob 0"
@@ -246,6 +247,7 @@ def test_fit_ends_with_the_published_table(folders, tmp_path, capsys):
     assert main([*command, "--resume"]) == 0
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("data", ["acdc", "amos", "kits"])
 def test_the_followups_train_in_their_layouts(folders, tmp_path, data):
     """Everything of the recipe but its sizes: SegResNet with deep supervision, AdamW, affine augmentation."""

@@ -5,6 +5,7 @@ There are no GPUs here. Eight CPU devices are asked in their place.
 
 import contextlib
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 import calib_jax
 from calib_jax import _parts
 from calib_jax._sums import gpu_kernel
-from tests.test_explicit_sharding import LOSSES, SPLITS, images, placed
+from tests.test_explicit_sharding import LOSSES, SPLITS, images, on_one_device, placed
 from tests.test_gpu_kernel import gpus
 from train.hlo import collectives, parse_program
 
@@ -70,12 +71,16 @@ def loss_and_gradient(loss=calib_jax.mL1_ace):
     [("ace", split) for split in SPLITS] + [(name, "both") for name in BINNED],
 )
 def test_loss_and_gradient_are_those_of_one_device(asked, name, split):
-    logits, labels = images()
-    want = jax.jit(loss_and_gradient(LOSSES[name]))(logits, labels)
+    want = on_one_device(name)
     asked.start()
-    assert_alike(jax.jit(loss_and_gradient(LOSSES[name]))(*placed(*automatic(split), logits, labels)), want)
+    assert_alike(jax.jit(loss_and_gradient(LOSSES[name]))(*placed(*automatic(split), *images())), want)
     assert asked
-    assert_alike(jax.jit(loss_and_gradient(LOSSES[name]))(logits, labels), want)  # one of several devices
+
+
+def test_one_device_of_several_gets_the_loss_too(asked):
+    want = on_one_device("ace")
+    asked.start()
+    assert_alike(jax.jit(loss_and_gradient(LOSSES["ace"]))(*images()), want)
 
 
 def in_two(run):
@@ -164,6 +169,21 @@ def test_no_voxel_leaves_its_device(asked, split):
     moved = collectives(parse_program(program))
     assert set(moved) == {"all-reduce"}
     assert moved["all-reduce"]["bytes"] <= 4 * 8 * 4 * 3 * 20 + 8
+
+
+def test_jaxs_cache_of_compiled_programs_tells_bins_apart(asked):
+    """Of two calls of `custom_partitioning` its key may hold arguments and attributes alone."""
+    asked.start()
+    arguments = placed(*automatic("images"), *images((16, 12)))
+
+    def name(**options):
+        run = jax.jit(functools.partial(calib_jax.bin_statistics, **options))
+        (found,) = re.findall('program = "([0-9a-f]{64})"', run.lower(*arguments).as_text())
+        return found
+
+    names = [name(**options) for options in ({}, {"closed": "left"}, {"binning": "soft"}, {})]
+    assert len(set(names)) == 3
+    assert names[0] == names[-1]
 
 
 @pytest.mark.parametrize("mesh", [gpus(8), None], ids=["on a mesh", "one of several"])

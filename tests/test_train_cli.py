@@ -55,6 +55,7 @@ def trained(msd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_compare_with_seeds_temperature_and_ensembles_goes_on_at_each_network(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

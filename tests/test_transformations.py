@@ -217,7 +217,8 @@ def test_losses_of_split_images_are_those_of_the_whole(check_vma, inside, mesh, 
     # From outside a shard_map that does not track what varies, each device gets its share of the cotangent.
     share = 1 if check_vma or inside else 1 / 8
     np.testing.assert_allclose(got, value, rtol=1e-5)
-    np.testing.assert_allclose(got_gradient, share * gradient, atol=1e-5 * np.abs(gradient).max())
+    # The gradient through a soft bin that holds a small share of one voxel loses digits by cancellation.
+    np.testing.assert_allclose(got_gradient, share * gradient, atol=2e-4 * np.abs(gradient).max())
 
 
 def test_shard_map_along_some_axes_of_a_mesh_leaves_the_others_to_the_compiler(mesh):
