@@ -95,9 +95,7 @@ def test_pieces_cover_an_image_with_little_left_over(voxels, classes):
     [
         ((1, 1, 1), 1, False),
         ((2, 7, 3), 20, True),
-        ((1, 1792, 2), 5, False),
         ((3, 1793, 1), 20, False),
-        ((2, 40_001, 3), 20, False),
         ((2, 40_001, 3), 20, True),
         ((1, 5_000, 2), 1000, False),
     ],
@@ -246,9 +244,8 @@ def test_masked_sums_store_no_comparison():
 
 
 @pytest.mark.parametrize("binning_", ["hard", "soft", "adaptive"])
-@pytest.mark.parametrize("soft", [False, True])
-@pytest.mark.parametrize("shape", [(2, 6, 5, 7, 3), (1, 30, 40, 2)])
-def test_every_platform_fills_the_same_bins(binning_, soft, shape):
+@pytest.mark.parametrize(("shape", "soft"), [((2, 6, 5, 7, 3), False), ((1, 30, 40, 2), True)])
+def test_every_platform_fills_the_same_bins(binning_, shape, soft):
     """With axes of space, a mask, values at edges, and more bins than fit into one pass."""
     probs, labels, rng = _draw(shape, soft=soft)
     probs.ravel()[:40] = np.linspace(0, 1, 40, dtype=np.float32)

@@ -2,7 +2,6 @@
 
 import csv
 import errno
-import functools
 import gzip
 import json
 import os
@@ -98,14 +97,20 @@ def test_compare_with_seeds_temperature_and_ensembles_goes_on_at_each_network(
     assert [arguments[1].name for arguments in trained] == ["dice-seed3"]
     assert [arguments[0] for arguments in evaluated] == ["dice+T seed 3"]
 
-    short = functools.partial(calib_jax.fit_local_calibration, max_steps=50)
-    monkeypatch.setattr(calib_jax, "fit_local_calibration", short)
+    fit, fits = calib_jax.fit_local_calibration, []
+
+    def fit_once(*arguments, **options):
+        fits.append(fits[0] if fits else fit(*arguments, max_steps=50, **options))
+        return fits[-1]
+
+    monkeypatch.setattr(calib_jax, "fit_local_calibration", fit_once)
     assert run(*command, "--resume") == 0  # with the rows that come without an option
     more = json.loads((out / "table.json").read_text())["models"]
     kinds = [f"{name}{ending}" for name in ("dice", "dice~2") for ending in ("", "+T", "+L")]
     assert [row["name"] for row in more] == [*kinds, "true posterior"]
     assert [row for row in more if "+L" not in row["name"]] == table["models"]
     assert [arguments[0] for arguments in evaluated[1:]] == ["dice+L seed 0", "dice+L seed 3", "dice~2+L"]
+    assert len(fits) == 3
 
 
 def test_pairs_of_seeds_and_ensembles_have_the_labels_of_the_first_loss() -> None:
