@@ -326,10 +326,9 @@ def faults_of(text, broken, folder):
 
 
 @pytest.fixture
-def quick(monkeypatch):
+def quick(monkeypatch, undrawn):
     """No figures and no cross-validation, which take seconds."""
     monkeypatch.setattr("calib_jax.report.figures.report_figures", lambda *_, **__: [])
-    monkeypatch.setattr("calib_jax.report.figures.draw", lambda *_, **__: None)
     monkeypatch.setattr("calib_jax.report.gains.SHOWN", ())
 
 

@@ -384,7 +384,7 @@ def test_local_calibration_sees_regions_and_images(tmp_path, capsys, monkeypatch
 
 
 @pytest.fixture(params=["apply", "ensemble", "convert", "sweep"])
-def restarted(request, tmp_path, folders, monkeypatch):
+def restarted(request, tmp_path, folders, monkeypatch, undrawn):
     """A command over three cases, arguments that change its results, the cases that it reads, and what stops it."""
     read, stops, original = [], {}, Predictions.read
 
@@ -394,7 +394,6 @@ def restarted(request, tmp_path, folders, monkeypatch):
         return original(predictions, name, *args, **kwargs)
 
     monkeypatch.setattr(Predictions, "read", counted)
-    monkeypatch.setattr("calib_jax.report.figures.draw", lambda *_, **__: None)
     calibration = Calibration("temperature", ("background", "x", "y"), False, (np.float32(2),))
     calibration.save(tmp_path / "fit.npz")
     calibration._replace(params=(np.float32(3),)).save(tmp_path / "other.npz")
